@@ -1,0 +1,428 @@
+"""Every setting of a run: its name, type, default, meaning and limits, in one place.
+
+A run's configuration is built from three layers, each overriding the one before: the defaults below,
+one YAML file (`--config`), and command-line options (`--sac.gamma 0.99`). `load_config` merges them
+and validates the result before anything is started; whatever is wrong becomes one `ConfigError`.
+
+The defaults are those of the embedded tabletop task (`configs/tabletop.yaml` spells them out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message is one sentence that says which and how to mend it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class EnvConfig(Section):
+    """What an environment process simulates."""
+
+    name: Literal["tabletop"] = "tabletop"
+    """Which environment: the embedded MuJoCo tabletop scene (LIBERO is not in this release)."""
+    layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
+    """tabletop: where the red target plate is: always in one place, in one of two, or anywhere."""
+    max_episode_steps: int = Field(50, gt=0)
+    """Environment steps after which an episode is truncated."""
+    chunk: int = Field(5, gt=0)
+    """Environment steps executed per decision, out of the policy's action horizon."""
+    use_step_penalty: bool = True
+    """Reward -1 per decision and 0 for the one that succeeds; if false, 0 and 1."""
+    reward_rule: Literal["chunk_success", "first_step"] = "chunk_success"
+    """`chunk_success`: a decision counts as successful when any of its steps is; `first_step`: only when its
+    first step is (RLinf's rule)."""
+
+
+class PolicyConfig(Section):
+    """The frozen flow-matching policy."""
+
+    checkpoint: str | None = None
+    """Directory with `model.safetensors`, `config.json`, `norm_stats.json` and `tokenizer.json`; none
+    means the embedded tabletop policy."""
+    denoise_steps: int = Field(10, gt=0, le=1000)
+    """Euler steps from noise (t=1) to action (t=0)."""
+
+
+class SacConfig(Section):
+    """DSRL-SAC: networks, losses and optimisation of the noise-choosing agent."""
+
+    image_pool: Literal[1, 2, 4] = 2
+    """Average-pool the 64x64 image by this factor before the convolutions (2 means 32x32)."""
+    conv_channels: list[int] = [32]
+    """Output channels of each convolution of the image encoder."""
+    conv_kernels: list[int] = [4]
+    """Kernel size of each convolution."""
+    conv_strides: list[int] = [4]
+    """Stride of each convolution."""
+    conv_padding: int = Field(0, ge=0)
+    """Zero padding of each convolution."""
+    image_latent_dim: int = Field(64, gt=0)
+    """Width of the encoded image."""
+    image_range: Literal["zero_one", "minus_one_one"] = "zero_one"
+    """Pixels are scaled to [0, 1] (official DSRL) or [-1, 1] (RLinf)."""
+    state_dim: int = Field(8, gt=0)
+    """Width of the robot state."""
+    state_latent_dim: int = Field(64, ge=0)
+    """Width of the encoded robot state; 0 means that the raw state is used."""
+    hidden_dims: list[int] = [128, 128, 128]
+    """Hidden layers of the actor's and of each Q head's MLP."""
+    num_q_heads: int = Field(10, gt=0)
+    """Number of Q functions in the critic."""
+    actor_layer_norm: bool = False
+    """LayerNorm after each hidden layer of the actor."""
+    critic_layer_norm: bool = True
+    """LayerNorm after each hidden layer of the critic."""
+    init: Literal["orthogonal", "default"] = "orthogonal"
+    """Initialisation of convolutions and MLPs: orthogonal (official DSRL) or torch's default with a small
+    last layer."""
+    noise_dim: int = Field(32, gt=0)
+    """Width of one noise vector: the policy's action width."""
+    noise_layout: Literal["repeat", "per_slot"] = "repeat"
+    """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
+    action_magnitude: float = Field(0.5, gt=0)
+    """The actor's noise is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
+    gamma: float = Field(0.979, gt=0, le=1)
+    """Discount factor, per `discount_per`."""
+    discount_per: Literal["env_step", "decision"] = "env_step"
+    """`env_step`: a decision that executed k steps is discounted by gamma^k; `decision`: by gamma."""
+    tau: float = Field(0.02, gt=0, le=1)
+    """Target network soft update coefficient."""
+    batch_size: int = Field(128, gt=0)
+    """Transitions per gradient update."""
+    actor_lr: float = Field(1e-3, gt=0)
+    """Adam learning rate of the actor."""
+    critic_lr: float = Field(1e-3, gt=0)
+    """Adam learning rate of the critic."""
+    alpha_lr: float = Field(3e-3, ge=0)
+    """Adam learning rate of the temperature."""
+    actor_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam betas of the actor."""
+    actor_grad_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of the actor; null switches clipping off."""
+    critic_grad_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of the critic; null switches clipping off."""
+    alpha_grad_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of the temperature; null switches clipping off."""
+    alpha_type: Literal["softplus", "exp"] = "softplus"
+    """How the temperature is parametrised."""
+    initial_alpha: float = Field(0.005, gt=0)
+    """Temperature at the start."""
+    target_entropy: float = -16.0
+    """Entropy that the temperature steers towards."""
+    q_aggregation: Literal["mean", "min"] = "mean"
+    """How the Q heads are combined, in the target and in the actor's loss."""
+    entropy_backup: bool = False
+    """Subtract alpha*log_prob of the next action in the target, as plain SAC does."""
+    log_std_min: float = -20.0
+    """Lower bound of the actor's log standard deviation (-20 and 2 are those of official DSRL and RLinf)."""
+    log_std_max: float = 2.0
+    """Upper bound of the actor's log standard deviation."""
+    train_actor_steps: int = Field(10, ge=0)
+    """The actor and the temperature are first updated after this many critic updates."""
+    augmentation: Literal["none", "crop", "crop_colour"] = "none"
+    """Image augmentation of observation and next observation: random shift by up to `augmentation_pad`
+    pixels, also with brightness, contrast and saturation jitter."""
+    augmentation_pad: int = Field(4, gt=0)
+    """Largest random shift in pixels."""
+    evaluation_noise: Literal["deterministic", "stochastic"] = "deterministic"
+    """Evaluate with tanh(mean) or with samples."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SacConfig:
+        lengths = {len(self.conv_channels), len(self.conv_kernels), len(self.conv_strides)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError("conv_channels, conv_kernels and conv_strides must have the same length, at least 1")
+        size = 64 // self.image_pool
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
+            if kernel < 1 or stride < 1:
+                raise ValueError("conv_kernels and conv_strides must be positive")
+            size = (size + 2 * self.conv_padding - kernel) // stride + 1
+            if size < 1:
+                raise ValueError("the convolutions leave no pixels; use smaller kernels or strides")
+        if not self.hidden_dims or min(self.hidden_dims + self.conv_channels) < 1:
+            raise ValueError("hidden_dims and conv_channels must be positive, hidden_dims not empty")
+        if self.log_std_min >= self.log_std_max:
+            raise ValueError("log_std_min must be below log_std_max")
+        return self
+
+    def noise_width(self, horizon: int) -> int:
+        """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""
+        return self.noise_dim * (horizon if self.noise_layout == "per_slot" else 1)
+
+
+class ReplayConfig(Section):
+    """The shared-memory ring that holds transitions."""
+
+    capacity: int = Field(40_000, ge=64)
+    """Rows over all actors; a row is 12.5 kB."""
+    warmup_decisions: int = Field(400, ge=1)
+    """Decisions taken with unsquashed N(0, I) noise before learning starts."""
+
+
+class InferenceConfig(Section):
+    """The process that batches observations and samples action chunks."""
+
+    buckets: list[int] = [1, 2, 4, 8, 16, 32]
+    """Batch sizes that a batch is padded to."""
+    batch_wait_ms: float = Field(1.0, ge=0)
+    """How long to wait for more observations when few are ready."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of the inference process; none means chosen from the machine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> InferenceConfig:
+        if not self.buckets or sorted(set(self.buckets)) != self.buckets or self.buckets[0] < 1:
+            raise ValueError("buckets must be positive and strictly increasing, such as [1, 2, 4, 8]")
+        return self
+
+
+class LearnerConfig(Section):
+    """The process that updates the SAC agent."""
+
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of the learner process; none means chosen from the machine."""
+    publish_interval: int = Field(10, gt=0)
+    """Gradient updates between two broadcasts of actor weights."""
+
+
+class CheckpointConfig(Section):
+    interval_minutes: float = Field(5.0, gt=0)
+    """Minutes between two checkpoints while running."""
+    keep: int = Field(2, gt=0)
+    """How many checkpoints are kept."""
+
+
+class LogConfig(Section):
+    interval_s: float = Field(1.0, gt=0)
+    """Seconds between two refreshes of the console and of TensorBoard."""
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """Live display, plain lines, nothing; `auto` takes the live one where there is a terminal."""
+
+
+class Config(Section):
+    """A run."""
+
+    actors: int = Field(16, gt=0, le=4096)
+    """Environment processes."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    run_dir: str | None = None
+    """Where the run is written; none means `runs/<date>-<time>-<environment>`."""
+    resume: str | None = None
+    """A run directory to continue; its configuration is used, command-line options override it."""
+    serial: bool = False
+    """One process, fixed order: bit-for-bit reproducible by seed, and friendly to a debugger."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Stop after this many minutes."""
+    max_decisions: int | None = Field(None, gt=0)
+    """Stop after this many decisions (counted over all resumes)."""
+    stop_at_success: float | None = Field(None, gt=0, le=1)
+    """Stop when the success rate of the last 100 episodes reaches this."""
+    replay_ratio: float = Field(1.0, gt=0)
+    """Gradient updates per decision, counted from the end of the warm-up."""
+    replay_ratio_tolerance: float = Field(0.02, gt=0, lt=1)
+    """How far updates may be from `replay_ratio` x decisions, as a fraction."""
+    throttle_actors: bool = True
+    """Actors wait when the learner is behind; if false, only the learner waits when it is ahead."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of policy and learner."""
+    heartbeat_timeout_s: float = Field(120.0, gt=0)
+    """A process that gives no sign of life for this long is taken for dead and replaced."""
+    env: EnvConfig = EnvConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sac: SacConfig = SacConfig()
+    replay: ReplayConfig = ReplayConfig()
+    inference: InferenceConfig = InferenceConfig()
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.serial and self.device == "cuda":
+            raise ValueError("serial mode runs on the CPU; drop --serial or set device to cpu")
+        if self.replay.capacity < self.actors * MIN_LANE_ROWS:
+            raise ValueError(
+                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {self.actors} actors "
+                f"({self.actors * MIN_LANE_ROWS}); raise it or lower actors"
+            )
+        if self.replay.capacity < self.replay.warmup_decisions:
+            raise ValueError("replay.capacity must not be below replay.warmup_decisions")
+        if self.replay.warmup_decisions < self.sac.batch_size:
+            raise ValueError(
+                "replay.warmup_decisions must be at least sac.batch_size, or the first batch cannot be filled"
+            )
+        return self
+
+
+MIN_LANE_ROWS = 16
+"""Fewest replay rows of one actor: below this, a reader loses most races with the writer."""
+
+
+def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, pydantic FieldInfo) of every setting, in the order in which they are declared."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from leaf_fields(annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def type_name(annotation: Any) -> str:
+    """A setting's type as a user would write it: `int`, `a|b`, `[float, float]`, `int|null`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Literal:
+        return "|".join(str(value) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(type_name(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return "[" + ", ".join(type_name(a) for a in arguments) + (", ...]" if origin is list else "]")
+    return str(annotation.__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: `--config` and one option for every key of `Config`."""
+    parser = _Parser(
+        prog="python -m dsrl_async.launch",
+        description="Steer a frozen flow-matching policy with DSRL, asynchronously.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="YAML", help="file with settings; options override it")
+    for key, field in leaf_fields():
+        flag = key.replace("_", "-")
+        names = [f"--{flag}"] if flag == key else [f"--{flag}", f"--{key}"]
+        default = "none" if field.default is None else str(field.default).replace("%", "%%")
+        parser.add_argument(
+            *names,
+            dest=key,
+            default=argparse.SUPPRESS,
+            metavar=type_name(field.annotation).upper() if field.annotation in (int, float, str) else "VALUE",
+            help=f"{(field.description or '').replace('%', '%%')} ({type_name(field.annotation)}; default {default})",
+            nargs="?" if field.annotation is bool else None,
+            const="true" if field.annotation is bool else None,
+        )
+    return parser
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """Build the configuration of a run from command-line arguments (without the program's name).
+
+    Raises:
+        ConfigError: with one sentence, for an unknown option or key, a wrong type or value, a combination that
+            cannot work, or a configuration file that cannot be read.
+    """
+    options = vars(build_parser().parse_args(list(argv)))
+    path = options.pop("config", None)
+    settings: dict[str, Any] = {}
+    if options.get("resume") not in (None, "null"):
+        if path is not None:
+            raise ConfigError("--config cannot be combined with --resume: a resumed run keeps its configuration")
+        path = str(Path(options["resume"]) / "config.yaml")
+        if not Path(path).is_file():
+            raise ConfigError(f"--resume {options['resume']}: there is no run in that directory (no config.yaml)")
+    if path is not None:
+        settings = read_yaml(Path(path))
+    if options.get("resume") not in (None, "null"):
+        settings["run_dir"] = options["resume"]
+    for key, text in options.items():
+        set_key(settings, key, parse_value(key, text))
+    return validate(settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; raises ConfigError with one sentence if that cannot be done."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    return settings
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Turn an option's text into what YAML would give; plain scalars are left to the typed validation."""
+    if text.lower() in ("null", "none"):
+        return None
+    if text.startswith(("[", "{")):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} is not a valid list") from error
+    return text
+
+
+def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        child = settings.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{section} must be a section with keys, not {child!r}")
+        settings = child
+    settings[name] = value
+
+
+def validate(settings: dict[str, Any]) -> Config:
+    """Turn nested settings into a `Config`; raises ConfigError naming the first thing that is wrong."""
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    for key, field in leaf_fields():
+        value = get_key(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}: must be a finite number ({field.annotation})")
+    return config
+
+
+def get_key(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [name for name, _ in leaf_fields()]
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {first['input']!r}"
+
+
+def save_yaml(config: Config, path: Path) -> None:
+    """Write the whole resolved configuration."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

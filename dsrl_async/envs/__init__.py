@@ -1,0 +1,101 @@
+"""The environments that a worker steps, behind one chunk-at-a-time protocol.
+
+Nothing here imports torch, and asking for a specification does not import a simulator, so that
+processes which only need shapes stay small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SAC_IMAGE_SIZE = 64
+"""Height and width in pixels of the image that the SAC agent sees."""
+
+
+class EnvironmentSpec(NamedTuple):
+    """Shapes of what an environment shows and takes."""
+
+    cameras: int
+    """Number of images in an observation."""
+    image_size: int
+    """Height and width in pixels of the images for the policy."""
+    state_dim: int
+    """Width of the robot state."""
+    action_dim: int
+    """Width of one action."""
+    prompts: tuple[str, ...]
+    """All instructions that the environment may show; a task_index is an index into it."""
+
+
+class ChunkOutcome(NamedTuple):
+    """What came of executing one action chunk."""
+
+    steps: int
+    """Executed environment steps; fewer than the chunk's length if the episode ended inside it."""
+    success_step: int
+    """Index within the chunk of the first successful step, -1 if there was none."""
+    terminated: bool
+    """The episode ended in success."""
+    truncated: bool
+    """The episode ended because its step limit was reached without success."""
+
+
+class Environment(Protocol):
+    """An environment that executes action chunks and renders only when observed."""
+
+    spec: EnvironmentSpec
+
+    def reset(self, seed: int) -> int:
+        """Starts the episode that `seed` fully determines; returns its task_index."""
+        ...
+
+    def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
+        """Executes float32[k, action_dim], stopping early where the episode ends."""
+        ...
+
+    def observe(
+        self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]
+    ) -> None:
+        """Renders the present moment into the given C-contiguous arrays.
+
+        images uint8[cameras, image_size, image_size, 3], sac_image uint8[64, 64, 3],
+        state float32[state_dim].
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the simulator holds; the environment cannot be used afterwards."""
+        ...
+
+
+_SPECS = {
+    "tabletop": EnvironmentSpec(
+        cameras=2, image_size=64, state_dim=8, action_dim=7, prompts=("put the block on the red plate",)
+    ),
+}
+
+
+def environment_spec(config: Mapping[str, Any]) -> EnvironmentSpec:
+    """The shapes of the environment that `config` (as from `EnvConfig.model_dump()`) names.
+
+    Raises ValueError if there is no environment of that name.
+    """
+    name = config["name"]
+    if name not in _SPECS:
+        raise ValueError(f"unknown environment {name!r}; choose one of {', '.join(sorted(_SPECS))}")
+    return _SPECS[name]
+
+
+def make_environment(config: Mapping[str, Any]) -> Environment:
+    """Builds the environment that `config` (as from `EnvConfig.model_dump()`) describes.
+
+    Raises ValueError if there is no environment of that name, or a setting of it is unknown.
+    """
+    environment_spec(config)
+    from dsrl_async.envs.tabletop import TabletopEnvironment
+
+    return TabletopEnvironment(layout=config["layout"], max_episode_steps=config["max_episode_steps"])

@@ -1,0 +1,186 @@
+"""The learner process: samples the replay ring, updates the SAC agent, broadcasts actor weights, writes checkpoints.
+
+`Learner` does the work; `main` runs it in a process of its own, and serial mode calls it directly.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dsrl_async import checkpoints
+from dsrl_async.config import Config, read_yaml, validate
+from dsrl_async.device import resolve_device
+from dsrl_async.replay_ratio import updates_due
+from dsrl_async.sac.agent import Batch, SacAgent, transition_discount
+from dsrl_async.sac.flat import layout_hash
+from dsrl_async.shm import events
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import LEARNER_PHASES, Counters, Phases
+from dsrl_async.shm.replay import ReplayRing, Transitions
+from dsrl_async.weights import WeightPublisher, encode
+from dsrl_async.worker import die_with_parent
+
+IDLE_POLL_S = 0.2
+METRICS_INTERVAL_S = 1.0  # reading the metrics waits for the device, so it is done seldom
+SAMPLING = 2  # first key of the sampling generator's seed, beside worker.TRAINING and worker.EVALUATION
+
+
+def make_batch(transitions: Transitions, config: Config, device: torch.device) -> Batch:
+    """Move a sampled batch to the device, with rewards discounted as `transition_discount` says."""
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        image=tensor(transitions.image),
+        state=tensor(transitions.state),
+        noise=tensor(transitions.noise),
+        reward=tensor(transitions.reward),
+        discount=transition_discount(config.sac, tensor(transitions.steps), tensor(transitions.terminal)),
+        next_image=tensor(transitions.next_image),
+        next_state=tensor(transitions.next_state),
+    )
+
+
+class Learner:
+    """The agent and its bookkeeping. `publish` hands a frame of actor weights (see `weights`) onwards."""
+
+    def __init__(
+        self,
+        config: Config,
+        arena: Arena,
+        horizon: int,
+        device: torch.device,
+        run_dir: Path,
+        publish: Callable[[bytes], None],
+    ) -> None:
+        self.config, self.device, self.run_dir, self._publish = config, device, run_dir, publish
+        self.ring, self.counters = ReplayRing(arena), Counters(arena)
+        self.phase = Phases(LEARNER_PHASES, self.counters.learner_phase_s)
+        self.agent = SacAgent(config.sac, horizon, device, config.seed)
+        self.rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(SAMPLING,)))
+        self._metrics_read = 0.0
+        self._checkpoint_time = time.monotonic()
+        self._checkpoints_done = int(self.counters.control_checkpoint[0])
+        checkpoint = checkpoints.find(run_dir)
+        if checkpoint is not None:
+            load_agent(self.agent, checkpoint)
+            self.rng.bit_generator.state = checkpoints.read_state(checkpoint)["sampling_rng"]
+        self.publish()
+
+    def due(self) -> int:
+        """Gradient updates that the replay ratio asks for now."""
+        config = self.config
+        return updates_due(
+            self.counters.decisions(),
+            int(self.counters.learner_updates[0]),
+            config.replay_ratio,
+            config.replay.warmup_decisions,
+        )
+
+    def update(self) -> bool:
+        """Do one gradient update; False if the replay buffer could not fill a batch."""
+        with self.phase("sample"):
+            transitions = self.ring.sample(self.rng, self.config.sac.batch_size)
+        if transitions is None:
+            return False
+        with self.phase("update"):
+            metrics = self.agent.update(
+                make_batch(transitions, self.config, self.device),
+                update_actor=self.agent.actor_due,
+            )
+        self.counters.learner_updates[0] += 1
+        updates = int(self.counters.learner_updates[0])
+        if updates % self.config.learner.publish_interval == 0:
+            self.publish()
+        now = time.monotonic()
+        if now - self._metrics_read >= METRICS_INTERVAL_S:
+            self._metrics_read = now
+            self.counters.learner_metrics[: len(metrics)] = metrics.cpu().numpy()
+            self.counters.learner_metrics_update[0] = updates
+        return True
+
+    def publish(self) -> None:
+        """Hand the actor's weights to the inference process; their version is the number of updates done."""
+        with self.phase("publish"):
+            version = int(self.counters.learner_updates[0])
+            flat = self.agent.actor.flat.detach().cpu().numpy()
+            self._publish(encode(version, layout_hash(self.agent.actor), flat))
+            self.counters.learner_published_version[0] = version
+
+    def checkpoint_due(self) -> bool:
+        minutes = (time.monotonic() - self._checkpoint_time) / 60
+        asked = int(self.counters.control_checkpoint[0]) > self._checkpoints_done
+        return asked or minutes >= self.config.checkpoint.interval_minutes
+
+    def checkpoint(self) -> Path:
+        """Write a checkpoint of the agent, the counters and the replay buffer."""
+        self._checkpoints_done = int(self.counters.control_checkpoint[0])
+        with self.phase("checkpoint"):
+            path = checkpoints.save(
+                self.run_dir,
+                lambda file: save_file(self.agent.state_tensors(), file),
+                self.counters,
+                self.ring,
+                self.rng,
+                self.config.checkpoint.keep,
+                self.beat,
+            )
+        self._checkpoint_time = time.monotonic()
+        self.counters.learner_checkpoints[0] += 1
+        return path
+
+    def beat(self) -> None:
+        self.counters.learner_heartbeat_ns[0] = time.monotonic_ns()
+
+
+def load_agent(agent: SacAgent, checkpoint: Path) -> None:
+    """Load `agent.safetensors`; raises ValueError with one sentence if it is damaged or does not fit."""
+    path = checkpoint / "agent.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    agent.load_state_tensors(tensors)
+
+
+def main(argument: str) -> None:
+    """Run the learner as a process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
+    job = json.loads(argument)
+    die_with_parent(job["parent"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when to stop
+    torch.set_num_threads(job["threads"])
+    run_dir = Path(job["run_dir"])
+    config = validate(read_yaml(run_dir / "config.yaml"))
+    publisher = WeightPublisher(job["weights_address"])
+    transition_ready = job["transition_ready_fd"]
+    arena = Arena.attach(job["arena"])
+    learner = Learner(config, arena, job["horizon"], resolve_device(config.device), run_dir, publisher.publish)
+    counters = learner.counters
+    while counters.control_stop[0] < 2:
+        learner.beat()
+        publisher.serve_late_joiners()
+        if learner.checkpoint_due():
+            learner.checkpoint()
+        events.clear(transition_ready)
+        if learner.due() and learner.update():
+            continue
+        warming_up = counters.decisions() < config.replay.warmup_decisions
+        with learner.phase("wait_data" if warming_up else "wait_ratio"):
+            events.wait(transition_ready, timeout_s=IDLE_POLL_S)
+    learner.checkpoint()
+    publisher.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,138 @@
+"""Sizes and conventions of a Pi0 policy: one frozen dataclass, stored as `config.json` beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """Everything that has a size or a variant in a Pi0 policy. The defaults are openpi's pi0 for LIBERO.
+
+    Raises ValueError when the sizes contradict each other.
+    """
+
+    pi05: bool = False
+    """pi0.5: time enters through adaptive RMSNorm in the expert, and there is no state token."""
+    cameras: int = 2
+    """Cameras that are given; a camera that openpi masks out is simply not part of the sequence."""
+    image_size: int = 224
+    patch_size: int = 14
+    vision_width: int = 1152
+    vision_depth: int = 27
+    vision_heads: int = 16
+    vision_mlp: int = 4304
+    vlm_width: int = 2048
+    vlm_mlp: int = 16384
+    expert_width: int = 1024
+    expert_mlp: int = 4096
+    depth: int = 18
+    """Layers of the VLM and of the expert: expert layer i reads the keys and values of VLM layer i."""
+    heads: int = 8
+    kv_heads: int = 1
+    head_dim: int = 256
+    vocab_size: int = 257152
+    max_token_len: int = 48
+    """Language slots."""
+    action_dim: int = 32
+    """Width of the state token's input, of the noise and of the model's actions."""
+    action_horizon: int = 50
+    """Action slots of one sampled chunk."""
+    robot_state_dim: int = 8
+    """Width of the robot's state before it is padded to `action_dim`."""
+    robot_action_dim: int = 7
+    """Width of the robot's action: the first so many of `action_dim`."""
+    normalisation: Literal["z_score", "quantile"] = "z_score"
+    """How states and actions are scaled (openpi: z-score for pi0, quantiles for pi0.5)."""
+    delta_action_dims: int = 0
+    """The raw state's first so many dimensions are added to the action (openpi's `extra_delta_transform`)."""
+    time_grid: Literal["accumulated", "exact"] = "accumulated"
+    """Denoising times: summed up in float32 as openpi does, or 1 - k/n as LeRobot does."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), hints[field.name]
+            if kind is bool:
+                valid = isinstance(value, bool)
+            elif kind is int:
+                low = 0 if field.name == "delta_action_dims" else 1
+                valid = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            else:
+                valid = value in typing.get_args(kind)
+            if not valid:
+                wanted = kind.__name__ if kind is bool else "a positive int" if kind is int else str(kind)
+                raise ValueError(f"policy config: {field.name} is {value!r}, it must be {wanted}")
+        if self.image_size % self.patch_size:
+            raise ValueError("policy config: image_size must be a multiple of patch_size")
+        if self.vision_width % self.vision_heads:
+            raise ValueError("policy config: vision_width must be a multiple of vision_heads")
+        if self.heads % self.kv_heads or self.head_dim % 2 or self.expert_width % 2:
+            raise ValueError(
+                "policy config: heads must be a multiple of kv_heads, head_dim and expert_width must be even"
+            )
+        if max(self.robot_state_dim, self.robot_action_dim) > self.action_dim:
+            raise ValueError("policy config: robot_state_dim and robot_action_dim must not exceed action_dim")
+        if self.delta_action_dims > min(self.robot_state_dim, self.robot_action_dim):
+            raise ValueError("policy config: delta_action_dims exceeds the robot's state or action width")
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one camera."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of all cameras and all language slots."""
+        return self.cameras * self.image_tokens + self.max_token_len
+
+    @property
+    def state_tokens(self) -> int:
+        return 0 if self.pi05 else 1
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Pi0Config:
+        """Reads `config.json`; raises ValueError naming the file when it is not valid."""
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold a JSON object with the fields of Pi0Config")
+        unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}")
+        try:
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def tabletop_config() -> Pi0Config:
+    """The embedded policy: Pi0 in miniature (about 0.7 M parameters) for the tabletop scene."""
+    return Pi0Config(
+        image_size=64,
+        patch_size=16,
+        vision_width=96,
+        vision_depth=2,
+        vision_heads=4,
+        vision_mlp=192,
+        vlm_width=96,
+        vlm_mlp=256,
+        expert_width=64,
+        expert_mlp=192,
+        depth=3,
+        heads=4,
+        head_dim=32,
+        vocab_size=48,
+        max_token_len=12,
+        action_horizon=10,
+    )

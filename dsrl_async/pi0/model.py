@@ -1,0 +1,473 @@
+"""Pi0 and Pi0.5: a SigLIP tower, a Gemma language model and a Gemma action expert, in a lean layout.
+
+One class serves training (autograd) and sampling (static buffers). Both run the same layers; they differ
+only in where keys and values go, which is what the `extend` argument of the layer stacks decides: it takes
+the new keys and values of a layer, puts them behind the earlier ones, and returns all of them.
+
+What makes the layout lean, compared with the published implementations (all are exact rewrites):
+- cameras are folded into the batch, and a masked camera is not given at all;
+- the only mask is over the keys of empty language slots;
+- the state token does not depend on the denoising time, so its keys and values are computed once;
+- the last VLM layer computes keys and values only, since nothing reads its output;
+- query, key and value projections are one matrix, as are gate and up;
+- query heads are folded into the query axis, so that grouped keys are never repeated;
+- everything that depends on the denoising time alone is a table with a row per time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsrl_async.pi0.config import Pi0Config
+
+EPSILON = 1e-6
+ROPE_BASE = 10_000.0
+MASKED = -2.3819763e38
+"""Additive mask of a key that must not be seen; finite, so that a fully masked row stays finite."""
+
+Extend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, keys [B,G,T,D], values [B,G,T,D]) -> keys and values [B,G,S,D] to attend to."""
+
+
+class Modulation(NamedTuple):
+    """One RMSNorm's scale, and in pi0.5 its shift and the gate of the sublayer behind it."""
+
+    scale: Tensor
+    shift: Tensor | None = None
+    gate: Tensor | None = None
+
+    def rows(self, index: tuple[slice | None, ...] | int) -> Modulation:
+        """Indexes what has a row per time, and keeps what has not."""
+        scale, shift, gate = (v[index] if v is not None and v.ndim == 2 else v for v in self)
+        assert scale is not None
+        return Modulation(scale, shift, gate)
+
+
+class Step(NamedTuple):
+    """What the expert needs to know of one denoising time; leading axes broadcast against [B, H, width]."""
+
+    input_weight: Tensor
+    input_bias: Tensor
+    norms: tuple[Modulation, ...]
+
+
+class Rope(NamedTuple):
+    """Rotary embedding of T tokens: cos [B,T,1,1,D/2], sin [B,T,1,2,D/2] signed for the two halves."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass
+class Prefix:
+    """An encoded observation: what the action tokens attend to.
+
+    `keys` and `values` hold [B, kv_heads, S, head_dim] per layer, `mask` is the additive key mask
+    [B, 1, 1, S], `position` [B] the position of the next token, `hidden` [B, P, vlm_width] the last hidden
+    state of images and language (for auxiliary losses).
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+    position: Tensor
+    hidden: Tensor
+
+    def repeat(self, count: int) -> Prefix:
+        """Each row `count` times in a row, for several action samples per observation."""
+
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(count, dim=0)
+
+        keys, values = [rows(key) for key in self.keys], [rows(value) for value in self.values]
+        return Prefix(keys, values, rows(self.mask), rows(self.position), rows(self.hidden))
+
+
+def rms_norm(x: Tensor, modulation: Modulation) -> Tensor:
+    """Scaled by `modulation`, in float32, returned in the dtype of `x`."""
+    scale, shift = modulation.scale, modulation.shift
+    if scale.ndim == 1:
+        y = F.rms_norm(x.float(), scale.shape, scale, EPSILON)
+    else:
+        y = F.rms_norm(x.float(), scale.shape[-1:], None, EPSILON) * scale
+    if shift is not None:
+        y = y + shift
+    return y.to(x.dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of x [B, T, heads, D] in the half-split layout: channel i is paired with i + D/2."""
+    halves = x.unflatten(-1, (2, -1))
+    return torch.addcmul(halves * rope.cos, halves.flip(-2), rope.sin).flatten(-2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention: query [B,T,heads,D], key and value [B,G,S,D] -> [B, T, heads*D].
+
+    The heads that share a key head are folded into the query axis.
+    """
+    batch, tokens, heads, dim = query.shape
+    groups = key.shape[1]
+    query = query.reshape(batch, tokens, groups, heads // groups, dim).transpose(1, 2)
+    query = query.reshape(batch, groups, tokens * heads // groups, dim)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out.view(batch, groups, tokens, heads // groups, dim).transpose(1, 2).reshape(batch, tokens, -1)
+
+
+def key_mask(token_mask: Tensor, before: int, after: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, 1, before + L + after]: 0, or `MASKED` for the empty language slots.
+
+    token_mask is bool [B, L]; `before` and `after` count the keys around the language slots.
+    """
+    blocked = F.pad(~token_mask, (before, after))[:, None, None, :]
+    return blocked.to(dtype) * MASKED
+
+
+class VisionLayer(nn.Module):
+    """A pre-LayerNorm transformer layer with biases."""
+
+    def __init__(self, width: int, heads: int, mlp: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width, EPSILON)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width, EPSILON)
+        self.fc1 = nn.Linear(width, mlp)
+        self.fc2 = nn.Linear(mlp, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attention = F.scaled_dot_product_attention(query, key, value)
+        x = x + self.out(attention.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
+
+
+class VisionTower(nn.Module):
+    """SigLIP without its pooling head, and the projection to the language model's width."""
+
+    def __init__(self, config: Pi0Config) -> None:
+        super().__init__()
+        width = config.vision_width
+        self.patch = nn.Conv2d(3, width, config.patch_size, config.patch_size)
+        self.position = nn.Parameter(torch.randn(config.image_tokens, width) * 0.02)
+        self.layers = nn.ModuleList(
+            VisionLayer(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_depth)
+        )
+        self.norm = nn.LayerNorm(width, EPSILON)
+        self.projector = nn.Linear(width, config.vlm_width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 images [N, 3, size, size] in [-1, 1] -> [N, tokens, vlm_width]."""
+        x = self.patch(images).flatten(2).transpose(1, 2) + self.position
+        x = x.to(self.projector.weight.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        projected: Tensor = self.projector(self.norm(x))
+        return projected
+
+
+class GemmaNorm(nn.Module):
+    """The parameters of an RMSNorm: a weight (used as 1 + weight), or in pi0.5 a map from the condition."""
+
+    def __init__(self, width: int, adaptive: bool) -> None:
+        super().__init__()
+        self.adaptive = adaptive
+        if adaptive:
+            self.dense = nn.Linear(width, 3 * width)
+        else:
+            self.weight = nn.Parameter(torch.zeros(width))
+
+    def modulation(self, condition: Tensor | None, gate_dtype: torch.dtype) -> Modulation:
+        if not self.adaptive:
+            return Modulation(1 + self.weight)
+        scale, shift, gate = self.dense(condition).chunk(3, dim=-1)
+        return Modulation(1 + scale, shift, gate.to(gate_dtype))
+
+
+class GemmaLayer(nn.Module):
+    """A Gemma layer; with `keys_only` just its first norm and its key and value projections."""
+
+    def __init__(self, config: Pi0Config, width: int, mlp: int, adaptive: bool, keys_only: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        rows = (0 if keys_only else self.heads) + 2 * self.kv_heads
+        self.attention_norm = GemmaNorm(width, adaptive)
+        self.qkv = nn.Linear(width, rows * self.head_dim, bias=False)
+        if not keys_only:
+            self.out = nn.Linear(self.heads * self.head_dim, width, bias=False)
+            self.mlp_norm = GemmaNorm(width, adaptive)
+            self.gate_up = nn.Linear(width, 2 * mlp, bias=False)
+            self.down = nn.Linear(mlp, width, bias=False)
+
+    def norms(self) -> list[GemmaNorm]:
+        return [self.attention_norm, self.mlp_norm] if hasattr(self, "mlp_norm") else [self.attention_norm]
+
+    def keys_values(self, x: Tensor, norm: Modulation, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, kv_heads, T, head_dim] only."""
+        weight = self.qkv.weight[-2 * self.kv_heads * self.head_dim :]
+        projected = F.linear(rms_norm(x, norm), weight).unflatten(-1, (2 * self.kv_heads, self.head_dim))
+        key, value = projected.split(self.kv_heads, dim=2)
+        return rotate(key, rope).transpose(1, 2), value.transpose(1, 2)
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_norm: Modulation,
+        mlp_norm: Modulation,
+        rope: Rope,
+        mask: Tensor | None,
+        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        qkv = self.qkv(rms_norm(x, attention_norm)).unflatten(-1, (-1, self.head_dim))
+        rotated = rotate(qkv[:, :, : self.heads + self.kv_heads], rope)
+        key = rotated[:, :, self.heads :].transpose(1, 2)
+        value = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        keys, values = extend(key, value)
+        attention = attend(rotated[:, :, : self.heads], keys, values, mask)
+        x = residual(x, self.out(attention), attention_norm.gate)
+        gate, up = self.gate_up(rms_norm(x, mlp_norm)).chunk(2, dim=-1)
+        return residual(x, self.down(F.gelu(gate, approximate="tanh") * up), mlp_norm.gate)
+
+
+class GemmaStack(nn.Module):
+    """The layers of the language model or of the action expert, without embedding and final norm."""
+
+    def __init__(self, config: Pi0Config, width: int, mlp: int, adaptive: bool, last_keys_only: bool) -> None:
+        super().__init__()
+        self.blocks = [
+            GemmaLayer(config, width, mlp, adaptive, keys_only=last_keys_only and i == config.depth - 1)
+            for i in range(config.depth)
+        ]
+        self.layers = nn.ModuleList(self.blocks)
+
+    def modulations(self, condition: Tensor | None, gate_dtype: torch.dtype) -> tuple[Modulation, ...]:
+        """Two per layer; one for a layer that computes keys and values only."""
+        norms = [norm for block in self.blocks for norm in block.norms()]
+        return tuple(norm.modulation(condition, gate_dtype) for norm in norms)
+
+    def forward(
+        self,
+        x: Tensor,
+        norms: tuple[Modulation, ...],
+        rope: Rope,
+        mask: Tensor | None,
+        extend: Extend,
+        last_keys_only: bool = False,
+    ) -> Tensor:
+        """The hidden state behind the last layer, or before it when that is to give keys and values only."""
+        blocks = self.blocks[:-1] if last_keys_only else self.blocks
+        for i, block in enumerate(blocks):
+            x = block(x, norms[2 * i], norms[2 * i + 1], rope, mask, partial(extend, i))
+        if last_keys_only:
+            last = len(blocks)
+            extend(last, *self.blocks[last].keys_values(x, norms[2 * last], rope))
+        return x
+
+
+def residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
+    return x + update if gate is None else torch.addcmul(x, update, gate)
+
+
+class Pi0(nn.Module):
+    """The policy network.
+
+    Sampling calls `run_prefix`, `run_state`, `step_tables` and `run_actions` with its own buffers;
+    training calls `encode_prefix` and `velocity`, which are thin layers over the same four.
+    """
+
+    inverse_frequency: Tensor
+    time_frequency: Tensor
+
+    def __init__(self, config: Pi0Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.expert_width
+        self.vision = VisionTower(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.vlm_width)
+        nn.init.normal_(self.embedding.weight, std=config.vlm_width**-0.5)
+        self.vlm = GemmaStack(config, config.vlm_width, config.vlm_mlp, adaptive=False, last_keys_only=True)
+        self.expert = GemmaStack(config, width, config.expert_mlp, config.pi05, last_keys_only=False)
+        self.expert_norm = GemmaNorm(width, config.pi05)
+        self.action_in = nn.Linear(config.action_dim, width)
+        self.action_out = nn.Linear(width, config.action_dim)
+        if config.pi05:
+            self.time_in = nn.Linear(width, width)
+        else:
+            self.state_in = nn.Linear(config.action_dim, width)
+            self.time_in = nn.Linear(2 * width, width)
+        self.time_out = nn.Linear(width, width)
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        self.register_buffer("inverse_frequency", ROPE_BASE**-exponent, persistent=False)
+        period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, width // 2, dtype=torch.float64)
+        self.register_buffer("time_frequency", 2 * torch.pi / period, persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of the three transformer stacks."""
+        return self.vision.projector.weight.dtype
+
+    def set_dtype(self, dtype: torch.dtype) -> Pi0:
+        """Casts what openpi's mixed precision casts, in place.
+
+        Patch convolution, position table, Gemma norms, and the projections around the expert stay float32.
+        """
+        kept = [self.vision.patch, *(m for m in self.modules() if isinstance(m, GemmaNorm))]
+        excluded = {id(parameter) for module in kept for parameter in module.parameters()}
+        excluded.add(id(self.vision.position))
+        for module in (self.vision, self.embedding, self.vlm, self.expert):
+            for parameter in module.parameters():
+                if id(parameter) not in excluded:
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
+    def rope(self, position: Tensor) -> Rope:
+        """Rotations for integer positions [B, T]."""
+        angle = position[:, :, None, None, None] * self.inverse_frequency
+        sin = angle.sin()
+        return Rope(angle.cos().to(self.dtype), torch.cat([-sin, sin], dim=-2).to(self.dtype))
+
+    def _norms(self, condition: Tensor | None) -> tuple[Modulation, ...]:
+        """Modulations of all expert norms: two per layer, then the final one."""
+        return (
+            *self.expert.modulations(condition, self.dtype),
+            self.expert_norm.modulation(condition, self.dtype),
+        )
+
+    def step_tables(self, times: Tensor) -> Step:
+        """Everything that depends on the denoising time alone, for float32 times [n]: rows of [n, width].
+
+        Differentiable in the parameters. pi0 folds the projection of the action into the first layer of
+        the action-time MLP: in(cat[W x + b, e]) = (A W) x + (A b + T e + c).
+        """
+        angle = times.to(torch.float64)[:, None] * self.time_frequency
+        embedding = torch.cat([angle.sin(), angle.cos()], dim=-1).to(torch.float32)
+        if self.config.pi05:
+            condition = F.silu(self.time_out(F.silu(self.time_in(embedding))))
+            bias = self.action_in.bias.expand(len(times), -1)
+            return Step(self.action_in.weight, bias, self._norms(condition))
+        of_action, of_time = self.time_in.weight.chunk(2, dim=1)
+        bias = F.linear(embedding, of_time, self.time_in.bias + of_action @ self.action_in.bias)
+        return Step(of_action @ self.action_in.weight, bias, self._norms(None))
+
+    def run_prefix(self, images: Tensor, tokens: Tensor, token_mask: Tensor, extend: Extend) -> Tensor:
+        """Encodes cameras and prompt; every layer's keys and values go to `extend`.
+
+        images float32 [B, cameras, 3, size, size] in [-1, 1]; tokens int64 [B, L]; token_mask bool [B, L].
+        Returns the hidden state [B, P, vlm_width] that enters the last layer.
+        """
+        batch = images.shape[0]
+        image_tokens = self.vision(images.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
+        language = self.embedding(tokens) * self.config.vlm_width**0.5
+        x = torch.cat([image_tokens, language], dim=1)
+        before = image_tokens.shape[1]
+        mask = key_mask(token_mask, before, 0, self.dtype)
+        rope = self.rope(F.pad(token_mask, (before, 0), value=True).cumsum(1) - 1)
+        norms = self.vlm.modulations(None, self.dtype)
+        hidden: Tensor = self.vlm(x, norms, rope, mask, extend, last_keys_only=True)
+        return hidden
+
+    def run_state(self, state: Tensor, position: Tensor, mask: Tensor, extend: Extend) -> None:
+        """Sends the state token's keys and values of every expert layer to `extend` (pi0 only).
+
+        state float32 [B, action_dim], normalised and padded; position int64 [B]; mask [B, 1, 1, P + 1].
+        """
+        x = self.state_in(state)[:, None].to(self.dtype)
+        rope = self.rope(position[:, None])
+        self.expert(x, self._norms(None), rope, mask, extend, last_keys_only=True)
+
+    def action_rope(self, position: Tensor) -> Rope:
+        """Rotations of the action tokens, the first of which is at `position` [B]."""
+        slots = torch.arange(self.config.action_horizon, device=position.device)
+        return self.rope(position[:, None] + slots)
+
+    def run_actions(self, x_t: Tensor, step: Step, rope: Rope, mask: Tensor, extend: Extend) -> Tensor:
+        """Velocity float32 [B, H, action_dim] at x_t float32 [B, H, action_dim]."""
+        x = F.linear(x_t, step.input_weight) + step.input_bias
+        if not self.config.pi05:
+            x = self.time_out(F.silu(x))
+        x = x.to(self.dtype)
+        x = self.expert(x, step.norms, rope, mask, extend)
+        velocity: Tensor = self.action_out(rms_norm(x, step.norms[-1]).float())
+        return velocity
+
+    def encode_images(self, images: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
+        """Keys and values of cameras and prompt (shapes as in `run_prefix`); differentiable."""
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def extend(_: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            keys.append(key)
+            values.append(value)
+            return key, value
+
+        hidden = self.run_prefix(images, tokens, token_mask, extend)
+        before = hidden.shape[1] - tokens.shape[1]
+        mask = key_mask(token_mask, before, 0, self.dtype)
+        return Prefix(keys, values, mask, before + token_mask.sum(1), hidden)
+
+    def append_state(self, prefix: Prefix, state: Tensor) -> Prefix:
+        """`prefix` with the state token behind it; state float32 [B, action_dim]. pi0.5 has none."""
+        if self.config.pi05:
+            return prefix
+        mask = F.pad(prefix.mask, (0, 1))
+        grown: list[tuple[Tensor, Tensor]] = []
+
+        def extend(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            grown.append(_behind(prefix, layer, key, value))
+            return grown[-1]
+
+        self.run_state(state, prefix.position, mask, extend)
+        keys, values = [key for key, _ in grown], [value for _, value in grown]
+        return Prefix(keys, values, mask, prefix.position + 1, prefix.hidden)
+
+    def encode_prefix(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Prefix:
+        """Encodes an observation; shapes as in `run_prefix` and `run_state`. Differentiable."""
+        return self.append_state(self.encode_images(images, tokens, token_mask), state)
+
+    def velocity(self, x_t: Tensor, t: Tensor, prefix: Prefix) -> Tensor:
+        """Velocity [B, H, action_dim] at x_t [B, H, action_dim] and time t [B] in [0, 1]; 1 is noise.
+
+        Differentiable; the flow-matching target is noise - actions.
+        """
+        table = self.step_tables(t)
+        norms = tuple(norm.rows((slice(None), None)) for norm in table.norms)
+        step = Step(table.input_weight, table.input_bias[:, None], norms)
+        mask = F.pad(prefix.mask, (0, self.config.action_horizon))
+        rope = self.action_rope(prefix.position)
+        return self.run_actions(x_t, step, rope, mask, partial(_behind, prefix))
+
+
+def _behind(prefix: Prefix, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = prefix.keys[layer], prefix.values[layer]
+    return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+
+
+def time_grid(steps: int, kind: str) -> list[float]:
+    """The float32 times at which the velocity is evaluated, from 1 (noise) downwards.
+
+    `accumulated` adds -1/steps in float32 as openpi's loop does; `exact` rounds 1 - k/steps.
+    """
+    if kind == "exact":
+        return [1.0 - k / steps for k in range(steps)]
+    delta = torch.tensor(-1.0 / steps)
+    time = torch.tensor(1.0)
+    times = []
+    while time >= -delta / 2:
+        times.append(time.item())
+        time = time + delta
+    return times
+
+
+def step_rows(table: Step) -> Iterator[Step]:
+    """The rows of `Pi0.step_tables` one by one, as one-dimensional views."""
+    for k in range(table.input_bias.shape[0]):
+        yield Step(table.input_weight, table.input_bias[k], tuple(norm.rows(k) for norm in table.norms))

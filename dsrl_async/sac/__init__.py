@@ -1,0 +1,18 @@
+"""DSRL-SAC: the agent that chooses the noise from which the frozen policy starts denoising.
+
+`networks` holds the actor and the critic, `agent` the training state and the update, `flat` the contiguous
+parameter buffers, `augmentation` the image augmentation. Everything is fp32 and works on tensors only.
+"""
+
+METRIC_NAMES = (
+    "train/sac/critic_loss",
+    "train/critic/grad_norm",
+    "train/sac/actor_loss",
+    "train/actor/entropy",
+    "train/actor/grad_norm",
+    "train/sac/alpha_loss",
+    "train/sac/alpha",
+    "train/sac/q_mean",
+    "train/sac/target_q_mean",
+)
+"""Meaning of each element of the metrics that `SacAgent.update` returns."""

@@ -1,0 +1,298 @@
+"""The actor (image, state -> noise) and the critic (image, state, noise -> Q heads) of DSRL-SAC.
+
+Conventions, used by every function of this package:
+
+* The RL *action* is tanh(u) in [-1, 1]. The *noise* handed to the policy is action * action_magnitude.
+* Replay holds the noise that was really used, so warm-up noise, unsquashed N(0, I), may exceed the magnitude.
+* The critic sees the noise as the policy sees it, not divided by the magnitude: its input then stays of order
+  one for both kinds of noise, and its meaning does not depend on a setting of the actor.
+* Log-probabilities are those of the action: the constant log-volume `action_dim * log(action_magnitude)` of
+  the scaling is left out, so that `target_entropy` means the same for every magnitude.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsrl_async.config import SacConfig
+from dsrl_async.sac.augmentation import colour_jitter
+from dsrl_async.sac.flat import FlatModule
+
+IMAGE_SIZE = 64
+LAST_LAYER_GAIN = 0.01
+
+
+def action_dim(config: SacConfig, horizon: int) -> int:
+    """Width of the RL action: one noise vector, or one for each of `horizon` slots with `per_slot`."""
+    return config.noise_dim * (horizon if config.noise_layout == "per_slot" else 1)
+
+
+def expand_noise(noise: Tensor, horizon: int, layout: str) -> Tensor:
+    """The policy's initial noise from the agent's.
+
+    Args:
+        noise: fp32 [B, A], A = `action_dim(config, horizon)`.
+        horizon: action slots of the policy.
+        layout: `repeat` or `per_slot`.
+
+    Returns:
+        fp32 [B, horizon, noise_dim], a view; with `repeat` all slots share memory.
+    """
+    if layout == "per_slot":
+        return noise.view(noise.shape[0], horizon, -1)
+    return noise.unsqueeze(1).expand(-1, horizon, -1)
+
+
+def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = None) -> Tensor:
+    """Average-pool the image and scale it to `image_range`.
+
+    Args:
+        image: uint8 [B, 64, 64, 3].
+        config: reads `image_pool` and `image_range`.
+        jitter: fp32 [B, 3] in [0, 1], random numbers for `colour_jitter`; None for no jitter.
+
+    Returns:
+        fp32 [B, 3, 64 / image_pool, 64 / image_pool], in channels-last memory format.
+    """
+    pool = config.image_pool
+    unit = 1.0 / (255 * pool * pool)
+    if pool > 1:
+        # Exact integer sums of whole rows, then of whole pixels: on a CPU 6x faster than avg_pool2d.
+        size = IMAGE_SIZE // pool
+        rows = image.view(-1, size, pool, IMAGE_SIZE * 3).to(torch.int16)
+        columns = functools.reduce(torch.add, rows.unbind(2)).view(-1, size, size, pool, 3)
+        image = functools.reduce(torch.add, columns.unbind(3))
+    pixels = image.permute(0, 3, 1, 2).to(torch.float32)
+    if jitter is not None:
+        pixels = colour_jitter(pixels.mul_(unit), jitter)
+        return pixels if config.image_range == "zero_one" else pixels.mul_(2).sub_(1)
+    return pixels.mul_(unit) if config.image_range == "zero_one" else pixels.mul_(2 * unit).sub_(1)
+
+
+class Encoder(nn.Module):
+    """Convolutions with ReLU, then Linear, LayerNorm, tanh; the state likewise or raw; concatenated."""
+
+    def __init__(self, config: SacConfig) -> None:
+        super().__init__()
+        channels = [3, *config.conv_channels]
+        self.convolutions = nn.ModuleList()
+        size = IMAGE_SIZE // config.image_pool
+        for (fan_in, fan_out), kernel, stride in zip(
+            itertools.pairwise(channels), config.conv_kernels, config.conv_strides, strict=True
+        ):
+            self.convolutions.append(nn.Conv2d(fan_in, fan_out, kernel, stride, config.conv_padding))
+            size = (size + 2 * config.conv_padding - kernel) // stride + 1
+        self.image_projection = nn.Linear(channels[-1] * size * size, config.image_latent_dim)
+        self.image_norm = nn.LayerNorm(config.image_latent_dim)
+        self.encodes_state = config.state_latent_dim > 0
+        if self.encodes_state:
+            self.state_projection = nn.Linear(config.state_dim, config.state_latent_dim)
+            self.state_norm = nn.LayerNorm(config.state_latent_dim)
+        self.output_dim = config.image_latent_dim + (config.state_latent_dim or config.state_dim)
+        if config.init == "orthogonal":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.orthogonal_(module.weight, math.sqrt(2))
+                elif isinstance(module, nn.Linear):
+                    nn.init.xavier_normal_(module.weight)
+                if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
+        """fp32 [B, 3, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
+        x = pixels
+        for convolution in self.convolutions:
+            x = convolution(x).relu_()
+        # Pixels are channels-last in memory, so this order flattens without a copy.
+        x = x.permute(0, 2, 3, 1).flatten(1)
+        x = self.image_norm(self.image_projection(x)).tanh_()
+        if self.encodes_state:
+            state = self.state_norm(self.state_projection(state)).tanh_()
+        return torch.cat([x, state], dim=1)
+
+
+class Actor(FlatModule):
+    """Squashed normal policy: `tanh(mean + exp(log_std) * eps)`.
+
+    Args:
+        config: network settings.
+        horizon: action slots of the policy; matters with `per_slot` only.
+        device: where the parameters live.
+        seed: of the initial weights; the global random state is left as it was.
+        trainable: whether gradients are kept; an actor that only acts needs none.
+    """
+
+    def __init__(
+        self,
+        config: SacConfig,
+        horizon: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        trainable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.encoder = Encoder(config)
+            widths = [self.encoder.output_dim, *config.hidden_dims]
+            self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
+            self.norms = nn.ModuleList(nn.LayerNorm(o) for o in config.hidden_dims if config.actor_layer_norm)
+            self.output = nn.Linear(widths[-1], 2 * action_dim(config, horizon))
+            # Both kinds of initialisation start near mean 0, log_std 0 for every observation.
+            for half in self.output.weight.data.chunk(2):
+                if config.init == "orthogonal":
+                    nn.init.orthogonal_(half, LAST_LAYER_GAIN)
+                else:
+                    nn.init.xavier_uniform_(half, LAST_LAYER_GAIN)
+            nn.init.zeros_(self.output.bias)
+            if config.init == "orthogonal":
+                for linear in self.hidden.children():
+                    assert isinstance(linear, nn.Linear)
+                    nn.init.orthogonal_(linear.weight)
+                    nn.init.zeros_(linear.bias)
+        self.flatten_(device, trainable)
+
+    def forward(self, pixels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters of the normal distribution of u.
+
+        Args:
+            pixels: fp32 [B, 3, S, S] from `preprocess_image`.
+            state: fp32 [B, state_dim].
+
+        Returns:
+            mean and log_std, each fp32 [B, A]; log_std within [log_std_min, log_std_max].
+        """
+        x = self.encoder(pixels, state)
+        for index, linear in enumerate(self.hidden):
+            x = linear(x)
+            if self.config.actor_layer_norm:
+                x = self.norms[index](x)
+            x = x.relu_()
+        mean, log_std = self.output(x).chunk(2, dim=1)
+        return mean, log_std.clamp(self.config.log_std_min, self.config.log_std_max)
+
+
+class Critic(FlatModule):
+    """`num_q_heads` Q functions over one encoder; the heads are evaluated together by batched products.
+
+    Arguments as for `Actor`.
+    """
+
+    def __init__(
+        self,
+        config: SacConfig,
+        horizon: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        trainable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.num_q_heads
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.encoder = Encoder(config)
+            widths = [self.encoder.output_dim + action_dim(config, horizon), *config.hidden_dims, 1]
+            self.weights = nn.ParameterList()
+            self.norm_scales = nn.ParameterList()
+            self.norm_shifts = nn.ParameterList()
+            self.biases = nn.ParameterList()
+            for index, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+                weight = torch.empty(heads, fan_in, fan_out)
+                bias = torch.zeros(heads, 1, fan_out)
+                if config.init == "orthogonal":
+                    for head in weight:
+                        nn.init.orthogonal_(head)
+                elif index + 1 < len(widths) - 1:
+                    nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
+                    nn.init.uniform_(bias, -(fan_in**-0.5), fan_in**-0.5)
+                else:
+                    nn.init.normal_(weight, std=LAST_LAYER_GAIN)
+                self.weights.append(nn.Parameter(weight))
+                self.biases.append(nn.Parameter(bias))
+                if config.critic_layer_norm and index + 1 < len(widths) - 1:
+                    self.norm_scales.append(nn.Parameter(torch.ones(heads, 1, fan_out)))
+                    self.norm_shifts.append(nn.Parameter(torch.zeros(heads, 1, fan_out)))
+        self.flatten_(device, trainable)
+
+    def q_values(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Q heads from encoded observations.
+
+        Args:
+            features: fp32 [B, F] from `encoder`.
+            noise: fp32 [B, A], the noise as the policy sees it.
+
+        Returns:
+            fp32 [heads, B].
+        """
+        x = torch.cat([features, noise], dim=1).expand(self.config.num_q_heads, -1, -1)
+        last = len(self.weights) - 1
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if index == last:
+                break
+            if self.config.critic_layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+                x = torch.addcmul(self.norm_shifts[index], x, self.norm_scales[index])
+            x = x.relu_()
+        return x.squeeze(-1)
+
+    def forward(self, pixels: Tensor, state: Tensor, noise: Tensor) -> Tensor:
+        """fp32 [B, 3, S, S], fp32 [B, state_dim], fp32 [B, A] -> fp32 [heads, B]."""
+        return self.q_values(self.encoder(pixels, state), noise)
+
+
+def aggregate_heads(q: Tensor, rule: str) -> Tensor:
+    """fp32 [heads, B] -> fp32 [B] by `mean` or `min` over the heads."""
+    return q.mean(0) if rule == "mean" else q.amin(0)
+
+
+def log_prob(u: Tensor, log_std: Tensor, eps: Tensor) -> Tensor:
+    """Log-density of the action tanh(u) where u = mean + exp(log_std) * eps.
+
+    log N(u) - sum log(1 - tanh(u)^2), with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which neither
+    overflows nor loses digits for large |u|, where 1 - tanh(u)^2 rounds to 0.
+
+    Args:
+        u, log_std, eps: [B, A]; u before squashing, eps the standard normal draw that it was made from.
+
+    Returns:
+        [B], for the action in [-1, 1]: the volume of `action_magnitude` is not included.
+    """
+    half_log_jacobian = math.log(2.0) - u - F.softplus(-2.0 * u)
+    per_dimension = -0.5 * eps.square() - log_std - 2.0 * half_log_jacobian
+    return per_dimension.sum(1) - 0.5 * math.log(2.0 * math.pi) * u.shape[1]
+
+
+@torch.no_grad()
+def act(
+    actor: Actor,
+    image: Tensor,
+    state: Tensor,
+    eps: Tensor,
+    use_gaussian: Tensor,
+    deterministic: bool = False,
+) -> Tensor:
+    """The noise with which the policy starts, for a batch of observations.
+
+    Args:
+        actor: the current actor.
+        image: uint8 [B, 64, 64, 3].
+        state: fp32 [B, state_dim].
+        eps: fp32 [B, A], standard normal.
+        use_gaussian: bool or fp32 [B]; where true (non-zero), warm-up: the noise is `eps` itself.
+        deterministic: take tanh(mean) instead of a sample.
+
+    Returns:
+        fp32 [B, A].
+    """
+    mean, log_std = actor(preprocess_image(image, actor.config), state)
+    u = mean if deterministic else torch.addcmul(mean, log_std.exp(), eps)
+    return torch.where(use_gaussian.bool().unsqueeze(1), eps, u.tanh() * actor.config.action_magnitude)

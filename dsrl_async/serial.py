@@ -1,0 +1,53 @@
+"""A run in one process and in a fixed order: the same components, bit-for-bit reproducible by seed.
+
+Meant for the debugger and for tests. Each round all waiting requests are answered, then every actor executes its
+action chunk, then the learner does the updates that the replay ratio asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsrl_async.inference import InferenceServer
+from dsrl_async.learner import Learner
+from dsrl_async.preflight import cpu_threads, policy_directory
+from dsrl_async.sac.flat import layout_hash
+from dsrl_async.session import Session
+from dsrl_async.weights import decode
+from dsrl_async.worker import Actor
+
+
+def run_serial(session: Session) -> dict[str, Any]:
+    """Run on the CPU until a limit or a signal; ends with a checkpoint and returns the summary."""
+    config, arena = session.config, session.arena
+    torch.set_num_threads(cpu_threads(config.learner.threads))
+    device = torch.device("cpu")
+    server = InferenceServer(config, arena, device, "stochastic", lambda lanes: None, policy_directory(config))
+    layout, size = layout_hash(server.actor), server.actor.flat.numel()
+
+    def publish(frame: bytes) -> None:
+        server.load_weights(decode(frame, layout, size))
+
+    learner = Learner(config, arena, session.horizon, device, session.run_dir, publish)
+    env_config = config.env.model_dump()
+    actors = [Actor(lane, 1, config.seed, env_config, arena) for lane in range(config.actors)]
+    for actor in actors:
+        actor.start()
+    while (reason := session.reason_to_stop()) is None:
+        while server.serve_ready(server.slots.ready()):
+            pass
+        for actor in actors:
+            if actor.ready():
+                actor.advance()
+        while learner.due() and learner.update():
+            pass
+        if learner.checkpoint_due():
+            learner.checkpoint()
+        if session.tick_due():
+            session.tick({})
+    learner.checkpoint()
+    for actor in actors:
+        actor.env.close()
+    return session.finish(reason, {})

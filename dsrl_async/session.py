@@ -1,0 +1,97 @@
+"""What an asynchronous and a serial run share: the memory, restored; the figures; the reasons to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dsrl_async import checkpoints
+from dsrl_async.config import Config
+from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.sac import METRIC_NAMES
+from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.memory import create_memory
+from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.telemetry.console import Display
+from dsrl_async.telemetry.monitor import SUCCESS_EPISODES, RunMonitor, View
+
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hangup"}
+
+
+class StopRequest:
+    """From its creation on, SIGINT, SIGTERM and SIGHUP no longer end the process but set `reason`."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or SIGNALS[signal.Signals(number)]
+
+
+class Session:
+    """A run from launch to summary, in the process that was launched."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        spec: EnvironmentSpec,
+        horizon: int,
+        stop: StopRequest,
+        console: Display,
+    ) -> None:
+        self.config, self.run_dir, self.horizon = config, run_dir, horizon
+        self._stop, self._console = stop, console
+        self.arena = create_memory(config, spec, horizon)
+        self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
+        if (checkpoint := checkpoints.find(run_dir)) is not None:
+            checkpoints.restore_shared(checkpoint, self.counters, self.ring)
+        self._wall_before = float(self.counters.control_wall_s[0])
+        self.monitor = RunMonitor(config, run_dir, self.counters.snapshot(), METRIC_NAMES, self._wall_before)
+        self._begin = time.monotonic()
+        self._next_tick = self._begin + config.log.interval_s
+        self._view: View | None = None
+
+    def tick(self, pids: dict[str, int]) -> None:
+        """Write and show the figures of this moment."""
+        now = time.monotonic()
+        self._next_tick = max(self._next_tick + self.config.log.interval_s, now)
+        self.counters.control_wall_s[0] = self._wall_before + now - self._begin
+        self.counters.learner_replay_size[0] = self.ring.size()
+        self._view = self.monitor.tick(self.counters.snapshot(), {"supervisor": os.getpid(), **pids})
+        self._console.update(self._view)
+
+    def tick_due(self) -> bool:
+        return time.monotonic() >= self._next_tick
+
+    def reason_to_stop(self) -> str | None:
+        """The signal or limit that ends the run now, if any; the first reached wins."""
+        config, view = self.config, self._view
+        if self._stop.reason:
+            return self._stop.reason
+        if config.max_minutes is not None and time.monotonic() - self._begin >= config.max_minutes * 60:
+            return "max_minutes"
+        if config.max_decisions is not None and self.counters.decisions() >= config.max_decisions:
+            return "max_decisions"
+        if (
+            config.stop_at_success is not None
+            and view is not None
+            and view.success_rate is not None
+            and view.success_episodes >= SUCCESS_EPISODES
+            and view.success_rate >= config.stop_at_success
+        ):
+            return "stop_at_success"
+        return None
+
+    def finish(self, reason: str, pids: dict[str, int]) -> dict[str, Any]:
+        """Last figures and the summary; the monitor is closed."""
+        self.tick(pids)
+        summary = self.monitor.summary()
+        self.monitor.close()
+        return {"run_dir": str(self.run_dir), "exit_reason": reason, **summary}

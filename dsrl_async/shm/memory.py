@@ -1,0 +1,24 @@
+"""The shared memory of a run: slots, replay ring and counters in one mapping."""
+
+from __future__ import annotations
+
+from dsrl_async.config import Config
+from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.shm.arena import Arena, Fields
+from dsrl_async.shm.counters import counter_fields
+from dsrl_async.shm.replay import replay_fields
+from dsrl_async.shm.slots import slot_fields
+
+
+def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
+    """All arrays of a run with `config.actors` actors and a policy of `horizon` action slots."""
+    noise_width = config.sac.noise_width(horizon)
+    return {
+        **slot_fields(config.actors, spec, config.env.chunk, noise_width, horizon * config.sac.noise_dim),
+        **replay_fields(config.actors, config.replay.capacity // config.actors, spec.state_dim, noise_width),
+        **counter_fields(config.actors),
+    }
+
+
+def create_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> Arena:
+    return Arena.create(run_fields(config, spec, horizon))

@@ -1,0 +1,179 @@
+"""The replay buffer: a ring of rows in shared memory, one lane per actor.
+
+A row is one decision: the observation SAC saw, the noise that was used, and what came of it. Next observations are
+not stored: a decision's next observation is the next row of its lane. A lane's newest row is always *pending*: its
+observation is there, its outcome is not. When an episode ends (or the actor dies) the pending row simply never gets
+an outcome; it stays as the last decision's next observation and is never sampled itself.
+
+Only the actor writes its lane, and it advances `head` after the data, so nothing is locked. A reader copies rows
+first and then looks whether the writer has come round to them meanwhile; if so, it draws others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dsrl_async.shm.arena import Arena, Fields
+from dsrl_async.shm.slots import SAC_IMAGE_SHAPE
+
+ROW_FIELDS = ("image", "state", "noise", "reward", "steps", "terminal", "policy_version", "complete")
+
+
+def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: int) -> Fields:
+    rows = (lanes, rows_per_lane)
+    return {
+        "replay/image": ((*rows, *SAC_IMAGE_SHAPE), "uint8"),
+        "replay/state": ((*rows, state_dim), "float32"),
+        "replay/noise": ((*rows, noise_width), "float32"),
+        "replay/reward": (rows, "float32"),
+        "replay/steps": (rows, "int32"),
+        "replay/terminal": (rows, "bool"),
+        "replay/policy_version": (rows, "int64"),
+        "replay/complete": (rows, "bool"),
+        "replay/head": ((lanes,), "int64"),
+    }
+
+
+class Transitions(NamedTuple):
+    """A sampled batch of B decisions."""
+
+    image: np.ndarray  # uint8 [B, 64, 64, 3]
+    state: np.ndarray  # float32 [B, 8]
+    noise: np.ndarray  # float32 [B, A], as the policy received it
+    reward: np.ndarray  # float32 [B]
+    steps: np.ndarray  # int32 [B], executed environment steps
+    terminal: np.ndarray  # bool [B], success (a truncated episode is not terminal)
+    policy_version: np.ndarray  # int64 [B]
+    next_image: np.ndarray  # uint8 [B, 64, 64, 3]
+    next_state: np.ndarray  # float32 [B, 8]
+
+
+class ReplayRing:
+    """Writer and reader of the ring. `head` counts rows started in a lane; row r lies at r % rows_per_lane."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.rows = {name: arena[f"replay/{name}"] for name in ROW_FIELDS}
+        self.head = arena["replay/head"]  # row number of the pending row + 1; 0: nothing was ever written
+        self.lanes, self.rows_per_lane = self.rows["reward"].shape
+
+    # ---- the actor's side
+
+    def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray) -> None:
+        """Write an episode's first observation, image uint8 [64, 64, 3] and state float32 [8]."""
+        head = int(self.head[lane])
+        # A predecessor that was killed inside `append` may have left its pending row marked complete.
+        self.rows["complete"][lane, (head - 1) % self.rows_per_lane] = False
+        self._write_observation(lane, head, image, state)
+        self.head[lane] = head + 1
+
+    def append(
+        self,
+        lane: int,
+        noise: np.ndarray,
+        reward: float,
+        steps: int,
+        terminal: bool,
+        policy_version: int,
+        next_image: np.ndarray,
+        next_state: np.ndarray,
+    ) -> None:
+        """Complete the pending row with its outcome and write the next observation behind it."""
+        head = int(self.head[lane])
+        assert head > 0, "append before begin_episode"
+        row = (head - 1) % self.rows_per_lane
+        self._write_observation(lane, head, next_image, next_state)
+        rows = self.rows
+        rows["noise"][lane, row] = noise
+        rows["reward"][lane, row] = reward
+        rows["steps"][lane, row] = steps
+        rows["terminal"][lane, row] = terminal
+        rows["policy_version"][lane, row] = policy_version
+        rows["complete"][lane, row] = True
+        self.head[lane] = head + 1
+
+    def _write_observation(self, lane: int, number: int, image: np.ndarray, state: np.ndarray) -> None:
+        row = number % self.rows_per_lane
+        self.rows["complete"][lane, row] = False
+        self.rows["image"][lane, row] = image
+        self.rows["state"][lane, row] = state
+
+    # ---- the learner's side
+
+    def windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and one-past-last row number of each lane that can be read, int64 [lanes] each.
+
+        The last started row is pending; the writer may be filling row `head`, where row `head - rows_per_lane` was.
+        """
+        head = self.head.copy()
+        low = np.maximum(0, head + 1 - self.rows_per_lane)
+        return low, np.maximum(low, head - 1)
+
+    def size(self) -> int:
+        """Decisions that can be sampled, at this moment (closing rows not counted)."""
+        low, high = self.windows()
+        return int(
+            sum(
+                np.count_nonzero(self.rows["complete"][lane, np.arange(low[lane], high[lane]) % self.rows_per_lane])
+                for lane in range(self.lanes)
+            )
+        )
+
+    def sample(self, rng: np.random.Generator, batch_size: int, attempts: int = 100) -> Transitions | None:
+        """Draw `batch_size` decisions uniformly, with replacement; None if there are hardly any.
+
+        Rows that are pending, or overwritten while they were copied, are drawn again.
+        """
+        out: list[tuple[np.ndarray, ...]] = []
+        missing = batch_size
+        for _ in range(attempts):
+            low, high = self.windows()
+            ends = np.cumsum(high - low)
+            if ends[-1] == 0:
+                return None
+            draws = rng.integers(0, ends[-1], size=missing)
+            lanes = np.searchsorted(ends, draws, side="right")
+            numbers = high[lanes] - (ends[lanes] - draws)
+            keep = self.rows["complete"][lanes, numbers % self.rows_per_lane]
+            lanes, numbers = lanes[keep], numbers[keep]
+            copied = self._copy(lanes, numbers)
+            intact = numbers >= self.windows()[0][lanes]
+            if not intact.all():
+                copied = tuple(column[intact] for column in copied)
+            out.append(copied)
+            missing -= len(copied[0])
+            if missing == 0:
+                return Transitions(*(np.concatenate(columns) for columns in zip(*out, strict=True)))
+        return None
+
+    def _copy(self, lanes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
+        row, following = numbers % self.rows_per_lane, (numbers + 1) % self.rows_per_lane
+        return (
+            *(self.rows[name][lanes, row] for name in ROW_FIELDS[:-1]),
+            self.rows["image"][lanes, following],
+            self.rows["state"][lanes, following],
+        )
+
+    # ---- checkpoints
+
+    def export_lane(self, lane: int) -> dict[str, np.ndarray]:
+        """Copy a lane's rows, oldest first, the pending one last, as arrays [n, ...] named by `ROW_FIELDS`."""
+        head = int(self.head[lane])
+        numbers = np.arange(max(0, head - self.rows_per_lane), head)
+        copied = {name: rows[lane, numbers % self.rows_per_lane] for name, rows in self.rows.items()}
+        # The writer may have gone on: what it can have reached is dropped; the last row was pending when copied.
+        first_intact = self.windows()[0][lane]
+        copied = {name: column[numbers >= first_intact] for name, column in copied.items()}
+        if len(copied["complete"]):
+            copied["complete"][-1] = False
+        return copied
+
+    def import_rows(self, lane: int, columns: dict[str, np.ndarray]) -> None:
+        """Append exported rows to a lane (before its actor starts); the oldest are dropped if they do not fit."""
+        columns = {name: column[-self.rows_per_lane :] for name, column in columns.items()}
+        count, head = len(columns["complete"]), int(self.head[lane])
+        numbers = np.arange(head, head + count) % self.rows_per_lane
+        for name, column in columns.items():
+            self.rows[name][lane, numbers] = column
+        self.head[lane] = head + count

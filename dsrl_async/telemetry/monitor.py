@@ -1,0 +1,354 @@
+"""Turns the shared counters into figures: TensorBoard, `metrics.jsonl`, the run's summary, a `View` to show.
+
+Runs in the supervisor, about once a second, on a snapshot of the counters; the hot path knows nothing of it.
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from dsrl_async.config import Config
+from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES
+from dsrl_async.telemetry.processes import ProcessUsage
+
+Snapshot = dict[str, np.ndarray]
+"""What `Counters.snapshot` returns."""
+
+SUCCESS_EPISODES = 100  # the success rate is that of so many last episodes
+RATE_WINDOW_S = 10.0  # recent rates are means over so many seconds: one slow chunk does not make them jump
+HISTORY_POINTS = 48  # points of the success history that is shown
+
+PER_ACTOR = ("actor_decisions", "actor_env_steps", "actor_policy_lag", "actor_phase_s")
+PER_PROCESS = (
+    "inference_batches",
+    "inference_rows",
+    "inference_padded_rows",
+    "inference_queue_wait_s",
+    "inference_phase_s",
+    "learner_updates",
+    "learner_phase_s",
+)
+
+
+class Episode(NamedTuple):
+    """A finished episode: sum of its decisions' rewards, executed env steps, 1 if it succeeded."""
+
+    episode_return: float
+    length: int
+    success: int
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What happened between two moments. Means are 0 where there was nothing to average.
+
+    `policy_lag` is in gradient updates, `batch_fill` is observations per padded row, `queue_wait_ms` lasts
+    from an observation's request to its gathering. `phases` gives, per kind of process, each phase's share of
+    wall time, averaged over the actors; what is missing to 1 is spent outside any phase. A phase counts when
+    it ends.
+    """
+
+    env_steps_per_s: float
+    decisions_per_s: float
+    updates_per_s: float
+    policy_lag: float
+    batch_size: float
+    batch_fill: float
+    queue_wait_ms: float
+    phases: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class View:
+    """The state of the run at one tick. Counts and `wall_s` include what a resumed run had before."""
+
+    wall_s: float
+    remaining_s: float | None  # None: no limit is set, or the pace is unknown
+    progress: float | None  # share of the limit that is nearest, 0 to 1
+    env_steps: int
+    decisions: int
+    updates: int
+    episodes: int
+    success_rate: float | None  # of the last `success_episodes` episodes of this launch
+    success_episodes: int
+    success_history: tuple[float, ...]  # over this launch, evenly spaced
+    recent: Activity  # the last RATE_WINDOW_S
+    overall: Activity  # this launch
+    replay_ratio: float  # updates per decision after the warm-up, 0 before
+    replay_size: int
+    replay_utilization: float
+    cpu_percent: dict[str, float]  # kind of process -> percent of one core
+    memory_mb: dict[
+        str, float
+    ]  # supervisor, inference, learner, actor_mean: private memory; 0 if there is none
+    processes: dict[str, int]
+    metrics: dict[str, float]  # the agent's last ones; empty before the first update
+
+
+class RunMonitor:
+    """Follows a run. Call `tick` about every `config.log.interval_s`, and once at the end before `summary`.
+
+    Writes `run_dir/tensorboard/` (x axis: env steps) and `run_dir/metrics.jsonl` (a line per tick), both with
+    recent rates. `env/*` are means over the episodes that finished since the previous tick.
+    A resumed run appends to both; TensorBoard hides what the earlier session wrote beyond the resumed step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        start: Snapshot,
+        metric_names: tuple[str, ...],
+        resumed_wall_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`start` is the snapshot at launch, `metric_names` name the elements of `learner_metrics`."""
+        self.config, self.metric_names, self.resumed_wall_s = config, metric_names, resumed_wall_s
+        self._clock = clock
+        self._writer = EventFileWriter(str(run_dir / "tensorboard"), max_queue_size=1000, flush_secs=5)
+        self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._start_time = clock()
+        self._start = _totals(start)
+        self._ticks = deque([(self._start_time, self._start)])
+        self._episodes_seen = start["actor_episodes"].copy()
+        self._metrics_update = int(start["learner_metrics_update"][0])
+        self._metrics: dict[str, float] = {}
+        self._successes: deque[int] = deque(maxlen=SUCCESS_EPISODES)
+        self._history = _History()
+        self._usage = ProcessUsage()
+        self._processes = 1 if config.serial else config.actors  # that the actors' phases are spread over
+        self._view = self._make_view(start, self._start_time)
+        restart = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, session_log=restart))
+
+    def tick(self, snapshot: Snapshot, pids: dict[str, int]) -> View:
+        """Take in a snapshot of the counters and the processes (name -> pid, actors named `actor-<lane>`)."""
+        now = self._clock()
+        self._ticks.append((now, _totals(snapshot)))
+        while self._ticks[1][0] <= now - RATE_WINDOW_S and len(self._ticks) > 2:
+            self._ticks.popleft()
+        episodes = finished_episodes(snapshot, self._episodes_seen)
+        self._episodes_seen = snapshot["actor_episodes"].copy()
+        self._successes.extend(episode.success for episode in episodes)
+        if self._successes:
+            self._history.add(sum(self._successes) / len(self._successes))
+        new_metrics = self._read_metrics(snapshot)
+        self._usage.measure(pids, now)
+        self._view = self._make_view(snapshot, now)
+        self._write(scalars(self._view) | episode_scalars(episodes) | new_metrics)
+        return self._view
+
+    def summary(self) -> dict[str, Any]:
+        """The run's main figures as of the last tick, ready for JSON.
+
+        `wall_s` and counts include earlier sessions of a resumed run; rates, means, phases and `success_rate`
+        (last 100 episodes) are of this launch. Before there is anything to average means are 0, the success
+        rate is None.
+        """
+        view, overall = self._view, self._view.overall
+        names = ("wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate")
+        rates = ("env_steps_per_s", "decisions_per_s", "updates_per_s")
+        figures = {name: getattr(view, name) for name in names} | {
+            name: getattr(overall, name) for name in rates
+        }
+        return json_safe(
+            figures
+            | {
+                "replay_ratio": view.replay_ratio,
+                "policy_lag_mean": overall.policy_lag,
+                "batch_size_mean": overall.batch_size,
+                "batch_fill": overall.batch_fill,
+                "phases": overall.phases,
+                "memory_mb": view.memory_mb,
+            }
+        )
+
+    def close(self) -> None:
+        """Write out everything; may be called twice."""
+        self._writer.close()
+        self._lines.close()
+
+    def _read_metrics(self, snapshot: Snapshot) -> dict[str, float]:
+        """The agent's metrics if they are new, without those that its first updates do not compute."""
+        update = int(snapshot["learner_metrics_update"][0])
+        if update == self._metrics_update:
+            return {}
+        self._metrics_update = update
+        pairs = zip(self.metric_names, snapshot["learner_metrics"].tolist(), strict=False)
+        early = update <= self.config.sac.train_actor_steps  # a NaN later on is news, and is written
+        self._metrics = {name: value for name, value in pairs if not (early and math.isnan(value))}
+        return self._metrics
+
+    def _make_view(self, snapshot: Snapshot, now: float) -> View:
+        config, (then, before), totals = self.config, self._ticks[0], self._ticks[-1][1]
+        recent = activity(before, totals, now - then, self._processes)
+        decisions, updates = int(totals["actor_decisions"]), int(totals["learner_updates"])
+        learned = decisions - config.replay.warmup_decisions
+        replay_size = int(snapshot["learner_replay_size"][0])
+        remaining_s, progress = self._remaining(now - self._start_time, decisions, recent.decisions_per_s)
+        memory = self._usage.memory_mb
+        return View(
+            wall_s=self.resumed_wall_s + now - self._start_time,
+            remaining_s=remaining_s,
+            progress=progress,
+            env_steps=int(totals["actor_env_steps"]),
+            decisions=decisions,
+            updates=updates,
+            episodes=int(snapshot["actor_episodes"].sum()),
+            success_rate=sum(self._successes) / len(self._successes) if self._successes else None,
+            success_episodes=len(self._successes),
+            success_history=tuple(self._history.points),
+            recent=recent,
+            overall=activity(self._start, totals, now - self._start_time, self._processes),
+            replay_ratio=updates / learned if learned > 0 else 0.0,
+            replay_size=replay_size,
+            replay_utilization=replay_size / config.replay.capacity,
+            cpu_percent=dict(self._usage.cpu_percent),
+            memory_mb={kind: memory.get(kind, 0.0) for kind in ("supervisor", "inference", "learner")}
+            | {"actor_mean": memory.get("actor", 0.0)},
+            processes=dict(self._usage.processes),
+            metrics=self._metrics,
+        )
+
+    def _remaining(self, elapsed: float, decisions: int, pace: float) -> tuple[float | None, float | None]:
+        """Seconds left, and the share done, of the limit that comes first; minutes count from this launch."""
+        left, done = [], []
+        if self.config.max_minutes is not None:
+            left.append(self.config.max_minutes * 60 - elapsed)
+            done.append(elapsed / (self.config.max_minutes * 60))
+        if self.config.max_decisions is not None:
+            done.append(decisions / self.config.max_decisions)
+            if pace > 0:
+                left.append((self.config.max_decisions - decisions) / pace)
+        return max(0.0, min(left)) if left else None, min(1.0, max(done)) if done else None
+
+    def _write(self, values: dict[str, float]) -> None:
+        view, now = self._view, time.time()
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._writer.add_event(Event(wall_time=now, step=view.env_steps, summary=summary))
+        line = {"time": now} | asdict(view) | asdict(view.recent)
+        for name in ("recent", "overall", "success_history"):
+            del line[name]
+        self._lines.write(json.dumps(json_safe(line)) + "\n")
+
+
+def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[Episode]:
+    """Episodes finished since each actor's count was `seen`, int64 [actors], oldest first and actors in turn.
+
+    An actor's log keeps EPISODE_LOG episodes; what was overwritten before it was read is lost.
+    """
+    count = snapshot["actor_episodes"]
+    new = np.minimum(count - seen, EPISODE_LOG)
+    episodes = []
+    for age in range(int(new.max(initial=0)), 0, -1):
+        lanes = np.flatnonzero(new >= age)
+        at = lanes, (count[lanes] - age) % EPISODE_LOG
+        columns = (snapshot[f"actor_episode_{name}"][at].tolist() for name in ("return", "len", "success"))
+        episodes += [Episode(*values) for values in zip(*columns, strict=True)]
+    return episodes
+
+
+def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes: int) -> Activity:
+    """Rates and means between two `_totals` that lie `seconds` apart."""
+    change = {name: after[name] - before[name] for name in after}
+
+    def ratio(numerator: Any, denominator: Any) -> float:
+        return float(numerator / denominator) if denominator > 0 else 0.0
+
+    def shares(kind: str, names: tuple[str, ...], processes: int) -> dict[str, float]:
+        sums = change[f"{kind}_phase_s"]
+        return {name: ratio(sums[index], seconds * processes) for index, name in enumerate(names)}
+
+    return Activity(
+        env_steps_per_s=ratio(change["actor_env_steps"], seconds),
+        decisions_per_s=ratio(change["actor_decisions"], seconds),
+        updates_per_s=ratio(change["learner_updates"], seconds),
+        policy_lag=ratio(change["actor_policy_lag"], change["actor_decisions"]),
+        batch_size=ratio(change["inference_rows"], change["inference_batches"]),
+        batch_fill=ratio(change["inference_rows"], change["inference_padded_rows"]),
+        queue_wait_ms=1e3 * ratio(change["inference_queue_wait_s"], change["inference_rows"]),
+        phases={
+            "actor": shares("actor", ACTOR_PHASES, actor_processes),
+            "inference": shares("inference", INFERENCE_PHASES, 1),
+            "learner": shares("learner", LEARNER_PHASES, 1),
+        },
+    )
+
+
+def _totals(snapshot: Snapshot) -> Snapshot:
+    """Counters that `activity` compares: sums over the actors, and the other processes' own."""
+    totals = {name: snapshot[name].sum(axis=0) for name in PER_ACTOR}
+    return totals | {name: snapshot[name].squeeze() for name in PER_PROCESS}
+
+
+def scalars(view: View) -> dict[str, float]:
+    """TensorBoard values of a tick, apart from episodes and the agent's metrics."""
+    recent, memory = view.recent, view.memory_mb
+    values = {
+        "train/replay_buffer/size": view.replay_size,
+        "train/replay_buffer/utilization": view.replay_utilization,
+        "async/policy_lag": recent.policy_lag,
+        "async/batch_size": recent.batch_size,
+        "async/batch_fill": recent.batch_fill,
+        "async/queue_wait_ms": recent.queue_wait_ms,
+        "async/replay_ratio": view.replay_ratio,
+        "system/cpu_percent/total": sum(view.cpu_percent.values()),
+        "system/memory_mb/total": sum(memory.values())
+        + memory["actor_mean"] * (view.processes.get("actor", 1) - 1),
+    }
+    for rate in ("env_steps_per_s", "decisions_per_s", "updates_per_s"):
+        values[f"time/{rate}"] = getattr(recent, rate)
+    for kind, phases in recent.phases.items():
+        values |= {f"time/{kind}/{phase}": share for phase, share in phases.items()}
+    values |= {f"system/cpu_percent/{kind}": percent for kind, percent in view.cpu_percent.items()}
+    return values | {f"system/memory_mb/{kind}": megabytes for kind, megabytes in memory.items()}
+
+
+def episode_scalars(episodes: Iterable[Episode]) -> dict[str, float]:
+    """Means over episodes, nothing for no episode. `env/reward` is an episode's return per env step."""
+    rows = [(e.length, e.episode_return, e.episode_return / max(e.length, 1), e.success) for e in episodes]
+    if not rows:
+        return {}
+    names = ("env/episode_len", "env/return", "env/reward", "env/success_once")
+    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+def json_safe(value: Any) -> Any:
+    """Round floats to 4 decimals for reading; what JSON cannot express (NaN, infinities) becomes None."""
+    if isinstance(value, dict):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value
+
+
+class _History:
+    """At most HISTORY_POINTS of all the values added, evenly spaced, the last one always among them."""
+
+    def __init__(self) -> None:
+        self.points: list[float] = []
+        self._stride = 1
+        self._since = 0  # values added since the last point that stays
+
+    def add(self, value: float) -> None:
+        if self._since and self.points:
+            self.points[-1] = value
+        else:
+            self.points.append(value)
+        self._since = (self._since + 1) % self._stride
+        if len(self.points) == HISTORY_POINTS and self._since == 0:
+            self.points = self.points[1::2]
+            self._stride *= 2

@@ -1,0 +1,187 @@
+"""The environment process: executes action chunks, writes observations and transitions. Imports no torch.
+
+`Actor` is one environment with its slot and its replay lane; `main` runs one in a process of its own, and serial mode
+calls `Actor` directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dsrl_async.envs import ChunkOutcome, Environment, make_environment
+from dsrl_async.shm import events
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, Counters, Phases
+from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.slots import Slots
+
+PR_SET_PDEATHSIG = 1
+TRAINING, EVALUATION = (
+    0,
+    1,
+)  # first key of an episode's seed, so that evaluation never sees a training episode
+
+
+def episode_seed(seed: int, purpose: int, lane: int, episode: int) -> int:
+    """The number that determines an episode: scene and noise. Different for all arguments."""
+    return int(np.random.SeedSequence(seed, spawn_key=(purpose, lane, episode)).generate_state(1)[0])
+
+
+def decision_reward(outcome: ChunkOutcome, reward_rule: str, use_step_penalty: bool) -> float:
+    """Reward of a decision: -1, or 0 for a successful one; without the step penalty 0 and 1."""
+    success = outcome.success_step >= 0 if reward_rule == "chunk_success" else outcome.success_step == 0
+    return float(success) - float(use_step_penalty)
+
+
+class Actor:
+    """One environment, stepping from decision to decision.
+
+    `start` begins an episode and asks for an action chunk; once it is there (`ready`), `advance` executes it, writes
+    the transition and asks for the next one.
+    """
+
+    def __init__(
+        self,
+        lane: int,
+        incarnation: int,
+        seed: int,
+        env_config: dict[str, Any],
+        arena: Arena,
+        environment: Environment | None = None,
+    ) -> None:
+        self.lane, self.incarnation, self.seed = lane, incarnation, seed
+        self.evaluation: Iterator[int] | None = None  # numbers of the episodes to evaluate; None: training
+        self.finished = False
+        self.reward_rule = env_config["reward_rule"]
+        self.use_step_penalty = env_config["use_step_penalty"]
+        self.slots, self.ring, self.counters = Slots(arena), ReplayRing(arena), Counters(arena)
+        self.phase = Phases(ACTOR_PHASES, self.counters.actor_phase_s[lane])
+        self.env = environment or make_environment(env_config)
+        self.noise_rng = np.random.default_rng(0)
+        self.requests = 0
+        self.request_number = 0
+        self.episode_return = 0.0
+        self.episode_len = 0
+
+    def start(self) -> None:
+        """Begin a new episode and publish its first observation; without one to evaluate, be `finished`."""
+        lane, slots = self.lane, self.slots
+        if self.evaluation is None:
+            seed = episode_seed(self.seed, TRAINING, lane, int(self.counters.actor_started_episodes[lane]))
+        elif (number := next(self.evaluation, None)) is not None:
+            seed = episode_seed(self.seed, EVALUATION, 0, number)
+        else:
+            self.finished = True
+            return
+        self.counters.actor_started_episodes[lane] += 1
+        self.noise_rng = np.random.default_rng(seed)
+        self.episode_return, self.episode_len = 0.0, 0
+        with self.phase("reset"):
+            slots.task_index[lane] = self.env.reset(seed)
+        self._observe()
+        with self.phase("replay_write"):
+            self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane])
+        self._request()
+
+    def ready(self) -> bool:
+        return self.slots.answered(self.lane, self.request_number)
+
+    def advance(self) -> None:
+        """Execute the answered action chunk, write what came of it, publish the next observation."""
+        lane, slots, counters = self.lane, self.slots, self.counters
+        policy_version = int(slots.policy_version[lane])
+        with self.phase("physics"):
+            outcome = self.env.step_chunk(slots.action_chunk[lane])
+        reward = decision_reward(outcome, self.reward_rule, self.use_step_penalty)
+        self._observe()
+        with self.phase("replay_write"):
+            self.ring.append(
+                lane,
+                noise=slots.noise[lane],
+                reward=reward,
+                steps=outcome.steps,
+                terminal=outcome.terminated,
+                policy_version=policy_version,
+                next_image=slots.sac_image[lane],
+                next_state=slots.state[lane],
+            )
+        self.episode_return += reward
+        self.episode_len += outcome.steps
+        counters.actor_policy_lag[lane] += max(0, int(counters.learner_updates[0]) - policy_version)
+        counters.actor_env_steps[lane] += outcome.steps
+        counters.actor_decisions[lane] += 1
+        if outcome.terminated or outcome.truncated:
+            self._finish_episode(outcome.terminated)
+            self.start()
+        else:
+            self._request()
+
+    def _finish_episode(self, success: bool) -> None:
+        lane, counters = self.lane, self.counters
+        entry = int(counters.actor_episodes[lane]) % EPISODE_LOG
+        counters.actor_episode_return[lane, entry] = self.episode_return
+        counters.actor_episode_len[lane, entry] = self.episode_len
+        counters.actor_episode_success[lane, entry] = success
+        counters.actor_successes[lane] += success
+        counters.actor_episodes[lane] += 1
+
+    def _observe(self) -> None:
+        with self.phase("render"):
+            self.env.observe(self.slots.images[self.lane], self.slots.sac_image[self.lane], self.slots.state[self.lane])
+
+    def _request(self) -> None:
+        normal = self.slots.standard_normal[self.lane]
+        self.noise_rng.standard_normal(out=normal, dtype=np.float32)
+        self.requests += 1
+        self.request_number = self.slots.request(self.lane, self.incarnation, self.requests)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the process `parent` ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def main(argument: str) -> None:
+    """Run an actor as a process; `argument` is the JSON of `processes.start_actor`."""
+    job = json.loads(argument)
+    die_with_parent(job["parent"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when to stop
+    arena = Arena.attach(job["arena"])
+    lane, wake = job["lane"], job["wake_fd"]
+    actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
+    counters = actor.counters
+    if job["evaluation"] is not None:
+        actor.evaluation = iter(job["evaluation"]["episodes"])
+        if job["evaluation"]["video_dir"] is not None:
+            from dsrl_async.envs.recording import RecordingEnvironment
+
+            actor.env = RecordingEnvironment(actor.env, **job["evaluation"])
+    try:
+        actor.start()
+        while not (counters.control_stop[0] or actor.finished):
+            for fd in job["notify_fds"]:
+                events.notify(fd)
+            counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
+            while not (actor.ready() or counters.control_stop[0]):
+                with actor.phase("wait_action"):
+                    events.wait(wake, timeout_s=1.0)
+                counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
+            if not counters.control_stop[0]:
+                actor.advance()
+    finally:
+        actor.env.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

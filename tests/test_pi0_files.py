@@ -1,0 +1,210 @@
+"""Policy checkpoints on disk, normalisation and prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_pi0 import fill, make_model, norm_stats, small_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dsrl_async.pi0.checkpoint import EMBEDDED_POLICY, import_tensors, load_policy, save_policy
+from dsrl_async.pi0.config import Pi0Config, tabletop_config
+from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.processing import Normaliser, PromptTokenizer, scale_images
+from dsrl_async.pi0.sampler import Sampler
+
+torch.set_num_threads(1)
+
+
+def make_tokenizer(length: int = 12) -> PromptTokenizer:
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "put", "the", "block", "on", "red", "plate"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return PromptTokenizer(tokenizer, length)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model, _ = make_model(small_config())
+    save_policy(tmp_path / "policy", model, norm_stats(), make_tokenizer())
+    return tmp_path / "policy"
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    for pi05 in (False, True):
+        model, _ = make_model(small_config(pi05))
+        save_policy(tmp_path, model, norm_stats(), make_tokenizer())
+        policy = load_policy(tmp_path)
+        assert policy.config == model.config
+        loaded = policy.model.state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in policy.model.parameters())
+        original, again = Sampler(model, Normaliser(model.config, norm_stats()), 2, 10), policy.sampler(2)
+        fill(original, seed=3)
+        fill(again, seed=3)
+        original.run()
+        again.run()
+        assert torch.equal(original.actions, again.actions)
+
+
+def test_embedding_is_found_under_either_name() -> None:
+    model, tensors = make_model(small_config())
+    prefix = "paligemma_with_expert.paligemma."
+    table = tensors.pop(prefix + "lm_head.weight")
+    other = Pi0(model.config)
+    import_tensors(other, {**tensors, prefix + "model.language_model.embed_tokens.weight": table})
+    assert torch.equal(other.embedding.weight, table)
+
+
+def rewrite_json(name: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        content = json.loads((directory / name).read_text())
+        change(content)
+        (directory / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def rewrite_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors")
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "model.safetensors").unlink(), r"policy has no model\.safetensors"),
+        (lambda d: (d / "tokenizer.json").unlink(), r"policy has no tokenizer\.json"),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(b"pickle"),
+            "model.safetensors is not a valid safetensors",
+        ),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json is not a tokenizer"),
+        (lambda d: (d / "norm_stats.json").write_text("{"), r"norm_stats\.json is not valid JSON"),
+        (lambda d: (d / "norm_stats.json").write_text("[]"), r"norm_stats\.json must hold"),
+        (
+            rewrite_weights(lambda t: t.pop("action_in_proj.bias")),
+            r"model\.safetensors lacks the tensor 'action_in_proj\.bias'",
+        ),
+        (
+            rewrite_weights(lambda t: t.update({"surprise": torch.zeros(1)})),
+            r"model\.safetensors has an unexpected tensor 'surprise'$",
+        ),
+        (
+            rewrite_weights(lambda t: t.update({"state_proj.bias": torch.zeros(3)})),
+            r"tensor 'state_proj\.bias' has shape \[3\], the config expects \[48\]",
+        ),
+        (
+            rewrite_json("norm_stats.json", lambda c: c["norm_stats"]["state"]["mean"].pop()),
+            r"norm_stats\.json: state\.mean has 7 entries, expected 8",
+        ),
+        (
+            rewrite_json("norm_stats.json", lambda c: c["norm_stats"]["actions"].pop("std")),
+            r"norm_stats\.json: actions lacks 'std'",
+        ),
+        (
+            rewrite_json("config.json", lambda c: c.update(colour=1)),
+            r"config\.json has unknown fields: colour",
+        ),
+        (rewrite_json("config.json", lambda c: c.update(depth=0)), r"config\.json: .*depth is 0"),
+        (rewrite_json("config.json", lambda c: c.update(depth="3")), r"config\.json: .*depth is '3'"),
+        (
+            rewrite_json("config.json", lambda c: c.update(time_grid="fine")),
+            r"config\.json: .*time_grid is 'fine'",
+        ),
+        (
+            rewrite_json("config.json", lambda c: c.update(patch_size=15)),
+            r"config\.json: .*multiple of patch_size",
+        ),
+    ],
+)
+def test_damage_is_named_in_one_sentence(
+    checkpoint: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    damage(checkpoint)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_policy(checkpoint)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
+        load_policy(tmp_path / "nowhere")
+
+
+def test_images_are_scaled_to_minus_one_one() -> None:
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 1, 16, 16, 3)
+    scaled = scale_images(images)
+    assert scaled.shape == (1, 1, 3, 16, 16)
+    assert scaled.min() == -1
+    assert scaled.max() == 1
+    assert scaled[0, 0, 1, 2, 3].item() == pytest.approx(images[0, 0, 2, 3, 1].item() / 255 * 2 - 1, abs=1e-6)
+
+
+def test_z_score_and_quantile_normalisation() -> None:
+    stats = norm_stats()
+    state, actions = torch.randn(4, 8), torch.randn(4, 10, 7)
+    mean, std, low, high = (torch.tensor(stats["state"][name]) for name in ("mean", "std", "q01", "q99"))
+    expected = {
+        "z_score": (state - mean) / (std + 1e-6),
+        "quantile": (state - low) / (high - low + 1e-6) * 2 - 1,
+    }
+    for kind in ("z_score", "quantile"):
+        normaliser = Normaliser(dataclasses.replace(small_config(), normalisation=kind), stats)
+        normalised = normaliser.state(state)
+        assert normalised.shape == (4, 32)
+        assert not normalised[:, 8:].any()
+        assert (normalised[:, :8] - expected[kind]).abs().max() < 1e-5
+        back = normaliser.robot_actions(normaliser.actions(actions), state)
+        assert (back - actions).abs().max() < 1e-5
+
+
+def test_delta_actions_add_the_raw_state() -> None:
+    config = dataclasses.replace(small_config(), delta_action_dims=6)
+    plain, delta = Normaliser(small_config(), norm_stats()), Normaliser(config, norm_stats())
+    state, actions = torch.randn(2, 8), torch.randn(2, 10, 32)
+    added = delta.robot_actions(actions, state) - plain.robot_actions(actions, state)
+    assert (added[..., :6] - state[:, None, :6]).abs().max() < 1e-5
+    assert not added[..., 6].any()
+
+
+def test_prompts_become_bos_text_newline() -> None:
+    tokens, mask = make_tokenizer()(["put the block on the red plate", " put_the\nblock "])
+    assert tokens.tolist() == [[2, 5, 6, 7, 8, 6, 9, 10, 4, 0, 0, 0], [2, 5, 6, 7, 4, 0, 0, 0, 0, 0, 0, 0]]
+    assert mask.sum(1).tolist() == [9, 5]
+    assert (tokens.dtype, mask.dtype) == (torch.int64, torch.bool)
+    cut, mask = make_tokenizer(length=4)(["put the block on the red plate"])
+    assert cut.tolist() == [[2, 5, 6, 7]]
+    assert mask.all()
+
+
+def test_impossible_sizes_are_refused() -> None:
+    for change in ({"vision_heads": 5}, {"kv_heads": 3}, {"robot_action_dim": 33}, {"delta_action_dims": 8}):
+        with pytest.raises(ValueError, match="policy config"):
+            dataclasses.replace(tabletop_config(), **change)
+
+
+def test_embedded_policy_is_small_and_samples() -> None:
+    policy = load_policy()
+    assert policy.config == tabletop_config()
+    assert isinstance(policy.config, Pi0Config)
+    assert sum(file.stat().st_size for file in EMBEDDED_POLICY.iterdir()) < 4_000_000
+    sampler = policy.sampler(2)
+    tokens, mask = policy.tokenizer(["put the block on the red plate"])
+    assert "<unk>" not in policy.tokenizer.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=False)
+    sampler.tokens.copy_(tokens)
+    sampler.token_mask.copy_(mask)
+    sampler.noise.normal_()
+    sampler.run()
+    assert sampler.actions.isfinite().all()
+    assert sampler.actions[..., 3:6].abs().max() < 0.1  # the arm does not turn
