@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from dsrl_async import __version__
@@ -100,6 +100,12 @@ def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> No
 
     Raises ValueError with one sentence if a file is damaged or does not fit.
     """
+    agent = checkpoint / "agent.safetensors"
+    try:
+        with safe_open(agent, "numpy"):  # the learner loads it; that it is whole is checked before anything starts
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{agent} cannot be read: {error}") from error
     saved = read_state(checkpoint)["counters"]
     counters.learner_updates[0] = saved["learner_updates"][0]
     counters.control_wall_s[0] = saved["control_wall_s"][0]

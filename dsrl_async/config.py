@@ -33,8 +33,9 @@ class Section(BaseModel):
 class EnvConfig(Section):
     """What an environment process simulates."""
 
-    name: Literal["tabletop"] = "tabletop"
-    """Which environment: the embedded MuJoCo tabletop scene (LIBERO is not in this release)."""
+    name: Literal["tabletop", "libero_spatial"] = "tabletop"
+    """Which environment: the embedded MuJoCo tabletop scene. (`libero_spatial` can be configured, but this release
+    has no LIBERO environment yet and refuses to start it.)"""
     layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
     """tabletop: where the red target plate is: always in one place, in one of two, or anywhere."""
     max_episode_steps: int = Field(50, gt=0)
@@ -52,7 +53,7 @@ class PolicyConfig(Section):
     """The frozen flow-matching policy."""
 
     checkpoint: str | None = None
-    """Directory with `model.safetensors`, `config.json`, `norm_stats.json` and `tokenizer.json`; none
+    """Directory with `model.safetensors`, `config.json`, `norm_stats.json` and `tokenizer.json`; null
     means the embedded tabletop policy."""
     denoise_steps: int = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
@@ -61,8 +62,8 @@ class PolicyConfig(Section):
 class SacConfig(Section):
     """DSRL-SAC: networks, losses and optimisation of the noise-choosing agent."""
 
-    image_pool: Literal[1, 2, 4] = 2
-    """Average-pool the 64x64 image by this factor before the convolutions (2 means 32x32)."""
+    image_pool: int = Field(2, ge=1)
+    """Average-pool the 64x64 image by this factor, a divisor of 64, before the convolutions (2 means 32x32)."""
     conv_channels: list[int] = [32]
     """Output channels of each convolution of the image encoder."""
     conv_kernels: list[int] = [4]
@@ -147,6 +148,8 @@ class SacConfig(Section):
         lengths = {len(self.conv_channels), len(self.conv_kernels), len(self.conv_strides)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError("conv_channels, conv_kernels and conv_strides must have the same length, at least 1")
+        if 64 % self.image_pool:
+            raise ValueError(f"image_pool must divide 64, {self.image_pool} does not")
         size = 64 // self.image_pool
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             if kernel < 1 or stride < 1:
@@ -182,7 +185,7 @@ class InferenceConfig(Section):
     batch_wait_ms: float = Field(1.0, ge=0)
     """How long to wait for more observations when few are ready."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads of the inference process; none means chosen from the machine."""
+    """CPU threads of the inference process; null means chosen from the machine."""
 
     @model_validator(mode="after")
     def _check(self) -> InferenceConfig:
@@ -195,7 +198,7 @@ class LearnerConfig(Section):
     """The process that updates the SAC agent."""
 
     threads: int | None = Field(None, gt=0)
-    """CPU threads of the learner process; none means chosen from the machine."""
+    """CPU threads of the learner process; null means chosen from the machine."""
     publish_interval: int = Field(10, gt=0)
     """Gradient updates between two broadcasts of actor weights."""
 
@@ -222,7 +225,7 @@ class Config(Section):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     run_dir: str | None = None
-    """Where the run is written; none means `runs/<date>-<time>-<environment>`."""
+    """Where the run is written; null means `runs/<date>-<time>-<environment>`."""
     resume: str | None = None
     """A run directory to continue; its configuration is used, command-line options override it."""
     serial: bool = False
@@ -314,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     for key, field in leaf_fields():
         flag = key.replace("_", "-")
         names = [f"--{flag}"] if flag == key else [f"--{flag}", f"--{key}"]
-        default = "none" if field.default is None else str(field.default).replace("%", "%%")
+        default = "null" if field.default is None else str(field.default).replace("%", "%%")
         parser.add_argument(
             *names,
             dest=key,
@@ -369,7 +372,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_value(key: str, text: str) -> Any:
     """Turn an option's text into what YAML would give; plain scalars are left to the typed validation."""
-    if text.lower() in ("null", "none"):
+    if text == "null":
         return None
     if text.startswith(("[", "{")):
         try:

@@ -11,13 +11,19 @@ from typing import IO
 import psutil
 
 from dsrl_async import checkpoints
-from dsrl_async.config import Config, ConfigError, save_yaml
+from dsrl_async.config import Config, ConfigError, read_yaml, save_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
 EMBEDDED_POLICY = Path(__file__).resolve().parent / "assets" / "tabletop_pi0"
+FIXED_BY_CHECKPOINT = (
+    *("image_pool", "conv_channels", "conv_kernels", "conv_strides", "conv_padding", "image_latent_dim"),
+    *("state_dim", "state_latent_dim", "hidden_dims", "num_q_heads", "actor_layer_norm", "critic_layer_norm"),
+    *("noise_dim", "noise_layout"),
+)
+"""Keys of `sac` that shape the networks, so that a checkpoint fits only the values it was made with."""
 ACTOR_BYTES, MODEL_PROCESS_BYTES = (
     80 << 20,
     500 << 20,
@@ -30,6 +36,10 @@ def policy_directory(config: Config) -> Path:
 
 def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     """The policy's configuration and the environment's shapes; raises ConfigError unless they fit each other."""
+    try:
+        spec = environment_spec(config.env.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"env.name: {error}") from error
     directory = policy_directory(config)
     for name in ("model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"):
         if not (directory / name).is_file():
@@ -38,7 +48,6 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
         policy = Pi0Config.load(directory / "config.json")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    spec = environment_spec(config.env.model_dump())
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),
@@ -106,8 +115,13 @@ def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
         raise ConfigError(
             f"run_dir: {run_dir} is not empty; choose another one, or continue it with --resume {run_dir}"
         )
-    if config.resume is not None and checkpoints.find(run_dir) is None:
-        raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
+    if config.resume is not None:
+        if checkpoints.find(run_dir) is None:
+            raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
+        before = validate(read_yaml(run_dir / "config.yaml"))
+        for name in FIXED_BY_CHECKPOINT:
+            if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
+                raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")
     try:
         for directory in (run_dir / "logs", run_dir / "checkpoints"):
             directory.mkdir(parents=True, exist_ok=True)

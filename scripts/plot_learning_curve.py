@@ -41,15 +41,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         while lines and lines[-1]["decisions"] > line["decisions"]:
             lines.pop()
         lines.append(line)
-    lines = [
-        line
-        for line in lines
-        if line["success_rate"] is not None and line["success_episodes"] >= MIN_EPISODES
-    ]
+    lines = [line for line in lines if line["success_rate"] is not None and line["success_episodes"] >= MIN_EPISODES]
     if not lines:
-        raise ValueError(
-            f"{path} has no success rate over {MIN_EPISODES} or more episodes yet; let the run go on"
-        )
+        raise ValueError(f"{path} has no success rate over {MIN_EPISODES} or more episodes yet; let the run go on")
     return lines
 
 
@@ -78,12 +72,8 @@ def draw_evaluations(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
     error = np.clip([rates - low, high - rates], 0, None)
     axes.bar(at, rates, width=0.6, color=colours, yerr=error, capsize=4, ecolor="0.25")
     for x, rate, top in zip(at, rates, high, strict=True):
-        axes.annotate(
-            f"{rate:.0%}", (x, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9
-        )
-    axes.set_xticks(
-        at, [f"{result['policy']}\n{result['episodes']} episodes" for result in evaluations], fontsize=8
-    )
+        axes.annotate(f"{rate:.0%}", (x, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(at, [f"{result['policy']}\n{result['episodes']} episodes" for result in evaluations], fontsize=8)
     axes.set_title("evaluation (95 % interval)", fontsize=10)
 
 
@@ -98,9 +88,7 @@ def draw(runs: list[Path], evaluations: list[Path], title: str | None, out: Path
             results.append(json.loads(path.read_text()))
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not an evaluation result: {error}") from error
-    plt.rcParams.update(
-        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
-    )
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
     widths = [3.0, 3.0] + ([0.6 + 0.6 * len(results)] if results else [])
     figure, panels = plt.subplots(
         1,

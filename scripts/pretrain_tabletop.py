@@ -57,9 +57,7 @@ class Demonstrations:
 
 def build_tokenizer(config: Pi0Config, prompts: tuple[str, ...]) -> PromptTokenizer:
     """A word-level vocabulary that covers the prompts and some variations."""
-    words = " ".join(
-        (*prompts, "pick up move place take blue yellow green black white left right near far to of in")
-    )
+    words = " ".join((*prompts, "pick up move place take blue yellow green black white left right near far to of in"))
     entries = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *dict.fromkeys(words.split())]
     assert len(entries) <= config.vocab_size
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="<unk>"))
@@ -97,9 +95,7 @@ def read_demonstrations(path: Path, config: Pi0Config) -> tuple[Demonstrations, 
     chunks = action_chunks(data["action"], data["episode"], config.action_horizon)
     block = data["block_position"]
     block = (block - block.mean(0)) / block.std(0)
-    return Demonstrations(
-        data["images"], normaliser.state(data["state"]), normaliser.actions(chunks), block
-    ), stats
+    return Demonstrations(data["images"], normaliser.state(data["state"]), normaliser.actions(chunks), block), stats
 
 
 def flow_loss(model: Pi0, prefix: Prefix, actions: Tensor, generator: torch.Generator) -> Tensor:
@@ -191,6 +187,7 @@ def train_jointly(
     for _ in range(args.joint_steps):
         rows = torch.randint(len(data), (args.joint_batch,), generator=generator)
         prefix = model.encode_prefix(scale_images(data.images[rows]), tokens, token_mask, data.state[rows])
+        assert prefix.hidden is not None
         block = F.mse_loss(head(prefix.hidden[:, :image_tokens].flatten(1)), data.block[rows])
         actions = data.chunks[rows].repeat_interleave(args.samples, dim=0)
         flow = flow_loss(model, prefix.repeat(args.samples), actions, generator)
@@ -200,9 +197,7 @@ def train_jointly(
 
 
 @torch.no_grad()
-def cache_prefixes(
-    model: Pi0, data: Demonstrations, prompt: tuple[Tensor, Tensor], progress: Progress
-) -> Tensor:
+def cache_prefixes(model: Pi0, data: Demonstrations, prompt: tuple[Tensor, Tensor], progress: Progress) -> Tensor:
     """Keys and values of every frame: float16 [F, depth, 2, kv_heads, P, head_dim]."""
     config, batch = model.config, 256
     shape = (len(data), config.depth, 2, config.kv_heads, config.prefix_length, config.head_dim)
@@ -241,7 +236,7 @@ def train_expert(
         rows = torch.randint(len(data), (args.expert_batch,), generator=generator)
         layers = cache[rows].float().unbind(1)
         keys, values = [layer[:, 0] for layer in layers], [layer[:, 1] for layer in layers]
-        prefix = model.append_state(Prefix(keys, values, mask, position, mask), data.state[rows])
+        prefix = model.append_state(Prefix(keys, values, mask, position), data.state[rows])
         actions = data.chunks[rows].repeat_interleave(args.samples, dim=0)
         loss = flow_loss(model, prefix.repeat(args.samples), actions, generator)
         optimiser.update(loss)
@@ -256,12 +251,8 @@ def train_expert(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/tabletop_pi0"), help="checkpoint directory to write"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tabletop_pi0"), help="checkpoint directory to write")
     parser.add_argument(
         "--data",
         type=Path,
@@ -312,9 +303,7 @@ def main() -> None:
         "training_minutes": round((time.monotonic() - made) / 60, 2),
         "joint_losses": joint,
         "expert_losses": expert,
-        "settings": {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-        },
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
     }
     console.print(json.dumps(summary, indent=2))
     console.print(f"checkpoint: {args.out}")

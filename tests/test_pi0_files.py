@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,9 +129,7 @@ def rewrite_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_damage_is_named_in_one_sentence(
-    checkpoint: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_damage_is_named_in_one_sentence(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(checkpoint)
     with pytest.raises(ValueError, match=message) as raised:
         load_policy(checkpoint)
@@ -189,7 +188,9 @@ def test_prompts_become_bos_text_newline() -> None:
 
 
 def test_impossible_sizes_are_refused() -> None:
-    for change in ({"vision_heads": 5}, {"kv_heads": 3}, {"robot_action_dim": 33}, {"delta_action_dims": 8}):
+    changes: tuple[dict[str, Any], ...]
+    changes = ({"vision_heads": 5}, {"kv_heads": 3}, {"robot_action_dim": 33}, {"delta_action_dims": 8})
+    for change in changes:
         with pytest.raises(ValueError, match="policy config"):
             dataclasses.replace(tabletop_config(), **change)
 

@@ -352,6 +352,8 @@ def test_layout_hash_is_that_of_names_and_shapes() -> None:
         Critic(SMALL, 10),
     ]
     assert len({reference, *map(layout_hash, others)}) == 5
+    wide, tall = torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
+    assert len({layout_hash(wide), layout_hash(tall), layout_hash(torch.nn.Sequential(wide))}) == 3
 
 
 @pytest.mark.parametrize(

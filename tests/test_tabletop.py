@@ -18,8 +18,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from dsrl_async.envs import ChunkOutcome, Environment, environment_spec, make_environment
+from dsrl_async.envs import ChunkOutcome, Environment, environment_spec, make_environment, tabletop_demonstrations
 from dsrl_async.envs.tabletop import (
+    _LIGHT,
     FINGER_OPEN,
     LANDING_RADIUS,
     LAYOUTS,
@@ -155,9 +156,7 @@ def test_seeds_give_different_episodes() -> None:
     starts = set()
     for seed in range(20):
         environment.reset(seed)
-        starts.add(
-            (*environment.block_position, *environment.gripper_position, *environment.plate_positions.flat)
-        )
+        starts.add((*environment.block_position, *environment.gripper_position, *environment.plate_positions.flat))
     assert len(starts) == 20
 
 
@@ -220,9 +219,7 @@ def test_an_episode_terminates_inside_a_chunk(chunk: int) -> None:
     for index in range(whole):
         outcome = environment.step_chunk(actions[chunk * index : chunk * (index + 1)])
         assert outcome == ChunkOutcome(chunk, -1, False, False)
-    assert environment.step_chunk(actions[chunk * whole :][:chunk]) == ChunkOutcome(
-        rest + 1, rest, True, False
-    )
+    assert environment.step_chunk(actions[chunk * whole :][:chunk]) == ChunkOutcome(rest + 1, rest, True, False)
     with pytest.raises(ValueError, match="reset"):
         environment.step_chunk(actions[:chunk])
 
@@ -257,6 +254,8 @@ def test_a_translation_of_one_moves_three_centimetres() -> None:
     environment.step(action)
     moved = environment.gripper_position - before
     np.testing.assert_allclose(moved, [0.03, -0.015, 0.015], atol=0.001)
+    environment.step(np.array([-4, 0, 0, 0, 0, 0, -1], np.float32))  # clipped to -1
+    np.testing.assert_allclose(environment.gripper_position[0], before[0], atol=0.001)
 
 
 @settings(max_examples=15, deadline=None)
@@ -346,17 +345,25 @@ def test_a_block_out_of_sight_is_not_in_the_picture() -> None:
     environment = TabletopEnvironment()
     environment.reset(0)
     place(environment, np.array([0.0, 0.0, 0.025]), (0.0, 0.0, 0.15))
-    shown = [
-        sum(looks(pixel) == "green" for pixel in image.reshape(-1, 3))
-        for image in observation(environment)[0]
-    ]
+    shown = [sum(looks(pixel) == "green" for pixel in image.reshape(-1, 3)) for image in observation(environment)[0]]
     place(environment, np.array([5.0, 0.0, 0.025]), (0.0, 0.0, 0.15))
-    hidden = [
-        sum(looks(pixel) == "green" for pixel in image.reshape(-1, 3))
-        for image in observation(environment)[0]
-    ]
+    hidden = [sum(looks(pixel) == "green" for pixel in image.reshape(-1, 3)) for image in observation(environment)[0]]
     assert min(shown) > 15
     assert hidden == [0, 0]
+
+
+def test_the_block_throws_a_shadow() -> None:
+    environment = TabletopEnvironment()
+    environment.reset(0)
+    block = np.array([0.0, 0.0, 0.15])
+    shadow = _LIGHT + (block - _LIGHT) * _LIGHT[2] / (_LIGHT[2] - block[2])
+    out_of_the_way = (-0.2, 0.2, 0.2)
+    place(environment, np.array([5.0, 0.0, 0.025]), out_of_the_way)
+    lit = observation(environment)[0][0].astype(float)
+    place(environment, block, out_of_the_way)
+    shaded = observation(environment)[0][0].astype(float)
+    pixel = pixel_of(environment, 0, shadow, 64)
+    np.testing.assert_allclose(shaded[pixel], 0.62 * lit[pixel], atol=1)
 
 
 def test_pictures_show_the_present_and_skipped_rays_miss_nothing() -> None:
@@ -409,3 +416,10 @@ def test_demonstrations_depend_on_the_seed_only(tmp_path: Path) -> None:
 def test_demonstrations_refuse_wrong_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="episodes"):
         make_demonstrations(tmp_path / "x", 0, 0, 1)
+
+
+def test_demonstrations_that_miss_their_plate_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tabletop_demonstrations, "_MAX_STEPS", 10)  # too few to carry the block anywhere
+    assert tabletop_demonstrations.record_episode(0, 0) is None
+    with pytest.raises(ValueError, match="none of 2"):
+        make_demonstrations(tmp_path / "x", 2, 0, 1)

@@ -57,9 +57,7 @@ class Environment(Protocol):
         """Executes float32[k, action_dim], stopping early where the episode ends."""
         ...
 
-    def observe(
-        self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]
-    ) -> None:
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         """Renders the present moment into the given C-contiguous arrays.
 
         images uint8[cameras, image_size, image_size, 3], sac_image uint8[64, 64, 3],

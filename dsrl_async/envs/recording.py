@@ -47,9 +47,7 @@ class RecordingEnvironment:
                 break
         return outcome._replace(steps=step + 1, success_step=step if outcome.terminated else -1)
 
-    def observe(
-        self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]
-    ) -> None:
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         self._env.observe(images, sac_image, state)
 
     def close(self) -> None:

@@ -130,9 +130,7 @@ def _paint_plate(texture: NDArray[np.uint8], centre: NDArray[np.float64], rgb: t
     high = np.ceil((centre + reach + _TEXTURE_HALF_WIDTH) * _TEXELS_PER_METRE).astype(int)
     patch = texture[low[0] : high[0], low[1] : high[1]]
     x, y = (
-        (np.arange(low[i], high[i], dtype=np.float32) + 0.5) / _TEXELS_PER_METRE
-        - _TEXTURE_HALF_WIDTH
-        - centre[i]
+        (np.arange(low[i], high[i], dtype=np.float32) + 0.5) / _TEXELS_PER_METRE - _TEXTURE_HALF_WIDTH - centre[i]
         for i in range(2)
     )
     radius = np.hypot(x[:, None], y[None, :])
@@ -272,9 +270,7 @@ class TabletopEnvironment:
         if action_chunk.ndim != 2 or action_chunk.shape[1] != self.spec.action_dim or not len(action_chunk):
             raise ValueError(f"an action chunk must have shape [k, 7] with k >= 1, not {action_chunk.shape}")
         if not np.isfinite(action_chunk).all():
-            raise ValueError(
-                "the action chunk holds values that are not finite; look at the policy's outputs"
-            )
+            raise ValueError("the action chunk holds values that are not finite; look at the policy's outputs")
         if self._ended:
             raise ValueError("the episode has ended; call reset before step_chunk")
         for index, action in enumerate(action_chunk):
@@ -314,9 +310,7 @@ class TabletopEnvironment:
         distance = np.hypot(*(data.qpos[:2] - self.plate_positions[plate]))
         resting = data.qpos[2] < 0.03 and np.abs(data.qvel[:3]).max() < 0.05
         released = data.qpos[self._fingers].min() > 0.026
-        return bool(
-            distance < LANDING_RADIUS and resting and released and data.qpos[self._hand][2] > RAISED_HEIGHT
-        )
+        return bool(distance < LANDING_RADIUS and resting and released and data.qpos[self._hand][2] > RAISED_HEIGHT)
 
     def success(self) -> bool:
         """Whether the block has landed on the red plate."""
@@ -324,9 +318,7 @@ class TabletopEnvironment:
 
     # Pictures
 
-    def observe(
-        self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]
-    ) -> None:
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         """Renders into images uint8[2, 64, 64, 3] (front, wrist) and sac_image uint8[64, 64, 3] (front), and
         writes state float32[8]; the arrays must be C-contiguous."""
         self._update_poses()
@@ -416,7 +408,7 @@ class TabletopEnvironment:
 
     def _shade(self, geom: NDArray[np.int32], points: NDArray[np.float32]) -> NDArray[np.float32]:
         """Colours float32[N, 3] of surface points float32[N, 3] on box geoms int32[N]: Lambert's law under an
-        overhead light, with a brighter edge and darkening towards the table."""
+        overhead light, a little brighter on the front camera's side and darker near the table."""
         rotation = self._data.geom_xmat.reshape(-1, 3, 3).astype(np.float32)[geom]
         local = np.einsum("nij,ni->nj", rotation, points - self._data.geom_xpos.astype(np.float32)[geom])
         relative = local / self._geom_size[geom]

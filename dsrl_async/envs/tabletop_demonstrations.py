@@ -50,9 +50,7 @@ def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
     noise_scale = random.choice(_NOISE_SCALES)
     offset = None
     if random.random() < _SLOPPY_FRACTION:
-        offset = np.array(
-            [random.choice([-1, 1]) * random.uniform(0.028, 0.036), random.uniform(-0.006, 0.006)]
-        )
+        offset = np.array([random.choice([-1, 1]) * random.uniform(0.028, 0.036), random.uniform(-0.006, 0.006)])
     expert = TabletopExpert(goal, offset)
 
     images = np.empty((_MAX_STEPS, 2, 64, 64, 3), np.uint8)

@@ -151,9 +151,7 @@ def import_tensors(model: Pi0, tensors: dict[str, Tensor], source: str = "checkp
                 raise ValueError(f"{source} lacks the tensor '{name}'")
             if tensors[name].shape != part.shape:
                 found, expected = list(tensors[name].shape), list(part.shape)
-                raise ValueError(
-                    f"{source}: tensor '{name}' has shape {found}, the config expects {expected}"
-                )
+                raise ValueError(f"{source}: tensor '{name}' has shape {found}, the config expects {expected}")
             part.copy_(tensors[name])
     unexpected = sorted(tensors.keys() - known)
     if unexpected:

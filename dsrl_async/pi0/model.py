@@ -70,24 +70,24 @@ class Prefix:
     """An encoded observation: what the action tokens attend to.
 
     `keys` and `values` hold [B, kv_heads, S, head_dim] per layer, `mask` is the additive key mask
-    [B, 1, 1, S], `position` [B] the position of the next token, `hidden` [B, P, vlm_width] the last hidden
-    state of images and language (for auxiliary losses).
+    [B, 1, 1, S], `position` [B] the position of the next token. `hidden` [B, P, vlm_width], the last hidden
+    state of images and language, is there for auxiliary losses; nothing else reads it.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     mask: Tensor
     position: Tensor
-    hidden: Tensor
+    hidden: Tensor | None = None
 
     def repeat(self, count: int) -> Prefix:
-        """Each row `count` times in a row, for several action samples per observation."""
+        """Each row `count` times in a row, for several action samples per observation; without `hidden`."""
 
         def rows(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(count, dim=0)
 
         keys, values = [rows(key) for key in self.keys], [rows(value) for value in self.values]
-        return Prefix(keys, values, rows(self.mask), rows(self.position), rows(self.hidden))
+        return Prefix(keys, values, rows(self.mask), rows(self.position))
 
 
 def rms_norm(x: Tensor, modulation: Modulation) -> Tensor:

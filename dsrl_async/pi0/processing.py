@@ -86,9 +86,7 @@ class Normaliser(nn.Module):
             raise ValueError(f"{source}: {key} lacks '{statistic}'")
         values = stats[statistic]
         if not width <= len(values) <= most:
-            raise ValueError(
-                f"{source}: {key}.{statistic} has {len(values)} entries, expected {width} to {most}"
-            )
+            raise ValueError(f"{source}: {key}.{statistic} has {len(values)} entries, expected {width} to {most}")
         return torch.tensor(values[:width], dtype=torch.float64)
 
     def state(self, state: Tensor) -> Tensor:

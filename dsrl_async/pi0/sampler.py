@@ -61,9 +61,7 @@ class Sampler:
         self.actions = zeros(config.action_horizon, config.robot_action_dim)
         self.model_actions = zeros(config.action_horizon, config.action_dim)
 
-        cache = [
-            zeros(2, config.kv_heads, length, config.head_dim, dtype=model.dtype) for _ in range(config.depth)
-        ]
+        cache = [zeros(2, config.kv_heads, length, config.head_dim, dtype=model.dtype) for _ in range(config.depth)]
         self._keys = [layer[:, 0] for layer in cache]
         self._values = [layer[:, 1] for layer in cache]
         before = config.cameras * config.image_tokens
@@ -97,9 +95,7 @@ class Sampler:
         """First half: images, prompt and state to keys and values, mask and positions."""
         config, model = self.config, self.model
         prefix = config.prefix_length
-        model.run_prefix(
-            scale_images(self.images), self.tokens, self.token_mask, self._region(0, prefix, prefix)
-        )
+        model.run_prefix(scale_images(self.images), self.tokens, self.token_mask, self._region(0, prefix, prefix))
         self._mask[..., self._language].copy_(key_mask(self.token_mask, 0, 0, model.dtype))
         position = self.token_mask.sum(1) + self._language.start
         if config.state_tokens:

@@ -96,13 +96,11 @@ class SacAgent:
         actor, critic, target_critic: the networks; `.flat` is the contiguous vector of their weights.
         raw_alpha: fp32 [], the temperature before softplus or exp.
         generator: all random numbers of the updates come from here.
-        updates: critic updates so far. `update` counts itself; whoever replays a captured update instead of
-            calling it adds one per replay.
+        updates: critic updates so far. Each call of `update` counts, also the one that is being captured; a
+            replay does not, so whoever replays sets this.
     """
 
-    def __init__(
-        self, config: SacConfig, horizon: int, device: torch.device | str = "cpu", seed: int = 0
-    ) -> None:
+    def __init__(self, config: SacConfig, horizon: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.config = config
         self.device = torch.device(device)
         self.action_dim = action_dim(config, horizon)
@@ -165,9 +163,7 @@ class SacAgent:
             u = torch.addcmul(mean, log_std.exp(), eps[1])
             log_probability = log_prob(u, log_std, eps[1])
             new_q = self.critic.q_values(features.detach(), u.tanh() * config.action_magnitude)
-            actor_loss = (
-                alpha.detach() * log_probability - aggregate_heads(new_q, config.q_aggregation)
-            ).mean()
+            actor_loss = (alpha.detach() * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
             entropy = -log_probability.detach().mean()
@@ -257,9 +253,7 @@ class SacAgent:
         expected = self.state_tensors()
         for name, like in expected.items():
             if name not in tensors:
-                raise ValueError(
-                    f"the SAC checkpoint has no tensor {name!r}; it is incomplete, use another one"
-                )
+                raise ValueError(f"the SAC checkpoint has no tensor {name!r}; it is incomplete, use another one")
             found = tensors[name]
             if found.shape != like.shape or found.dtype != like.dtype:
                 raise ValueError(

@@ -43,9 +43,7 @@ class FlatModule(nn.Module):
 
     def _apply(self, *args: object, **kwargs: object) -> FlatModule:
         # `.to()`, `.half()` and the like give every parameter storage of its own and leave `flat` behind.
-        raise RuntimeError(
-            "a FlatModule stays on the device and in the dtype it was built with; build another one"
-        )
+        raise RuntimeError("a FlatModule stays on the device and in the dtype it was built with; build another one")
 
     @torch.no_grad()
     def load_flat_(self, values: Tensor) -> None:

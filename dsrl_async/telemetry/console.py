@@ -99,9 +99,8 @@ class LiveDisplay:
     """A panel at the bottom of the terminal, redrawn with every view; log messages scroll by above it."""
 
     def __init__(self, config: Config, console: Console) -> None:
-        self.handler: logging.Handler = RichHandler(
-            console=console, show_path=False, log_time_format="%H:%M:%S"
-        )
+        self.handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+        self.handler.setFormatter(logging.Formatter("%(message)s"))  # the handler itself shows time and level
         self._config = config
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
         self._live.start()
@@ -148,9 +147,7 @@ def _progress(view: View) -> RenderableType:
         return elapsed
     row = Table.grid(padding=(0, 2))
     left = "" if view.remaining_s is None else f"{_duration(view.remaining_s)} left"
-    row.add_row(
-        elapsed, ProgressBar(total=1.0, completed=view.progress, width=32), _percent(view.progress), left
-    )
+    row.add_row(elapsed, ProgressBar(total=1.0, completed=view.progress, width=32), _percent(view.progress), left)
     return row
 
 
@@ -189,11 +186,7 @@ def _figures(config: Config, view: View) -> Table:
     table.add_row("replay", f"{view.replay_size:,} rows, {view.replay_utilization:.0%} of the ring")
     if metrics:
         names = ("train/sac/critic_loss", "train/actor/entropy", "train/sac/alpha")
-        parts = [
-            f"{name.split('/')[-1].replace('_', ' ')} {metrics[name]:.4g}"
-            for name in names
-            if name in metrics
-        ]
+        parts = [f"{name.split('/')[-1].replace('_', ' ')} {metrics[name]:.4g}" for name in names if name in metrics]
         table.add_row("agent", "   ".join(parts))
     return table
 
@@ -242,9 +235,7 @@ def phase_bar(phases: dict[str, float]) -> tuple[Text, Text]:
 def sparkline(values: tuple[float, ...], width: int) -> str:
     """At most `width` block characters for values in [0, 1], evenly picked, the last one always shown."""
     step = max(1, -(-len(values) // width))
-    return "".join(
-        SPARKS[min(int(value * len(SPARKS)), len(SPARKS) - 1)] for value in values[::-1][::step][::-1]
-    )
+    return "".join(SPARKS[min(int(value * len(SPARKS)), len(SPARKS) - 1)] for value in values[::-1][::step][::-1])
 
 
 def _duration(seconds: float) -> str:

@@ -91,9 +91,7 @@ class View:
     replay_size: int
     replay_utilization: float
     cpu_percent: dict[str, float]  # kind of process -> percent of one core
-    memory_mb: dict[
-        str, float
-    ]  # supervisor, inference, learner, actor_mean: private memory; 0 if there is none
+    memory_mb: dict[str, float]  # supervisor, inference, learner, actor_mean: private memory; 0 if there is none
     processes: dict[str, int]
     metrics: dict[str, float]  # the agent's last ones; empty before the first update
 
@@ -161,9 +159,7 @@ class RunMonitor:
         view, overall = self._view, self._view.overall
         names = ("wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate")
         rates = ("env_steps_per_s", "decisions_per_s", "updates_per_s")
-        figures = {name: getattr(view, name) for name in names} | {
-            name: getattr(overall, name) for name in rates
-        }
+        figures = {name: getattr(view, name) for name in names} | {name: getattr(overall, name) for name in rates}
         return json_safe(
             figures
             | {
@@ -306,8 +302,7 @@ def scalars(view: View) -> dict[str, float]:
         "async/queue_wait_ms": recent.queue_wait_ms,
         "async/replay_ratio": view.replay_ratio,
         "system/cpu_percent/total": sum(view.cpu_percent.values()),
-        "system/memory_mb/total": sum(memory.values())
-        + memory["actor_mean"] * (view.processes.get("actor", 1) - 1),
+        "system/memory_mb/total": sum(memory.values()) + memory["actor_mean"] * (view.processes.get("actor", 1) - 1),
     }
     for rate in ("env_steps_per_s", "decisions_per_s", "updates_per_s"):
         values[f"time/{rate}"] = getattr(recent, rate)

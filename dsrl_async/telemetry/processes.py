@@ -53,7 +53,7 @@ class ProcessUsage:
             self.processes[kind_of(name)] += 1
             handle = self._handles.get(name)
             try:
-                handles[name] = handle if handle is not None else psutil.Process(pid)
+                handles[name] = handle if handle is not None and handle.pid == pid else psutil.Process(pid)
             except psutil.Error:
                 continue
         self._handles = handles
@@ -76,4 +76,5 @@ class ProcessUsage:
                 uss[kind].append(handle.memory_full_info().uss / 1e6)
             except psutil.Error:
                 continue
-        self.memory_mb |= {kind: sum(values) / len(values) for kind, values in uss.items() if values}
+        alive = {kind: [value for value in values if value > 0] for kind, values in uss.items()}  # not zombies
+        self.memory_mb |= {kind: sum(values) / len(values) for kind, values in alive.items() if values}

@@ -1,0 +1,177 @@
+"""Configuration: layers, types, and one clear sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsrl_async import preflight
+from dsrl_async.config import Config, ConfigError, get_key, leaf_fields, load_config, save_yaml, validate
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_defaults_are_the_tabletop_file_and_it_names_every_key() -> None:
+    path = CONFIGS / "tabletop.yaml"
+    assert load_config(["--config", str(path)]) == Config()
+    written = yaml.safe_load(path.read_text())
+    for key, _ in leaf_fields():
+        node = written
+        for name in key.split("."):
+            assert name in node, f"{key} is missing in {path.name}"
+            node = node[name]
+
+
+def test_libero_file_has_the_values_of_the_guide() -> None:
+    config = load_config(["--config", str(CONFIGS / "libero_spatial_pi0.yaml")])
+    sac = config.sac
+    assert (config.actors, config.env.max_episode_steps, config.env.use_step_penalty) == (16, 240, True)
+    assert (sac.gamma, sac.tau, sac.train_actor_steps, sac.critic_lr) == (0.999, 0.005, 10, 3e-4)
+    assert (sac.alpha_type, sac.initial_alpha, sac.target_entropy) == ("softplus", 1.0, -16)
+    assert (sac.noise_dim, sac.num_q_heads, sac.image_latent_dim, sac.state_latent_dim) == (32, 10, 64, 64)
+    assert sac.hidden_dims == [128, 128, 128]
+    decisions = 16 * 240 // config.env.chunk
+    assert config.replay_ratio * decisions == pytest.approx(200, rel=0.01)
+
+
+def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("actors: 3\nseed: 5\nsac:\n  gamma: 0.9\n  tau: 0.5\n")
+    arguments = ["--config", str(path), "--sac.gamma", "0.8", "--actors=4", "--serial", "--replay-ratio", "2"]
+    config = load_config(arguments)
+    assert (config.actors, config.seed, config.sac.gamma, config.sac.tau) == (4, 5, 0.8, 0.5)
+    assert config.serial
+    assert config.replay_ratio == 2.0
+    assert config.sac.num_q_heads == Config().sac.num_q_heads
+
+
+def test_every_key_can_be_given_on_the_command_line() -> None:
+    for key, _ in leaf_fields():
+        value = get_key(Config(), key)
+        text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+        if key == "resume":
+            continue
+        assert load_config([f"--{key.replace('_', '-')}={text}"]) == Config()
+        assert load_config([f"--{key}={text}"]) == Config()
+
+
+def test_text_stays_text() -> None:
+    assert load_config(["--run-dir", "2026"]).run_dir == "2026"
+    assert load_config(["--max-minutes", "null"]).max_minutes is None
+    assert load_config(["--sac.actor-lr", "1e-4"]).sac.actor_lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sac.gama", "0.9"], "--sac.gama"),
+        (["--actors", "many"], "actors"),
+        (["--actors", "0"], "actors"),
+        (["--actors", "2.5"], "actors"),
+        (["--sac.gamma", "1.5"], "sac.gamma"),
+        (["--sac.gamma", "nan"], "sac.gamma"),
+        (["--replay-ratio", "inf"], "replay_ratio"),
+        (["--serial", "--device", "cuda"], "serial"),
+        (["--sac.conv-kernels", "[3, 3]"], "same length"),
+        (["--sac.conv-kernels", "[99]"], "no pixels"),
+        (["--sac.hidden-dims", "[128"], "hidden_dims"),
+        (["--inference.buckets", "[4, 2]"], "buckets"),
+        (["--replay.capacity", "100"], "replay.capacity"),
+        (["--replay.warmup-decisions", "5"], "batch"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "a", "--config", "b"], "--config"),
+        (["surprise"], "surprise"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sac:\n  gama: 0.9\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'sac\.gama'; did you mean 'sac\.gamma'"):
+        load_config(["--config", str(path)])
+    for text in ("[1, 2]", "a: [", "sac: 3"):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(["--config", str(path)])
+        assert "\n" not in str(caught.value)
+
+
+@given(
+    gamma=st.floats(0.01, 1.0),
+    dims=st.lists(st.integers(1, 512), min_size=1, max_size=4),
+    actors=st.integers(1, 64),
+    run_dir=st.none() | st.text("abc/-_.", min_size=1),
+)
+def test_saved_configuration_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, gamma: float, dims: list[int], actors: int, run_dir: str | None
+) -> None:
+    config = validate({"actors": actors, "run_dir": run_dir, "sac": {"gamma": gamma, "hidden_dims": dims}})
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    save_yaml(config, path)
+    assert validate(yaml.safe_load(path.read_text())) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"env": {"name": "libero_spatial"}}, "libero_spatial"),
+        ({"policy": {"checkpoint": "nowhere"}}, "nowhere has no model.safetensors"),
+        ({"env": {"chunk": 11}}, "env.chunk"),
+        ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),
+        ({"sac": {"state_dim": 9}}, "sac.state_dim"),
+    ],
+)
+def test_policy_and_environment_must_fit(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        preflight.check_policy(validate(settings))
+
+
+def test_too_little_memory_is_said_before_anything_is_started() -> None:
+    config = validate({"replay": {"capacity": 10**9}})
+    policy, spec = preflight.check_policy(config)
+    with pytest.raises(ConfigError, match=r"needs about .* GiB .* lower replay.capacity or actors"):
+        preflight.check_memory(config, spec, policy.action_horizon)
+
+
+def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> None:
+    config = validate({"run_dir": str(tmp_path / "run")})
+    run_dir, lock = preflight.open_run_directory(config)
+    with lock:
+        with pytest.raises(ConfigError, match="not empty"):
+            preflight.open_run_directory(config)
+        with pytest.raises(ConfigError, match="no checkpoint"):
+            preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
+        (run_dir / "checkpoints" / "last").mkdir()
+        for name in ("agent.safetensors", "state.json"):
+            (run_dir / "checkpoints" / "last" / name).touch()
+        with pytest.raises(ConfigError, match="in use by another process"):
+            preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
+    other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "sac": {"hidden_dims": [7]}})
+    with pytest.raises(ConfigError, match=r"sac\.hidden_dims: .* made with \[128, 128, 128\]"):
+        preflight.open_run_directory(other)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to"):
+        preflight.open_run_directory(validate({"run_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_the_command_says_it_on_stderr_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dsrl_async.launch", "--sac.gama", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

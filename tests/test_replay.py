@@ -1,0 +1,202 @@
+"""The replay ring: what is sampled was written, whole, whatever the writer does meanwhile, also when it is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.replay import ReplayRing, Transitions, replay_fields
+
+
+def make_ring(lanes: int = 2, rows: int = 16) -> ReplayRing:
+    return ReplayRing(Arena.create(replay_fields(lanes, rows, state_dim=8, noise_width=4)))
+
+
+def write_episode(ring: ReplayRing, lane: int, first: int, decisions: int, terminal: bool = True) -> None:
+    """Write an episode whose rows can be recognised: all fields of its decision i tell the number first + i."""
+
+    def observation(number: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.full((64, 64, 3), number % 251, np.uint8), np.full(8, number, np.float32)
+
+    ring.begin_episode(lane, *observation(first))
+    for index in range(decisions):
+        number = first + index
+        next_image, next_state = observation(number + 1)
+        ring.append(
+            lane,
+            noise=np.full(4, number, np.float32),
+            reward=float(number),
+            steps=5,
+            terminal=terminal and index == decisions - 1,
+            policy_version=number,
+            next_image=next_image,
+            next_state=next_state,
+        )
+
+
+def check(batch: Transitions) -> None:
+    """Every field of a row tells the same number, and the next observation is the following one."""
+    number = batch.reward
+    assert (batch.noise == number[:, None]).all()
+    assert (batch.state == number[:, None]).all()
+    assert (batch.policy_version == number).all()
+    assert (batch.image == (number % 251).astype(np.uint8)[:, None, None, None]).all()
+    assert (batch.next_state == number[:, None] + 1).all()
+    assert (batch.next_image == ((number + 1) % 251).astype(np.uint8)[:, None, None, None]).all()
+
+
+def test_nothing_to_sample_before_the_first_outcome() -> None:
+    ring = make_ring()
+    rng = np.random.default_rng(0)
+    assert ring.sample(rng, 4) is None
+    write_episode(ring, 0, first=10, decisions=0)
+    assert ring.sample(rng, 4) is None
+    assert ring.size() == 0
+
+
+def test_every_decision_can_be_drawn_and_no_closing_row() -> None:
+    ring = make_ring()
+    write_episode(ring, 0, first=10, decisions=3)
+    write_episode(ring, 0, first=20, decisions=2, terminal=False)
+    write_episode(ring, 1, first=30, decisions=4)
+    batch = ring.sample(np.random.default_rng(0), 500)
+    assert batch is not None
+    check(batch)
+    assert set(batch.reward.astype(int)) == {10, 11, 12, 20, 21, 30, 31, 32, 33}
+    assert set(batch.reward[batch.terminal].astype(int)) == {12, 33}
+    assert ring.size() == 9
+
+
+def test_sampling_is_uniform_over_decisions_of_unequal_lanes() -> None:
+    ring = make_ring(lanes=2, rows=64)
+    write_episode(ring, 0, first=0, decisions=2)
+    write_episode(ring, 1, first=100, decisions=38)
+    batch = ring.sample(np.random.default_rng(1), 40_000)
+    assert batch is not None
+    counts = np.array([np.count_nonzero(batch.reward == n) for n in [0, 1, *range(100, 138)]])
+    assert counts.sum() == 40_000
+    assert (np.abs(counts - 1000) < 160).all()  # five standard deviations
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    episodes=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=25),
+    rows=st.integers(4, 12),
+    seed=st.integers(0, 1000),
+)
+def test_any_history_samples_only_recent_whole_decisions(episodes: list[tuple[int, int]], rows: int, seed: int) -> None:
+    ring = make_ring(lanes=3, rows=rows)
+    kept: dict[int, list[int | None]] = {0: [], 1: [], 2: []}  # rows by lane, None for closing ones
+    for index, (lane, decisions) in enumerate(episodes):
+        write_episode(ring, lane, first=index * 100, decisions=decisions)
+        kept[lane] += [*range(index * 100, index * 100 + decisions), None]
+    # The oldest row of a full lane may be under the writer's pen.
+    expected = {n for lane in kept.values() for n in lane[max(0, len(lane) + 1 - rows) : -1] if n is not None}
+    assert ring.size() == len(expected)
+    batch = ring.sample(np.random.default_rng(seed), 64)
+    if not expected:
+        assert batch is None
+        return
+    assert batch is not None
+    check(batch)
+    assert set(batch.reward.astype(int)) <= expected
+
+
+def test_pending_row_of_a_killed_actor_is_never_sampled() -> None:
+    ring = make_ring(lanes=1)
+    write_episode(ring, 0, first=10, decisions=2)
+    # The actor died inside `append`, after the outcome and before `head` moved on.
+    pending = (int(ring.head[0]) - 1) % ring.rows_per_lane
+    ring.rows["reward"][0, pending] = 999
+    ring.rows["complete"][0, pending] = True
+    write_episode(ring, 0, first=20, decisions=2)
+    batch = ring.sample(np.random.default_rng(0), 200)
+    assert batch is not None
+    check(batch)
+    assert set(batch.reward.astype(int)) == {10, 11, 20, 21}
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    decisions=st.lists(st.integers(0, 9), min_size=1, max_size=8),
+    rows=st.integers(4, 40),
+    new_rows=st.integers(4, 40),
+)
+def test_export_and_import_keep_the_newest_decisions(decisions: list[int], rows: int, new_rows: int) -> None:
+    ring = make_ring(lanes=1, rows=rows)
+    for index, count in enumerate(decisions):
+        write_episode(ring, 0, first=index * 100, decisions=count)
+    restored = make_ring(lanes=1, rows=new_rows)
+    restored.import_rows(0, ring.export_lane(0))
+    write_episode(restored, 0, first=5000, decisions=1)
+
+    def numbers(of: ReplayRing) -> set[int]:
+        batch = of.sample(np.random.default_rng(0), 400)
+        if batch is None:
+            return set()
+        check(batch)
+        return set(batch.reward.astype(int))
+
+    before, after = numbers(ring), numbers(restored)
+    assert after <= before | {5000}
+    if new_rows >= rows + 3:
+        assert after == before | {5000}
+
+
+WRITER = """
+import json, sys
+import numpy as np
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.replay import ReplayRing
+ring = ReplayRing(Arena.attach(json.loads(sys.argv[1])))
+number = int(sys.argv[2])
+def observation(n):
+    return np.full((64, 64, 3), n % 251, np.uint8), np.full(8, n, np.float32)
+ring.begin_episode(0, *observation(number))
+while True:
+    for _ in range(7):
+        image, state = observation(number + 1)
+        ring.append(0, np.full(4, number, np.float32), float(number), 5, False, number, image, state)
+        number += 1
+    number += 10
+    ring.begin_episode(0, *observation(number))
+"""
+
+
+def test_reader_races_a_writer_that_is_killed_and_replaced() -> None:
+    """A small lane is overwritten thousands of times a second while it is read: no torn row may come out."""
+    arena = Arena.create(replay_fields(1, 24, state_dim=8, noise_width=4))
+    ring = ReplayRing(arena)
+    rng = np.random.default_rng(0)
+    sampled, seen = 0, set()
+    for incarnation in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, json.dumps(arena.describe()), str(incarnation * 1_000_000)],
+            pass_fds=[arena.fd],
+        )
+        start_head = int(ring.head[0])
+        while int(ring.head[0]) == start_head:  # until it is up
+            assert writer.poll() is None
+            time.sleep(0.01)
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            batch = ring.sample(rng, 8)
+            if batch is not None:
+                check(batch)
+                sampled += 8
+                seen.add(int(batch.reward[0]) // 1_000_000)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        batch = ring.sample(rng, 64)
+        assert batch is not None
+        check(batch)
+    assert sampled > 500
+    assert seen == {0, 1, 2, 3}
