@@ -39,7 +39,7 @@ PADDING_WEIGHT = 0.1
 BLOCK_WEIGHT = 1.0
 """Weight of the auxiliary block-position loss in the first stage."""
 SMALLEST_STD = 1e-3
-"""Dimensions that vary less than this are treated as constant, and scaled by one."""
+"""Floor of the standard deviations: small enough to keep constant actions constant when they are sampled."""
 
 
 @dataclass
@@ -66,12 +66,10 @@ def build_tokenizer(config: Pi0Config, prompts: tuple[str, ...]) -> PromptTokeni
 
 
 def statistics(values: Tensor) -> dict[str, list[float]]:
-    """openpi's four statistics per dimension of float32 [F, D]; nearly constant ones get a unit scale."""
-    mean, std = values.mean(0), values.std(0)
+    """openpi's four statistics per dimension of float32 [F, D]; spreads have a floor."""
+    mean, std = values.mean(0), values.std(0).clamp_min(SMALLEST_STD)
     low, high = torch.quantile(values, torch.tensor([0.01, 0.99]), dim=0)
-    constant = std < SMALLEST_STD
-    std = torch.where(constant, 1.0, std)
-    low, high = torch.where(constant, mean - 1, low), torch.where(constant, mean + 1, high)
+    high = torch.maximum(high, low + 2 * SMALLEST_STD)
     return {"mean": mean.tolist(), "std": std.tolist(), "q01": low.tolist(), "q99": high.tolist()}
 
 
