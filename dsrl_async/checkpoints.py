@@ -46,9 +46,12 @@ def save(
     """
     root = run_dir / "checkpoints"
     snapshot = counters.snapshot()
-    name = f"{int(snapshot['learner_updates'][0]):08d}"
+    name = f"{int(snapshot['learner_updates'][0]):08d}-{int(snapshot['actor_decisions'].sum()):08d}"
     temporary, final = root / f".{name}.tmp", root / name
-    shutil.rmtree(temporary, ignore_errors=True)
+    if final.exists():  # nothing has happened since
+        return final
+    for abandoned in root.glob(".*.tmp"):  # by a process that was killed here
+        shutil.rmtree(abandoned)
     (temporary / "replay").mkdir(parents=True)
     save_agent(temporary / "agent.safetensors")
     for lane in range(ring.lanes):
@@ -64,14 +67,12 @@ def save(
         "sampling_rng": rng.bit_generator.state,
     }
     (temporary / "state.json").write_text(json.dumps(state))
-    if final.exists():  # the same number of updates, fewer decisions
-        shutil.rmtree(final)
     temporary.rename(final)
-    link = root / ".last.tmp"
+    link = root / ".last"
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, root / "last")
-    for old in sorted(path for path in root.iterdir() if path.name.isdigit())[:-keep]:
+    for old in sorted(path for path in root.iterdir() if path.name[0].isdigit())[:-keep]:
         shutil.rmtree(old)
     return final
 
