@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,8 @@ def test_the_command_says_it_on_stderr_and_exits_with_2(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    script = runpy.run_path(str(CONFIGS.parent / "scripts" / "write_configuration_table.py"))
+    assert script["PAGE"].read_text() == script["table"](), "run scripts/write_configuration_table.py"

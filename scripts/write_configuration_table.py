@@ -1,0 +1,31 @@
+"""Writes docs/configuration.md from `dsrl_async/config.py`; a test fails when it is out of date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsrl_async.config import leaf_fields, type_name
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+
+def table() -> str:
+    lines = [
+        "# Configuration",
+        "",
+        "Every key can stand in a YAML file (`--config`) and on the command line (`--sac.gamma 0.99`).",
+        "Made by `python scripts/write_configuration_table.py`.",
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for key, field in leaf_fields():
+        default = "null" if field.default is None else field.default
+        kind = type_name(field.annotation).replace("|", " \\| ")
+        meaning = " ".join((field.description or "").split())
+        lines.append(f"| `{key}` | {kind} | `{default}` | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(table())
