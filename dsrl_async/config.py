@@ -21,6 +21,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dsrl_async.envs import SAC_IMAGE_SIZE
+
 
 class ConfigError(ValueError):
     """A setting is wrong; the message is one sentence that says which and how to mend it."""
@@ -148,9 +150,9 @@ class SacConfig(Section):
         lengths = {len(self.conv_channels), len(self.conv_kernels), len(self.conv_strides)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError("conv_channels, conv_kernels and conv_strides must have the same length, at least 1")
-        if 64 % self.image_pool:
-            raise ValueError(f"image_pool must divide 64, {self.image_pool} does not")
-        size = 64 // self.image_pool
+        if SAC_IMAGE_SIZE % self.image_pool:
+            raise ValueError(f"image_pool must divide {SAC_IMAGE_SIZE}, {self.image_pool} does not")
+        size = SAC_IMAGE_SIZE // self.image_pool
         for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
             if kernel < 1 or stride < 1:
                 raise ValueError("conv_kernels and conv_strides must be positive")
@@ -159,6 +161,8 @@ class SacConfig(Section):
                 raise ValueError("the convolutions leave no pixels; use smaller kernels or strides")
         if not self.hidden_dims or min(self.hidden_dims + self.conv_channels) < 1:
             raise ValueError("hidden_dims and conv_channels must be positive, hidden_dims not empty")
+        if not all(0 <= beta < 1 for beta in self.actor_betas):
+            raise ValueError(f"actor_betas must be in [0, 1), not {list(self.actor_betas)}")
         if self.log_std_min >= self.log_std_max:
             raise ValueError("log_std_min must be below log_std_max")
         return self
@@ -222,7 +226,7 @@ class Config(Section):
 
     actors: int = Field(16, gt=0, le=4096)
     """Environment processes."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     run_dir: str | None = None
     """Where the run is written; null means `runs/<date>-<time>-<environment>`."""
@@ -338,18 +342,19 @@ def load_config(argv: Sequence[str]) -> Config:
             cannot work, or a configuration file that cannot be read.
     """
     options = vars(build_parser().parse_args(list(argv)))
-    path = options.pop("config", None)
+    path, run = options.pop("config", None), options.get("resume")
     settings: dict[str, Any] = {}
-    if options.get("resume") not in (None, "null"):
-        if path is not None:
-            raise ConfigError("--config cannot be combined with --resume: a resumed run keeps its configuration")
-        path = str(Path(options["resume"]) / "config.yaml")
-        if not Path(path).is_file():
-            raise ConfigError(f"--resume {options['resume']}: there is no run in that directory (no config.yaml)")
-    if path is not None:
+    if run is not None:
+        for name in ("config", "run_dir"):
+            if path if name == "config" else name in options:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} cannot be combined with --resume: a resumed run keeps its own")
+        settings = read_yaml(Path(run) / "config.yaml")
+        if not settings:
+            raise ConfigError(f"--resume {run}: its config.yaml is empty; restore it, or start a new run")
+        settings["run_dir"] = run
+    elif path is not None:
         settings = read_yaml(Path(path))
-    if options.get("resume") not in (None, "null"):
-        settings["run_dir"] = options["resume"]
     for key, text in options.items():
         set_key(settings, key, parse_value(key, text))
     return validate(settings)
@@ -361,6 +366,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if settings is None:
@@ -427,5 +434,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def save_yaml(config: Config, path: Path) -> None:
-    """Write the whole resolved configuration."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write the whole resolved configuration, whole or not at all. What it resumes is not part of a configuration."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json") | {"resume": None}, sort_keys=False))
+    temporary.replace(path)

@@ -1,8 +1,14 @@
-"""Which device the networks run on."""
+"""Which device the networks run on, and how the shared memory is made known to it."""
 
 from __future__ import annotations
 
+import logging
+
 import torch
+
+from dsrl_async.shm.arena import Arena
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -10,3 +16,21 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def register_memory(arena: Arena, device: torch.device) -> bool:
+    """Page-lock the shared memory for CUDA, so that copies to the device run from it at full speed, asynchronously.
+
+    Returns False, and logs why, where that is not to be had; copies then wait for their end. Registration is per
+    process and ends with it. (Has not run on a GPU yet.)
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        import cupy
+
+        cupy.cuda.runtime.hostRegister(arena.address, arena.size, 0)
+    except Exception as error:  # no cupy, or cupy's own exception types
+        logger.warning("the shared memory is not page-locked, transfers will be slower: %s", error)
+        return False
+    return True

@@ -77,8 +77,8 @@ def resolve(options: argparse.Namespace) -> tuple[Config, Path | None, Mode]:
     for name in ("episodes", "processes", "videos"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
-    if options.seed < 0:
-        raise ConfigError("--seed must not be negative")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError("--seed must be in [0, 2^63)")
     checkpoint, settings = None, {}
     if options.checkpoint is not None:
         if options.config is not None:
@@ -127,6 +127,8 @@ def evaluate(
         KeyboardInterrupt: `stop` was requested.
     """
     policy, spec = preflight.check_policy(config)
+    preflight.check_device(config)
+    preflight.check_descriptors(config)
     preflight.check_memory(config, spec, policy.action_horizon)
     torch.set_num_threads(cpu_threads(config.inference.threads))
     arena = create_memory(config, spec, policy.action_horizon)
@@ -149,39 +151,42 @@ def evaluate(
     ):
         try:
             for lane in range(config.actors):
-                job = {
-                    "arena": arena.describe(),
-                    "lane": lane,
-                    "incarnation": 1,
-                    "seed": config.seed,
-                    "env": config.env.model_dump(),
-                    "wake_fd": wake[lane],
-                    "notify_fds": [observation_ready],
-                    "evaluation": {
-                        "episodes": list(range(lane, episodes, config.actors)),
-                        "video_dir": str(video_dir) if video_dir else None,
-                        "videos": videos,
-                    },
+                evaluation = {
+                    "episodes": [lane, episodes, config.actors],
+                    "video_dir": str(video_dir) if video_dir else None,
+                    "videos": videos,
                 }
-                fds = [arena.fd, wake[lane], observation_ready]
                 log = Path(logs) / f"actor-{lane:03d}.log"
-                actors.append(processes.start("dsrl_async.worker", job, fds, log, threads=1))
+                env_config, notify_fds = config.env.model_dump(), [observation_ready]
+                actors.append(
+                    processes.start_actor(
+                        arena, lane, 1, config.seed, env_config, wake[lane], notify_fds, log, evaluation
+                    )
+                )
             bar = progress.add_task(f"{mode} policy", total=episodes)
-            while any(actor.poll() is None for actor in actors):
+            last_decision = time.monotonic()
+            while None in [actor.poll() for actor in actors]:
                 if stop is not None and stop.reason:
                     raise KeyboardInterrupt
                 for lane, actor in enumerate(actors):
-                    if actor.poll():
-                        lines = processes.last_lines(Path(logs) / f"actor-{lane:03d}.log")
-                        raise RuntimeError(f"environment process {lane} ended with exit code {actor.poll()}: {lines}")
-                events.wait(observation_ready, timeout_s=0.1)
-                while len(ready := server.slots.ready()):
+                    if actor.returncode:
+                        message = processes.last_line(Path(logs) / f"actor-{lane:03d}.log")
+                        raise RuntimeError(f"environment process {lane} ended ({actor.returncode}): {message}")
+                ready = server.slots.ready()
+                if len(ready):
                     server.serve_ready(ready)
+                    last_decision = time.monotonic()
+                elif time.monotonic() - last_decision > config.heartbeat_timeout_s:
+                    raise RuntimeError("the environment processes give no sign of life any more")
+                else:
+                    events.wait(observation_ready, timeout_s=0.1)
                 progress.update(bar, completed=int(counters.actor_episodes.sum()))
         finally:
             processes.kill_all(actors)
             events.close([observation_ready, *wake])
-    successes = int(counters.actor_successes.sum())
+    played, successes = int(counters.actor_episodes.sum()), int(counters.actor_successes.sum())
+    if played != episodes:
+        raise RuntimeError(f"only {played} of {episodes} episodes were played: an environment process was killed")
     low, high = wilson_interval(successes, episodes)
     return {
         "episodes": episodes,
@@ -214,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

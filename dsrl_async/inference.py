@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -18,9 +18,10 @@ import zmq
 from torch import Tensor
 
 from dsrl_async.config import Config, read_yaml, validate
-from dsrl_async.device import resolve_device
+from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.checkpoint import load_policy
+from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import decisions_allowed
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.sac.networks import Actor
@@ -30,7 +31,6 @@ from dsrl_async.shm.counters import INFERENCE_PHASES, Counters, Phases
 from dsrl_async.shm.slots import Slots
 from dsrl_async.steering import Mode, SteeredPolicy
 from dsrl_async.weights import Weights, WeightSubscriber
-from dsrl_async.worker import die_with_parent
 
 THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
 IDLE_POLL_S = 1.0
@@ -64,7 +64,7 @@ class InferenceServer:
         self.phase = Phases(INFERENCE_PHASES, self.counters.inference_phase_s)
         spec: EnvironmentSpec = environment_spec(config.env.model_dump())
         policy = load_policy(policy_directory, device)
-        self.tokens, self.token_mask = policy.tokenizer(spec.prompts)
+        self.tokens, self.token_mask = (table.to(device) for table in policy.tokenizer(spec.prompts))
         self.actor = Actor(config.sac, policy.config.action_horizon, device, config.seed)
         self.policy_version = -1  # no weights received yet
         largest = next((size for size in config.inference.buckets if size >= config.actors), None)
@@ -74,6 +74,9 @@ class InferenceServer:
             for size in sizes
         }
         self.largest_bucket = sizes[-1]
+        pool = None
+        for size in reversed(sizes):  # the largest first, so that the others fit into its memory
+            pool = self.buckets[size].sampler.capture(pool)
 
     def load_weights(self, weights: Weights) -> None:
         """Copy actor weights in place; everything that was captured stays valid."""
@@ -131,7 +134,7 @@ class InferenceServer:
         with self.phase("gather"):
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
-            task = torch.from_numpy(slots.task_index[lanes])
+            task = torch.from_numpy(slots.task_index[lanes]).to(self.tokens.device)
             for buffer, rows in (
                 (sampler.images, slots.images),
                 (sampler.state, slots.state),
@@ -158,19 +161,22 @@ class InferenceServer:
 
 
 def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:
-    """Copy rows [N, ...] of `lanes` to the front of `buffer` [B, ...]: once on the CPU, via a staging copy on CUDA."""
-    count = len(lanes)
+    """Copy rows [N, ...] of `lanes` to the front of `buffer` [B, ...], once and straight from the shared memory.
+
+    On CUDA that is a transfer per row, asynchronous if the memory is registered (`device.register_memory`).
+    """
     if buffer.device.type == "cpu":
-        np.take(rows, lanes, axis=0, out=buffer[:count].numpy())
+        np.take(rows, lanes, axis=0, out=buffer[: len(lanes)].numpy())
     else:
-        buffer[:count].copy_(torch.from_numpy(rows[lanes]).pin_memory(), non_blocking=True)
+        for index, lane in enumerate(lanes):
+            buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)
 
 
 def main(argument: str) -> None:
     """Run the inference process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
     job = json.loads(argument)
-    die_with_parent(job["parent"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when to stop
+    prepare_child(job["parent"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(job["threads"])
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     wake_fds, observation_ready = job["wake_fds"], job["observation_ready_fd"]
@@ -181,6 +187,7 @@ def main(argument: str) -> None:
 
     arena = Arena.attach(job["arena"])
     device = resolve_device(config.device)
+    register_memory(arena, device)
     server = InferenceServer(config, arena, device, "stochastic", notify, Path(job["policy"]))
     subscriber = WeightSubscriber(job["weights_address"], layout_hash(server.actor), server.actor.flat.numel())
     poller = zmq.Poller()

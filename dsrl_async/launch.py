@@ -2,18 +2,22 @@
 
 Checks everything first, then runs; progress goes to stderr, and the last line on stdout is the run's summary as one
 JSON object. Exit codes: 0 after a limit or a signal (the run ended as asked, with a checkpoint), 1 after a failure,
-2 for a configuration that cannot run.
+2 for input that cannot be run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from dsrl_async import preflight
-from dsrl_async.config import ConfigError, load_config
+from dsrl_async import checkpoints, preflight
+from dsrl_async.config import Config, load_config, save_yaml
+from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.session import Session, StopRequest
 from dsrl_async.supervisor import Supervisor
 from dsrl_async.telemetry.console import make_console
@@ -25,35 +29,50 @@ def main(argv: Sequence[str]) -> int:
     stop = StopRequest()
     try:
         config = load_config(argv)
+        if config.policy.checkpoint is not None:  # a resumed run may be started from elsewhere
+            config.policy.checkpoint = str(Path(config.policy.checkpoint).absolute())
         policy, spec = preflight.check_policy(config)
         preflight.check_memory(config, spec, policy.action_horizon)
         preflight.check_device(config)
+        preflight.check_descriptors(config)
         run_dir, lock = preflight.open_run_directory(config)
-    except ConfigError as error:
+        with lock:
+            summary = run(config, run_dir, spec, policy.action_horizon, stop)
+    except ValueError as error:  # ConfigError, or a checkpoint that cannot be used
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = make_console(config)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(summary), flush=True)
+    return 1 if summary["exit_reason"].startswith("failed") else 0
+
+
+def run(config: Config, run_dir: Path, spec: EnvironmentSpec, horizon: int, stop: StopRequest) -> dict[str, Any]:
+    """Run in an opened run directory; returns the summary, which is also written there.
+
+    Raises:
+        ValueError, OSError: a checkpoint cannot be used, or the run cannot be set up; nothing was started.
+    """
     log_file = logging.FileHandler(run_dir / "logs" / "supervisor.log")
     log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[console.handler, log_file])
-    with lock:
-        try:
-            session = Session(config, run_dir, spec, policy.action_horizon, stop, console)
-            logger.info("run directory: %s", run_dir)
-            if config.serial:
-                from dsrl_async.serial import run_serial  # imports torch, which the supervisor does without
+    with contextlib.closing(make_console(config)) as console:
+        logging.basicConfig(level=logging.INFO, handlers=[console.handler, log_file])
+        session = Session(config, run_dir, spec, horizon, stop, console)
+        checkpoints.recovery_path(run_dir).unlink(missing_ok=True)  # of an earlier launch: its checkpoint counts
+        save_yaml(config, run_dir / "config.yaml")
+        logger.info("run directory: %s", run_dir)
+        if config.serial:
+            from dsrl_async.serial import run_serial  # imports torch, which the supervisor does without
 
-                summary = run_serial(session)
-            else:
-                summary = Supervisor(session).run()
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        finally:
-            console.close()
+            summary = run_serial(session)
+        else:
+            summary = Supervisor(session).run()
+        checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary), flush=True)
-    return 1 if summary["exit_reason"].startswith("failed") else 0
+    return summary
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from dsrl_async import checkpoints
 from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import resolve_device
+from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import updates_due
 from dsrl_async.sac.agent import Batch, SacAgent, transition_discount
 from dsrl_async.sac.flat import layout_hash
@@ -28,18 +29,20 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import LEARNER_PHASES, Counters, Phases
 from dsrl_async.shm.replay import ReplayRing, Transitions
 from dsrl_async.weights import WeightPublisher, encode
-from dsrl_async.worker import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.2
+RECOVERY_INTERVAL_S = 20.0  # a learner that dies costs at most so much learning
 METRICS_INTERVAL_S = 1.0  # reading the metrics waits for the device, so it is done seldom
 SAMPLING = 2  # first key of the sampling generator's seed, beside worker.TRAINING and worker.EVALUATION
 
 
 def make_batch(transitions: Transitions, config: Config, device: torch.device) -> Batch:
-    """Move a sampled batch to the device, with rewards discounted as `transition_discount` says."""
+    """Move a sampled batch to the device."""
 
     def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        return torch.from_numpy(array).to(device)
 
     return Batch(
         image=tensor(transitions.image),
@@ -70,13 +73,24 @@ class Learner:
         self.agent = SacAgent(config.sac, horizon, device, config.seed)
         self.rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(SAMPLING,)))
         self._metrics_read = 0.0
-        self._checkpoint_time = time.monotonic()
-        self._checkpoints_done = int(self.counters.control_checkpoint[0])
-        checkpoint = checkpoints.find(run_dir)
-        if checkpoint is not None:
-            load_agent(self.agent, checkpoint)
-            self.rng.bit_generator.state = checkpoints.read_state(checkpoint)["sampling_rng"]
+        self._checkpoint_time = self._recovery_time = time.monotonic()
+        self._restore()
         self.publish()
+
+    def _restore(self) -> None:
+        """Take up the agent of the run: what a learner that died in this launch left, else the last checkpoint's."""
+        recovery, checkpoint = checkpoints.recovery_path(self.run_dir), checkpoints.find(self.run_dir)
+        if checkpoint is not None:
+            self.rng.bit_generator.state = checkpoints.read_state(checkpoint)["sampling_rng"]
+        if recovery.is_file():
+            load_agent(self.agent, recovery)
+        elif checkpoint is not None:
+            load_agent(self.agent, checkpoint / checkpoints.AGENT)
+        # The count of updates goes on, so that the replay ratio asks for no burst; what is gone is told.
+        lost = int(self.counters.learner_updates[0]) - self.agent.updates
+        self.counters.learner_lost_updates[0] = lost
+        if lost:
+            logger.warning("%d updates were lost with the learner that did them", lost)
 
     def due(self) -> int:
         """Gradient updates that the replay ratio asks for now."""
@@ -116,37 +130,47 @@ class Learner:
             version = int(self.counters.learner_updates[0])
             flat = self.agent.actor.flat.detach().cpu().numpy()
             self._publish(encode(version, layout_hash(self.agent.actor), flat))
-            self.counters.learner_published_version[0] = version
 
-    def checkpoint_due(self) -> bool:
-        minutes = (time.monotonic() - self._checkpoint_time) / 60
-        asked = int(self.counters.control_checkpoint[0]) > self._checkpoints_done
-        return asked or minutes >= self.config.checkpoint.interval_minutes
+    def save_when_due(self) -> None:
+        """Write a checkpoint, or the smaller recovery file, when its time has come.
+
+        A write that fails (a full disk) is counted and tried again later: it must not cost what has been learned.
+        """
+        now = time.monotonic()
+        try:
+            if now - self._checkpoint_time >= self.config.checkpoint.interval_minutes * 60:
+                self._checkpoint_time = now
+                self.checkpoint()
+            elif now - self._recovery_time >= RECOVERY_INTERVAL_S:
+                self._recovery_time = now
+                with self.phase("checkpoint"):
+                    checkpoints.replace(checkpoints.recovery_path(self.run_dir), self._save_agent)
+        except (OSError, SafetensorError) as error:
+            self.counters.learner_failed_checkpoints[0] += 1
+            logger.warning("could not write a checkpoint: %s", error)
 
     def checkpoint(self) -> Path:
         """Write a checkpoint of the agent, the counters and the replay buffer."""
-        self._checkpoints_done = int(self.counters.control_checkpoint[0])
         with self.phase("checkpoint"):
-            path = checkpoints.save(
+            return checkpoints.save(
                 self.run_dir,
-                lambda file: save_file(self.agent.state_tensors(), file),
+                self._save_agent,
                 self.counters,
                 self.ring,
                 self.rng,
                 self.config.checkpoint.keep,
                 self.beat,
             )
-        self._checkpoint_time = time.monotonic()
-        self.counters.learner_checkpoints[0] += 1
-        return path
+
+    def _save_agent(self, file: Path) -> None:
+        save_file(self.agent.state_tensors(), file)
 
     def beat(self) -> None:
         self.counters.learner_heartbeat_ns[0] = time.monotonic_ns()
 
 
-def load_agent(agent: SacAgent, checkpoint: Path) -> None:
-    """Load `agent.safetensors`; raises ValueError with one sentence if it is damaged or does not fit."""
-    path = checkpoint / "agent.safetensors"
+def load_agent(agent: SacAgent, path: Path) -> None:
+    """Load an agent's safetensors file; raises ValueError with one sentence if it is damaged or does not fit."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -157,8 +181,8 @@ def load_agent(agent: SacAgent, checkpoint: Path) -> None:
 def main(argument: str) -> None:
     """Run the learner as a process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
     job = json.loads(argument)
-    die_with_parent(job["parent"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when to stop
+    prepare_child(job["parent"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
@@ -170,8 +194,7 @@ def main(argument: str) -> None:
     while counters.control_stop[0] < 2:
         learner.beat()
         publisher.serve_late_joiners()
-        if learner.checkpoint_due():
-            learner.checkpoint()
+        learner.save_when_due()
         events.clear(transition_ready)
         if learner.due() and learner.update():
             continue

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
+import json
 import os
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 import psutil
+from safetensors import SafetensorError, safe_open
 
-from dsrl_async import checkpoints
-from dsrl_async.config import Config, ConfigError, read_yaml, save_yaml, validate
+from dsrl_async import checkpoints, processes
+from dsrl_async.config import Config, ConfigError, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
-EMBEDDED_POLICY = Path(__file__).resolve().parent / "assets" / "tabletop_pi0"
 FIXED_BY_CHECKPOINT = (
     *("image_pool", "conv_channels", "conv_kernels", "conv_strides", "conv_padding", "image_latent_dim"),
     *("state_dim", "state_latent_dim", "hidden_dims", "num_q_heads", "actor_layer_norm", "critic_layer_norm"),
-    *("noise_dim", "noise_layout"),
+    *("noise_dim", "noise_layout", "alpha_type"),
 )
 """Keys of `sac` that shape the networks, so that a checkpoint fits only the values it was made with."""
+SPARE_DESCRIPTORS = 64
 ACTOR_BYTES, MODEL_PROCESS_BYTES = (
     80 << 20,
     500 << 20,
@@ -41,13 +44,20 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     except ValueError as error:
         raise ConfigError(f"env.name: {error}") from error
     directory = policy_directory(config)
-    for name in ("model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"):
+    for name in (WEIGHTS, CONFIG, NORM_STATS, TOKENIZER):
         if not (directory / name).is_file():
             raise ConfigError(f"policy.checkpoint: {directory} has no {name}; give a policy checkpoint directory")
+    policy = Pi0Config.load(directory / CONFIG)
+    for name in (NORM_STATS, TOKENIZER):
+        try:
+            json.loads((directory / name).read_text())
+        except ValueError as error:
+            raise ConfigError(f"policy.checkpoint: {directory / name} is not valid JSON: {error}") from error
     try:
-        policy = Pi0Config.load(directory / "config.json")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        with safe_open(directory / WEIGHTS, "numpy"):  # reads the header and compares it with the file's length
+            pass
+    except SafetensorError as error:
+        raise ConfigError(f"policy.checkpoint: {directory / WEIGHTS} is damaged: {error}") from error
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),
@@ -75,15 +85,17 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
 def available_memory() -> int:
     """Bytes that new processes can have: the machine's, or what a container's limit leaves if that is less."""
     available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text) - int(used.read_text()))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        used = int((group / "memory.current").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        available = min(available, int(limit) - used + int(statistics["inactive_file"]))  # page cache can be had back
     return available
 
 
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
     shared = layout(run_fields(config, spec, horizon))[1]
-    weights = (policy_directory(config) / "model.safetensors").stat().st_size
+    weights = (policy_directory(config) / WEIGHTS).stat().st_size
     needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + weights
     available = available_memory()
     if needed > available:
@@ -105,23 +117,21 @@ def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
     """Make or reopen the run directory and lock it; returns it and the lock, which is held while it is open.
 
     Raises:
-        ConfigError: it cannot be written, holds another run, or belongs to a run that is going on.
+        ConfigError: it cannot be written, holds another run, belongs to a run that is going on, or has nothing that
+            this configuration could continue.
     """
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
     else:
-        run_dir = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
-    if config.resume is None and run_dir.is_dir() and any(run_dir.iterdir()):
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        run_dir = next(path for path in map(Path("runs").joinpath, names) if not path.exists())
+    if config.resume is not None:
+        check_resume(config, run_dir)
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(
             f"run_dir: {run_dir} is not empty; choose another one, or continue it with --resume {run_dir}"
         )
-    if config.resume is not None:
-        if checkpoints.find(run_dir) is None:
-            raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
-        before = validate(read_yaml(run_dir / "config.yaml"))
-        for name in FIXED_BY_CHECKPOINT:
-            if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
-                raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")
     try:
         for directory in (run_dir / "logs", run_dir / "checkpoints"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -130,10 +140,30 @@ def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
         raise ConfigError(f"run_dir: cannot write to {run_dir}: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise ConfigError(f"run_dir: {run_dir} is in use by another process") from error
-    save_yaml(config, run_dir / "config.yaml")
+    except OSError:
+        pass  # this file system has no locks
     return run_dir, lock
+
+
+def check_resume(config: Config, run_dir: Path) -> None:
+    if (checkpoint := checkpoints.find(run_dir)) is None:
+        raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
+    done = sum(checkpoints.read_state(checkpoint)["counters"]["actor_decisions"])
+    if config.max_decisions is not None and done >= config.max_decisions:
+        raise ConfigError(f"max_decisions: {done} of {config.max_decisions} are done already; give a larger number")
+    before = validate(read_yaml(run_dir / "config.yaml"))
+    for name in FIXED_BY_CHECKPOINT:
+        if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
+            raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")
+
+
+def check_descriptors(config: Config) -> None:
+    """Every actor has an event of its own, which is an open file."""
+    limit = processes.raise_descriptor_limit()
+    if config.actors + SPARE_DESCRIPTORS > limit:
+        raise ConfigError(f"actors: {config.actors} need more open files than the limit of {limit}; raise `ulimit -n`")
 
 
 def cpu_threads(wanted: int | None) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dsrl_async.shm.arena import Arena
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+PR_SET_PDEATHSIG = 1
+REAP_S = 5.0  # a killed process that is still there after this is stuck in the kernel, and left to it
 
 
 def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
@@ -33,6 +40,55 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
         )
 
 
+def start_actor(
+    arena: Arena,
+    lane: int,
+    incarnation: int,
+    seed: int,
+    env_config: dict[str, Any],
+    wake_fd: int,
+    notify_fds: list[int],
+    log: Path,
+    evaluation: dict[str, Any] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start the environment process of a lane.
+
+    It waits for answers on `wake_fd` and announces observations on `notify_fds`. `evaluation` makes it play given
+    episodes and end: {"episodes": [first, stop, step], "video_dir": str or None, "videos": int}.
+    """
+    job = {
+        "arena": arena.describe(),
+        "lane": lane,
+        "incarnation": incarnation,
+        "seed": seed,
+        "env": env_config,
+        "wake_fd": wake_fd,
+        "notify_fds": notify_fds,
+        "evaluation": evaluation,
+    }
+    return start("dsrl_async.worker", job, [arena.fd, wake_fd, *notify_fds], log, threads=1)
+
+
+def prepare_child(parent: int) -> None:
+    """To be called first in a child: it ends with the process `parent`, and only that one decides when.
+
+    The kernel kills it when the parent ends, however that happens. Signals that a terminal or a batch system sends to
+    all processes of a job are left to the parent.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many open files as the system lets us; returns how many."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
 def wait_all(children: Iterable[subprocess.Popen[bytes]], deadline: float) -> bool:
     """Wait until all have ended; False if some still ran at `deadline` (of time.monotonic)."""
     for child in children:
@@ -48,11 +104,10 @@ def kill_all(children: Iterable[subprocess.Popen[bytes]]) -> None:
     children = list(children)
     for child in children:
         child.kill()
-    for child in children:
-        child.wait()
+    wait_all(children, time.monotonic() + REAP_S)
 
 
-def last_lines(log: Path, count: int = 3) -> str:
-    """The end of a log file in one line, for an error message."""
-    lines = log.read_text(errors="replace").strip().splitlines()[-count:] if log.is_file() else []
-    return " | ".join(line.strip() for line in lines)
+def last_line(log: Path, since: int = 0) -> str:
+    """The last line that a log file got after its first `since` bytes, for an error message."""
+    text = log.read_bytes()[since:].decode(errors="replace").strip() if log.is_file() else ""
+    return text.splitlines()[-1].strip() if text else "it left no message"

@@ -43,8 +43,7 @@ def run_serial(session: Session) -> dict[str, Any]:
                 actor.advance()
         while learner.due() and learner.update():
             pass
-        if learner.checkpoint_due():
-            learner.checkpoint()
+        learner.save_when_due()
         if session.tick_due():
             session.tick({})
     learner.checkpoint()

@@ -28,7 +28,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is to be respected
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or SIGNALS[signal.Signals(number)]

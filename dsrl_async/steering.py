@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from dsrl_async.config import SacConfig
+from dsrl_async.envs import SAC_IMAGE_SIZE
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.sac.networks import Actor, act, expand_noise
 
@@ -41,7 +42,7 @@ class SteeredPolicy:
         self.sampler = policy.sampler(batch_size, denoise_steps)
         device = self.sampler.noise.device
         width = sac.noise_width(self.horizon)
-        self.sac_image = torch.zeros(batch_size, 64, 64, 3, dtype=torch.uint8, device=device)
+        self.sac_image = torch.zeros(batch_size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
         self.standard_normal = torch.zeros(batch_size, self.horizon * sac.noise_dim, device=device)
         self.warmup = torch.zeros(batch_size, dtype=torch.bool, device=device)
         self.noise = torch.zeros(batch_size, width, device=device)

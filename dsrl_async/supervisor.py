@@ -20,8 +20,9 @@ from dsrl_async.shm import events
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.05
-QUICK_S = 15.0  # a process that dies younger than this died of starting
+QUICK_S = 15.0  # a process that dies younger than this, or before its first sign of life, died of starting
 QUICK_FAILURES = 3  # so many in a row of the same process end the run
+START_S = 600.0  # until the first sign of life: loading a large policy takes minutes
 ACTORS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
 
@@ -32,7 +33,9 @@ class Child:
 
     name: str
     popen: subprocess.Popen[bytes]
-    started: float
+    log: Path
+    started: float = 0.0
+    log_start: int = 0  # size of the log when this incarnation was started
     incarnation: int = 1
     quick_failures: int = 0
 
@@ -51,10 +54,17 @@ class Supervisor:
 
     # ---- starting
 
-    def _start(self, name: str) -> subprocess.Popen[bytes]:
+    def _start(self, name: str) -> None:
+        """Start a process, or its successor."""
         log = self.run_dir / "logs" / f"{name}.log"
-        if name.startswith("actor"):
-            return self._start_actor(int(name.removeprefix("actor-")), log)
+        log_start = log.stat().st_size if log.is_file() else 0
+        old = self.children.get(name)
+        incarnation = old.incarnation + 1 if old else 1
+        popen = self._start_actor(name, incarnation, log) if name.startswith("actor") else self._start_model(name, log)
+        failures = old.quick_failures if old else 0
+        self.children[name] = Child(name, popen, log, time.monotonic(), log_start, incarnation, failures)
+
+    def _start_model(self, name: str, log: Path) -> subprocess.Popen[bytes]:
         job: dict[str, Any] = {
             "arena": self.arena.describe(),
             "run_dir": str(self.run_dir),
@@ -74,49 +84,53 @@ class Supervisor:
             threads = cpu_threads(self.config.learner.threads)
         return processes.start(f"dsrl_async.{name}", job, fds, log, threads)
 
-    def _start_actor(self, lane: int, log: Path) -> subprocess.Popen[bytes]:
-        old = self.children.get(f"actor-{lane:03d}")
-        job = {
-            "arena": self.arena.describe(),
-            "lane": lane,
-            "incarnation": old.incarnation + 1 if old else 1,
-            "seed": self.config.seed,
-            "env": self.config.env.model_dump(),
-            "wake_fd": self.wake[lane],
-            "notify_fds": [self.observation_ready, self.transition_ready],
-            "evaluation": None,
-        }
-        fds = [self.arena.fd, self.wake[lane], self.observation_ready, self.transition_ready]
-        return processes.start("dsrl_async.worker", job, fds, log, threads=1)
+    def _start_actor(self, name: str, incarnation: int, log: Path) -> subprocess.Popen[bytes]:
+        lane = int(name.removeprefix("actor-"))
+        return processes.start_actor(
+            self.arena,
+            lane,
+            incarnation,
+            self.config.seed,
+            self.config.env.model_dump(),
+            self.wake[lane],
+            [self.observation_ready, self.transition_ready],
+            log,
+        )
 
     def _start_all(self) -> None:
         # The model processes first: they take longest to come up.
         for name in ("inference", "learner", *(f"actor-{lane:03d}" for lane in range(self.config.actors))):
-            self.children[name] = Child(name, self._start(name), time.monotonic())
+            if self.session.reason_to_stop() is None:
+                self._start(name)
 
     # ---- watching
 
     def run(self) -> dict[str, Any]:
         """Run until a limit, a signal or a failure; returns the summary when no child is left."""
-        reason = "failed: an error in the supervisor, see its log"
         try:
             self._start_all()
             reason = self._watch()
-        except Exception:
+        except Exception as error:
             logger.exception("error in the supervisor")
-        finally:
-            logger.info("stopping: %s", reason)
-            pids = self._pids()
-            if not self._stop_children():
-                lost = processes.last_lines(self.run_dir / "logs" / "learner.log")
-                reason = f"failed: no checkpoint was written at the end ({reason}): {lost}"
-                logger.error(reason)
-            events.close([self.observation_ready, self.transition_ready, *self.wake])
-        return {**self.session.finish(reason, pids), "restarts": self.restarts}
+            reason = f"failed: {type(error).__name__} in the supervisor: {error}"
+        logger.info("stopping: %s", reason)
+        pids = self._pids()
+        if not self._stop_children():
+            learner = self.children.get("learner")
+            lost = processes.last_line(learner.log, learner.log_start) if learner else "the learner was never started"
+            reason = f"failed: no checkpoint was written at the end ({reason}): {lost}"
+            logger.error(reason)
+        events.close([self.observation_ready, self.transition_ready, *self.wake])
+        lost_updates = int(self.counters.learner_lost_updates[0])
+        return {**self.session.finish(reason, pids), "restarts": self.restarts, "lost_updates": lost_updates}
 
     def _watch(self) -> str:
         """Returns why the run ends."""
+        failed_saves = 0
         while (reason := self.session.reason_to_stop() or self._replace_dead()) is None:
+            if (failed := int(self.counters.learner_failed_checkpoints[0])) > failed_saves:
+                failed_saves = failed
+                logger.warning("a checkpoint could not be written; learning goes on, see %s", self.run_dir / "logs")
             if self.session.tick_due():
                 self.session.tick(self._pids())
             time.sleep(WATCH_INTERVAL_S)
@@ -125,36 +139,36 @@ class Supervisor:
     def _pids(self) -> dict[str, int]:
         return {name: child.popen.pid for name, child in self.children.items()}
 
-    def _silent_s(self, child: Child) -> float:
-        """Seconds since the process last gave a sign of life, or since its start."""
+    def _last_beat(self, child: Child) -> float | None:
+        """When this incarnation last gave a sign of life, time.monotonic; None: not yet."""
         if child.name.startswith("actor"):
             beat_ns = self.counters.actor_heartbeat_ns[int(child.name.removeprefix("actor-"))]
         else:
             beat_ns = getattr(self.counters, f"{child.name}_heartbeat_ns")[0]
-        return time.monotonic() - max(int(beat_ns) * 1e-9, child.started)
+        beat = int(beat_ns) * 1e-9
+        return beat if beat > child.started else None
 
     def _replace_dead(self) -> str | None:
         """Start a successor for every process that died or hangs; returns why the run must end, if it must."""
-        for name, child in self.children.items():
-            silent_s = self._silent_s(child)
-            if silent_s > self.config.heartbeat_timeout_s:
-                logger.warning("%s gave no sign of life for %.0f s; killing it", name, silent_s)
+        for name, child in list(self.children.items()):
+            beat, now = self._last_beat(child), time.monotonic()
+            silent_s = now - (beat or child.started)
+            how = ""
+            if silent_s > (START_S if beat is None else self.config.heartbeat_timeout_s):
+                how = f"no sign of life for {silent_s:.0f} s"
                 processes.kill_all([child.popen])
             code = child.popen.poll()
             if code is None:
                 continue
-            lived = time.monotonic() - child.started
-            child.quick_failures = child.quick_failures + 1 if lived < QUICK_S else 0
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            log = self.run_dir / "logs" / f"{name}.log"
+            how = how or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
+            lived = now - child.started
+            child.quick_failures = child.quick_failures + 1 if lived < QUICK_S or beat is None else 0
             if child.quick_failures >= QUICK_FAILURES:
-                lines = processes.last_lines(log)
-                return f"failed: {name} ended {QUICK_FAILURES} times soon after its start ({how}): {lines}"
-            logger.warning("%s ended (%s) after %.0f s; starting it again, see %s", name, how, lived, log)
+                message = processes.last_line(child.log, child.log_start)
+                return f"failed: {name} ended {QUICK_FAILURES} times soon after its start ({how}): {message}"
+            logger.warning("%s ended (%s) after %.0f s; starting it again, see %s", name, how, lived, child.log)
             self.restarts[name.split("-")[0]] += 1
-            child.popen = self._start(name)
-            child.incarnation += 1
-            child.started = time.monotonic()
+            self._start(name)
         return None
 
     # ---- stopping
@@ -168,11 +182,13 @@ class Supervisor:
         if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S):
             processes.kill_all(actors)
         self._set_stop(2)
-        deadline = time.monotonic() + MODELS_STOP_S
-        while not processes.wait_all(models, time.monotonic() + 1.0):
-            learner = self.children["learner"]
-            writing = learner.popen.poll() is None and self._silent_s(learner) < CHECKPOINT_SILENCE_S
-            if time.monotonic() > deadline and not writing:
+        stopped = time.monotonic()
+        while not processes.wait_all(models, time.monotonic() + 0.2):
+            learner = self.children.get("learner")
+            alive = learner is not None and learner.popen.poll() is None
+            # A learner may take long over the last checkpoint, or still be starting, but not in silence.
+            silent_s = time.monotonic() - max(stopped, (learner and self._last_beat(learner)) or 0.0)
+            if silent_s > (CHECKPOINT_SILENCE_S if alive else MODELS_STOP_S):
                 break
         processes.kill_all(models)
         return "learner" in self.children and self.children["learner"].popen.returncode == 0

@@ -6,10 +6,7 @@ calls `Actor` directly.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from dsrl_async.envs import ChunkOutcome, Environment, make_environment
+from dsrl_async.processes import prepare_child
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, Counters, Phases
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 
-PR_SET_PDEATHSIG = 1
 TRAINING, EVALUATION = (
     0,
     1,
@@ -145,28 +142,21 @@ class Actor:
         self.request_number = self.slots.request(self.lane, self.incarnation, self.requests)
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the process `parent` ends, however it ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
-
-
 def main(argument: str) -> None:
     """Run an actor as a process; `argument` is the JSON of `processes.start_actor`."""
     job = json.loads(argument)
-    die_with_parent(job["parent"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor decides when to stop
+    prepare_child(job["parent"])
     arena = Arena.attach(job["arena"])
     lane, wake = job["lane"], job["wake_fd"]
     actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
     counters = actor.counters
-    if job["evaluation"] is not None:
-        actor.evaluation = iter(job["evaluation"]["episodes"])
-        if job["evaluation"]["video_dir"] is not None:
+    if (evaluation := job["evaluation"]) is not None:
+        episodes = range(*evaluation["episodes"])
+        actor.evaluation = iter(episodes)
+        if evaluation["video_dir"] is not None:
             from dsrl_async.envs.recording import RecordingEnvironment
 
-            actor.env = RecordingEnvironment(actor.env, **job["evaluation"])
+            actor.env = RecordingEnvironment(actor.env, episodes, evaluation["video_dir"], evaluation["videos"])
     try:
         actor.start()
         while not (counters.control_stop[0] or actor.finished):

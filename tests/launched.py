@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from dsrl_async import checkpoints
+
 SMALL = [
     *("--actors", "2", "--log.console", "off", "--log.interval-s", "0.2"),
     *("--replay.warmup-decisions", "16", "--replay.capacity", "2000"),
@@ -83,14 +85,14 @@ class Launched:
         return {**result, "returncode": self.popen.returncode, "stderr": stderr}
 
     def left_over(self, timeout_s: float = 5.0) -> list[psutil.Process]:
-        """Processes of this run that are still alive `timeout_s` later, and any other that maps a run's memory."""
+        """Processes of this run that are still alive `timeout_s` later."""
         _, alive = psutil.wait_procs(list(self.seen.values()), timeout=timeout_s)
         return alive
 
 
 def checkpoint_of(run_dir: Path) -> Path:
-    checkpoint = (run_dir / "checkpoints" / "last").resolve()
-    assert (checkpoint / "agent.safetensors").is_file()
+    checkpoint = checkpoints.find(run_dir)
+    assert checkpoint is not None, "no checkpoint"
     return checkpoint
 
 

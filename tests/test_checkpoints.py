@@ -101,7 +101,7 @@ def test_restored_learner_continues_bit_for_bit(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_abandoned_and_old_checkpoints_are_cleared_and_last_points_to_the_newest(
+def test_abandoned_and_old_checkpoints_are_cleared_and_the_newest_is_found(
     small_config: Config, memory: Arena, run_dir: Path
 ) -> None:
     learner = make_learner(small_config, memory, run_dir)
@@ -110,14 +110,14 @@ def test_abandoned_and_old_checkpoints_are_cleared_and_last_points_to_the_newest
         learner.update()
         learner.checkpoint()
         # A process killed while writing leaves this behind:
-        shutil.copytree(run_dir / "checkpoints" / "last", run_dir / "checkpoints" / ".99999999-0.tmp")
         found = checkpoints.find(run_dir)
         assert found is not None
+        shutil.copytree(found, run_dir / "checkpoints" / ".99999999-0.tmp")
         assert found.name.startswith(f"{int(learner.counters.learner_updates[0]):08d}")
     learner.update()
     learner.checkpoint()
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert names == ["00000004-00000040", "00000005-00000040", "last"]
+    assert names == ["00000004-00000040", "00000005-00000040"]
 
 
 def test_a_failing_write_keeps_the_checkpoint_before(
@@ -135,7 +135,31 @@ def test_a_failing_write_keeps_the_checkpoint_before(
     monkeypatch.setattr(checkpoints, "save_file", disk_full)
     with pytest.raises(OSError, match="No space"):
         learner.checkpoint()
+    learner.config.checkpoint.interval_minutes = 1e-9
+    learner.save_when_due()  # while the run goes on, it is no reason to stop
+    assert learner.counters.learner_failed_checkpoints[0] == 1
     assert checkpoints.find(run_dir) == first.resolve()
+    monkeypatch.undo()
+    learner.save_when_due()
+    assert checkpoints.find(run_dir) != first.resolve()
+
+
+def test_learner_that_replaces_another_takes_up_what_it_left(
+    small_config: Config, memory: Arena, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(small_config, memory, run_dir)
+    fill(memory, 60)
+    for _ in range(5):
+        learner.update()
+    monkeypatch.setattr("dsrl_async.learner.RECOVERY_INTERVAL_S", 0.0)
+    learner.save_when_due()
+    left = learner.agent.state_tensors()
+    for _ in range(3):
+        learner.update()
+    successor = make_learner(small_config, memory, run_dir)
+    assert all(torch.equal(left[name], tensor) for name, tensor in successor.agent.state_tensors().items())
+    assert successor.counters.learner_updates[0] == 8
+    assert successor.counters.learner_lost_updates[0] == 3
 
 
 @pytest.mark.parametrize("damage", ["state.json", "agent.safetensors", "replay/lane-0000.safetensors"])

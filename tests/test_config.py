@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsrl_async import preflight
+from dsrl_async import checkpoints, preflight
 from dsrl_async.config import Config, ConfigError, get_key, leaf_fields, load_config, save_yaml, validate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -88,6 +89,9 @@ def test_text_stays_text() -> None:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "a", "--config", "b"], "--config"),
+        (["--resume", "a", "--run-dir", "b"], "--run-dir"),
+        (["--sac.actor-betas", "[1.5, 2]"], "actor_betas"),
+        (["--seed", str(2**64)], "seed"),
         (["surprise"], "surprise"),
     ],
 )
@@ -103,8 +107,8 @@ def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
     path.write_text("sac:\n  gama: 0.9\n")
     with pytest.raises(ConfigError, match=r"unknown key 'sac\.gama'; did you mean 'sac\.gamma'"):
         load_config(["--config", str(path)])
-    for text in ("[1, 2]", "a: [", "sac: 3"):
-        path.write_text(text)
+    for text in (b"[1, 2]", b"a: [", b"sac: 3", b"\xff\xfe\x00"):
+        path.write_bytes(text)
         with pytest.raises(ConfigError) as caught:
             load_config(["--config", str(path)])
         assert "\n" not in str(caught.value)
@@ -155,11 +159,18 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
             preflight.open_run_directory(config)
         with pytest.raises(ConfigError, match="no checkpoint"):
             preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
-        (run_dir / "checkpoints" / "last").mkdir()
-        for name in ("agent.safetensors", "state.json"):
-            (run_dir / "checkpoints" / "last" / name).touch()
-        with pytest.raises(ConfigError, match="in use by another process"):
-            preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
+    save_yaml(config, run_dir / "config.yaml")
+    checkpoint = run_dir / "checkpoints" / "00000001-00000002"
+    checkpoint.mkdir()
+    counters = {key: [7] for key in (*checkpoints.SUMMED, *checkpoints.KEPT)}
+    state = {"format": checkpoints.FORMAT, "lanes": 0, "counters": counters, "sampling_rng": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    resumed = {"run_dir": str(run_dir), "resume": str(run_dir)}
+    _, lock = preflight.open_run_directory(validate(resumed))
+    with lock, pytest.raises(ConfigError, match="in use by another process"):
+        preflight.open_run_directory(validate(resumed))
+    with pytest.raises(ConfigError, match="7 of 5 are done already"):
+        preflight.open_run_directory(validate({**resumed, "max_decisions": 5}))
     other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "sac": {"hidden_dims": [7]}})
     with pytest.raises(ConfigError, match=r"sac\.hidden_dims: .* made with \[128, 128, 128\]"):
         preflight.open_run_directory(other)

@@ -9,7 +9,7 @@ import torch
 from dsrl_async.config import Config
 from dsrl_async.inference import InferenceServer
 from dsrl_async.pi0.checkpoint import load_policy
-from dsrl_async.preflight import EMBEDDED_POLICY
+from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.sac.networks import act
 from dsrl_async.shm.arena import Arena
 from dsrl_async.steering import Mode

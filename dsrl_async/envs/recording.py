@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class RecordingEnvironment:
     Films every environment step of those of its `episodes` whose number is below `videos`.
     """
 
-    def __init__(self, env: Any, episodes: list[int], video_dir: str, videos: int) -> None:
+    def __init__(self, env: Any, episodes: Iterable[int], video_dir: str, videos: int) -> None:
         self.spec = env.spec
         self._env, self._directory, self._videos = env, Path(video_dir), videos
         self._episodes = iter(episodes)

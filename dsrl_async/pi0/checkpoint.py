@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
 from dsrl_async.pi0.model import GemmaLayer, GemmaNorm, Pi0, VisionLayer
 from dsrl_async.pi0.processing import (
     Normaliser,
@@ -26,15 +26,6 @@ from dsrl_async.pi0.processing import (
     save_norm_stats,
 )
 from dsrl_async.pi0.sampler import Sampler
-
-WEIGHTS, CONFIG, NORM_STATS, TOKENIZER = (
-    "model.safetensors",
-    "config.json",
-    "norm_stats.json",
-    "tokenizer.json",
-)
-EMBEDDED_POLICY = Path(__file__).resolve().parent.parent / "assets" / "tabletop_pi0"
-"""The checkpoint that comes with the package."""
 
 _ROOT = "paligemma_with_expert."
 _VISION = _ROOT + "paligemma.model.vision_tower.vision_model."

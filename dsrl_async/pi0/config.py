@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+WEIGHTS, CONFIG, NORM_STATS, TOKENIZER = "model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"
+"""The files of a policy checkpoint."""
+EMBEDDED_POLICY = Path(__file__).resolve().parent.parent / "assets" / "tabletop_pi0"
+"""The checkpoint that comes with the package."""
+
 
 @dataclass(frozen=True)
 class Pi0Config:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsrl_async.config import SacConfig
 from dsrl_async.sac.augmentation import random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
-from dsrl_async.sac.networks import Actor, Critic, action_dim, aggregate_heads, log_prob, preprocess_image
+from dsrl_async.sac.networks import Actor, Critic, aggregate_heads, log_prob, preprocess_image
 
 ADAM_FIELDS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -103,7 +103,7 @@ class SacAgent:
     def __init__(self, config: SacConfig, horizon: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.config = config
         self.device = torch.device(device)
-        self.action_dim = action_dim(config, horizon)
+        self.action_dim = config.noise_width(horizon)
         self.actor = Actor(config, horizon, self.device, seed, trainable=True)
         self.critic = Critic(config, horizon, self.device, seed + 1, trainable=True)
         self.target_critic = Critic(config, horizon, self.device, seed + 1)
@@ -247,6 +247,8 @@ class SacAgent:
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_tensors()`, in place; nothing is changed when an error is raised.
 
+        The continuation is exact on the kind of device that they come from; on another kind the generator starts anew.
+
         Raises:
             ValueError: a tensor is missing, or does not fit the agent's settings or device in shape or dtype.
         """
@@ -255,6 +257,8 @@ class SacAgent:
             if name not in tensors:
                 raise ValueError(f"the SAC checkpoint has no tensor {name!r}; it is incomplete, use another one")
             found = tensors[name]
+            if name == "generator":  # its state has another size on another kind of device
+                continue
             if found.shape != like.shape or found.dtype != like.dtype:
                 raise ValueError(
                     f"tensor {name!r} of the SAC checkpoint is {found.dtype} of shape {tuple(found.shape)},"
@@ -269,4 +273,7 @@ class SacAgent:
         for name, tensor in self._tensors().items():
             tensor.copy_(tensors[name])
         self.updates = int(tensors["updates"])
-        self.generator.set_state(tensors["generator"].cpu())
+        if tensors["generator"].shape == expected["generator"].shape:
+            self.generator.set_state(tensors["generator"].cpu())
+        else:
+            self.generator.manual_seed(self.updates)

@@ -21,23 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsrl_async.config import SacConfig
+from dsrl_async.envs import SAC_IMAGE_SIZE
 from dsrl_async.sac.augmentation import colour_jitter
 from dsrl_async.sac.flat import FlatModule
 
-IMAGE_SIZE = 64
 LAST_LAYER_GAIN = 0.01
-
-
-def action_dim(config: SacConfig, horizon: int) -> int:
-    """Width of the RL action: one noise vector, or one for each of `horizon` slots with `per_slot`."""
-    return config.noise_dim * (horizon if config.noise_layout == "per_slot" else 1)
 
 
 def expand_noise(noise: Tensor, horizon: int, layout: str) -> Tensor:
     """The policy's initial noise from the agent's.
 
     Args:
-        noise: fp32 [B, A], A = `action_dim(config, horizon)`.
+        noise: fp32 [B, A], A = `config.noise_width(horizon)`.
         horizon: action slots of the policy.
         layout: `repeat` or `per_slot`.
 
@@ -64,8 +59,8 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
     unit = 1.0 / (255 * pool * pool)
     if pool > 1:
         # Exact integer sums of whole rows, then of whole pixels: on a CPU 6x faster than avg_pool2d.
-        size = IMAGE_SIZE // pool
-        rows = image.view(-1, size, pool, IMAGE_SIZE * 3).to(torch.int16)
+        size = SAC_IMAGE_SIZE // pool
+        rows = image.view(-1, size, pool, SAC_IMAGE_SIZE * 3).to(torch.int16)
         columns = functools.reduce(torch.add, rows.unbind(2)).view(-1, size, size, pool, 3)
         image = functools.reduce(torch.add, columns.unbind(3))
     pixels = image.permute(0, 3, 1, 2).to(torch.float32)
@@ -82,7 +77,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = [3, *config.conv_channels]
         self.convolutions = nn.ModuleList()
-        size = IMAGE_SIZE // config.image_pool
+        size = SAC_IMAGE_SIZE // config.image_pool
         for (fan_in, fan_out), kernel, stride in zip(
             itertools.pairwise(channels), config.conv_kernels, config.conv_strides, strict=True
         ):
@@ -144,7 +139,7 @@ class Actor(FlatModule):
             widths = [self.encoder.output_dim, *config.hidden_dims]
             self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
             self.norms = nn.ModuleList(nn.LayerNorm(o) for o in config.hidden_dims if config.actor_layer_norm)
-            self.output = nn.Linear(widths[-1], 2 * action_dim(config, horizon))
+            self.output = nn.Linear(widths[-1], 2 * config.noise_width(horizon))
             # Both kinds of initialisation start near mean 0, log_std 0 for every observation.
             for half in self.output.weight.data.chunk(2):
                 if config.init == "orthogonal":
@@ -199,7 +194,7 @@ class Critic(FlatModule):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.encoder = Encoder(config)
-            widths = [self.encoder.output_dim + action_dim(config, horizon), *config.hidden_dims, 1]
+            widths = [self.encoder.output_dim + config.noise_width(horizon), *config.hidden_dims, 1]
             self.weights = nn.ParameterList()
             self.norm_scales = nn.ParameterList()
             self.norm_shifts = nn.ParameterList()

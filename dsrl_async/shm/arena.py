@@ -47,6 +47,11 @@ class Arena:
             for name, (shape, dtype) in fields.items()
         }
 
+    @property
+    def address(self) -> int:
+        """Where the mapping begins in this process."""
+        return np.frombuffer(self._map, np.uint8).ctypes.data
+
     @classmethod
     def create(cls, fields: Fields) -> Arena:
         fd = os.memfd_create("dsrl_async", os.MFD_CLOEXEC)
@@ -65,9 +70,6 @@ class Arena:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._arrays[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
 
     def close(self) -> None:
         """Give up the descriptor; the mapping goes when its last array does."""

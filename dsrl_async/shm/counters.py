@@ -26,7 +26,6 @@ def counter_fields(actors: int) -> Fields:
     return {
         "control/stop": (scalar, "int64"),  # 1: actors finish, 2: everyone
         "control/wall_s": (scalar, "float64"),  # of this run so far, over all resumes
-        "control/checkpoint": (scalar, "int64"),  # checkpoints asked for so far
         "actor/decisions": (per_actor, "int64"),
         "actor/env_steps": (per_actor, "int64"),
         "actor/episodes": (per_actor, "int64"),
@@ -46,9 +45,9 @@ def counter_fields(actors: int) -> Fields:
         "inference/heartbeat_ns": (scalar, "int64"),
         "inference/phase_s": ((len(INFERENCE_PHASES),), "float64"),
         "learner/updates": (scalar, "int64"),
-        "learner/published_version": (scalar, "int64"),
         "learner/replay_size": (scalar, "int64"),
-        "learner/checkpoints": (scalar, "int64"),  # checkpoints written
+        "learner/failed_checkpoints": (scalar, "int64"),
+        "learner/lost_updates": (scalar, "int64"),  # done by a learner that died, and not in the agent any more
         "learner/heartbeat_ns": (scalar, "int64"),
         "learner/phase_s": ((len(LEARNER_PHASES),), "float64"),
         "learner/metrics": ((LEARNER_METRICS,), "float32"),  # in the order of sac.METRIC_NAMES

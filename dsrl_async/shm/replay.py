@@ -36,8 +36,11 @@ def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: i
     }
 
 
+ATTEMPTS = 100  # at drawing rows that can be used; needed only when nearly all are closing rows or being overwritten
+
+
 class Transitions(NamedTuple):
-    """A sampled batch of B decisions."""
+    """A batch of B decisions."""
 
     image: np.ndarray  # uint8 [B, 64, 64, 3]
     state: np.ndarray  # float32 [B, 8]
@@ -57,6 +60,7 @@ class ReplayRing:
         self.rows = {name: arena[f"replay/{name}"] for name in ROW_FIELDS}
         self.head = arena["replay/head"]  # row number of the pending row + 1; 0: nothing was ever written
         self.lanes, self.rows_per_lane = self.rows["reward"].shape
+        self._batch: Transitions | None = None
 
     # ---- the actor's side
 
@@ -120,51 +124,76 @@ class ReplayRing:
             )
         )
 
-    def sample(self, rng: np.random.Generator, batch_size: int, attempts: int = 100) -> Transitions | None:
-        """Draw `batch_size` decisions uniformly, with replacement; None if there are hardly any.
+    def sample(self, rng: np.random.Generator, batch_size: int) -> Transitions | None:
+        """Draw `batch_size` decisions uniformly, with replacement; None if there are none, or hardly any.
 
-        Rows that are pending, or overwritten while they were copied, are drawn again.
+        The arrays are valid until the next call. Rows that are overwritten while they are copied are drawn again.
         """
-        out: list[tuple[np.ndarray, ...]] = []
-        missing = batch_size
-        for _ in range(attempts):
-            low, high = self.windows()
-            ends = np.cumsum(high - low)
-            if ends[-1] == 0:
+        lanes, numbers = np.empty(batch_size, np.int64), np.empty(batch_size, np.int64)
+        torn = np.arange(batch_size)
+        for _ in range(ATTEMPTS):
+            drawn = self._draw(rng, len(torn))
+            if drawn is None:
                 return None
+            lanes[torn], numbers[torn] = drawn
+            batch = self._copy(lanes, numbers, torn)
+            torn = torn[numbers[torn] < self.windows()[0][lanes[torn]]]
+            if len(torn) == 0:
+                return batch
+        return None
+
+    def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Lanes and row numbers, int64 [count], of decisions with an outcome."""
+        low, high = self.windows()
+        ends = np.cumsum(high - low)
+        found: list[np.ndarray] = []
+        missing = count
+        for _ in range(ATTEMPTS if ends[-1] else 0):
             draws = rng.integers(0, ends[-1], size=missing)
             lanes = np.searchsorted(ends, draws, side="right")
             numbers = high[lanes] - (ends[lanes] - draws)
             keep = self.rows["complete"][lanes, numbers % self.rows_per_lane]
-            lanes, numbers = lanes[keep], numbers[keep]
-            copied = self._copy(lanes, numbers)
-            intact = numbers >= self.windows()[0][lanes]
-            if not intact.all():
-                copied = tuple(column[intact] for column in copied)
-            out.append(copied)
-            missing -= len(copied[0])
+            found.append(np.stack([lanes[keep], numbers[keep]]))
+            missing -= int(keep.sum())
             if missing == 0:
-                return Transitions(*(np.concatenate(columns) for columns in zip(*out, strict=True)))
+                lanes, numbers = np.concatenate(found, axis=1)
+                return lanes, numbers
         return None
 
-    def _copy(self, lanes: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, ...]:
-        row, following = numbers % self.rows_per_lane, (numbers + 1) % self.rows_per_lane
-        return (
-            *(self.rows[name][lanes, row] for name in ROW_FIELDS[:-1]),
-            self.rows["image"][lanes, following],
-            self.rows["state"][lanes, following],
-        )
+    def _copy(self, lanes: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> Transitions:
+        """Copy the rows of `which` positions of the batch into arrays that are used again and again."""
+        if self._batch is None or len(self._batch.reward) != len(lanes):
+            # New memory for every batch would cost more in page faults than the copying does.
+            shapes = {name: (len(lanes), *rows.shape[2:]) for name, rows in self.rows.items()}
+            columns = [np.empty(shapes[name], self.rows[name].dtype) for name in ROW_FIELDS[:-1]]
+            observation = [np.empty(shapes[name], self.rows[name].dtype) for name in ("image", "state")]
+            self._batch = Transitions(*columns, *observation)
+        base = lanes[which] * self.rows_per_lane
+        row, following = (base + (numbers[which] + step) % self.rows_per_lane for step in (0, 1))
+        sources = [*((name, row) for name in ROW_FIELDS[:-1]), ("image", following), ("state", following)]
+        for column, (name, index) in zip(self._batch, sources, strict=True):
+            flat = self.rows[name].reshape(-1, *self.rows[name].shape[2:])
+            if len(which) == len(lanes):
+                np.take(flat, index, axis=0, out=column, mode="clip")  # `clip` lets numpy write to `out` directly
+            else:
+                column[which] = flat[index]
+        return self._batch
 
     # ---- checkpoints
 
     def export_lane(self, lane: int) -> dict[str, np.ndarray]:
         """Copy a lane's rows, oldest first, the pending one last, as arrays [n, ...] named by `ROW_FIELDS`."""
-        head = int(self.head[lane])
-        numbers = np.arange(max(0, head - self.rows_per_lane), head)
-        copied = {name: rows[lane, numbers % self.rows_per_lane] for name, rows in self.rows.items()}
+        head, size = int(self.head[lane]), self.rows_per_lane
+        first = max(0, head - size)
+        wrap = min(first + -first % size, head)
+        parts = [(first, wrap), (wrap, head)]
+        copied = {
+            name: np.concatenate([rows[lane, a % size : a % size + b - a] for a, b in parts])
+            for name, rows in self.rows.items()
+        }
         # The writer may have gone on: what it can have reached is dropped; the last row was pending when copied.
-        first_intact = self.windows()[0][lane]
-        copied = {name: column[numbers >= first_intact] for name, column in copied.items()}
+        overtaken = max(0, int(self.windows()[0][lane]) - first)
+        copied = {name: column[overtaken:] for name, column in copied.items()}
         if len(copied["complete"]):
             copied["complete"][-1] = False
         return copied
@@ -177,3 +206,27 @@ class ReplayRing:
         for name, column in columns.items():
             self.rows[name][lane, numbers] = column
         self.head[lane] = head + count
+
+    def import_lanes(self, exported: list[dict[str, np.ndarray]]) -> None:
+        """Fill an empty ring with exported lanes. For another number of lanes they are cut into pieces and spread."""
+        if len(exported) == self.lanes and all(len(rows["complete"]) <= self.rows_per_lane for rows in exported):
+            for lane, rows in enumerate(exported):
+                self.import_rows(lane, rows)
+            return
+        length = max(2, self.rows_per_lane // 4)
+        pieces = []  # (age of the last row, rows)
+        for rows in exported:
+            count = len(rows["complete"])
+            for end in range(count, 1, 1 - length):  # a piece ends with the row that the next one begins with
+                piece = {name: column[max(0, end - length) : end].copy() for name, column in rows.items()}
+                piece["complete"][-1] = False
+                pieces.append((count - end, piece))
+        room = self.lanes * self.rows_per_lane
+        kept = []
+        for _, piece in sorted(pieces, key=lambda piece: piece[0]):
+            room -= len(piece["complete"])
+            if room < 0:
+                break
+            kept.append(piece)
+        for piece in reversed(kept):  # the oldest first, so that it is overwritten first
+            self.import_rows(int(np.argmin(self.head)), piece)

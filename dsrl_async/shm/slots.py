@@ -5,7 +5,7 @@ is published by writing its number after the data it covers, and answered by wri
 answer. The number holds the incarnation of the actor process, so an answer to a process that has died is never
 taken for an answer to its successor.
 
-x86-64 keeps stores in order; on machines that do not, the eventfd system call that follows each publication does.
+This relies on x86-64, which makes stores visible in order; a port to ARM needs a barrier before each publication.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import time
 from collections import deque
@@ -23,6 +25,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from dsrl_async.config import Config
 from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES
 from dsrl_async.telemetry.processes import ProcessUsage
+
+logger = logging.getLogger(__name__)
 
 Snapshot = dict[str, np.ndarray]
 """What `Counters.snapshot` returns."""
@@ -127,6 +131,7 @@ class RunMonitor:
         self._successes: deque[int] = deque(maxlen=SUCCESS_EPISODES)
         self._history = _History()
         self._usage = ProcessUsage()
+        self._write_failed = False
         self._processes = 1 if config.serial else config.actors  # that the actors' phases are spread over
         self._view = self._make_view(start, self._start_time)
         restart = SessionLog(status=SessionLog.START)
@@ -146,7 +151,12 @@ class RunMonitor:
         new_metrics = self._read_metrics(snapshot)
         self._usage.measure(pids, now)
         self._view = self._make_view(snapshot, now)
-        self._write(scalars(self._view) | episode_scalars(episodes) | new_metrics)
+        try:
+            self._write(scalars(self._view) | episode_scalars(episodes) | new_metrics)
+        except OSError as error:  # a full disk is no reason to end the run
+            if not self._write_failed:
+                logger.warning("TensorBoard data and metrics.jsonl are incomplete from here on: %s", error)
+            self._write_failed = True
         return self._view
 
     def summary(self) -> dict[str, Any]:
@@ -174,8 +184,9 @@ class RunMonitor:
 
     def close(self) -> None:
         """Write out everything; may be called twice."""
-        self._writer.close()
-        self._lines.close()
+        for file in (self._writer, self._lines):
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _read_metrics(self, snapshot: Snapshot) -> dict[str, float]:
         """The agent's metrics if they are new, without those that its first updates do not compute."""
