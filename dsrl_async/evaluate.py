@@ -165,13 +165,16 @@ def evaluate(
                 )
             bar = progress.add_task(f"{mode} policy", total=episodes)
             last_decision = time.monotonic()
-            while None in [actor.poll() for actor in actors]:
+            while True:
                 if stop is not None and stop.reason:
                     raise KeyboardInterrupt
-                for lane, actor in enumerate(actors):
-                    if actor.returncode:
+                codes = [actor.poll() for actor in actors]
+                for lane, code in enumerate(codes):
+                    if code:
                         message = processes.last_line(Path(logs) / f"actor-{lane:03d}.log")
-                        raise RuntimeError(f"environment process {lane} ended ({actor.returncode}): {message}")
+                        raise RuntimeError(f"environment process {lane} ended with exit code {code}: {message}")
+                if None not in codes:
+                    break
                 ready = server.slots.ready()
                 if len(ready):
                     server.serve_ready(ready)
@@ -185,8 +188,7 @@ def evaluate(
             processes.kill_all(actors)
             events.close([observation_ready, *wake])
     played, successes = int(counters.actor_episodes.sum()), int(counters.actor_successes.sum())
-    if played != episodes:
-        raise RuntimeError(f"only {played} of {episodes} episodes were played: an environment process was killed")
+    assert played == episodes, f"{played} of {episodes} episodes were played"
     low, high = wilson_interval(successes, episodes)
     return {
         "episodes": episodes,

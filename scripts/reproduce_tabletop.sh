@@ -7,12 +7,12 @@ seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0 1 2)
 mkdir -p "$out"
 
-evaluate() { .venv/bin/python -m dsrl_async.evaluate --episodes 200 --seed 1000 "$@" | tail -n 1; }
+evaluate() { "$python" -m dsrl_async.evaluate --episodes 200 --seed 1000 "$@" | tail -n 1; }
 evaluate >"$out/base.json"
 for seed in "${seeds[@]}"; do
-    .venv/bin/python -m dsrl_async.launch --seed "$seed" --max-minutes "$minutes" --run-dir "$out/seed-$seed" \
+    "$python" -m dsrl_async.launch --seed "$seed" --max-minutes "$minutes" --run-dir "$out/seed-$seed" \
         --log.console plain | tail -n 1 >"$out/seed-$seed.json"
     evaluate --checkpoint "$out/seed-$seed" >"$out/seed-$seed-evaluation.json"
 done
-.venv/bin/python scripts/plot_learning_curve.py "${seeds[@]/#/$out/seed-}" --out "$out/learning_curve.png" \
+"$python" "$root"/scripts/plot_learning_curve.py "${seeds[@]/#/$out/seed-}" --out "$out/learning_curve.png" \
     --evaluation "$out/base.json" "$out"/seed-*-evaluation.json

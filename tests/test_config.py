@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from dsrl_async import checkpoints, preflight
 from dsrl_async.config import Config, ConfigError, get_key, leaf_fields, load_config, save_yaml, validate
+from dsrl_async.pi0.config import EMBEDDED_POLICY
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -142,6 +144,16 @@ def test_saved_configuration_reads_back(
 def test_policy_and_environment_must_fit(settings: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         preflight.check_policy(validate(settings))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "norm_stats.json", "tokenizer.json", "config.json"])
+def test_damaged_policy_is_said_before_anything_is_started(tmp_path: Path, name: str) -> None:
+    shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy")
+    path = tmp_path / "policy" / name
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=name) as caught:
+        preflight.check_policy(validate({"policy": {"checkpoint": str(tmp_path / "policy")}}))
+    assert "\n" not in str(caught.value)
 
 
 def test_too_little_memory_is_said_before_anything_is_started() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -70,6 +71,32 @@ def test_signal_stops_within_seconds_with_a_checkpoint(tmp_path: Path, number: s
     assert result["returncode"] == 0
     assert run.left_over() == []
     assert sum(state_of(run.run_dir)["counters"]["actor_decisions"]) == result["decisions"]
+
+
+def test_signal_to_all_processes_at_once_as_batch_systems_send_it(tmp_path: Path) -> None:
+    run = Launched(tmp_path / "run", *SMALL)
+    run.wait_learning()
+    for child in run.children():
+        child.terminate()
+    run.signal(signal.SIGTERM)
+    result = run.finish()
+    assert result["exit_reason"] == "terminated"
+    assert result["restarts"] == {"actor": 0, "inference": 0, "learner": 0}
+    checkpoint_of(run.run_dir)
+    assert run.left_over() == []
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    with_hangup_ignored = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv(sys.executable, "
+    )
+    command = [sys.executable, "-m", "dsrl_async.launch", *SMALL, "--run-dir", str(tmp_path / "run")]
+    code = with_hangup_ignored + repr([*command, "--max-decisions", "60"]) + ")"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    time.sleep(2)
+    process.send_signal(signal.SIGHUP)
+    stdout, _ = process.communicate(timeout=60)
+    assert json.loads(stdout.splitlines()[-1])["exit_reason"] == "max_decisions"
 
 
 def test_interrupt_while_starting_stops_cleanly(tmp_path: Path) -> None:
@@ -229,8 +256,6 @@ def test_evaluation_of_base_and_checkpoint(tmp_path: Path) -> None:
     command += ["--episodes", "5", "--seed", "7", "--processes", "2"]
 
     def evaluate(*more: str) -> dict:
-        import json
-
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.strip().splitlines()[-1])
@@ -243,6 +268,35 @@ def test_evaluation_of_base_and_checkpoint(tmp_path: Path) -> None:
     base = evaluate("--base")
     assert base["policy"] == "base"
     assert evaluate("--base") | {"wall_s": 0} == base | {"wall_s": 0}
+
+
+def test_evaluation_notices_a_killed_environment_process() -> None:
+    command = [sys.executable, "-m", "dsrl_async.evaluate", "--episodes", "1000", "--processes", "1"]
+    evaluation = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = psutil.Process(evaluation.pid)
+    deadline = time.monotonic() + 60
+    while not (workers := process.children()) or workers[0].cpu_times().user < 1.0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers[0].kill()
+    stdout, stderr = evaluation.communicate(timeout=30)
+    assert evaluation.returncode == 1
+    assert stdout == ""
+    assert "environment process 0 ended" in stderr
+
+
+def test_evaluation_stops_at_once_when_interrupted() -> None:
+    command = [sys.executable, "-m", "dsrl_async.evaluate", "--episodes", "5000", "--processes", "4"]
+    evaluation = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = psutil.Process(evaluation.pid)
+    deadline = time.monotonic() + 60
+    while not (workers := process.children()) or workers[-1].cpu_times().user < 1.0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    evaluation.send_signal(signal.SIGINT)
+    evaluation.communicate(timeout=8)
+    assert evaluation.returncode == 130
+    assert psutil.wait_procs(workers, timeout=3)[1] == []
 
 
 @pytest.mark.parametrize(
