@@ -97,7 +97,7 @@ class SacConfig(Section):
     """Width of one noise vector: the policy's action width."""
     noise_layout: Literal["repeat", "per_slot"] = "repeat"
     """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
-    action_magnitude: float = Field(0.5, gt=0)
+    action_magnitude: float = Field(0.4, gt=0)
     """The actor's noise is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
     gamma: float = Field(0.979, gt=0, le=1)
     """Discount factor, per `discount_per`."""

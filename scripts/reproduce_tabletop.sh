@@ -2,7 +2,7 @@
 # Makes the README's figures of the embedded task: base success, and for each seed a run of MINUTES, its evaluation on
 # 200 fresh episodes, and the picture. Usage: bash scripts/reproduce_tabletop.sh [OUT [MINUTES [SEEDS...]]]
 source "$(dirname "$0")/setup.sh" plot
-out=${1:-runs/reproduce} minutes=${2:-8}
+out=${1:-runs/reproduce} minutes=${2:-5}
 seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0 1 2)
 mkdir -p "$out"
