@@ -10,7 +10,8 @@ What makes the layout lean, compared with the published implementations (all are
 - the state token does not depend on the denoising time, so its keys and values are computed once;
 - the last VLM layer computes keys and values only, since nothing reads its output;
 - query, key and value projections are one matrix, as are gate and up;
-- query heads are folded into the query axis, so that grouped keys are never repeated;
+- grouped keys are never repeated in memory: heads that share them get a view with stride 0;
+- residuals are added inside the matrix products in front of them, and rotations happen in place;
 - everything that depends on the denoising time alone is a table with a row per time.
 """
 
@@ -32,22 +33,25 @@ ROPE_BASE = 10_000.0
 MASKED = -2.3819763e38
 """Additive mask of a key that must not be seen; finite, so that a fully masked row stays finite."""
 
-Extend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(layer, keys [B,G,T,D], values [B,G,T,D]) -> keys and values [B,G,S,D] to attend to."""
+Extend = Callable[[int, Tensor], Tensor]
+"""(layer, new keys and values [B, 2, G, T, D]) -> keys and values [B, 2, G, S, D] to attend to."""
 
 
 class Modulation(NamedTuple):
-    """One RMSNorm's scale, and in pi0.5 its shift and the gate of the sublayer behind it."""
+    """One RMSNorm: its scale times sqrt(width), sqrt(width * epsilon), and in pi0.5 its shift and the gate of the
+    sublayer behind it. The factors are such that the norm is x * scale / hypot(|x|, floor) + shift."""
 
     scale: Tensor
+    floor: Tensor
     shift: Tensor | None = None
     gate: Tensor | None = None
 
     def rows(self, index: tuple[slice | None, ...] | int) -> Modulation:
         """Indexes what has a row per time, and keeps what has not."""
-        scale, shift, gate = (v[index] if v is not None and v.ndim == 2 else v for v in self)
+        scale, floor, shift, gate = (v[index] if v is not None and v.ndim == 2 else v for v in self)
         assert scale is not None
-        return Modulation(scale, shift, gate)
+        assert floor is not None
+        return Modulation(scale, floor, shift, gate)
 
 
 class Step(NamedTuple):
@@ -69,13 +73,12 @@ class Rope(NamedTuple):
 class Prefix:
     """An encoded observation: what the action tokens attend to.
 
-    `keys` and `values` hold [B, kv_heads, S, head_dim] per layer, `mask` is the additive key mask
-    [B, 1, 1, S], `position` [B] the position of the next token. `hidden` [B, P, vlm_width], the last hidden
-    state of images and language, is there for auxiliary losses; nothing else reads it.
+    `keys_values` holds [B, 2, kv_heads, S, head_dim] per layer, `mask` is the additive key mask [B, 1, 1, S],
+    `position` [B] the position of the next token. `hidden` [B, P, vlm_width], the last hidden state of images and
+    language, is there for auxiliary losses; nothing else reads it.
     """
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    keys_values: list[Tensor]
     mask: Tensor
     position: Tensor
     hidden: Tensor | None = None
@@ -86,39 +89,57 @@ class Prefix:
         def rows(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(count, dim=0)
 
-        keys, values = [rows(key) for key in self.keys], [rows(value) for value in self.values]
-        return Prefix(keys, values, rows(self.mask), rows(self.position))
+        return Prefix([rows(layer) for layer in self.keys_values], rows(self.mask), rows(self.position))
 
 
-def rms_norm(x: Tensor, modulation: Modulation) -> Tensor:
-    """Scaled by `modulation`, in float32, returned in the dtype of `x`."""
-    scale, shift = modulation.scale, modulation.shift
-    if scale.ndim == 1:
-        y = F.rms_norm(x.float(), scale.shape, scale, EPSILON)
-    else:
-        y = F.rms_norm(x.float(), scale.shape[-1:], None, EPSILON) * scale
-    if shift is not None:
-        y = y + shift
-    return y.to(x.dtype)
+def rms_norm(x: Tensor, modulation: Modulation, out: Tensor | None = None) -> Tensor:
+    """RMSNorm of x [B, T, width], computed in float32 and rounded once to the dtype of x.
 
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding of x [B, T, heads, D] in the half-split layout: channel i is paired with i + D/2."""
-    halves = x.unflatten(-1, (2, -1))
-    return torch.addcmul(halves * rope.cos, halves.flip(-2), rope.sin).flatten(-2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention: query [B,T,heads,D], key and value [B,G,S,D] -> [B, T, heads*D].
-
-    The heads that share a key head are folded into the query axis.
+    With `out`, a buffer of the shape and dtype of x, four operations; without, differentiable.
     """
-    batch, tokens, heads, dim = query.shape
-    groups = key.shape[1]
-    query = query.reshape(batch, tokens, groups, heads // groups, dim).transpose(1, 2)
-    query = query.reshape(batch, groups, tokens * heads // groups, dim)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return out.view(batch, groups, tokens, heads // groups, dim).transpose(1, 2).reshape(batch, tokens, -1)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm = torch.hypot(norm, modulation.floor)
+    scaled = x * modulation.scale
+    if modulation.shift is None:
+        y = torch.div(scaled, norm, out=out)
+    else:
+        y = torch.addcdiv(modulation.shift, scaled, norm, out=out)
+    return y if out is not None else y.to(x.dtype)
+
+
+def rotate_(x: Tensor, rope: Rope) -> None:
+    """Rotary embedding of x [B, T, heads, D], in place, in the half-split layout: channel i is paired with i + D/2."""
+    halves = x.unflatten(-1, (2, -1))
+    swapped = halves.flip(-2)
+    halves.mul_(rope.cos).addcmul_(swapped, rope.sin)
+
+
+def attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention: query [B, T, heads, D], keys and values [B, 2, G, S, D] -> [B, T, heads * D]."""
+    share = query.shape[2] // keys_values.shape[2]
+    key, value = keys_values.unsqueeze(3).expand(-1, -1, -1, share, -1, -1).flatten(2, 3).unbind(1)
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def add_projected(x: Tensor, update: Tensor, projection: nn.Linear, gate: Tensor | None) -> Tensor:
+    """x + gate * projection(update), for x [B, T, width]; the projection has no bias."""
+    if gate is None:
+        added = torch.addmm(x.flatten(0, 1), update.flatten(0, 1), projection.weight.t())
+        return added.view_as(x)
+    return torch.addcmul(x, projection(update), gate)
+
+
+def rope_frequency(head_dim: int) -> Tensor:
+    """Radians per position of each pair of channels, float32 [head_dim / 2]."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    return ROPE_BASE**-exponent
+
+
+def time_frequency(width: int) -> Tensor:
+    """Radians per unit of denoising time of each sine, float64 [width / 2]: periods from 4e-3 to 4."""
+    period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, width // 2, dtype=torch.float64)
+    return 2 * torch.pi / period
 
 
 def key_mask(token_mask: Tensor, before: int, after: int, dtype: torch.dtype) -> Tensor:
@@ -187,10 +208,14 @@ class GemmaNorm(nn.Module):
             self.weight = nn.Parameter(torch.zeros(width))
 
     def modulation(self, condition: Tensor | None, gate_dtype: torch.dtype) -> Modulation:
+        """`condition` is [n, width] in pi0.5, and not read in pi0."""
         if not self.adaptive:
-            return Modulation(1 + self.weight)
+            width = len(self.weight)
+            return Modulation((1 + self.weight) * width**0.5, self.weight.new_full((), (width * EPSILON) ** 0.5))
         scale, shift, gate = self.dense(condition).chunk(3, dim=-1)
-        return Modulation(1 + scale, shift, gate.to(gate_dtype))
+        width = scale.shape[-1]
+        floor = scale.new_full((), (width * EPSILON) ** 0.5)
+        return Modulation((1 + scale) * width**0.5, floor, shift, gate.to(gate_dtype))
 
 
 class GemmaLayer(nn.Module):
@@ -211,12 +236,12 @@ class GemmaLayer(nn.Module):
     def norms(self) -> list[GemmaNorm]:
         return [self.attention_norm, self.mlp_norm] if hasattr(self, "mlp_norm") else [self.attention_norm]
 
-    def keys_values(self, x: Tensor, norm: Modulation, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, kv_heads, T, head_dim] only."""
+    def keys_values(self, x: Tensor, norm: Modulation, rope: Rope, scratch: Tensor | None = None) -> Tensor:
+        """Keys and values [B, 2, kv_heads, T, head_dim] only."""
         weight = self.qkv.weight[-2 * self.kv_heads * self.head_dim :]
-        projected = F.linear(rms_norm(x, norm), weight).unflatten(-1, (2 * self.kv_heads, self.head_dim))
-        key, value = projected.split(self.kv_heads, dim=2)
-        return rotate(key, rope).transpose(1, 2), value.transpose(1, 2)
+        projected = F.linear(rms_norm(x, norm, scratch), weight).unflatten(-1, (2 * self.kv_heads, self.head_dim))
+        rotate_(projected[:, :, : self.kv_heads], rope)
+        return projected.unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4)
 
     def forward(
         self,
@@ -225,17 +250,17 @@ class GemmaLayer(nn.Module):
         mlp_norm: Modulation,
         rope: Rope,
         mask: Tensor | None,
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        extend: Callable[[Tensor], Tensor],
+        scratch: Tensor | None = None,
     ) -> Tensor:
-        qkv = self.qkv(rms_norm(x, attention_norm)).unflatten(-1, (-1, self.head_dim))
-        rotated = rotate(qkv[:, :, : self.heads + self.kv_heads], rope)
-        key = rotated[:, :, self.heads :].transpose(1, 2)
-        value = qkv[:, :, self.heads + self.kv_heads :].transpose(1, 2)
-        keys, values = extend(key, value)
-        attention = attend(rotated[:, :, : self.heads], keys, values, mask)
-        x = residual(x, self.out(attention), attention_norm.gate)
-        gate, up = self.gate_up(rms_norm(x, mlp_norm)).chunk(2, dim=-1)
-        return residual(x, self.down(F.gelu(gate, approximate="tanh") * up), mlp_norm.gate)
+        """x [B, T, width] -> the same; `scratch`, of the same shape and dtype, is for intermediate results."""
+        qkv = self.qkv(rms_norm(x, attention_norm, scratch)).unflatten(-1, (-1, self.head_dim))
+        rotate_(qkv[:, :, : self.heads + self.kv_heads], rope)
+        keys_values = extend(qkv[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
+        attention = attend(qkv[:, :, : self.heads], keys_values, mask)
+        x = add_projected(x, attention, self.out, attention_norm.gate)
+        gate, up = self.gate_up(rms_norm(x, mlp_norm, scratch)).chunk(2, dim=-1)
+        return add_projected(x, F.gelu(gate, approximate="tanh") * up, self.down, mlp_norm.gate)
 
 
 class GemmaStack(nn.Module):
@@ -261,20 +286,20 @@ class GemmaStack(nn.Module):
         rope: Rope,
         mask: Tensor | None,
         extend: Extend,
+        scratch: Tensor | None = None,
         last_keys_only: bool = False,
     ) -> Tensor:
-        """The hidden state behind the last layer, or before it when that is to give keys and values only."""
+        """The hidden state behind the last layer, or before it when that is to give keys and values only.
+
+        x [B, T, width]; `scratch`, of the same shape and dtype, saves operations and forbids autograd.
+        """
         blocks = self.blocks[:-1] if last_keys_only else self.blocks
         for i, block in enumerate(blocks):
-            x = block(x, norms[2 * i], norms[2 * i + 1], rope, mask, partial(extend, i))
+            x = block(x, norms[2 * i], norms[2 * i + 1], rope, mask, partial(extend, i), scratch)
         if last_keys_only:
             last = len(blocks)
-            extend(last, *self.blocks[last].keys_values(x, norms[2 * last], rope))
+            extend(last, self.blocks[last].keys_values(x, norms[2 * last], rope, scratch))
         return x
-
-
-def residual(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
-    return x + update if gate is None else torch.addcmul(x, update, gate)
 
 
 class Pi0(nn.Module):
@@ -305,10 +330,8 @@ class Pi0(nn.Module):
             self.state_in = nn.Linear(config.action_dim, width)
             self.time_in = nn.Linear(2 * width, width)
         self.time_out = nn.Linear(width, width)
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        self.register_buffer("inverse_frequency", ROPE_BASE**-exponent, persistent=False)
-        period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, width // 2, dtype=torch.float64)
-        self.register_buffer("time_frequency", 2 * torch.pi / period, persistent=False)
+        self.register_buffer("inverse_frequency", rope_frequency(config.head_dim), persistent=False)
+        self.register_buffer("time_frequency", time_frequency(width), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -335,7 +358,11 @@ class Pi0(nn.Module):
         sin = angle.sin()
         return Rope(angle.cos().to(self.dtype), torch.cat([-sin, sin], dim=-2).to(self.dtype))
 
-    def _norms(self, condition: Tensor | None) -> tuple[Modulation, ...]:
+    def vlm_norms(self) -> tuple[Modulation, ...]:
+        """Modulations of the language model's norms."""
+        return self.vlm.modulations(None, self.dtype)
+
+    def _expert_norms(self, condition: Tensor | None) -> tuple[Modulation, ...]:
         """Modulations of all expert norms: two per layer, then the final one."""
         return (
             *self.expert.modulations(condition, self.dtype),
@@ -353,16 +380,25 @@ class Pi0(nn.Module):
         if self.config.pi05:
             condition = F.silu(self.time_out(F.silu(self.time_in(embedding))))
             bias = self.action_in.bias.expand(len(times), -1)
-            return Step(self.action_in.weight, bias, self._norms(condition))
+            return Step(self.action_in.weight, bias, self._expert_norms(condition))
         of_action, of_time = self.time_in.weight.chunk(2, dim=1)
         bias = F.linear(embedding, of_time, self.time_in.bias + of_action @ self.action_in.bias)
-        return Step(of_action @ self.action_in.weight, bias, self._norms(None))
+        return Step(of_action @ self.action_in.weight, bias, self._expert_norms(None))
 
-    def run_prefix(self, images: Tensor, tokens: Tensor, token_mask: Tensor, extend: Extend) -> Tensor:
+    def run_prefix(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        norms: tuple[Modulation, ...],
+        extend: Extend,
+        scratch: Tensor | None = None,
+    ) -> Tensor:
         """Encodes cameras and prompt; every layer's keys and values go to `extend`.
 
-        images float32 [B, cameras, 3, size, size] in [-1, 1]; tokens int64 [B, L]; token_mask bool [B, L].
-        Returns the hidden state [B, P, vlm_width] that enters the last layer.
+        images float32 [B, cameras, 3, size, size] in [-1, 1]; tokens int64 [B, L]; token_mask bool [B, L]; norms are
+        `vlm_norms()`. Returns the hidden state [B, P, vlm_width] that enters the last layer; `scratch` has its shape
+        and dtype.
         """
         batch = images.shape[0]
         image_tokens = self.vision(images.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
@@ -371,63 +407,73 @@ class Pi0(nn.Module):
         before = image_tokens.shape[1]
         mask = key_mask(token_mask, before, 0, self.dtype)
         rope = self.rope(F.pad(token_mask, (before, 0), value=True).cumsum(1) - 1)
-        norms = self.vlm.modulations(None, self.dtype)
-        hidden: Tensor = self.vlm(x, norms, rope, mask, extend, last_keys_only=True)
+        hidden: Tensor = self.vlm(x, norms, rope, mask, extend, scratch, last_keys_only=True)
         return hidden
 
-    def run_state(self, state: Tensor, position: Tensor, mask: Tensor, extend: Extend) -> None:
+    def run_state(
+        self,
+        state: Tensor,
+        position: Tensor,
+        mask: Tensor,
+        norms: tuple[Modulation, ...],
+        extend: Extend,
+        scratch: Tensor | None = None,
+    ) -> None:
         """Sends the state token's keys and values of every expert layer to `extend` (pi0 only).
 
-        state float32 [B, action_dim], normalised and padded; position int64 [B]; mask [B, 1, 1, P + 1].
+        state float32 [B, action_dim], normalised and padded; position int64 [B]; mask [B, 1, 1, P + 1]; norms are
+        those of any `Step`; scratch [B, 1, expert_width] in the model's dtype.
         """
         x = self.state_in(state)[:, None].to(self.dtype)
         rope = self.rope(position[:, None])
-        self.expert(x, self._norms(None), rope, mask, extend, last_keys_only=True)
+        self.expert(x, norms, rope, mask, extend, scratch, last_keys_only=True)
 
     def action_rope(self, position: Tensor) -> Rope:
         """Rotations of the action tokens, the first of which is at `position` [B]."""
         slots = torch.arange(self.config.action_horizon, device=position.device)
         return self.rope(position[:, None] + slots)
 
-    def run_actions(self, x_t: Tensor, step: Step, rope: Rope, mask: Tensor, extend: Extend) -> Tensor:
-        """Velocity float32 [B, H, action_dim] at x_t float32 [B, H, action_dim]."""
+    def run_actions(
+        self, x_t: Tensor, step: Step, rope: Rope, mask: Tensor, extend: Extend, scratch: Tensor | None = None
+    ) -> Tensor:
+        """Velocity float32 [B, H, action_dim] at x_t float32 [B, H, action_dim].
+
+        scratch [B, H, expert_width] in the model's dtype.
+        """
         x = F.linear(x_t, step.input_weight) + step.input_bias
         if not self.config.pi05:
             x = self.time_out(F.silu(x))
         x = x.to(self.dtype)
-        x = self.expert(x, step.norms, rope, mask, extend)
-        velocity: Tensor = self.action_out(rms_norm(x, step.norms[-1]).float())
+        x = self.expert(x, step.norms, rope, mask, extend, scratch)
+        velocity: Tensor = self.action_out(rms_norm(x, step.norms[-1], scratch).float())
         return velocity
 
     def encode_images(self, images: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
         """Keys and values of cameras and prompt (shapes as in `run_prefix`); differentiable."""
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        layers: list[Tensor] = []
 
-        def extend(_: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            keys.append(key)
-            values.append(value)
-            return key, value
+        def extend(_: int, keys_values: Tensor) -> Tensor:
+            layers.append(keys_values)
+            return keys_values
 
-        hidden = self.run_prefix(images, tokens, token_mask, extend)
+        hidden = self.run_prefix(images, tokens, token_mask, self.vlm_norms(), extend)
         before = hidden.shape[1] - tokens.shape[1]
         mask = key_mask(token_mask, before, 0, self.dtype)
-        return Prefix(keys, values, mask, before + token_mask.sum(1), hidden)
+        return Prefix(layers, mask, before + token_mask.sum(1), hidden)
 
     def append_state(self, prefix: Prefix, state: Tensor) -> Prefix:
         """`prefix` with the state token behind it; state float32 [B, action_dim]. pi0.5 has none."""
         if self.config.pi05:
             return prefix
         mask = F.pad(prefix.mask, (0, 1))
-        grown: list[tuple[Tensor, Tensor]] = []
+        grown: list[Tensor] = []
 
-        def extend(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            grown.append(_behind(prefix, layer, key, value))
+        def extend(layer: int, keys_values: Tensor) -> Tensor:
+            grown.append(_behind(prefix, layer, keys_values))
             return grown[-1]
 
-        self.run_state(state, prefix.position, mask, extend)
-        keys, values = [key for key, _ in grown], [value for _, value in grown]
-        return Prefix(keys, values, mask, prefix.position + 1, prefix.hidden)
+        self.run_state(state, prefix.position, mask, self._expert_norms(None), extend)
+        return Prefix(grown, mask, prefix.position + 1, prefix.hidden)
 
     def encode_prefix(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Prefix:
         """Encodes an observation; shapes as in `run_prefix` and `run_state`. Differentiable."""
@@ -446,9 +492,8 @@ class Pi0(nn.Module):
         return self.run_actions(x_t, step, rope, mask, partial(_behind, prefix))
 
 
-def _behind(prefix: Prefix, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    keys, values = prefix.keys[layer], prefix.values[layer]
-    return torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+def _behind(prefix: Prefix, layer: int, keys_values: Tensor) -> Tensor:
+    return torch.cat([prefix.keys_values[layer], keys_values], dim=3)
 
 
 def time_grid(steps: int, kind: str) -> list[float]:
