@@ -55,10 +55,25 @@ class PolicyConfig(Section):
     """The frozen flow-matching policy."""
 
     checkpoint: str | None = None
-    """Directory with `model.safetensors`, `config.json`, `norm_stats.json` and `tokenizer.json`; null
-    means the embedded tabletop policy."""
+    """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project
+    (docs/pi0.md); null means the embedded tabletop policy."""
+    tokenizer: str | None = None
+    """A `tokenizer.json` or sentencepiece `.model`, or a directory with one; null means the checkpoint's own."""
+    norm_stats: str | None = None
+    """openpi's `norm_stats.json`, or a directory with one; null means what the checkpoint holds."""
+    action_horizon: int | None = Field(None, gt=0)
+    """Action slots of one sampled chunk; null means what config.json says, else 50 for Pi0 and 10 for Pi0.5."""
+    delta_action_dims: int | None = Field(None, ge=0)
+    """The first so many dimensions of the robot's state are added to its actions (openpi's
+    `extra_delta_transform` is 6); null means 6 for openpi's and RLinf's Pi0, and 0 for others."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and arithmetic of the transformers; `auto` is bfloat16 on a GPU and float32 on the CPU."""
     denoise_steps: int = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
+
+    def overrides(self) -> dict[str, Any]:
+        """What the user says of the checkpoint itself: keyword arguments of `pi0.files.find_policy`."""
+        return self.model_dump(include={"tokenizer", "norm_stats", "action_horizon", "delta_action_dims"})
 
 
 class SacConfig(Section):

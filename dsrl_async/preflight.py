@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 import psutil
-from safetensors import SafetensorError, safe_open
 
 from dsrl_async import checkpoints, processes
 from dsrl_async.config import Config, ConfigError, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
+from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
+from dsrl_async.pi0.files import find_policy, read_config
+from dsrl_async.pi0.tensors import find_tensors, parameter_count
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
@@ -44,20 +44,10 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     except ValueError as error:
         raise ConfigError(f"env.name: {error}") from error
     directory = policy_directory(config)
-    for name in (WEIGHTS, CONFIG, NORM_STATS, TOKENIZER):
-        if not (directory / name).is_file():
-            raise ConfigError(f"policy.checkpoint: {directory} has no {name}; give a policy checkpoint directory")
-    policy = Pi0Config.load(directory / CONFIG)
-    for name in (NORM_STATS, TOKENIZER):
-        try:
-            json.loads((directory / name).read_text())
-        except ValueError as error:
-            raise ConfigError(f"policy.checkpoint: {directory / name} is not valid JSON: {error}") from error
     try:
-        with safe_open(directory / WEIGHTS, "numpy"):  # reads the header and compares it with the file's length
-            pass
-    except SafetensorError as error:
-        raise ConfigError(f"policy.checkpoint: {directory / WEIGHTS} is damaged: {error}") from error
+        policy = find_policy(directory, **config.policy.overrides()).config
+    except ValueError as error:
+        raise ConfigError(f"policy.checkpoint: {error}") from error
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),
@@ -93,10 +83,18 @@ def available_memory() -> int:
     return available
 
 
+def weights_bytes(config: Config) -> int:
+    """Memory of the machine that the policy's weights take: none when they go to a GPU."""
+    if config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidiactl").exists()):
+        return 0
+    directory = policy_directory(config)
+    policy = read_config(directory, find_tensors(directory))
+    return parameter_count(policy) * (2 if config.policy.dtype == "bfloat16" else 4)
+
+
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
     shared = layout(run_fields(config, spec, horizon))[1]
-    weights = (policy_directory(config) / WEIGHTS).stat().st_size
-    needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + weights
+    needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + weights_bytes(config)
     available = available_memory()
     if needed > available:
         raise ConfigError(

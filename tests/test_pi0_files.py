@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pi0 import fill, make_model, norm_stats, small_config
+from test_pi0 import make_model, make_sampler, norm_stats, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsrl_async.pi0.checkpoint import EMBEDDED_POLICY, import_tensors, load_policy, save_policy
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer, scale_images
-from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.pi0.sampler import sample_actions
 
 torch.set_num_threads(1)
 
@@ -46,9 +47,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         loaded = policy.model.state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
         assert not any(parameter.requires_grad for parameter in policy.model.parameters())
-        original, again = Sampler(model, Normaliser(model.config, norm_stats()), 2, 10), policy.sampler(2)
-        fill(original, seed=3)
-        fill(again, seed=3)
+        original, again = make_sampler(model, 2), make_sampler(policy.model, 2)
         original.run()
         again.run()
         assert torch.equal(original.actions, again.actions)
@@ -85,7 +84,10 @@ def rewrite_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (lambda d: (d / "model.safetensors").unlink(), r"policy has no model\.safetensors"),
-        (lambda d: (d / "tokenizer.json").unlink(), r"policy has no tokenizer\.json"),
+        (
+            lambda d: (d / "tokenizer.json").unlink(),
+            r"policy has no tokenizer \(tokenizer\.json or .* RLinf/openpi_tokenizer",
+        ),
         (
             lambda d: (d / "model.safetensors").write_bytes(b"pickle"),
             "model.safetensors is not a valid safetensors",
@@ -176,6 +178,41 @@ def test_tiny_spreads_are_widened_as_openpi_does() -> None:
     assert normalised[0, :8].tolist() == pytest.approx([500] * 8, rel=1e-3)
 
 
+def test_lerobots_inverse_has_no_epsilon() -> None:
+    stats = norm_stats()
+    for key in ("state", "actions"):
+        stats[key]["std"] = [1e-6] * 8
+        stats[key]["q99"][0] = stats[key]["q01"][0]
+    z_score = dataclasses.replace(small_config(), normalisation_epsilon="lerobot")
+    quantile = dataclasses.replace(z_score, normalisation="quantile")
+    mean = torch.tensor(stats["state"]["mean"])
+    normalised = Normaliser(z_score, stats).state(mean + 1e-3)[:8]
+    assert normalised.tolist() == pytest.approx([1e-3 / (1e-6 + 1e-8)] * 8, rel=1e-3)
+    zero, one = torch.zeros(1, 1, 32), torch.ones(1, 1, 32)
+    state = torch.zeros(1, 8)
+    step = [Normaliser(c, stats).action_scale.double() for c in (z_score, quantile)]
+    assert step[0].tolist() == pytest.approx([1e-6] * 7, rel=1e-6)
+    assert step[1][0].item() == pytest.approx(0.5e-8, rel=1e-6)  # a spread of zero counts as 1e-8
+    spread = torch.tensor(stats["actions"]["q99"]) - torch.tensor(stats["actions"]["q01"])
+    moved = Normaliser(quantile, stats).robot_actions(one, state) - Normaliser(quantile, stats).robot_actions(
+        zero, state
+    )
+    assert (moved[0, 0, 1:] - spread[1:] / 2).abs().max() < 1e-6
+
+
+def test_state_is_written_into_the_prompt_of_other_pi05() -> None:
+    characters = ["<bos>", *string.printable]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(characters)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    states = torch.tensor([[-1.5, -1.0, 0.0, 0.9999, 2.0], [0.5, -0.5, 0.1, -0.1, 0.0]])
+    tokens, mask = PromptTokenizer(tokenizer, 60)(["put_it\n", " there"], states)
+    texts = ["".join(characters[i] for i in row[valid]) for row, valid in zip(tokens, mask, strict=True)]
+    assert texts == [
+        "<bos>Task: put it, State: -1 0 128 255 255;\nAction: ",
+        "<bos>Task: there, State: 192 64 140 115 128;\nAction: ",
+    ]
+
+
 def test_delta_actions_add_the_raw_state() -> None:
     config = dataclasses.replace(small_config(), delta_action_dims=6)
     plain, delta = Normaliser(small_config(), norm_stats()), Normaliser(config, norm_stats())
@@ -208,12 +245,12 @@ def test_embedded_policy_is_small_and_samples() -> None:
     assert policy.config == tabletop_config()
     assert isinstance(policy.config, Pi0Config)
     assert sum(file.stat().st_size for file in EMBEDDED_POLICY.iterdir()) < 4_000_000
-    sampler = policy.sampler(2)
     tokens, mask = policy.tokenizer(["put the block on the red plate"])
     assert "<unk>" not in policy.tokenizer.tokenizer.decode(tokens[0].tolist(), skip_special_tokens=False)
-    sampler.tokens.copy_(tokens)
-    sampler.token_mask.copy_(mask)
-    sampler.noise.normal_()
-    sampler.run()
-    assert sampler.actions.isfinite().all()
-    assert sampler.actions[..., 3:6].abs().max() < 0.01  # the arm does not turn
+    state = torch.zeros(1, 8)
+    images = torch.zeros(1, 2, 3, 64, 64)
+    noise = torch.randn(1, 10, 32, generator=torch.Generator().manual_seed(0))
+    normalised = sample_actions(policy.model, images, tokens, mask, policy.normaliser.state(state), noise)
+    actions = policy.normaliser.robot_actions(normalised, state)
+    assert actions.isfinite().all()
+    assert actions[..., 3:6].abs().max() < 0.01  # the arm does not turn

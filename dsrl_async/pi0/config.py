@@ -54,6 +54,12 @@ class Pi0Config:
     """Width of the robot's action: the first so many of `action_dim`."""
     normalisation: Literal["z_score", "quantile"] = "z_score"
     """How states and actions are scaled (openpi: z-score for pi0, quantiles for pi0.5)."""
+    normalisation_epsilon: Literal["openpi", "lerobot"] = "openpi"
+    """What keeps a spread from being zero: openpi adds 1e-6 to all; LeRobot adds 1e-8 to the state's standard
+    deviation, and elsewhere replaces zero by 1e-8 where it divides."""
+    state_in_prompt: bool = False
+    """The normalised state is written into the prompt (openpi's `discrete_state_input`, and always in LeRobot's
+    pi0.5)."""
     delta_action_dims: int = 0
     """The raw state's first so many dimensions are added to the action (openpi's `extra_delta_transform`)."""
     time_grid: Literal["accumulated", "exact"] = "accumulated"

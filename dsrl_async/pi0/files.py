@@ -1,0 +1,251 @@
+"""What a policy checkpoint's directory holds: sizes, tensors, norm stats, tokenizer. No torch here.
+
+openpi, RLinf, LeRobot and this project each have a layout; `find_policy` tells them apart and checks everything, so
+that a run is refused before anything starts. `checkpoint.load_policy` then reads the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
+from dsrl_async.pi0.tensors import (
+    StoredTensor,
+    check_stored,
+    find_tensors,
+    infer_config,
+    read_header,
+    read_json,
+)
+from dsrl_async.pi0.tokenizer import find_tokenizer, load_tokenizer, make_encoder
+
+STATISTICS = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
+LIBERO_ASSET = "physical-intelligence/libero"
+"""openpi's asset id: norm stats are in assets/<asset id> (openpi) or <asset id> (RLinf)."""
+OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
+LEROBOT_NORMALISATION = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
+LEROBOT_STATE, LEROBOT_ACTION, LEROBOT_IMAGES = "observation.state", "action", "observation.images."
+
+NormStats = dict[str, dict[str, list[float]]]
+"""{"state": {"mean": [...], "std": [...], "q01": [...], "q99": [...]}, "actions": {...}}"""
+
+
+class PolicyFiles(NamedTuple):
+    """A checkpoint that is complete and fits itself."""
+
+    config: Pi0Config
+    tensors: dict[str, StoredTensor]
+    norm_stats: NormStats
+    norm_stats_source: Path
+    tokenizer: Any
+    """Of the tokenizers or of the sentencepiece library."""
+
+
+class Scaling(NamedTuple):
+    """(x - offset) / scale normalises the state, x * scale + offset un-normalises actions; float64 [width]."""
+
+    state_offset: NDArray[np.float64]
+    state_scale: NDArray[np.float64]
+    action_offset: NDArray[np.float64]
+    action_scale: NDArray[np.float64]
+
+
+def find_policy(
+    directory: Path,
+    tokenizer: str | None = None,
+    norm_stats: str | None = None,
+    action_horizon: int | None = None,
+    delta_action_dims: int | None = None,
+) -> PolicyFiles:
+    """Reads everything about a checkpoint but its weights; the arguments override what is found (`policy.*`).
+
+    Raises ValueError with one sentence naming the file, and the tensor if it is about one.
+    """
+    tensors = find_tensors(directory)
+    config = read_config(directory, tensors)
+    given: dict[str, Any] = {"action_horizon": action_horizon, "delta_action_dims": delta_action_dims}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    check_stored(config, tensors, directory)
+    stats, source = read_norm_stats(directory, Path(norm_stats) if norm_stats else None)
+    scaling(config, stats, source)
+    file = find_tokenizer(directory, Path(tokenizer) if tokenizer else None)
+    loaded = load_tokenizer(file)
+    if (size := make_encoder(loaded, file).size) > config.vocab_size:
+        raise ValueError(f"{file} has {size} tokens, the policy embeds {config.vocab_size}: it is of another model")
+    return PolicyFiles(config, tensors, stats, source, loaded)
+
+
+def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Config:
+    """From `config.json` where it is this project's; otherwise from the tensors, with what openpi's or LeRobot's adds.
+
+    Raises ValueError naming the file when they contradict each other or ask for what is not supported.
+    """
+    path = directory / CONFIG
+    if not path.is_file():
+        return infer_config(tensors, directory)
+    content = read_json(path)
+    if "type" in content:
+        return _lerobot_config(content, infer_config(tensors, directory), path)
+    if "paligemma_variant" not in content:
+        return Pi0Config.load(path)
+    config = infer_config(tensors, directory)
+    if content.get("action_dim", config.action_dim) != config.action_dim:
+        raise ValueError(f"{path}: action_dim is {content['action_dim']}, that of the tensors is {config.action_dim}")
+    return _replace(config, path, action_horizon=content.get("action_horizon", config.action_horizon))
+
+
+def _replace(config: Pi0Config, path: Path, **changes: Any) -> Pi0Config:
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _lerobot_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -> Pi0Config:
+    """LeRobot's horizon, widths, cameras, normalisation and conventions on top of the sizes of the tensors."""
+    kind = "pi05" if config.pi05 else "pi0"
+    if content["type"] != kind:
+        raise ValueError(f"{path} is of a policy of type {content['type']!r}, the tensors beside it are of {kind!r}")
+    if content.get("use_relative_actions"):
+        raise ValueError(f"{path}: use_relative_actions is set, which is not supported")
+    inputs, outputs = content.get("input_features") or {}, content.get("output_features") or {}
+    modes = content.get("normalization_mapping") or {}
+    default = "QUANTILES" if config.pi05 else "MEAN_STD"
+    state_mode, action_mode = modes.get("STATE", default), modes.get("ACTION", default)
+    if state_mode != action_mode or state_mode not in LEROBOT_NORMALISATION:
+        raise ValueError(
+            f"{path}: normalization_mapping has {state_mode} for STATE and {action_mode} for ACTION, "
+            f"supported is the same for both, of {' or '.join(LEROBOT_NORMALISATION)}"
+        )
+
+    def width(features: Mapping[str, Any], name: str, libero: int) -> int:
+        """A width like the model's own is that of the padding, and says nothing of the robot."""
+        shape = features.get(name, {}).get("shape") or [config.action_dim]
+        return int(shape[0]) if shape[0] != config.action_dim else libero
+
+    cameras = [name for name in inputs if name.startswith(LEROBOT_IMAGES) and "empty_camera" not in name]
+    return _replace(
+        config,
+        path,
+        action_horizon=content.get("chunk_size", 50),
+        max_token_len=content.get("tokenizer_max_length", config.max_token_len),
+        cameras=len(cameras) or config.cameras,
+        robot_state_dim=width(inputs, LEROBOT_STATE, config.robot_state_dim),
+        robot_action_dim=width(outputs, LEROBOT_ACTION, config.robot_action_dim),
+        normalisation=LEROBOT_NORMALISATION[state_mode],
+        normalisation_epsilon="lerobot",
+        delta_action_dims=0,
+        state_in_prompt=config.pi05,
+        time_grid="exact",
+    )
+
+
+def read_norm_stats(directory: Path, given: Path | None = None) -> tuple[NormStats, Path]:
+    """Norm stats and the file they are from: `given` (a file, or a directory with one), or what the checkpoint has.
+
+    That is LeRobot's processors, or a `norm_stats.json` up to three directories down; of several, LIBERO's. Raises
+    ValueError when there is none, or no telling which.
+    """
+    if given is not None:
+        path = given / NORM_STATS if given.is_dir() else given
+        if not path.is_file():
+            raise ValueError(f"policy.norm_stats: there is no file {path}")
+        return load_norm_stats(path), path
+    processors = sorted(directory.glob("policy_p*processor*.safetensors"))
+    if processors:
+        return _lerobot_norm_stats(processors, directory), directory
+    found = [path for depth in range(4) for path in sorted(directory.glob("*/" * depth + NORM_STATS))]
+    libero = [path for path in found if path.parent.as_posix().endswith(LIBERO_ASSET)]
+    if len(found) != 1 and len(libero) != 1:
+        several = f"several, such as {found[0]} and {found[1]}" if found else "none"
+        raise ValueError(
+            f"policy checkpoint {directory} should have one {NORM_STATS} (openpi's is in assets/{LIBERO_ASSET}) or "
+            f"LeRobot's policy_preprocessor*.safetensors, it has {several}; give policy.norm_stats"
+        )
+    path = found[0] if len(found) == 1 else libero[0]
+    return load_norm_stats(path), path
+
+
+def _lerobot_norm_stats(processors: list[Path], directory: Path) -> NormStats:
+    """The state's statistics are the preprocessor's, the actions' the postprocessor's."""
+    stats: NormStats = {"state": {}, "actions": {}}
+    features = {"policy_preprocessor": ("state", LEROBOT_STATE), "policy_postprocessor": ("actions", LEROBOT_ACTION)}
+    for file in processors:
+        names = read_header(file)
+        for start, (key, feature) in features.items():
+            if not file.name.startswith(start):
+                continue
+            with safe_open(file, "numpy") as tensors:
+                for statistic in STATISTICS["z_score"] + STATISTICS["quantile"]:
+                    if (name := f"{feature}.{statistic}") in names:
+                        stats[key][statistic] = np.atleast_1d(tensors.get_tensor(name)).tolist()
+    for start, (key, feature) in features.items():
+        if not stats[key]:
+            raise ValueError(
+                f"{directory}: no {start}*.safetensors has statistics of {feature}; give policy.norm_stats"
+            )
+    return stats
+
+
+def load_norm_stats(path: Path) -> NormStats:
+    """Reads openpi's `norm_stats.json`; raises ValueError naming the file when it has another form."""
+    content = read_json(path).get("norm_stats")
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("state", "actions")):
+        raise ValueError(f'{path} must hold {{"norm_stats": {{"state": ..., "actions": ...}}}}')
+    return {key: dict(content[key]) for key in ("state", "actions")}
+
+
+def save_norm_stats(stats: NormStats, path: Path) -> None:
+    path.write_text(json.dumps({"norm_stats": stats}, indent=2) + "\n")
+
+
+def scaling(config: Pi0Config, stats: NormStats, source: Path | str) -> Scaling:
+    """Offsets and scales of the robot's dimensions.
+
+    openpi: z-score (x - mean) / (std + 1e-6), quantile (x - q01) / (q99 - q01 + 1e-6) * 2 - 1, and the exact inverse.
+    LeRobot: the same with 1e-8 for the z-score of the state, none for its inverse, and for quantiles only where q99
+    equals q01.
+
+    Raises ValueError, naming `source`, when a statistic is missing, has the wrong length, or is not of finite numbers.
+    """
+    parts: list[NDArray[np.float64]] = []
+    for key, width in (("state", config.robot_state_dim), ("actions", config.robot_action_dim)):
+        first, second = (
+            _statistic(stats[key], statistic, key, width, config.action_dim, source)
+            for statistic in STATISTICS[config.normalisation]
+        )
+        openpi, z_score = config.normalisation_epsilon == "openpi", config.normalisation == "z_score"
+        spread = second if z_score else second - first
+        if openpi:
+            spread = spread + OPENPI_EPSILON
+        elif not z_score:
+            spread = np.where(spread == 0, LEROBOT_EPSILON, spread)
+        elif key == "state":
+            spread = spread + LEROBOT_EPSILON
+        parts += [first, spread] if z_score else [first + spread / 2, spread / 2]
+    return Scaling(*parts)
+
+
+def _statistic(
+    stats: Mapping[str, list[float]], statistic: str, key: str, width: int, most: int, source: Path | str
+) -> NDArray[np.float64]:
+    values = stats.get(statistic)
+    if values is None:
+        raise ValueError(f"{source}: {key} lacks '{statistic}'")
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    if array.ndim != 1 or not np.isfinite(array).all():
+        raise ValueError(f"{source}: {key}.{statistic} must be a list of finite numbers")
+    if not width <= len(array) <= most:
+        raise ValueError(f"{source}: {key}.{statistic} has {len(array)} entries, expected {width} to {most}")
+    return array[:width]

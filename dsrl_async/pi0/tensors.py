@@ -1,0 +1,356 @@
+"""The tensors of a policy: openpi's names and shapes, and where a checkpoint's files hold them.
+
+No torch here: the same code finds a damaged checkpoint before a run starts, in a process without torch,
+and tells the loader (`checkpoint.py`) what to read. Files are read through their safetensors headers only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from dsrl_async.pi0.config import Pi0Config
+
+ROOT = "paligemma_with_expert."
+VISION = ROOT + "paligemma.model.vision_tower.vision_model."
+PROJECTOR = ROOT + "paligemma.model.multi_modal_projector.linear"
+VLM = ROOT + "paligemma.model.language_model."
+EXPERT = ROOT + "gemma_expert.model."
+EMBEDDING, TIED_EMBEDDING = ROOT + "paligemma.lm_head.weight", VLM + "embed_tokens.weight"
+"""Two names of one table. openpi stores the first only; when both are stored, the first is read."""
+LEROBOT_PREFIX = "model."
+RLINF_PREFIXES = (
+    *("dsrl_action_noise_net.", "q_head.", "value_head.", "noise_head.", "rlt_module."),
+    *("actor_image_encoder.", "actor_state_encoder.", "critic_image_encoder.", "critic_state_encoder."),
+)
+"""Modules that RLinf's reinforcement learning adds to openpi's policy and stores with it."""
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""Stored element types that can be loaded."""
+
+VISION_WIDTH, VISION_HEADS = 1152, 16
+HEADS, KV_HEADS, HEAD_DIM = 8, 1, 256
+"""Shapes do not tell how many heads there are; these are SigLIP So400m's and those of gemma_2b and gemma_300m."""
+
+
+class Part(NamedTuple):
+    """An openpi tensor: its name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class StoredTensor(NamedTuple):
+    """Where a file holds a tensor: its name there, its element type in safetensors' spelling, first byte, length."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+def model_tensors(config: Pi0Config) -> dict[str, list[Part]]:
+    """Every parameter of `model.Pi0` by name, and the openpi tensors that are its rows, in order."""
+    table: dict[str, list[Part]] = {}
+
+    def linear(parameter: str, name: str, rows: int, columns: int, bias: bool = True) -> None:
+        table[parameter + ".weight"] = [Part(name + ".weight", (rows, columns))]
+        if bias:
+            table[parameter + ".bias"] = [Part(name + ".bias", (rows,))]
+
+    def layer_norm(parameter: str, name: str, width: int) -> None:
+        for kind in ("weight", "bias"):
+            table[f"{parameter}.{kind}"] = [Part(f"{name}.{kind}", (width,))]
+
+    def gemma_norm(parameter: str, name: str, width: int, adaptive: bool) -> None:
+        if adaptive:
+            linear(parameter + ".dense", name + ".dense", 3 * width, width)
+        else:
+            table[parameter + ".weight"] = [Part(name + ".weight", (width,))]
+
+    def gemma(stack: str, root: str, width: int, mlp: int, adaptive: bool, last_keys_only: bool) -> None:
+        for i in range(config.depth):
+            parameter, name = f"{stack}.layers.{i}.", f"{root}layers.{i}."
+            keys_only = last_keys_only and i == config.depth - 1
+            gemma_norm(parameter + "attention_norm", name + "input_layernorm", width, adaptive)
+            key_rows = config.kv_heads * config.head_dim
+            rows = {"k": key_rows, "v": key_rows}
+            if not keys_only:
+                rows = {"q": config.heads * config.head_dim, **rows}
+            table[parameter + "qkv.weight"] = [
+                Part(f"{name}self_attn.{part}_proj.weight", (count, width)) for part, count in rows.items()
+            ]
+            if keys_only:
+                continue
+            linear(parameter + "out", name + "self_attn.o_proj", width, config.heads * config.head_dim, bias=False)
+            gemma_norm(parameter + "mlp_norm", name + "post_attention_layernorm", width, adaptive)
+            table[parameter + "gate_up.weight"] = [
+                Part(f"{name}mlp.{part}_proj.weight", (mlp, width)) for part in ("gate", "up")
+            ]
+            linear(parameter + "down", name + "mlp.down_proj", width, mlp, bias=False)
+
+    width, patch = config.vision_width, config.patch_size
+    table["vision.patch.weight"] = [Part(VISION + "embeddings.patch_embedding.weight", (width, 3, patch, patch))]
+    table["vision.patch.bias"] = [Part(VISION + "embeddings.patch_embedding.bias", (width,))]
+    table["vision.position"] = [Part(VISION + "embeddings.position_embedding.weight", (config.image_tokens, width))]
+    for i in range(config.vision_depth):
+        parameter, name = f"vision.layers.{i}.", f"{VISION}encoder.layers.{i}."
+        layer_norm(parameter + "attention_norm", name + "layer_norm1", width)
+        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+            table[f"{parameter}qkv.{kind}"] = [Part(f"{name}self_attn.{part}_proj.{kind}", shape) for part in "qkv"]
+        linear(parameter + "out", name + "self_attn.out_proj", width, width)
+        layer_norm(parameter + "mlp_norm", name + "layer_norm2", width)
+        linear(parameter + "fc1", name + "mlp.fc1", config.vision_mlp, width)
+        linear(parameter + "fc2", name + "mlp.fc2", width, config.vision_mlp)
+    layer_norm("vision.norm", VISION + "post_layernorm", width)
+    linear("vision.projector", PROJECTOR, config.vlm_width, width)
+    table["embedding.weight"] = [Part(EMBEDDING, (config.vocab_size, config.vlm_width))]
+    gemma("vlm", VLM, config.vlm_width, config.vlm_mlp, adaptive=False, last_keys_only=True)
+    gemma("expert", EXPERT, config.expert_width, config.expert_mlp, config.pi05, last_keys_only=False)
+    width = config.expert_width
+    gemma_norm("expert_norm", EXPERT + "norm", width, config.pi05)
+    linear("action_in", "action_in_proj", width, config.action_dim)
+    linear("action_out", "action_out_proj", config.action_dim, width)
+    time = "time_mlp_" if config.pi05 else "action_time_mlp_"
+    linear("time_in", time + "in", width, width if config.pi05 else 2 * width)
+    linear("time_out", time + "out", width, width)
+    if not config.pi05:
+        linear("state_in", "state_proj", width, config.action_dim)
+    return table
+
+
+def unused_tensors(config: Pi0Config) -> list[Part]:
+    """What openpi stores and action sampling never reads.
+
+    That is the expert's language-model head, the language model's final norm, and of its last layer all but
+    keys and values. (The language model's own head is the embedding table.)
+    """
+    width, rows = config.vlm_width, config.heads * config.head_dim
+    last = f"{VLM}layers.{config.depth - 1}."
+    return [
+        Part(last + "self_attn.q_proj.weight", (rows, width)),
+        Part(last + "self_attn.o_proj.weight", (width, rows)),
+        Part(last + "post_attention_layernorm.weight", (width,)),
+        Part(last + "mlp.gate_proj.weight", (config.vlm_mlp, width)),
+        Part(last + "mlp.up_proj.weight", (config.vlm_mlp, width)),
+        Part(last + "mlp.down_proj.weight", (width, config.vlm_mlp)),
+        Part(VLM + "norm.weight", (width,)),
+        Part(ROOT + "gemma_expert.lm_head.weight", (config.vocab_size, config.expert_width)),
+    ]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file.
+
+    Raises ValueError, naming the file, when it is not one, or shorter or longer than its header says.
+    """
+    try:
+        with safe_open(path, "numpy"):  # checks header and length; maps the file, but touches no tensor
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a valid safetensors file or is cut short, copy it again: {error}") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        name: StoredTensor(
+            path,
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def find_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, or of all those in a directory, under openpi's names.
+
+    LeRobot's prefix, and its old names of pi0's time MLP, are translated, what RLinf adds is left out, and the
+    embedding table is found under either name. Raises ValueError with one sentence when there are no tensors,
+    files are missing or damaged, or a tensor is there twice.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in [path] if path.is_file() else weight_files(path):
+        for name, tensor in read_header(file).items():
+            if name in found:
+                raise ValueError(
+                    f"tensor '{name}' is both in {found[name].file} and in {file}: "
+                    "keep the files of one checkpoint only"
+                )
+            found[name] = tensor
+    if any(name.startswith(LEROBOT_PREFIX + ROOT) for name in found):
+        found = {name.removeprefix(LEROBOT_PREFIX): tensor for name, tensor in found.items()}
+    found = {name: tensor for name, tensor in found.items() if not name.startswith(RLINF_PREFIXES)}
+    if not is_pi05(found):
+        found = {
+            f"action_{name}" if name.startswith("time_mlp_") and f"action_{name}" not in found else name: tensor
+            for name, tensor in found.items()
+        }
+    if EMBEDDING not in found and TIED_EMBEDDING in found:
+        found[EMBEDDING] = found[TIED_EMBEDDING]
+    return found
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold a checkpoint's weights; LeRobot's processors have some of their own."""
+    files = [
+        file
+        for file in sorted(directory.glob("*.safetensors"))
+        if not file.name.startswith(("policy_preprocessor", "policy_postprocessor"))
+    ]
+    for index in sorted(directory.glob("*.safetensors.index.json")):
+        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+            if not (directory / name).is_file():
+                raise ValueError(f"{index} names the file {name}, which is missing: copy the checkpoint again")
+    if files:
+        return files
+    if not directory.is_dir():
+        raise ValueError(f"policy checkpoint {directory} is not a directory")
+    if (directory / "params").is_dir():
+        raise ValueError(
+            f"policy checkpoint {directory} is a JAX checkpoint: convert it with openpi's "
+            "examples/convert_jax_model_to_pytorch.py, as docs/pi0.md says"
+        )
+    pickles = [file for kind in ("pt", "pth", "bin", "ckpt") for file in sorted(directory.rglob(f"*.{kind}"))]
+    if pickles:
+        raise ValueError(
+            f"policy checkpoint {directory} has no model.safetensors, only {pickles[0].relative_to(directory)}, "
+            "and pickled weights are never loaded: convert them to safetensors, as docs/pi0.md says"
+        )
+    raise ValueError(f"policy checkpoint {directory} has no model.safetensors (nor other safetensors files)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError naming the file."""
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
+def is_pi05(tensors: Mapping[str, object]) -> bool:
+    """Whether the expert's norms are adaptive. (pi0 can have `time_mlp_in` too, in old LeRobot files.)"""
+    return any(name.startswith(EXPERT) and ".dense." in name for name in tensors)
+
+
+def infer_config(tensors: Mapping[str, StoredTensor], source: Path) -> Pi0Config:
+    """The sizes that shapes determine; head geometry is the published one, all else as openpi has it for LIBERO.
+
+    LIBERO: two cameras, an 8-dimensional state, 7-dimensional actions. pi0: z-scores, 48 language slots, 50 action
+    slots, and the first six state dimensions are added to the actions. pi0.5: quantiles, 200 language slots,
+    10 action slots, nothing is added.
+
+    Raises ValueError, naming `source`, when a tensor is missing, or when the widths are not the published ones, so
+    that the number of heads cannot be known.
+    """
+
+    def size(name: str, axis: int) -> int:
+        if name not in tensors:
+            raise ValueError(f"{source} lacks the tensor '{name}'")
+        shape = tensors[name].shape
+        if axis >= len(shape):
+            raise ValueError(f"{source}: tensor '{name}' has shape {list(shape)}, with too few axes")
+        return shape[axis]
+
+    def layers(prefix: str) -> int:
+        indices = {name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)}
+        return max((int(index) + 1 for index in indices if index.isdigit()), default=0)
+
+    vision_width, patch = (size(VISION + "embeddings.patch_embedding.weight", axis) for axis in (0, 3))
+    image_tokens = size(VISION + "embeddings.position_embedding.weight", 0)
+    key_rows = size(EXPERT + "layers.0.self_attn.k_proj.weight", 0)
+    if vision_width != VISION_WIDTH or key_rows != KV_HEADS * HEAD_DIM:
+        raise ValueError(
+            f"{source}: shapes do not tell how many attention heads there are, and a vision width of {vision_width} "
+            f"with {key_rows} key rows is not a published size; load it from Python with an explicit Pi0Config"
+        )
+    pi05 = is_pi05(tensors)
+    try:
+        return Pi0Config(
+            pi05=pi05,
+            image_size=math.isqrt(image_tokens) * patch,
+            patch_size=patch,
+            vision_width=vision_width,
+            vision_depth=layers(VISION + "encoder.layers."),
+            vision_heads=VISION_HEADS,
+            vision_mlp=size(VISION + "encoder.layers.0.mlp.fc1.weight", 0),
+            vlm_width=size(EMBEDDING, 1),
+            vlm_mlp=size(VLM + "layers.0.mlp.gate_proj.weight", 0),
+            expert_width=size("action_in_proj.weight", 0),
+            expert_mlp=size(EXPERT + "layers.0.mlp.gate_proj.weight", 0),
+            depth=layers(EXPERT + "layers."),
+            heads=HEADS,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            vocab_size=size(EMBEDDING, 0),
+            max_token_len=200 if pi05 else 48,
+            action_dim=size("action_in_proj.weight", 1),
+            action_horizon=10 if pi05 else 50,
+            normalisation="quantile" if pi05 else "z_score",
+            delta_action_dims=0 if pi05 else 6,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def check_tensors(
+    config: Pi0Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Path | str,
+    files: Mapping[str, Path] | None = None,
+) -> None:
+    """Compares the tensors that there are, by openpi's names, with those that the config asks for.
+
+    Raises ValueError naming the tensor, and its file or `source`, when one is missing, of another shape, or unknown.
+    """
+    files = files or {}
+    expected = {part.name: part.shape for parts in model_tensors(config).values() for part in parts}
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise ValueError(f"{source} lacks the tensor '{name}'")
+        if tuple(shapes[name]) != shape:
+            raise ValueError(
+                f"{files.get(name, source)}: tensor '{name}' has shape {list(shapes[name])}, "
+                f"the config expects {list(shape)}"
+            )
+    known = {part.name for part in unused_tensors(config)} | {TIED_EMBEDDING}
+    if unexpected := sorted(shapes.keys() - expected.keys() - known):
+        others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
+        where = files.get(unexpected[0], source)
+        raise ValueError(f"{where} has an unexpected tensor '{unexpected[0]}'{others}")
+
+
+def check_stored(config: Pi0Config, tensors: Mapping[str, StoredTensor], source: Path) -> None:
+    """`check_tensors` for a checkpoint's files; also refuses element types that are not floating point."""
+    files = {name: tensor.file for name, tensor in tensors.items()}
+    if len(set(files.values())) == 1:
+        source = next(iter(files.values()))
+    check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source, files)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ELEMENT_BYTES:
+            known = ", ".join(ELEMENT_BYTES)
+            raise ValueError(f"{tensor.file}: tensor '{name}' holds {tensor.dtype}, not one of {known}")
+
+
+def parameter_count(config: Pi0Config) -> int:
+    """Parameters that a loaded policy has."""
+    return sum(math.prod(part.shape) for part in _parts(config))
+
+
+def _parts(config: Pi0Config) -> Iterator[Part]:
+    for parts in model_tensors(config).values():
+        yield from parts

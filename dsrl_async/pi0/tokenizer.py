@@ -1,0 +1,108 @@
+"""Tokenizer files and prompts: text to token ids as openpi's PaliGemma tokenizer does it. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+TOKENIZER_NAMES = ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model")
+"""What a tokenizer is called in a checkpoint's directory, the first one found is used."""
+WHERE_TO_GET_ONE = (
+    "copy one there or give policy.tokenizer: PaliGemma's is on the Hugging Face hub in RLinf/openpi_tokenizer and "
+    "in google/paligemma-3b-pt-224, and at gs://big_vision/paligemma_tokenizer.model"
+)
+STATE_BINS = 256
+
+
+class Encoder(NamedTuple):
+    """A tokenizer: text to ids without special tokens, its special ids, and how many ids there are."""
+
+    encode: Callable[[str], list[int]]
+    bos: int
+    pad: int
+    size: int
+
+
+def find_tokenizer(directory: Path, given: Path | None) -> Path:
+    """The tokenizer's file: `given`, or in the directory that it is, or in the checkpoint's.
+
+    Raises ValueError that says where to get a tokenizer.
+    """
+    if given is not None and given.is_file():
+        return given
+    place = given or directory
+    for name in TOKENIZER_NAMES:
+        if (place / name).is_file():
+            return place / name
+    what = "policy.tokenizer:" if given is not None else "policy checkpoint"
+    raise ValueError(f"{what} {place} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}); {WHERE_TO_GET_ONE}")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Reads a `tokenizer.json` of the tokenizers library, or a sentencepiece model if the name ends in `.model`.
+
+    Raises ValueError naming the file when it is neither, and saying what to install when sentencepiece is missing.
+    """
+    if path.suffix != ".model":
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise ValueError(
+            f"{path} is a sentencepiece model, and that library is not installed: "
+            "run `pip install sentencepiece`, or give a tokenizer.json"
+        ) from None
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is not a sentencepiece model: {' '.join(str(error).split())}") from None
+
+
+def make_encoder(tokenizer: Any, source: Path | str = "tokenizer") -> Encoder:
+    """The same calls for both libraries; raises ValueError, naming `source`, when there is no token <bos>."""
+    if isinstance(tokenizer, Tokenizer):
+        bos, pad, size = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<pad>"), tokenizer.get_vocab_size()
+    else:
+        bos, pad, size = tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.get_piece_size()
+    if bos is None or bos < 0:
+        raise ValueError(f"{source} has no token '<bos>'")
+
+    def encode(text: str) -> list[int]:
+        if isinstance(tokenizer, Tokenizer):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(tokenizer.encode(text))
+
+    return Encoder(encode, bos, 0 if pad is None or pad < 0 else pad, size)
+
+
+def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None = None) -> list[int]:
+    """Ids of a prompt, neither padded nor cut.
+
+    Without `state` (pi0, pi05_libero): <bos>, the prompt, and a newline that is encoded by itself. With the normalised
+    state (pi0.5 with `state_in_prompt`): <bos> and "Task: ..., State: ...;" and "Action: " on a line of its own,
+    where the state is written as numbers of 256 equal bins of [-1, 1] (-1 below it, 255 above).
+    """
+    text = prompt.strip().replace("_", " ").replace("\n", " ")
+    if state is None:
+        return [encoder.bos, *encoder.encode(text), *encoder.encode("\n")]
+    edges = np.linspace(-1, 1, STATE_BINS + 1)[:-1]
+    bins = " ".join(str(index) for index in np.digitize(state, edges) - 1)
+    return [encoder.bos, *encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
+
+
+def pad_ids(encoder: Encoder, rows: Sequence[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Ids [B, length] and validity [B, length]; rows are filled up, or cut, to the language slots."""
+    tokens = np.full((len(rows), length), encoder.pad, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.bool_)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row[:length]
+        mask[index, : len(row)] = True
+    return tokens, mask

@@ -1,0 +1,47 @@
+"""Camera images as openpi prepares them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dsrl_async.envs.images import libero_image, resize_with_pad
+
+
+def random_image(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_square_images_are_resized_by_pil() -> None:
+    image = random_image(256, 256)
+    expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BILINEAR))
+    assert np.array_equal(resize_with_pad(image, 224), expected)
+
+
+def test_shrinking_averages_over_what_a_pixel_covers() -> None:
+    image = random_image(256, 256)
+    channels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    expected = F.interpolate(channels, (224, 224), mode="bilinear", antialias=True).round()[0].permute(1, 2, 0).numpy()
+    assert np.abs(resize_with_pad(image, 224) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(120, 240, (16, 48, 0, 64)), (240, 120, (0, 64, 16, 48)), (30, 31, (1, 62, 0, 64)), (64, 64, (0, 64, 0, 64))],
+)
+def test_aspect_is_kept_and_the_rest_is_black(height: int, width: int, box: tuple[int, int, int, int]) -> None:
+    white = np.full((height, width, 3), 255, dtype=np.uint8)
+    out = resize_with_pad(white, 64)
+    assert out.shape == (64, 64, 3)
+    top, bottom, left, right = box
+    assert (out[top:bottom, left:right] == 255).all()
+    assert out.astype(int).sum() == 255 * 3 * (bottom - top) * (right - left)
+
+
+def test_libero_images_are_turned_by_180_degrees() -> None:
+    frame = random_image(8, 8)
+    assert np.array_equal(libero_image(frame, 8), np.rot90(frame, 2))
+    assert np.array_equal(libero_image(frame, 4), resize_with_pad(np.rot90(frame, 2).copy(), 4))
