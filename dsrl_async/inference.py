@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.checkpoint import load_policy
+from dsrl_async.pi0.processing import PromptTokenizer
 from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import decisions_allowed
 from dsrl_async.sac.flat import layout_hash
@@ -34,6 +35,7 @@ from dsrl_async.weights import Weights, WeightSubscriber
 
 THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
 IDLE_POLL_S = 1.0
+LANGUAGE_BUCKET = 8  # prompt lengths are rounded up to a multiple of this
 
 
 class InferenceServer:
@@ -65,18 +67,22 @@ class InferenceServer:
         spec: EnvironmentSpec = environment_spec(config.env.model_dump())
         policy = load_policy(policy_directory, device)
         self.tokens, self.token_mask = (table.to(device) for table in policy.tokenizer(spec.prompts))
+        self.language_length = language_lengths(policy.tokenizer, spec.prompts)
         self.actor = Actor(config.sac, policy.config.action_horizon, device, config.seed)
         self.policy_version = -1  # no weights received yet
         largest = next((size for size in config.inference.buckets if size >= config.actors), None)
         sizes = [size for size in config.inference.buckets if largest is None or size <= largest]
-        self.buckets = {
-            size: SteeredPolicy(policy, self.actor, config.sac, size, config.policy.denoise_steps, mode)
-            for size in sizes
+        self.sizes, self.largest_bucket = sizes, sizes[-1]
+        self.policies = {
+            (size, length): SteeredPolicy(
+                policy, self.actor, config.sac, size, length, config.policy.denoise_steps, mode
+            )
+            for size in reversed(sizes)  # the largest first, so that the others fit into its memory when captured
+            for length in sorted(set(self.language_length.tolist()), reverse=True)
         }
-        self.largest_bucket = sizes[-1]
         pool = None
-        for size in reversed(sizes):  # the largest first, so that the others fit into its memory
-            pool = self.buckets[size].sampler.capture(pool)
+        for steered in self.policies.values():
+            pool = steered.capture(pool)
 
     def load_weights(self, weights: Weights) -> None:
         """Copy actor weights in place; everything that was captured stays valid."""
@@ -128,27 +134,28 @@ class InferenceServer:
 
     def _serve(self, lanes: np.ndarray) -> None:
         count = len(lanes)
-        bucket = next(size for size in self.buckets if size >= count)
-        steered = self.buckets[bucket]
-        sampler, slots = steered.sampler, self.slots
+        slots = self.slots
+        bucket = next(size for size in self.sizes if size >= count)
+        length = int(self.language_length[slots.task_index[lanes]].max())
+        steered = self.policies[bucket, length]
         with self.phase("gather"):
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
             task = torch.from_numpy(slots.task_index[lanes]).to(self.tokens.device)
             for buffer, rows in (
-                (sampler.images, slots.images),
-                (sampler.state, slots.state),
+                (steered.images, slots.images),
+                (steered.state, slots.state),
                 (steered.sac_image, slots.sac_image),
                 (steered.standard_normal, slots.standard_normal),
             ):
                 gather(rows, lanes, buffer)
-            sampler.tokens[:count].copy_(self.tokens[task])
-            sampler.token_mask[:count].copy_(self.token_mask[task])
+            steered.tokens[:count].copy_(self.tokens[task, :length])
+            steered.token_mask[:count].copy_(self.token_mask[task, :length])
             # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
             steered.warmup.fill_(self.training and self.handed_out() < self.config.replay.warmup_decisions)
         with self.phase("compute"):
             steered.run()
-            action_chunk = sampler.actions[:count].cpu().numpy()
+            action_chunk = steered.actions[:count].cpu().numpy()
             noise = steered.noise[:count].cpu().numpy()
         with self.phase("scatter"):
             answered = slots.answer(lanes, numbers, action_chunk, noise, max(self.policy_version, 0))
@@ -158,6 +165,16 @@ class InferenceServer:
         counters.inference_rows[0] += count
         counters.inference_padded_rows[0] += bucket
         counters.inference_queue_wait_s[0] += waited_ns.sum() * 1e-9
+
+
+def language_lengths(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> np.ndarray:
+    """Language slots that each prompt needs, rounded up so that there are few different lengths: int64 [prompts].
+
+    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens.
+    """
+    lengths = np.array([len(tokenizer.ids(prompt)) for prompt in prompts])
+    rounded: np.ndarray = -(-lengths // LANGUAGE_BUCKET) * LANGUAGE_BUCKET
+    return np.minimum(rounded, tokenizer.length)
 
 
 def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:

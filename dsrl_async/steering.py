@@ -1,4 +1,4 @@
-"""The steered policy: the SAC actor's noise, denoised by the frozen policy, for one batch size and static buffers.
+"""The steered policy: the SAC actor's noise, denoised by the frozen policy, over static buffers.
 
 This is where the two networks meet; neither package knows of the other.
 """
@@ -11,18 +11,24 @@ import torch
 
 from dsrl_async.config import SacConfig
 from dsrl_async.envs import SAC_IMAGE_SIZE
+from dsrl_async.graphs import MemoryPool, capture
 from dsrl_async.pi0.checkpoint import LoadedPolicy
+from dsrl_async.pi0.processing import scale_images
+from dsrl_async.pi0.sampler import Sampler
 from dsrl_async.sac.networks import Actor, act, expand_noise
 
 Mode = Literal["stochastic", "deterministic", "base"]
 
 
 class SteeredPolicy:
-    """Observations in, noise and action chunks out, for a batch of B.
+    """Observations in, noise and action chunks out, for batches of B and prompts of up to L tokens.
 
-    Input buffers, to be filled in place before `run`: `sac_image` uint8 [B, 64, 64, 3], `standard_normal` float32
-    [B, H * 32], `warmup` bool [B] (true: the noise is standard normal, unsquashed), and the sampler's `images`,
-    `state`, `tokens`, `token_mask`. Output buffers: `noise` float32 [B, A] and the sampler's `actions` [B, H, 7].
+    Input buffers, to be filled in place before `run`:
+    - `images` uint8 [B, cameras, size, size, 3], `state` float32 [B, robot_state_dim] in the robot's units;
+    - `tokens` int64 [B, L], `token_mask` bool [B, L];
+    - `sac_image` uint8 [B, 64, 64, 3], `standard_normal` float32 [B, H * 32];
+    - `warmup` bool [B]: where true, the noise is standard normal, unsquashed.
+    Output buffers: `noise` float32 [B, A] and `actions` float32 [B, H, robot_action_dim] in the robot's units.
 
     Modes: `stochastic` samples the actor's distribution, `deterministic` takes its mode, `base` ignores the actor
     and starts every action slot from independent N(0, I), as the frozen policy was trained.
@@ -34,21 +40,46 @@ class SteeredPolicy:
         actor: Actor,
         sac: SacConfig,
         batch_size: int,
+        language_length: int,
         denoise_steps: int,
         mode: Mode,
     ) -> None:
+        config = policy.config
         self.actor, self.mode, self.noise_layout = actor, mode, sac.noise_layout
-        self.horizon = policy.config.action_horizon
-        self.sampler = policy.sampler(batch_size, denoise_steps)
-        device = self.sampler.noise.device
-        width = sac.noise_width(self.horizon)
-        self.sac_image = torch.zeros(batch_size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8, device=device)
-        self.standard_normal = torch.zeros(batch_size, self.horizon * sac.noise_dim, device=device)
-        self.warmup = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        self.noise = torch.zeros(batch_size, width, device=device)
+        self.normaliser = policy.normaliser
+        self.horizon = config.action_horizon
+        self.sampler = Sampler(policy.model, batch_size, language_length, denoise_steps)
+        self.tokens, self.token_mask = self.sampler.tokens, self.sampler.token_mask
+        self.device = self.sampler.noise.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(batch_size, *shape, dtype=dtype, device=self.device)
+
+        self.images = zeros(config.cameras, config.image_size, config.image_size, 3, dtype=torch.uint8)
+        self.state = zeros(config.robot_state_dim)
+        self.sac_image = zeros(SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
+        self.standard_normal = zeros(self.horizon * sac.noise_dim)
+        self.warmup = zeros(dtype=torch.bool)
+        self.noise = zeros(sac.noise_width(self.horizon))
+        self.actions = zeros(self.horizon, config.robot_action_dim)
+        self._halves = [self.encode, self.denoise]
 
     @torch.no_grad()
-    def choose_noise(self) -> None:
+    def encode(self) -> None:
+        """First half: choose the noise, encode observation and prompt."""
+        sampler = self.sampler
+        self._choose_noise()
+        sampler.images.copy_(scale_images(self.images))
+        sampler.state.copy_(self.normaliser.state(self.state))
+        sampler.encode()
+
+    @torch.no_grad()
+    def denoise(self) -> None:
+        """Second half: from noise to the robot's actions."""
+        self.sampler.denoise()
+        self.actions.copy_(self.normaliser.robot_actions(self.sampler.actions, self.state))
+
+    def _choose_noise(self) -> None:
         """Write `noise` and the sampler's initial noise."""
         normal = self.standard_normal
         width = self.noise.shape[1]
@@ -60,7 +91,7 @@ class SteeredPolicy:
             act(
                 self.actor,
                 self.sac_image,
-                self.sampler.state,
+                self.state,
                 normal[:, :width],
                 self.warmup,
                 deterministic=self.mode == "deterministic",
@@ -68,7 +99,17 @@ class SteeredPolicy:
         )
         self.sampler.noise.copy_(expand_noise(self.noise, self.horizon, self.noise_layout))
 
+    def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
+        """Have `run` replay CUDA graphs of both halves from now on, where that is possible (see `graphs.capture`).
+
+        The actor's weights are read at each replay, so new ones, copied in place, need no new capture.
+        """
+        sampler = self.sampler
+        name = f"batch size {sampler.batch_size}, prompts of {sampler.language_length} tokens"
+        self._halves, pool = capture([self.encode, self.denoise], self.device, pool, name)
+        return pool
+
     def run(self) -> None:
         """Compute the output buffers from the input buffers (only enqueued, on CUDA)."""
-        self.choose_noise()
-        self.sampler.run()
+        for half in self._halves:
+            half()

@@ -205,8 +205,7 @@ def cache_prefixes(model: Pi0, data: Demonstrations, prompt: tuple[Tensor, Tenso
         images = scale_images(data.images[start : start + batch])
         tokens, token_mask = (part.expand(len(images), -1) for part in prompt)
         prefix = model.encode_images(images, tokens, token_mask)
-        pairs = [torch.stack(pair, dim=1) for pair in zip(prefix.keys, prefix.values, strict=True)]
-        cache[start : start + batch] = torch.stack(pairs, dim=1)
+        cache[start : start + batch] = torch.stack(prefix.keys_values, dim=1)
         progress.advance(task, len(images))
     return cache
 
@@ -232,9 +231,8 @@ def train_expert(
     position = (before + token_mask.sum(1)).expand(args.expert_batch)
     for step in range(args.expert_steps):
         rows = torch.randint(len(data), (args.expert_batch,), generator=generator)
-        layers = cache[rows].float().unbind(1)
-        keys, values = [layer[:, 0] for layer in layers], [layer[:, 1] for layer in layers]
-        prefix = model.append_state(Prefix(keys, values, mask, position), data.state[rows])
+        layers = list(cache[rows].float().unbind(1))
+        prefix = model.append_state(Prefix(layers, mask, position), data.state[rows])
         actions = data.chunks[rows].repeat_interleave(args.samples, dim=0)
         loss = flow_loss(model, prefix.repeat(args.samples), actions, generator)
         optimiser.update(loss)
@@ -257,12 +255,12 @@ def parse() -> argparse.Namespace:
         default=Path("data/tabletop_demonstrations.safetensors"),
         help="made when missing",
     )
-    parser.add_argument("--episodes", type=int, default=800, help="demonstrations to make")
+    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to make")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the training")
     parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
     parser.add_argument("--joint-batch", type=int, default=64, help="observations per update, first stage")
-    parser.add_argument("--expert-steps", type=int, default=3000, help="updates of the second stage")
+    parser.add_argument("--expert-steps", type=int, default=6000, help="updates of the second stage")
     parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
     parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")

@@ -10,6 +10,8 @@ from dsrl_async.config import Config
 from dsrl_async.inference import InferenceServer
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.processing import scale_images
+from dsrl_async.pi0.sampler import sample_actions
 from dsrl_async.sac.networks import act
 from dsrl_async.shm.arena import Arena
 from dsrl_async.steering import Mode
@@ -63,14 +65,18 @@ def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memo
     normal = torch.from_numpy(slots.standard_normal[:1, :32])
     noise = act(server.actor, image, state, normal, torch.zeros(1, dtype=torch.bool))
     assert torch.allclose(noise[0], torch.from_numpy(slots.noise[0]), atol=1e-6)
-    sampler = load_policy(EMBEDDED_POLICY).sampler(1, small_config.policy.denoise_steps)
-    sampler.images.copy_(torch.from_numpy(slots.images[:1]))
-    sampler.state.copy_(state)
-    sampler.tokens.copy_(server.tokens)
-    sampler.token_mask.copy_(server.token_mask)
-    sampler.noise.copy_(noise[:, None].expand(-1, 10, -1))
-    sampler.run()
-    assert np.abs(sampler.actions[0, :5].numpy() - slots.action_chunk[0]).max() < 1e-5
+    policy = load_policy(EMBEDDED_POLICY)
+    actions = sample_actions(
+        policy.model,
+        scale_images(torch.from_numpy(slots.images[:1])),
+        server.tokens,
+        server.token_mask,
+        policy.normaliser.state(state),
+        noise[:, None].expand(-1, 10, -1),
+        small_config.policy.denoise_steps,
+    )
+    expected = policy.normaliser.robot_actions(actions, state)
+    assert np.abs(expected[0, :5].numpy() - slots.action_chunk[0]).max() < 1e-5
     assert slots.policy_version[0] == 42
 
 
@@ -140,4 +146,4 @@ def test_odd_batches_are_padded_to_the_next_bucket(small_config: Config, memory:
     ask(server, 0, seed=1)
     server.serve_ready(server.slots.ready())
     assert server.counters.inference_padded_rows[0] == 4
-    assert list(server.buckets) == [4]
+    assert server.sizes == [4]

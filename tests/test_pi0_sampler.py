@@ -1,7 +1,8 @@
-"""That the sampler can be captured in a CUDA graph, as far as a CPU can tell."""
+"""That sampling can be captured in a CUDA graph, as far as a CPU can tell; each guard is shown to catch a violation."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,59 +11,53 @@ import pytest
 import torch
 from test_pi0 import fill, make_model, make_sampler, norm_stats, small_config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
+from dsrl_async.config import SacConfig
+from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser
-from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.pi0.sampler import Sampler, sample_actions
+from dsrl_async.sac.networks import Actor
+from dsrl_async.steering import SteeredPolicy
+from dsrl_async.tracing import CREATION, Operation, OperationTrace
 
 torch.set_num_threads(1)
 
-SYNC = {
-    "_local_scalar_dense",
-    "item",
-    "is_nonzero",
-    "equal",
-    "nonzero",
-    "masked_select",
-    "unique_dim",
-    "_unique2",
-}
-CREATE = {"empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full"}
-CREATE |= {"full_like", "new_full", "arange", "linspace", "scalar_tensor", "lift_fresh", "cat", "stack"}
+CPU = torch.device("cpu")
 
 
-class Watch(TorchDispatchMode):
-    """Records every operation, and fails at a forbidden one."""
-
-    def __init__(self, forbidden: set[str], static: dict[int, str]) -> None:
-        super().__init__()
-        self.forbidden, self.static = forbidden, static
-        self.trace: list[tuple[str, tuple[object, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in self.forbidden:
-            raise AssertionError(f"forbidden operation {name}")
-        leaves = tree_leaves((args, kwargs))
-        seen = tuple(self.describe(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        self.trace.append((name, seen))
-        return func(*args, **(kwargs or {}))
-
-    def describe(self, tensor: Tensor) -> tuple[object, ...]:
-        """Shape, stride, dtype, and which static storage it is in, if in one."""
-        where = self.static.get(tensor.untyped_storage().data_ptr(), "temporary")
-        return (where, tensor.storage_offset() if where != "temporary" else 0, tensor.shape, tensor.dtype)
+def make_steered(model: Pi0, batch: int, device: torch.device = CPU) -> SteeredPolicy:
+    config = SacConfig()
+    actor = Actor(config, model.config.action_horizon, device, seed=0)
+    normaliser = Normaliser(model.config, norm_stats()).to(device)
+    policy = LoadedPolicy(model.config, model, normaliser, tokenizer=None)  # type: ignore[arg-type]
+    length = model.config.max_token_len
+    return SteeredPolicy(policy, actor, config, batch, length, denoise_steps=10, mode="stochastic")
 
 
-def static_storages(sampler: Sampler) -> dict[int, str]:
+def fill_steered(steered: SteeredPolicy, seed: int) -> None:
+    generator = torch.Generator(steered.device).manual_seed(seed)
+    for images in (steered.images, steered.sac_image):
+        images.random_(0, 256, generator=generator)
+    for values in (steered.state, steered.standard_normal):
+        values.normal_(generator=generator)
+    steered.tokens.random_(0, steered.sampler.model.config.vocab_size, generator=generator)
+    steered.token_mask.copy_(torch.arange(steered.tokens.shape[1], device=steered.device) < 1 + seed)
+    steered.warmup.copy_(torch.arange(len(steered.warmup), device=steered.device) < seed)
+
+
+def static_storages(steered: SteeredPolicy) -> dict[int, str]:
     found: dict[int, str] = {}
+    sampler = steered.sampler
     owners = {
         **vars(sampler),
+        **vars(steered),
         **dict(sampler.model.named_parameters()),
-        **dict(sampler.normaliser.named_buffers()),
+        **dict(steered.normaliser.named_buffers()),
+        **vars(steered.actor),
     }
     for name, value in owners.items():
         for leaf in tree_leaves(value):
@@ -71,72 +66,153 @@ def static_storages(sampler: Sampler) -> dict[int, str]:
     return found
 
 
-def watched(sampler: Sampler) -> list[tuple[str, tuple[object, ...]]]:
-    """The trace of one run; fails on a host sync anywhere, or on a creation in the denoise loop."""
-    trace = []
-    for half, forbidden in ((sampler.encode, SYNC), (sampler.denoise, SYNC | CREATE)):
-        with Watch(forbidden, static_storages(sampler)) as watch:
+def watched(steered: SteeredPolicy) -> list[Operation]:
+    """The operations of one run; fails on a host sync anywhere, or on a creation in the denoise loop."""
+    operations = []
+    for half, forbidden in ((steered.encode, ()), (steered.denoise, CREATION)):
+        with OperationTrace(True, forbidden, static_storages(steered)) as trace:
             half()
-        trace += watch.trace
-    return trace
+        operations += trace.operations
+    return operations
+
+
+def plant(model: Pi0, method: str, violation: Callable[[Tensor], object]) -> None:
+    """Have `method` of the model do something else first, to its first argument."""
+    honest = getattr(model, method)
+
+    def planted(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+        result: Tensor = honest(x, *rest, **named)
+        made = violation(x)
+        return result + made if isinstance(made, Tensor) else result
+
+    object.__setattr__(model, method, planted)
 
 
 @pytest.mark.parametrize("pi05", [False, True])
 def test_no_sync_no_creation_and_the_same_trace_for_any_input(pi05: bool) -> None:
-    model, _ = make_model(small_config(pi05))
-    sampler = make_sampler(model, batch=2)
-    first = watched(sampler)
-    fill(sampler, seed=1)
-    sampler.token_mask.fill_(True)
-    second = watched(sampler)
+    steered = make_steered(make_model(small_config(pi05))[0], batch=2)
+    fill_steered(steered, seed=1)
+    first = watched(steered)
+    fill_steered(steered, seed=2)
     assert len(first) > 500
-    assert first == second
+    assert watched(steered) == first
 
 
 @pytest.mark.parametrize(
-    ("half", "violation"),
+    ("method", "violation"),
     [
         ("run_actions", lambda x: x.sum().item()),
         ("run_actions", lambda x: bool(x.sum() > 0)),
-        ("run_actions", lambda x: torch.zeros(3)),
+        ("run_actions", lambda x: torch.zeros(3).sum()),
         ("run_actions", lambda x: torch.tensor(0.1)),
-        ("run_actions", lambda x: torch.cat([x, x])),
+        ("run_actions", lambda x: torch.cat([x, x]).sum()),
         ("run_prefix", lambda x: x.sum().item()),
+        ("run_prefix", lambda x: torch.as_tensor([0.5])),
+        ("run_prefix", lambda x: x[x > 0].sum()),
     ],
 )
-def test_planted_violations_are_found(half: str, violation: Callable[[Tensor], object]) -> None:
+def test_planted_violations_are_found(method: str, violation: Callable[[Tensor], object]) -> None:
     model, _ = make_model(small_config())
-    sampler = make_sampler(model, batch=1)
-    honest = getattr(model, half)
-
-    def planted(x: Tensor, *rest: Any) -> Tensor:
-        violation(x)
-        result: Tensor = honest(x, *rest)
-        return result
-
-    object.__setattr__(model, half, planted)
+    steered = make_steered(model, batch=1)
+    plant(model, method, violation)
     with pytest.raises(AssertionError, match="forbidden operation"):
-        watched(sampler)
+        watched(steered)
 
 
 def test_a_data_dependent_operation_changes_the_trace() -> None:
     model, _ = make_model(small_config())
-    sampler = make_sampler(model, batch=1)
-    honest = model.run_actions
+    steered = make_steered(model, batch=1)
+    plant(model, "run_actions", lambda x: x * (1 if steered.state.numpy().sum() > 0 else 2))
+    steered.state.fill_(1)
+    first = watched(steered)
+    steered.state.fill_(-1)
+    assert first != watched(steered)
 
-    def planted(x: Tensor, *rest: Any) -> Tensor:
-        return honest(x, *rest) * (1 if sampler.state.numpy().sum() > 0 else 2)
 
-    object.__setattr__(model, "run_actions", planted)
-    sampler.state.fill_(1)
-    first = watched(sampler)
-    sampler.state.fill_(-1)
-    assert first != watched(sampler)
+def test_a_new_buffer_in_each_run_changes_the_trace() -> None:
+    model, _ = make_model(small_config())
+    steered = make_steered(model, batch=1)
+    first = watched(steered)
+    steered.sampler.noise = steered.sampler.noise.clone()
+    kept = static_storages(steered) | {steered.sampler.noise.untyped_storage().data_ptr(): "elsewhere"}
+    with OperationTrace(True, static=kept) as trace:
+        steered.encode()
+    assert trace.operations != first[: len(trace.operations)]
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_replaying_what_was_traced_equals_the_eager_run(pi05: bool) -> None:
+    """What a CUDA graph does: the operations of one run, again, on the same buffers with other contents."""
+    steered = make_steered(make_model(small_config(pi05))[0], batch=2)
+    fill_steered(steered, seed=1)
+    replay = traced(steered)
+    fill_steered(steered, seed=2)
+    steered.run()
+    expected = steered.actions.clone()
+    steered.actions.zero_()
+    replay()
+    assert torch.equal(steered.actions, expected)
+
+
+def test_new_actor_weights_need_no_new_trace() -> None:
+    steered = make_steered(make_model(small_config())[0], batch=2)
+    fill_steered(steered, seed=1)
+    replay = traced(steered)
+    before = steered.actions.clone()
+    generator = torch.Generator().manual_seed(1)
+    steered.actor.load_flat_(steered.actor.flat + 0.1 * torch.randn(steered.actor.flat.shape, generator=generator))
+    steered.run()
+    expected = steered.actions.clone()
+    assert not torch.allclose(expected, before, atol=1e-3)
+    replay()
+    assert torch.equal(steered.actions, expected)
+
+
+def test_a_value_that_was_read_on_the_host_makes_the_replay_differ() -> None:
+    model, _ = make_model(small_config())
+    steered = make_steered(model, batch=2)
+    plant(model, "run_actions", lambda x: x * float(steered.state.numpy().sum()))
+    fill_steered(steered, seed=1)
+    replay = traced(steered)
+    fill_steered(steered, seed=2)
+    steered.run()
+    expected = steered.actions.clone()
+    replay()
+    assert not torch.allclose(steered.actions, expected)
+
+
+def traced(steered: SteeredPolicy) -> Callable[[], object]:
+    """A function that repeats the operations of a run, with whatever the run took from Python as constants."""
+
+    def run() -> None:
+        steered.encode()
+        steered.denoise()
+
+    return torch.no_grad()(make_fx(run)())
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_compiles_without_a_graph_break(pi05: bool) -> None:
+    sampler = make_sampler(make_model(small_config(pi05))[0], batch=2, steps=2)
+    sampler.run()
+    expected = sampler.actions.clone()
+    torch._dynamo.reset()
+    for half in (sampler.encode, sampler.denoise):
+        torch.compile(half, fullgraph=True, backend="eager")()
+    assert torch.equal(sampler.actions, expected)
+
+
+def test_a_graph_break_is_found() -> None:
+    model, _ = make_model(small_config())
+    sampler = make_sampler(model, batch=1, steps=2)
+    plant(model, "run_actions", lambda x: x * 2 if x.sum() > 0 else x)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(sampler.denoise, fullgraph=True, backend="eager")()
 
 
 def test_runs_leave_no_trace_of_earlier_ones() -> None:
-    model, _ = make_model(small_config())
-    sampler = make_sampler(model, batch=2)
+    sampler = make_sampler(make_model(small_config())[0], batch=2)
     sampler.run()
     first = sampler.actions.clone()
     fill(sampler, seed=1)
@@ -147,37 +223,93 @@ def test_runs_leave_no_trace_of_earlier_ones() -> None:
     assert torch.equal(first, sampler.actions)
 
 
+def test_prompt_slots_that_no_prompt_needs_do_not_matter() -> None:
+    model, _ = make_model(small_config())
+    long = make_sampler(model, batch=2)  # its prompts have one and five tokens
+    short = make_sampler(model, batch=2, length=5)
+    for name in ("images", "state", "noise"):
+        getattr(short, name).copy_(getattr(long, name))
+    short.tokens.copy_(long.tokens[:, :5])
+    short.token_mask.copy_(long.token_mask[:, :5])
+    long.run()
+    short.run()
+    assert (long.actions - short.actions).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("config", [Pi0Config(), Pi0Config(pi05=True, max_token_len=200, action_horizon=10)])
 def test_full_size_runs_on_the_meta_device(config: Pi0Config) -> None:
+    """No operation of the real size needs a value on the host, or more than the shapes to be known."""
     with torch.device("meta"):
         model = Pi0(config).set_dtype(torch.bfloat16)
-    sampler = Sampler(model, Normaliser(config, norm_stats()).to("meta"), batch_size=8, denoise_steps=2)
-    sampler.run()
-    assert sampler.actions.shape == (8, config.action_horizon, 7)
+    sampler = Sampler(model, 32, 24, 10)
+    for half in (sampler.encode, sampler.denoise):
+        with OperationTrace(guarded=True):
+            half()
+    assert sampler.actions.shape == (32, config.action_horizon, 32)
+
+
+@pytest.mark.parametrize("violation", [lambda x: x.sum().item(), lambda x: x + torch.zeros(1)])
+def test_the_meta_device_finds_violations(violation: Callable[[Tensor], object]) -> None:
+    with torch.device("meta"):
+        model = Pi0(small_config())
+    sampler = Sampler(model, 1, 4, 2)
+    plant(model, "run_actions", violation)
+    with pytest.raises((RuntimeError, AssertionError)), OperationTrace(guarded=True):
+        sampler.denoise()
+
+
+KERNELS_ALLOWED = 4500
+"""Of one call at full depth with ten steps; openpi's PyTorch model has 12,042."""
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_full_depth_needs_few_kernels(pi05: bool) -> None:
+    config = dataclasses.replace(small_config(pi05), depth=18, vision_depth=27)
+    steered = make_steered(Pi0(config).set_dtype(torch.bfloat16), batch=1)
+    with OperationTrace() as trace:
+        steered.sampler.run()
+    assert 2000 < trace.kernels < KERNELS_ALLOWED
+
+
+def test_wrong_shapes_are_named() -> None:
+    model, _ = make_model(small_config())
+    sampler = make_sampler(model, batch=2)
+    good = [sampler.images, sampler.tokens, sampler.token_mask, sampler.state, sampler.noise]
+    assert torch.equal(sample_actions(model, *good), sample_actions(model, *good))
+    for index, name in ((0, "images"), (2, "token_mask"), (3, "state")):
+        bad = list(good)
+        bad[index] = bad[index][:, :1]
+        with pytest.raises(ValueError, match=f"^{name} has shape"):
+            sample_actions(model, *bad)
+    with pytest.raises(ValueError, match="language_length"):
+        Sampler(model, 1, 13, 10)
 
 
 def test_capture_falls_back_to_eager_off_cuda(caplog: pytest.LogCaptureFixture) -> None:
-    model, _ = make_model(small_config())
-    sampler = make_sampler(model, batch=1)
+    steered = make_steered(make_model(small_config())[0], batch=1)
     with caplog.at_level(logging.INFO):
-        assert sampler.capture() is None
-    assert "no CUDA graphs" in caplog.text
-    sampler.run()
-    assert sampler.actions.isfinite().all()
+        assert steered.capture() is None
+    assert "no CUDA graphs for batch size 1" in caplog.text
+    fill_steered(steered, seed=1)
+    steered.run()
+    assert steered.actions.isfinite().all()
+    assert steered.actions.abs().max() > 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_captured_run_equals_the_eager_one() -> None:
-    model, _ = make_model(small_config())
-    model.cuda()
-    sampler = Sampler(model, Normaliser(model.config, norm_stats()).cuda(), 2, 10)
-    sampler.noise.normal_()
-    sampler.token_mask.fill_(True)
-    sampler.run()
-    expected = sampler.actions.clone()
-    assert sampler.capture() is not None
-    sampler.actions.zero_()
-    sampler.run()
-    torch.cuda.synchronize()
-    assert (sampler.actions - expected).abs().max() <= 1e-5
+@pytest.mark.parametrize("pi05", [False, True])
+def test_captured_run_equals_the_eager_one(pi05: bool) -> None:
+    device = torch.device("cuda")
+    model, _ = make_model(small_config(pi05))
+    eager, captured = make_steered(model.to(device), 2, device), make_steered(model, 2, device)
+    assert captured.capture() is not None
+    for seed in (1, 2):
+        for steered in (eager, captured):
+            fill_steered(steered, seed)
+        new = torch.randn(eager.actor.flat.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        for steered in (eager, captured):
+            steered.actor.load_flat_(0.1 * new)
+            steered.run()
+        torch.cuda.synchronize(device)
+        assert (eager.actions - captured.actions).abs().max() <= 1e-5

@@ -68,6 +68,17 @@ class Rope(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    @classmethod
+    def at(cls, position: Tensor, table: Tensor) -> Rope:
+        """Rotations for integer positions [B, T], from `Pi0.rope_table`."""
+        return cls.of_rows(F.embedding(position, table))
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> Rope:
+        """From rows of the table, [B, T, 3 * D/2]."""
+        parts = rows.unflatten(-1, (1, 3, -1))
+        return cls(parts[..., :1, :], parts[..., 1:, :])
+
 
 @dataclass
 class Prefix:
@@ -92,10 +103,10 @@ class Prefix:
         return Prefix([rows(layer) for layer in self.keys_values], rows(self.mask), rows(self.position))
 
 
-def rms_norm(x: Tensor, modulation: Modulation, out: Tensor | None = None) -> Tensor:
-    """RMSNorm of x [B, T, width], computed in float32 and rounded once to the dtype of x.
+def rms_norm(x: Tensor, modulation: Modulation, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """RMSNorm of x [B, T, width], computed in float32 and rounded once, to `dtype` or else the dtype of x.
 
-    With `out`, a buffer of the shape and dtype of x, four operations; without, differentiable.
+    With `out`, a buffer of the shape and dtype of x, one operation less, but not differentiable.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     norm = torch.hypot(norm, modulation.floor)
@@ -104,7 +115,7 @@ def rms_norm(x: Tensor, modulation: Modulation, out: Tensor | None = None) -> Te
         y = torch.div(scaled, norm, out=out)
     else:
         y = torch.addcdiv(modulation.shift, scaled, norm, out=out)
-    return y if out is not None else y.to(x.dtype)
+    return y if out is not None else y.to(dtype or x.dtype)
 
 
 def rotate_(x: Tensor, rope: Rope) -> None:
@@ -140,6 +151,11 @@ def time_frequency(width: int) -> Tensor:
     """Radians per unit of denoising time of each sine, float64 [width / 2]: periods from 4e-3 to 4."""
     period = 4e-3 * (4.0 / 4e-3) ** torch.linspace(0, 1, width // 2, dtype=torch.float64)
     return 2 * torch.pi / period
+
+
+def prefix_position(token_mask: Tensor, before: int) -> Tensor:
+    """Positions int64 [B, before + L] of images and language: empty language slots do not advance."""
+    return F.pad(token_mask, (before, 0), value=True).cumsum(1) - 1
 
 
 def key_mask(token_mask: Tensor, before: int, after: int, dtype: torch.dtype) -> Tensor:
@@ -352,11 +368,12 @@ class Pi0(nn.Module):
                     parameter.data = parameter.data.to(dtype)
         return self
 
-    def rope(self, position: Tensor) -> Rope:
-        """Rotations for integer positions [B, T]."""
-        angle = position[:, :, None, None, None] * self.inverse_frequency
-        sin = angle.sin()
-        return Rope(angle.cos().to(self.dtype), torch.cat([-sin, sin], dim=-2).to(self.dtype))
+    def rope_table(self) -> Tensor:
+        """Rotations of every position that can occur: cos, -sin and sin, [positions, 3 * D/2] in the model's dtype."""
+        config = self.config
+        count = config.prefix_length + config.state_tokens + config.action_horizon
+        angle = torch.arange(count, device=self.inverse_frequency.device)[:, None] * self.inverse_frequency
+        return torch.cat([angle.cos(), -angle.sin(), angle.sin()], dim=-1).to(self.dtype)
 
     def vlm_norms(self) -> tuple[Modulation, ...]:
         """Modulations of the language model's norms."""
@@ -389,49 +406,41 @@ class Pi0(nn.Module):
         self,
         images: Tensor,
         tokens: Tensor,
-        token_mask: Tensor,
+        mask: Tensor,
+        rope: Rope,
         norms: tuple[Modulation, ...],
         extend: Extend,
         scratch: Tensor | None = None,
     ) -> Tensor:
         """Encodes cameras and prompt; every layer's keys and values go to `extend`.
 
-        images float32 [B, cameras, 3, size, size] in [-1, 1]; tokens int64 [B, L]; token_mask bool [B, L]; norms are
-        `vlm_norms()`. Returns the hidden state [B, P, vlm_width] that enters the last layer; `scratch` has its shape
-        and dtype.
+        images float32 [B, cameras, 3, size, size] in [-1, 1]; tokens int64 [B, L]; mask [B, 1, 1, P] and rope are of
+        all P positions; norms are `vlm_norms()`. Returns the hidden state [B, P, vlm_width] that enters the last
+        layer; `scratch` has its shape and dtype.
         """
         batch = images.shape[0]
         image_tokens = self.vision(images.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
         language = self.embedding(tokens) * self.config.vlm_width**0.5
         x = torch.cat([image_tokens, language], dim=1)
-        before = image_tokens.shape[1]
-        mask = key_mask(token_mask, before, 0, self.dtype)
-        rope = self.rope(F.pad(token_mask, (before, 0), value=True).cumsum(1) - 1)
         hidden: Tensor = self.vlm(x, norms, rope, mask, extend, scratch, last_keys_only=True)
         return hidden
 
     def run_state(
         self,
         state: Tensor,
-        position: Tensor,
         mask: Tensor,
+        rope: Rope,
         norms: tuple[Modulation, ...],
         extend: Extend,
         scratch: Tensor | None = None,
     ) -> None:
         """Sends the state token's keys and values of every expert layer to `extend` (pi0 only).
 
-        state float32 [B, action_dim], normalised and padded; position int64 [B]; mask [B, 1, 1, P + 1]; norms are
-        those of any `Step`; scratch [B, 1, expert_width] in the model's dtype.
+        state float32 [B, action_dim], normalised and padded; mask [B, 1, 1, P + 1]; rope is of the token's position;
+        norms are those of any `Step`; scratch [B, 1, expert_width] in the model's dtype.
         """
         x = self.state_in(state)[:, None].to(self.dtype)
-        rope = self.rope(position[:, None])
         self.expert(x, norms, rope, mask, extend, scratch, last_keys_only=True)
-
-    def action_rope(self, position: Tensor) -> Rope:
-        """Rotations of the action tokens, the first of which is at `position` [B]."""
-        slots = torch.arange(self.config.action_horizon, device=position.device)
-        return self.rope(position[:, None] + slots)
 
     def run_actions(
         self, x_t: Tensor, step: Step, rope: Rope, mask: Tensor, extend: Extend, scratch: Tensor | None = None
@@ -440,12 +449,14 @@ class Pi0(nn.Module):
 
         scratch [B, H, expert_width] in the model's dtype.
         """
-        x = F.linear(x_t, step.input_weight) + step.input_bias
+        if step.input_bias.ndim == 1:  # one time for all rows
+            x = F.linear(x_t, step.input_weight, step.input_bias)
+        else:
+            x = F.linear(x_t, step.input_weight) + step.input_bias
         if not self.config.pi05:
             x = self.time_out(F.silu(x))
-        x = x.to(self.dtype)
-        x = self.expert(x, step.norms, rope, mask, extend, scratch)
-        velocity: Tensor = self.action_out(rms_norm(x, step.norms[-1], scratch).float())
+        x = self.expert(x.to(self.dtype), step.norms, rope, mask, extend, scratch)
+        velocity: Tensor = self.action_out(rms_norm(x, step.norms[-1], dtype=torch.float32))
         return velocity
 
     def encode_images(self, images: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
@@ -456,9 +467,10 @@ class Pi0(nn.Module):
             layers.append(keys_values)
             return keys_values
 
-        hidden = self.run_prefix(images, tokens, token_mask, self.vlm_norms(), extend)
-        before = hidden.shape[1] - tokens.shape[1]
+        before = self.config.cameras * self.config.image_tokens
         mask = key_mask(token_mask, before, 0, self.dtype)
+        rope = Rope.at(prefix_position(token_mask, before), self.rope_table())
+        hidden = self.run_prefix(images, tokens, mask, rope, self.vlm_norms(), extend)
         return Prefix(layers, mask, before + token_mask.sum(1), hidden)
 
     def append_state(self, prefix: Prefix, state: Tensor) -> Prefix:
@@ -472,7 +484,8 @@ class Pi0(nn.Module):
             grown.append(_behind(prefix, layer, keys_values))
             return grown[-1]
 
-        self.run_state(state, prefix.position, mask, self._expert_norms(None), extend)
+        rope = Rope.at(prefix.position[:, None], self.rope_table())
+        self.run_state(state, mask, rope, self._expert_norms(None), extend)
         return Prefix(grown, mask, prefix.position + 1, prefix.hidden)
 
     def encode_prefix(self, images: Tensor, tokens: Tensor, token_mask: Tensor, state: Tensor) -> Prefix:
@@ -488,7 +501,8 @@ class Pi0(nn.Module):
         norms = tuple(norm.rows((slice(None), None)) for norm in table.norms)
         step = Step(table.input_weight, table.input_bias[:, None], norms)
         mask = F.pad(prefix.mask, (0, self.config.action_horizon))
-        rope = self.action_rope(prefix.position)
+        slots = torch.arange(self.config.action_horizon, device=x_t.device)
+        rope = Rope.at(prefix.position[:, None] + slots, self.rope_table())
         return self.run_actions(x_t, step, rope, mask, partial(_behind, prefix))
 
 

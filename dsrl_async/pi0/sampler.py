@@ -1,155 +1,158 @@
-"""Samples action chunks for one batch size, over static buffers.
+"""Samples action chunks for one batch size and one prompt length, over static buffers.
 
 `Sampler.run` reads the input buffers and writes the output buffer; it runs the same operations on the same
-storages in each call, never synchronises with the host, and has no data-dependent shape. On CUDA its two
-halves are captured as graphs and replayed, elsewhere they are called.
+storages in each call, never synchronises with the host, and has no data-dependent shape, so that its two halves can
+be captured as CUDA graphs (`dsrl_async/graphs.py`).
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dsrl_async.pi0.model import MASKED, Extend, Pi0, key_mask, step_rows, time_grid
-from dsrl_async.pi0.processing import Normaliser, scale_images
-
-logger = logging.getLogger(__name__)
-
-MemoryPool = Any
-"""What `torch.cuda.graph_pool_handle` returns; torch does not export its type."""
+from dsrl_async.pi0.model import MASKED, Extend, Pi0, Rope, Step, key_mask, prefix_position, step_rows, time_grid
 
 MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
 
 
 class Sampler:
-    """A policy for one batch size B.
+    """A policy network for batches of B and prompts of up to L tokens.
 
     Input buffers, to be filled in place before `run`:
-    - `images` uint8 [B, cameras, size, size, 3], `state` float32 [B, robot_state_dim] (raw);
+    - `images` float32 [B, cameras, 3, size, size] in [-1, 1];
     - `tokens` int64 [B, L], `token_mask` bool [B, L];
+    - `state` float32 [B, action_dim], normalised and padded with zeros (pi0.5 does not read it);
     - `noise` float32 [B, H, action_dim].
-    Output buffers: `actions` float32 [B, H, robot_action_dim] in the robot's units, and
-    `model_actions` float32 [B, H, action_dim], the same before they are unnormalised.
+    Output buffer: `actions` float32 [B, H, action_dim], normalised.
 
-    The model's weights are read when the sampler is made (step tables) and in each run: they must not
-    change in between.
+    The model's weights are read when the sampler is made (tables over the denoising steps) and in each run: they
+    must not change in between.
+
+    With `compiled`, torch.compile fuses the observation's pass and one Euler step (which is then run several times)
+    at their first call, which takes a minute or more at full size.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Pi0, normaliser: Normaliser, batch_size: int, denoise_steps: int) -> None:
-        config = self.config = model.config
-        self.model, self.normaliser = model, normaliser
-        self.batch_size = batch_size
+    def __init__(
+        self, model: Pi0, batch_size: int, language_length: int, denoise_steps: int, compiled: bool = False
+    ) -> None:
+        config = model.config
+        if not 1 <= language_length <= config.max_token_len:
+            raise ValueError(f"language_length must be from 1 to {config.max_token_len}, not {language_length}")
+        self.model, self.batch_size, self.language_length = model, batch_size, language_length
         device = model.action_out.weight.device
-        length = config.prefix_length + config.state_tokens + config.action_horizon
-        length += -length % MASK_ALIGNMENT
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=device)
 
-        size = config.image_size
-        self.images = zeros(config.cameras, size, size, 3, dtype=torch.uint8)
-        self.state = zeros(config.robot_state_dim)
-        self.tokens = zeros(config.max_token_len, dtype=torch.int64)
-        self.token_mask = zeros(config.max_token_len, dtype=torch.bool)
+        self.images = zeros(config.cameras, 3, config.image_size, config.image_size)
+        self.tokens = zeros(language_length, dtype=torch.int64)
+        self.token_mask = zeros(language_length, dtype=torch.bool)
+        self.state = zeros(config.action_dim)
         self.noise = zeros(config.action_horizon, config.action_dim)
-        self.actions = zeros(config.action_horizon, config.robot_action_dim)
-        self.model_actions = zeros(config.action_horizon, config.action_dim)
+        self.actions = zeros(config.action_horizon, config.action_dim)
 
-        cache = [zeros(2, config.kv_heads, length, config.head_dim, dtype=model.dtype) for _ in range(config.depth)]
-        self._keys = [layer[:, 0] for layer in cache]
-        self._values = [layer[:, 1] for layer in cache]
         before = config.cameras * config.image_tokens
-        self._after = length - config.prefix_length
-        self._state_end = config.prefix_length + config.state_tokens
+        self._prefix_end = before + language_length
+        self._state_end = self._prefix_end + config.state_tokens
         self._actions_end = self._state_end + config.action_horizon
-        self._mask = key_mask(self.token_mask, before, self._after, model.dtype)
+        length = self._actions_end + -self._actions_end % MASK_ALIGNMENT
+        self._language = slice(before, self._prefix_end)
+        self._keys_values = [
+            zeros(2, config.kv_heads, length, config.head_dim, dtype=model.dtype) for _ in range(config.depth)
+        ]
+        self._mask = key_mask(self.token_mask, before, length - self._prefix_end, model.dtype)
         self._mask[..., self._actions_end :] = MASKED
-        self._language = slice(before, config.prefix_length)
-        position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._rope = model.action_rope(position)
+        self._prefix_scratch = self._state_scratch = self._action_scratch = None
+        if not compiled:  # which fuses norms into one kernel by itself
+            self._prefix_scratch = zeros(self._prefix_end, config.vlm_width, dtype=model.dtype)
+            self._state_scratch = zeros(1, config.expert_width, dtype=model.dtype)
+            self._action_scratch = zeros(config.action_horizon, config.expert_width, dtype=model.dtype)
+        self._rope_table = model.rope_table()
+        self._rope_rows = zeros(config.action_horizon, self._rope_table.shape[1], dtype=model.dtype)
+        self._rope = Rope.of_rows(self._rope_rows)
+        self._action_offset = torch.arange(config.state_tokens + config.action_horizon, device=device)
 
         times = time_grid(denoise_steps, config.time_grid)
         self._delta = -1.0 / denoise_steps
         self._steps = list(step_rows(model.step_tables(torch.tensor(times, device=device))))
-        self._replay: tuple[Callable[[], None], Callable[[], None]] | None = None
+        self._vlm_norms = model.vlm_norms()
+        self._encode, self._step = self._run_encode, self._run_step
+        if compiled:
+            self._encode = torch.compile(self._run_encode, fullgraph=True, dynamic=False)
+            self._step = torch.compile(self._run_step, fullgraph=True, dynamic=False)
 
     def _region(self, start: int, end: int, visible: int) -> Extend:
         """Writes a layer's new keys and values to [start, end) and shows [0, visible)."""
 
-        def extend(layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = self._keys[layer], self._values[layer]
-            keys[:, :, start:end].copy_(key)
-            values[:, :, start:end].copy_(value)
-            return keys[:, :, :visible], values[:, :, :visible]
+        def extend(layer: int, keys_values: Tensor) -> Tensor:
+            cache = self._keys_values[layer]
+            cache[:, :, :, start:end].copy_(keys_values)
+            return cache[:, :, :, :visible]
 
         return extend
 
     @torch.no_grad()
     def encode(self) -> None:
         """First half: images, prompt and state to keys and values, mask and positions."""
-        config, model = self.config, self.model
-        prefix = config.prefix_length
-        model.run_prefix(scale_images(self.images), self.tokens, self.token_mask, self._region(0, prefix, prefix))
-        self._mask[..., self._language].copy_(key_mask(self.token_mask, 0, 0, model.dtype))
-        position = self.token_mask.sum(1) + self._language.start
-        if config.state_tokens:
-            end = self._state_end
-            state = self.normaliser.state(self.state)
-            model.run_state(state, position, self._mask[..., :end], self._region(prefix, end, end))
-        rope = model.action_rope(position + config.state_tokens)
-        self._rope.cos.copy_(rope.cos)
-        self._rope.sin.copy_(rope.sin)
+        self._encode()
 
     @torch.no_grad()
     def denoise(self) -> None:
-        """Second half: Euler steps from `noise` to `model_actions`, then `actions`."""
-        x = self.model_actions
-        x.copy_(self.noise)
-        extend = self._region(self._state_end, self._actions_end, self._mask.shape[-1])
+        """Second half: Euler steps from `noise` to `actions`."""
+        self.actions.copy_(self.noise)
         for step in self._steps:
-            x.add_(self.model.run_actions(x, step, self._rope, self._mask, extend), alpha=self._delta)
-        self.actions.copy_(self.normaliser.robot_actions(x, self.state))
+            self._step(step)
+
+    def _run_encode(self) -> None:
+        model, end, state_end = self.model, self._prefix_end, self._state_end
+        self._mask[..., self._language].copy_(key_mask(self.token_mask, 0, 0, model.dtype))
+        position = prefix_position(self.token_mask, self._language.start)
+        rope, extend = Rope.at(position, self._rope_table), self._region(0, end, end)
+        mask, scratch = self._mask[..., :end], self._prefix_scratch
+        model.run_prefix(self.images, self.tokens, mask, rope, self._vlm_norms, extend, scratch)
+        rows = F.embedding(position[:, -1:] + 1 + self._action_offset, self._rope_table)
+        if model.config.state_tokens:
+            rope, extend = Rope.of_rows(rows[:, :1]), self._region(end, state_end, state_end)
+            mask, norms = self._mask[..., :state_end], self._steps[0].norms
+            model.run_state(self.state, mask, rope, norms, extend, self._state_scratch)
+        self._rope_rows.copy_(rows[:, model.config.state_tokens :])
+
+    def _run_step(self, step: Step) -> None:
+        """One Euler step of `actions`, in place."""
+        extend = self._region(self._state_end, self._actions_end, self._mask.shape[-1])
+        velocity = self.model.run_actions(self.actions, step, self._rope, self._mask, extend, self._action_scratch)
+        self.actions.add_(velocity, alpha=self._delta)
 
     def run(self) -> None:
-        """Both halves: `actions` for what the input buffers hold now (enqueued only, on CUDA)."""
-        encode, denoise = self._replay or (self.encode, self.denoise)
-        encode()
-        denoise()
+        """Both halves (only enqueued, on CUDA)."""
+        self.encode()
+        self.denoise()
 
-    def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
-        """Captures both halves as CUDA graphs, which `run` replays from then on.
 
-        `pool` is the memory pool of an earlier capture, to be shared by all samplers that never run at
-        the same time; the pool used is returned. On another device, or when the capture fails, the reason
-        is logged, None is returned and `run` stays eager. (Not exercised by the tests, which have no GPU.)
-        """
-        if self.noise.device.type != "cuda":
-            logger.info("no CUDA graphs: the policy is on %s", self.noise.device)
-            return None
-        side = torch.cuda.Stream(self.noise.device)
-        try:
-            side.wait_stream(torch.cuda.current_stream(self.noise.device))
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    self.encode()
-                    self.denoise()
-            torch.cuda.current_stream(self.noise.device).wait_stream(side)
-            torch.cuda.synchronize(self.noise.device)
-            pool = torch.cuda.graph_pool_handle() if pool is None else pool
-            replays = []
-            for half in (self.encode, self.denoise):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    half()
-                replays.append(graph.replay)
-        except RuntimeError as error:
-            logger.warning("no CUDA graphs for batch size %d, running eagerly: %s", self.batch_size, error)
-            return None
-        self._replay = (replays[0], replays[1])
-        return pool
+def sample_actions(
+    model: Pi0,
+    images: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    state: Tensor,
+    noise: Tensor,
+    denoise_steps: int = 10,
+) -> Tensor:
+    """Normalised actions float32 [B, H, action_dim] from inputs that are already processed.
+
+    images float32 [B, cameras, 3, size, size] in [-1, 1]; tokens int64 [B, L] and token_mask bool [B, L] with L up to
+    the config's `max_token_len`; state float32 [B, action_dim], normalised and zero-padded (ignored by pi0.5); noise
+    float32 [B, H, action_dim]. For one call; a loop keeps a `Sampler`. Raises ValueError when a shape does not fit.
+    """
+    sampler = Sampler(model, noise.shape[0], tokens.shape[1], denoise_steps)
+    given = {"images": images, "tokens": tokens, "token_mask": token_mask, "state": state, "noise": noise}
+    for name, tensor in given.items():
+        buffer: Tensor = getattr(sampler, name)
+        if buffer.shape != tensor.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the model expects {list(buffer.shape)}")
+        buffer.copy_(tensor)
+    sampler.run()
+    return sampler.actions

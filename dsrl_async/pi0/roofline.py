@@ -1,0 +1,61 @@
+"""How fast sampling could be: the work of its three stages, and the time that a device needs for it at least.
+
+A stage takes at least as long as its matrix products at the device's peak rate, and at least as long as reading its
+weights once at the device's memory bandwidth. Norms, softmax and elementwise work are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsrl_async.pi0.config import Pi0Config
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one stage."""
+
+    flops: float
+    """Floating-point operations of the matrix products, per observation; a multiply-add is two."""
+    weights: int
+    """Parameters that are read, whatever the batch size."""
+
+    def bound_s(self, batch_size: int, flops_per_s: float, bytes_per_s: float, bytes_per_weight: int = 2) -> float:
+        """Seconds that a batch takes at least."""
+        return max(batch_size * self.flops / flops_per_s, self.weights * bytes_per_weight / bytes_per_s)
+
+
+def stages(config: Pi0Config, language_length: int, denoise_steps: int) -> dict[str, Work]:
+    """Work of `vision`, `prefill` (the language model over images and prompt) and `denoise` (all steps)."""
+    c = config
+    tokens = c.image_tokens
+    layer = 4 * c.vision_width**2 + 2 * c.vision_width * c.vision_mlp
+    patch = 3 * c.patch_size**2 * c.vision_width
+    vision_weights = c.vision_depth * layer + patch + c.vision_width * c.vlm_width
+    attention = c.vision_depth * 2 * tokens**2 * c.vision_width
+    vision = Work(2 * c.cameras * (tokens * vision_weights + attention), vision_weights)
+
+    prefix = c.cameras * tokens + language_length
+    full, keys_only = _gemma_layer(c, c.vlm_width, c.vlm_mlp)
+    vlm_weights = (c.depth - 1) * full + keys_only
+    attention = (c.depth - 1) * 2 * prefix**2 * c.heads * c.head_dim
+    prefill = Work(2 * (prefix * vlm_weights + attention), vlm_weights)
+
+    horizon = c.action_horizon
+    expert_weights = c.depth * _gemma_layer(c, c.expert_width, c.expert_mlp)[0] + 2 * c.action_dim * c.expert_width
+    if not c.pi05:
+        expert_weights += c.expert_width**2
+    keys = prefix + c.state_tokens + horizon
+    attention = c.depth * 2 * horizon * keys * c.heads * c.head_dim
+    step = 2 * (horizon * expert_weights + attention)
+    return {
+        "vision": vision,
+        "prefill": prefill,
+        "denoise": Work(denoise_steps * step, denoise_steps * expert_weights),
+    }
+
+
+def _gemma_layer(config: Pi0Config, width: int, mlp: int) -> tuple[int, int]:
+    """Parameters of the projections of a layer, and of one that computes keys and values only."""
+    heads, kv = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
+    return width * (2 * heads + kv + 3 * mlp), width * kv

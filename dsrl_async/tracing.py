@@ -1,0 +1,111 @@
+"""What a computation enqueues: its operations one by one, and how many of them are kernels.
+
+A CUDA graph replays the same kernels on the same memory, whatever the input. `OperationTrace` shows, on any device,
+whether a function can be captured: it raises at an operation that waits for the device or that makes a tensor from
+Python data, and it records the operations and the storages they touch, which must be the same in every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CREATION = frozenset(
+    {
+        *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "zeros", "zeros_like", "new_zeros"),
+        *("ones", "ones_like", "new_ones", "full", "full_like", "new_full", "arange", "linspace", "scalar_tensor"),
+        *("lift_fresh", "lift_fresh_copy", "cat", "stack"),
+    }
+)
+"""Operations that only make a new tensor, or copy into one: inside a loop they are work that could be done once."""
+
+UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy)
+"""Functions that make a tensor from host data, which a graph would record as a constant."""
+
+Operation = tuple[str, tuple[object, ...]]
+"""Name and described arguments of one operation."""
+
+
+class OperationTrace(TorchDispatchMode):
+    """Records every ATen operation under it.
+
+    Args:
+        guarded: raise AssertionError at an operation that cannot be captured: one that makes the host wait, whose
+            result's shape depends on data, that copies between devices, or that is one of `UPLOADS`.
+        forbidden: names of further operations (without overload) to treat so, such as `CREATION`.
+        static: storage address -> name of the tensors that outlive a run; others are described as temporary.
+
+    `operations` holds, in order, the name of each operation and for each of its arguments the value, or for a tensor
+    its storage, offset, shape, strides and dtype. `kernels` counts those that are not views, which is what a GPU
+    would launch or more (a few, such as an `empty`, launch nothing and are left out).
+    """
+
+    def __init__(
+        self, guarded: bool = False, forbidden: Iterable[str] = (), static: Mapping[int, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.guarded, self.forbidden, self.static = guarded, frozenset(forbidden), dict(static or {})
+        self.operations: list[Operation] = []
+        self.kernels = 0
+        self._uploads = _ForbidUploads() if guarded else contextlib.nullcontext()
+
+    def __enter__(self) -> OperationTrace:
+        self._uploads.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._uploads.__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        leaves = tree_leaves((args, kwargs))
+        if name in self.forbidden or (self.guarded and needs_host(func, leaves)):
+            raise AssertionError(f"forbidden operation {name}: it cannot be captured in a CUDA graph")
+        described = tuple(self._describe(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        self.operations.append((name, described))
+        self.kernels += is_kernel(func)
+        return func(*args, **(kwargs or {}))
+
+    def _describe(self, tensor: Tensor) -> tuple[object, ...]:
+        where = "temporary"
+        if tensor.device.type != "meta":
+            where = self.static.get(tensor.untyped_storage().data_ptr(), where)
+        offset = tensor.storage_offset() if where != "temporary" else 0
+        return (where, offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+class _ForbidUploads(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in UPLOADS:
+            raise AssertionError(
+                f"forbidden operation {func.__name__}: a CUDA graph would record its data as a constant"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def needs_host(operation: Any, leaves: Sequence[Any]) -> bool:
+    """Whether an ATen overload, called with `leaves`, waits for the device or gives a shape that depends on data."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    devices = {tensor.device.type for tensor in tensors if tensor.ndim > 0}
+    devices |= {leaf.type for leaf in leaves if isinstance(leaf, torch.device)}
+    if len(devices) > 1:
+        return True
+    if operation.overloadpacket.__name__ in ("index", "index_put", "index_put_"):  # a mask is turned into numbers first
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags))
+
+
+def is_kernel(operation: Any) -> bool:
+    """Whether an ATen overload launches work: it is not a view, and not an allocation without contents."""
+    name = operation.overloadpacket.__name__
+    return not (operation.is_view or re.match(r"(new_)?empty|detach|_reshape_alias|_unsafe_view", name))

@@ -1,0 +1,183 @@
+"""Runs every check that needs a GPU, times the sampler for every batch size and prompt length, writes a report.
+
+    python scripts/gpu_report.py --out gpu_report.md
+
+The weights are random (the time does not depend on them) and of real size. For each combination: the largest
+difference between the captured and the eager run, milliseconds of both halves (median of CUDA events), the bound of
+`dsrl_async/pi0/roofline.py` for the device's measured peak rates, and their ratio. `--device cpu --size toy` goes
+through the same code without a GPU, to test it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dsrl_async.graphs import capture
+from dsrl_async.pi0.config import Pi0Config, tabletop_config
+from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.roofline import stages
+from dsrl_async.pi0.sampler import Sampler
+
+MODELS = {
+    "full": {"pi0": Pi0Config(), "pi0.5": Pi0Config(pi05=True, action_horizon=10, max_token_len=200)},
+    "toy": {"pi0": tabletop_config(), "pi0.5": dataclasses.replace(tabletop_config(), pi05=True)},
+}
+PROMPTS = {"full": (16, 24, 48), "toy": (8, 12)}
+
+
+def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of a call, on the device."""
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def peak_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Measured FLOP/s of a large matrix product and bytes/s of a large copy (read and write)."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    big = torch.empty(2**30 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
+    other = torch.empty_like(big)
+    for _ in range(3):
+        a @ b
+        other.copy_(big)
+    return 2 * size**3 / seconds(lambda: a @ b, device, 20), 2 * big.numel() / seconds(
+        lambda: other.copy_(big), device, 20
+    )
+
+
+def fill(sampler: Sampler, seed: int) -> None:
+    generator = torch.Generator(sampler.noise.device).manual_seed(seed)
+    sampler.images.uniform_(-1, 1, generator=generator)
+    sampler.tokens.random_(0, sampler.model.config.vocab_size, generator=generator)
+    sampler.token_mask.fill_(True)
+    sampler.state.normal_(generator=generator)
+    sampler.noise.normal_(generator=generator)
+
+
+def measure(
+    model: Pi0, batch_size: int, length: int, args: argparse.Namespace, rates: tuple[float, float]
+) -> list[object]:
+    """A row of the table."""
+    device = model.action_out.weight.device
+    sampler = Sampler(model, batch_size, length, args.denoise_steps, compiled=args.compile)
+    fill(sampler, seed=1)
+    halves = [sampler.encode, sampler.denoise]
+    for half in halves:
+        half()
+    replays, pool = capture(halves, device, None, f"batch size {batch_size}, prompts of {length} tokens")
+    fill(sampler, seed=2)
+    for half in halves:
+        half()
+    eager = sampler.actions.clone()
+    for replay in replays:
+        replay()
+    difference = float((sampler.actions - eager).abs().max())
+    eager_s = seconds(sampler.run, device, args.repeats)
+    encode_s, denoise_s = (seconds(replay, device, args.repeats) for replay in replays)
+    work = stages(model.config, length, args.denoise_steps)
+    weight_bytes = torch.finfo(model.dtype).bits // 8
+    bound = {name: stage.bound_s(batch_size, *rates, weight_bytes) for name, stage in work.items()}
+    bound_s = sum(bound.values())
+    replay_s = encode_s + denoise_s
+    return [
+        *(batch_size, length, "yes" if pool is not None else "no", f"{difference:.1e}"),
+        *(f"{1e3 * value:.2f}" for value in (eager_s, encode_s, denoise_s)),
+        *(f"{1e3 * value:.2f}" for value in (bound["vision"] + bound["prefill"], bound["denoise"])),
+        *(f"{replay_s / bound_s:.2f}", f"{batch_size / replay_s:.1f}"),
+    ]
+
+
+COLUMNS = (
+    *("B", "prompt", "captured", "max difference", "eager ms", "encode ms", "denoise ms"),
+    *("bound encode ms", "bound denoise ms", "time / bound", "observations/s"),
+)
+
+
+def table(rows: list[list[object]]) -> list[str]:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def report(args: argparse.Namespace) -> str:
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    rates = peak_rates(device, dtype)
+    lines = [
+        f"# Sampler on {name}",
+        "",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, {args.dtype}, {args.denoise_steps} steps, "
+        f"{'compiled' if args.compile else 'not compiled'}. Measured peaks: {rates[0] / 1e12:.1f} TFLOP/s, "
+        f"{rates[1] / 1e9:.0f} GB/s.",
+        "",
+    ]
+    if args.tests:
+        root = Path(__file__).resolve().parent.parent
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+        tests = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        lines += [
+            "## Tests marked gpu",
+            "",
+            "```",
+            *tests.stdout.strip().splitlines()[-15:],
+            "```",
+            "",
+        ]
+    for variant, config in MODELS[args.size].items():
+        with torch.device(device):
+            model = Pi0(config).set_dtype(dtype).eval().requires_grad_(False)
+        rows = []
+        for batch_size in args.batch_sizes:
+            for length in PROMPTS[args.size]:
+                rows.append(measure(model, batch_size, length, args, rates))
+                print(variant, *rows[-1], file=sys.stderr)
+        lines += [f"## {variant}, {args.size} size", "", *table(rows), ""]
+        if device.type == "cuda":
+            lines += [f"Peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB.", ""]
+            torch.cuda.reset_peak_memory_stats(device)
+        del model
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", choices=sorted(MODELS), default="full")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--denoise-steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave the tests marked gpu out")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; --device cpu --size toy tries the script without one")
+    torch.manual_seed(0)
+    args.out.write_text(report(args))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
