@@ -257,12 +257,12 @@ def parse() -> argparse.Namespace:
         default=Path("data/tabletop_demonstrations.safetensors"),
         help="made when missing",
     )
-    parser.add_argument("--episodes", type=int, default=800, help="demonstrations to make")
+    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to make")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the training")
     parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
     parser.add_argument("--joint-batch", type=int, default=64, help="observations per update, first stage")
-    parser.add_argument("--expert-steps", type=int, default=3000, help="updates of the second stage")
+    parser.add_argument("--expert-steps", type=int, default=6000, help="updates of the second stage")
     parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
     parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")
