@@ -10,7 +10,7 @@ from dsrl_async.envs.tabletop_demonstrations import make_demonstrations
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=800, help="episodes to attempt")
+    parser.add_argument("--episodes", type=int, default=1200, help="episodes to attempt")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
     parser.add_argument("--out", default="data/tabletop_demonstrations.safetensors", help="file to write")

@@ -1,6 +1,6 @@
 """Draw the learning curve of one or several runs (seeds): success rate against minutes and environment steps.
 
-    python scripts/plot_learning_curve.py runs/a runs/b --out curve.png --evaluation base.json dsrl.json
+    python scripts/plot_learning_curve.py runs/a runs/b --out curve.png --evaluation base.json a.json b.json
 
 Needs matplotlib (`pip install "dsrl_async[plot]"`).
 """
@@ -62,19 +62,20 @@ def draw_runs(axes: Axes, runs: dict[str, list[dict[str, Any]]], key: str, scale
         axes.plot(grid, mean, color="black", linewidth=2.2, label="mean")
 
 
-def draw_evaluations(axes: Axes, evaluations: list[dict[str, Any]]) -> None:
-    """A bar per evaluation, with its 95 % confidence interval."""
-    rates = np.array([result["success_rate"] for result in evaluations])
-    low = np.array([result["ci95_low"] for result in evaluations])
-    high = np.array([result["ci95_high"] for result in evaluations])
+def draw_evaluations(axes: Axes, evaluations: dict[str, dict[str, Any]]) -> None:
+    """A bar per named evaluation, with its 95 % confidence interval."""
+    rates, low, high = (
+        np.array([result[key] for result in evaluations.values()]) for key in ("success_rate", "ci95_low", "ci95_high")
+    )
     colours = ["0.7", *(f"C{index}" for index in range(len(evaluations)))][: len(evaluations)]
     at = np.arange(len(evaluations))
     error = np.clip([rates - low, high - rates], 0, None)
     axes.bar(at, rates, width=0.6, color=colours, yerr=error, capsize=4, ecolor="0.25")
     for x, rate, top in zip(at, rates, high, strict=True):
         axes.annotate(f"{rate:.0%}", (x, top), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_xticks(at, [f"{result['policy']}\n{result['episodes']} episodes" for result in evaluations], fontsize=8)
-    axes.set_title("evaluation (95 % interval)", fontsize=10)
+    axes.set_xticks(at, list(evaluations), fontsize=8)
+    counts = "/".join(sorted({str(result["episodes"]) for result in evaluations.values()}))
+    axes.set_title(f"evaluation, {counts} episodes (95 % interval)", fontsize=10)
 
 
 def draw(runs: list[Path], evaluations: list[Path], title: str | None, out: Path) -> None:
@@ -82,14 +83,14 @@ def draw(runs: list[Path], evaluations: list[Path], title: str | None, out: Path
     names = [run.resolve().name for run in runs]
     labels = names if len(set(names)) == len(names) else [str(run) for run in runs]
     metrics = {label: read_metrics(run) for label, run in zip(labels, runs, strict=True)}
-    results = []
+    results = {}
     for path in evaluations:
         try:
-            results.append(json.loads(path.read_text()))
+            results[path.stem] = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not an evaluation result: {error}") from error
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
-    widths = [3.0, 3.0] + ([0.6 + 0.6 * len(results)] if results else [])
+    widths = [3.0, 3.0] + ([0.8 + 0.5 * len(results)] if results else [])
     figure, panels = plt.subplots(
         1,
         len(widths),
@@ -127,7 +128,7 @@ def main() -> None:
         type=Path,
         default=[],
         metavar="JSON",
-        help="evaluation results to show as bars",
+        help="evaluation results to show as bars, named by their files",
     )
     arguments = parser.parse_args()
     try:

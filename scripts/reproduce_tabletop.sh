@@ -5,14 +5,15 @@ source "$(dirname "$0")/setup.sh" plot
 out=${1:-runs/reproduce} minutes=${2:-5}
 seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0 1 2)
-mkdir -p "$out"
+mkdir -p "$out/evaluation"
 
 evaluate() { "$python" -m dsrl_async.evaluate --episodes 200 --seed 1000 "$@" | tail -n 1; }
-evaluate >"$out/base.json"
+evaluate >"$out/evaluation/base.json"
 for seed in "${seeds[@]}"; do
     "$python" -m dsrl_async.launch --seed "$seed" --max-minutes "$minutes" --run-dir "$out/seed-$seed" \
         --log.console plain | tail -n 1 >"$out/seed-$seed.json"
-    evaluate --checkpoint "$out/seed-$seed" >"$out/seed-$seed-evaluation.json"
+    evaluate --checkpoint "$out/seed-$seed" >"$out/evaluation/seed-$seed.json"
 done
+evaluations=("${seeds[@]/#/$out/evaluation/seed-}")
 "$python" "$root"/scripts/plot_learning_curve.py "${seeds[@]/#/$out/seed-}" --out "$out/learning_curve.png" \
-    --evaluation "$out/base.json" "$out"/seed-*-evaluation.json
+    --evaluation "$out/evaluation/base.json" "${evaluations[@]/%/.json}"
