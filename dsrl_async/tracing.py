@@ -45,7 +45,8 @@ class OperationTrace(TorchDispatchMode):
 
     `operations` holds, in order, the name of each operation and for each of its arguments the value, or for a tensor
     its storage, offset, shape, strides and dtype. `kernels` counts those that are not views, which is what a GPU
-    would launch or more (a few, such as an `empty`, launch nothing and are left out).
+    would launch or more (a few, such as an `empty`, launch nothing and are left out); `host_syncs` counts what `guarded`
+    would refuse.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class OperationTrace(TorchDispatchMode):
         self.guarded, self.forbidden, self.static = guarded, frozenset(forbidden), dict(static or {})
         self.operations: list[Operation] = []
         self.kernels = 0
+        self.host_syncs = 0
         self._uploads = _ForbidUploads() if guarded else contextlib.nullcontext()
 
     def __enter__(self) -> OperationTrace:
@@ -69,7 +71,9 @@ class OperationTrace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         leaves = tree_leaves((args, kwargs))
-        if name in self.forbidden or (self.guarded and needs_host(func, leaves)):
+        waits = needs_host(func, leaves)
+        self.host_syncs += waits
+        if name in self.forbidden or (self.guarded and waits):
             raise AssertionError(f"forbidden operation {name}: it cannot be captured in a CUDA graph")
         described = tuple(self._describe(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         self.operations.append((name, described))
