@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m dsrl_async.bench NAME`."""

@@ -1,0 +1,69 @@
+"""This project's policy with the weights of `synthetic`; as a program, the measured process (`serving`)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsrl_async.bench import synthetic
+from dsrl_async.bench.serving import Prepare, Sample, Stages, serve
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.model import Pi0, rope_frequency, time_frequency
+from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.pi0.tensors import model_tensors
+
+LANGUAGE_MULTIPLE = 8
+"""Prompts are given as many slots as the longest one of the batch needs, rounded up to this."""
+
+
+@torch.no_grad()
+def seeded_policy(config: Pi0Config, dtype: torch.dtype, seed: int) -> Pi0:
+    """A policy on the CPU, filled tensor by tensor, so that a full-size one takes no more than its weights."""
+    with torch.device("meta"):
+        policy = Pi0(config).set_dtype(dtype)
+    policy.to_empty(device="cpu").eval().requires_grad_(False)
+    policy.inverse_frequency.copy_(rope_frequency(config.head_dim))
+    policy.time_frequency.copy_(time_frequency(config.expert_width))
+    for name, parts in model_tensors(config).items():
+        rows = policy.get_parameter(name).split([part.shape[0] for part in parts])
+        for part, row in zip(parts, rows, strict=True):
+            row.copy_(torch.from_numpy(synthetic.weight(part.name, part.shape, seed)))
+    return policy
+
+
+def language_length(token_mask: np.ndarray) -> int:
+    """Slots for the prompts of a batch: bool [B, L], where valid tokens come first."""
+    longest = int(token_mask.sum(1).max())
+    return min(token_mask.shape[1], longest + -longest % LANGUAGE_MULTIPLE)
+
+
+def load(config: synthetic.Sizes, dtype: str, seed: int) -> Prepare:
+    policy = seeded_policy(Pi0Config(**config), getattr(torch, dtype), seed)
+
+    def prepare(inputs: dict[str, np.ndarray], denoise_steps: int) -> Sample:
+        batch, length = len(inputs["noise"]), language_length(inputs["token_mask"])
+        sampler = Sampler(policy, batch, length, denoise_steps)
+        for name, array in inputs.items():
+            given = array[:, :length] if name in ("tokens", "token_mask") else array
+            getattr(sampler, name).copy_(torch.from_numpy(given))
+
+        def sample(stages: Stages) -> Tensor:
+            hooks = [
+                policy.vision.register_forward_pre_hook(lambda *_: stages.enter("vision")),
+                policy.vision.register_forward_hook(lambda *_: stages.enter("prefill")),
+            ]
+            sampler.encode()
+            stages.enter("denoise")
+            sampler.denoise()
+            for hook in hooks:
+                hook.remove()
+            return sampler.actions
+
+        return sample
+
+    return prepare
+
+
+if __name__ == "__main__":
+    serve(load)
