@@ -70,6 +70,8 @@ class PolicyConfig(Section):
     """Weights and arithmetic of the transformers; `auto` is bfloat16 on a GPU and float32 on the CPU."""
     denoise_steps: int = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
+    compile: bool = False
+    """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start."""
 
     def overrides(self) -> dict[str, Any]:
         """What the user says of the checkpoint itself: keyword arguments of `pi0.files.find_policy`."""

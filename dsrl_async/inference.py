@@ -20,7 +20,7 @@ from torch import Tensor
 from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.pi0.checkpoint import load_policy
+from dsrl_async.pi0.checkpoint import load_policy, resolve_dtype
 from dsrl_async.pi0.processing import PromptTokenizer
 from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import decisions_allowed
@@ -65,7 +65,9 @@ class InferenceServer:
         self.slots, self.counters = Slots(arena), Counters(arena)
         self.phase = Phases(INFERENCE_PHASES, self.counters.inference_phase_s)
         spec: EnvironmentSpec = environment_spec(config.env.model_dump())
-        policy = load_policy(policy_directory, device)
+        policy = load_policy(
+            policy_directory, device, resolve_dtype(config.policy.dtype, device), **config.policy.overrides()
+        )
         self.tokens, self.token_mask = (table.to(device) for table in policy.tokenizer(spec.prompts))
         self.language_length = language_lengths(policy.tokenizer, spec.prompts)
         self.actor = Actor(config.sac, policy.config.action_horizon, device, config.seed)
@@ -74,9 +76,7 @@ class InferenceServer:
         sizes = [size for size in config.inference.buckets if largest is None or size <= largest]
         self.sizes, self.largest_bucket = sizes, sizes[-1]
         self.policies = {
-            (size, length): SteeredPolicy(
-                policy, self.actor, config.sac, size, length, config.policy.denoise_steps, mode
-            )
+            (size, length): SteeredPolicy(policy, self.actor, config, size, length, mode)
             for size in reversed(sizes)  # the largest first, so that the others fit into its memory when captured
             for length in sorted(set(self.language_length.tolist()), reverse=True)
         }

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from dsrl_async.config import SacConfig
+from dsrl_async.config import Config
 from dsrl_async.envs import SAC_IMAGE_SIZE
 from dsrl_async.graphs import MemoryPool, capture
 from dsrl_async.pi0.checkpoint import LoadedPolicy
@@ -38,30 +38,29 @@ class SteeredPolicy:
         self,
         policy: LoadedPolicy,
         actor: Actor,
-        sac: SacConfig,
+        config: Config,
         batch_size: int,
         language_length: int,
-        denoise_steps: int,
         mode: Mode,
     ) -> None:
-        config = policy.config
+        sizes, sac, steps = policy.config, config.sac, config.policy.denoise_steps
         self.actor, self.mode, self.noise_layout = actor, mode, sac.noise_layout
         self.normaliser = policy.normaliser
-        self.horizon = config.action_horizon
-        self.sampler = Sampler(policy.model, batch_size, language_length, denoise_steps)
+        self.horizon = sizes.action_horizon
+        self.sampler = Sampler(policy.model, batch_size, language_length, steps, config.policy.compile)
         self.tokens, self.token_mask = self.sampler.tokens, self.sampler.token_mask
         self.device = self.sampler.noise.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=self.device)
 
-        self.images = zeros(config.cameras, config.image_size, config.image_size, 3, dtype=torch.uint8)
-        self.state = zeros(config.robot_state_dim)
+        self.images = zeros(sizes.cameras, sizes.image_size, sizes.image_size, 3, dtype=torch.uint8)
+        self.state = zeros(sizes.robot_state_dim)
         self.sac_image = zeros(SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
         self.standard_normal = zeros(self.horizon * sac.noise_dim)
         self.warmup = zeros(dtype=torch.bool)
         self.noise = zeros(sac.noise_width(self.horizon))
-        self.actions = zeros(self.horizon, config.robot_action_dim)
+        self.actions = zeros(self.horizon, sizes.robot_action_dim)
         self._halves = [self.encode, self.denoise]
 
     @torch.no_grad()

@@ -45,8 +45,8 @@ class OperationTrace(TorchDispatchMode):
 
     `operations` holds, in order, the name of each operation and for each of its arguments the value, or for a tensor
     its storage, offset, shape, strides and dtype. `kernels` counts those that are not views, which is what a GPU
-    would launch or more (a few, such as an `empty`, launch nothing and are left out); `host_syncs` counts what `guarded`
-    would refuse.
+    would launch or more (a few, such as an `empty`, launch nothing and are left out); `host_syncs` counts what
+    `guarded` would refuse.
     """
 
     def __init__(

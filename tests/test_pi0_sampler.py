@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from dsrl_async.config import SacConfig
+from dsrl_async.config import Config
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
@@ -30,12 +30,12 @@ CPU = torch.device("cpu")
 
 
 def make_steered(model: Pi0, batch: int, device: torch.device = CPU) -> SteeredPolicy:
-    config = SacConfig()
-    actor = Actor(config, model.config.action_horizon, device, seed=0)
+    config = Config()
+    actor = Actor(config.sac, model.config.action_horizon, device, seed=0)
     normaliser = Normaliser(model.config, norm_stats()).to(device)
     policy = LoadedPolicy(model.config, model, normaliser, tokenizer=None)  # type: ignore[arg-type]
     length = model.config.max_token_len
-    return SteeredPolicy(policy, actor, config, batch, length, denoise_steps=10, mode="stochastic")
+    return SteeredPolicy(policy, actor, config, batch, length, mode="stochastic")
 
 
 def fill_steered(steered: SteeredPolicy, seed: int) -> None:
