@@ -20,8 +20,7 @@ from torch import Tensor
 from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.pi0.checkpoint import load_policy, resolve_dtype
-from dsrl_async.pi0.processing import PromptTokenizer
+from dsrl_async.pi0.checkpoint import LoadedPolicy, load_policy, resolve_dtype
 from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import decisions_allowed
 from dsrl_async.sac.flat import layout_hash
@@ -69,7 +68,8 @@ class InferenceServer:
             policy_directory, device, resolve_dtype(config.policy.dtype, device), **config.policy.overrides()
         )
         self.tokens, self.token_mask = (table.to(device) for table in policy.tokenizer(spec.prompts))
-        self.language_length = language_lengths(policy.tokenizer, spec.prompts)
+        self.language_length = language_lengths(policy, spec.prompts)
+        self.frozen, self.prompts = policy, spec.prompts
         self.actor = Actor(config.sac, policy.config.action_horizon, device, config.seed)
         self.policy_version = -1  # no weights received yet
         largest = next((size for size in config.inference.buckets if size >= config.actors), None)
@@ -141,7 +141,6 @@ class InferenceServer:
         with self.phase("gather"):
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
-            task = torch.from_numpy(slots.task_index[lanes]).to(self.tokens.device)
             for buffer, rows in (
                 (steered.images, slots.images),
                 (steered.state, slots.state),
@@ -149,8 +148,9 @@ class InferenceServer:
                 (steered.standard_normal, slots.standard_normal),
             ):
                 gather(rows, lanes, buffer)
-            steered.tokens[:count].copy_(self.tokens[task, :length])
-            steered.token_mask[:count].copy_(self.token_mask[task, :length])
+            tokens, token_mask = self._prompts(slots.task_index[lanes], steered.state[:count])
+            steered.tokens[:count].copy_(tokens[:, :length])
+            steered.token_mask[:count].copy_(token_mask[:, :length])
             # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
             steered.warmup.fill_(self.training and self.handed_out() < self.config.replay.warmup_decisions)
         with self.phase("compute"):
@@ -166,13 +166,24 @@ class InferenceServer:
         counters.inference_padded_rows[0] += bucket
         counters.inference_queue_wait_s[0] += waited_ns.sum() * 1e-9
 
+    def _prompts(self, task_index: np.ndarray, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids and validity [B, language slots]: a look-up, except for policies whose prompts hold the state."""
+        if self.frozen.config.state_in_prompt:
+            normalised = self.frozen.normaliser.state(state)[:, : self.frozen.config.robot_state_dim]
+            return self.frozen.tokenizer([self.prompts[task] for task in task_index], normalised)
+        rows = torch.from_numpy(task_index).to(self.tokens.device)
+        return self.tokens[rows], self.token_mask[rows]
 
-def language_lengths(tokenizer: PromptTokenizer, prompts: Sequence[str]) -> np.ndarray:
+
+def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> np.ndarray:
     """Language slots that each prompt needs, rounded up so that there are few different lengths: int64 [prompts].
 
-    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens.
+    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens. A state
+    in the prompt is longest when all its numbers have three digits.
     """
-    lengths = np.array([len(tokenizer.ids(prompt)) for prompt in prompts])
+    config, tokenizer = policy.config, policy.tokenizer
+    longest = np.ones(config.robot_state_dim, np.float32) if config.state_in_prompt else None
+    lengths = np.array([len(tokenizer.ids(prompt, longest)) for prompt in prompts])
     rounded: np.ndarray = -(-lengths // LANGUAGE_BUCKET) * LANGUAGE_BUCKET
     return np.minimum(rounded, tokenizer.length)
 

@@ -12,18 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from pi0_reference import Reference
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from dsrl_async.config import validate
+from dsrl_async.config import Config, validate
+from dsrl_async.inference import InferenceServer
 from dsrl_async.pi0 import Pi0Config, load_model, load_policy, sample_actions
 from dsrl_async.pi0.checkpoint import import_tensors
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.tensors import EMBEDDING, TIED_EMBEDDING, find_tensors, parameter_count
 from dsrl_async.preflight import check_policy
+from dsrl_async.shm.arena import Arena
 
 torch.set_num_threads(1)
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -355,6 +358,29 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(
     monkeypatch.setattr("dsrl_async.pi0.checkpoint.find_tensors", lambda path: tensors)
     with pytest.raises(ValueError, match=r"model\.safetensors ended inside the tensor"):
         load_model(directory)
+
+
+def test_prompts_that_hold_the_state_are_written_for_each_observation(
+    written: Path, small_config: Config, memory: Arena
+) -> None:
+    """LeRobot's pi0.5, served in one batch of two different states."""
+    directory = written / "pi05" / "lerobot"
+    server = InferenceServer(
+        small_config, memory, torch.device("cpu"), "base", lambda lanes: None, directory, training=False
+    )
+    policy, slots = load_policy(directory), server.slots
+    slots.state[:] = np.random.default_rng(0).normal(size=slots.state.shape)
+    for lane in (0, 1):
+        slots.request(lane, incarnation=1, count=1)
+    assert server.serve_ready(slots.ready()) == 2
+    length = server.language_length.max()
+    states = policy.normaliser.state(torch.from_numpy(slots.state))[:, :8]
+    tokens, mask = policy.tokenizer([server.prompts[0]] * 2, states)
+    assert mask[:, :length].sum() == mask.sum() > 2 * len(server.prompts[0])
+    steered = server.policies[2, length]
+    assert torch.equal(steered.tokens, tokens[:, :length])
+    assert torch.equal(steered.token_mask, mask[:, :length])
+    assert not torch.equal(tokens[0], tokens[1])
 
 
 def test_checks_before_a_run_do_without_torch(written: Path) -> None:
