@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from dsrl_async.bench import synthetic
-from dsrl_async.tracing import OperationTrace, needs_host
+from dsrl_async.tracing import OperationTrace
 
 STAGES = ("vision", "prefill", "denoise")
 GEMMS = (
@@ -76,23 +75,13 @@ def _time(sample: Sample) -> dict[str, Any]:
     return {stage: total / 1e6 for stage, total in stages.totals.items()}
 
 
-class _Counter(OperationTrace):
-    """Also counts the operations that make a host wait for its device."""
-
-    host_syncs = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.host_syncs += needs_host(func, tree_leaves((args, kwargs)))
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
 def _count(sample: Sample) -> dict[str, Any]:
     """Kernel-class operations per stage, and host syncs."""
-    with _Counter() as counter:
-        stages = Stages(lambda: counter.kernels)
+    with OperationTrace() as trace:
+        stages = Stages(lambda: trace.kernels)
         sample(stages)
         stages.enter("prefill")
-    return {"kernels": stages.totals, "host_syncs": counter.host_syncs}
+    return {"kernels": stages.totals, "host_syncs": trace.host_syncs}
 
 
 def _profile(sample: Sample) -> dict[str, Any]:
