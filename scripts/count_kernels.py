@@ -23,8 +23,8 @@ from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.sampler import Sampler
 from dsrl_async.tracing import OperationTrace
 
-LAUNCH = re.compile(r"^\s+(\w+ = )?((cpp|triton)_\w+(\.run)?|extern_kernels\.\w+|(torch\.ops\.)?aten\.[\w.]+)\(")
-    r"^\s+(?:\w+ = )?(?:(?:cpp|triton)_\w+(?:\.run)?|extern_kernels\.\w+|(?:torch\.ops\.)?aten\.[\w.]+)\("
+LAUNCH = re.compile(
+    r"^\s+(\w+ = )?((cpp|triton)_\w+(\.run)?|extern_kernels\.\w+|torch\.ops\.\w+\.[\w.]+|aten\.[\w.]+)\("
 )
 """A line of generated code that starts a kernel."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,18 @@ def test_compiles_without_a_graph_break(pi05: bool) -> None:
     for half in (sampler.encode, sampler.denoise):
         torch.compile(half, fullgraph=True, backend="eager")()
     assert torch.equal(sampler.actions, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_kernels_compute_the_same() -> None:
+    model, _ = make_model(dataclasses.replace(small_config(), depth=2, vision_depth=1))
+    eager, compiled = (Sampler(model, 2, 8, 2, compiled=compiled) for compiled in (False, True))
+    torch._dynamo.reset()
+    for seed in (1, 2):
+        for sampler in (eager, compiled):
+            fill(sampler, seed)
+            sampler.run()
+        assert (eager.actions - compiled.actions).abs().max() <= 1e-5
 
 
 def test_a_graph_break_is_found() -> None:
