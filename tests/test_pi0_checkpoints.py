@@ -125,6 +125,13 @@ def test_bfloat16_is_read_as_if_it_had_been_cast(written: Path, pi05: bool) -> N
         assert torch.equal(buffer, expected), name
 
 
+def test_tensors_are_read_in_pieces(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_model(written / "pi0" / "openpi").state_dict()
+    monkeypatch.setattr("dsrl_async.pi0.checkpoint.STAGING_BYTES", 1000)
+    pieces = load_model(written / "pi0" / "openpi").state_dict()
+    assert all(torch.equal(tensor, pieces[name]) for name, tensor in whole.items())
+
+
 def test_old_lerobot_files(copy: Callable[..., Path]) -> None:
     """The time MLP without `action_`, the embedding under its other name, no prefix."""
     directory = copy("openpi")
