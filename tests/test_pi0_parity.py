@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,8 +31,9 @@ torch.set_num_threads(1)
 GOLDENS = Path(__file__).parent / "goldens"
 TIME_GRIDS = {"openpi": "accumulated", "lerobot": "exact"}
 FLOAT32_TOLERANCE = 1e-5
-BFLOAT16_FACTOR = 1.5
-"""How much farther from the float32 truth than the reference's own bfloat16 the policy's may be (RMS)."""
+BFLOAT16_FACTOR = {"openpi": 1.5, "lerobot": 2.0}
+"""How much farther from the float32 truth than the reference's own bfloat16 the policy's may be (RMS). The policy
+rounds where openpi does; LeRobot keeps the whole vision tower in float32."""
 
 
 class Case(NamedTuple):
@@ -62,6 +63,18 @@ def golden_cases() -> list[Case]:
 
 
 CASES = golden_cases()
+
+
+def parameters(dtype: str) -> list[Any]:
+    """The cases for `pytest.mark.parametrize`; real widths take longer."""
+    return [
+        pytest.param(
+            case,
+            id=f"{case.reference}-{case.key(dtype)}",
+            marks=[pytest.mark.slow] if case.size == "two_layers" else [],
+        )
+        for case in CASES
+    ]
 
 
 @functools.cache
@@ -97,7 +110,7 @@ def test_there_are_goldens_of_every_kind() -> None:
         assert {case.steps for case in mine} == steps
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.reference}-{case.key('float32')}")
+@pytest.mark.parametrize("case", parameters("float32"))
 def test_float32_equals_the_reference(case: Case) -> None:
     expected = golden(case.reference)[case.key("float32")]
     actions = sample_actions(policy_of(config_of(case), torch.float32), **inputs_of(case), denoise_steps=case.steps)
@@ -107,7 +120,7 @@ def test_float32_equals_the_reference(case: Case) -> None:
     assert difference <= FLOAT32_TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.reference}-{case.key('bfloat16')}")
+@pytest.mark.parametrize("case", parameters("bfloat16"))
 def test_bfloat16_is_as_close_to_float32_as_the_references(case: Case) -> None:
     truth = golden(case.reference)[case.key("float32")]
     theirs = relative_rms(golden(case.reference)[case.key("bfloat16")] - truth, truth)
@@ -115,7 +128,7 @@ def test_bfloat16_is_as_close_to_float32_as_the_references(case: Case) -> None:
     ours = relative_rms(actions - truth, truth)
     print(f"\n{case.reference} {case.key('bfloat16')}: relative RMS error {ours:.1e}, theirs {theirs:.1e}", end="")
     assert 1e-4 < theirs < 0.03
-    assert 1e-4 < ours <= BFLOAT16_FACTOR * theirs
+    assert 1e-4 < ours <= BFLOAT16_FACTOR[case.reference] * theirs
 
 
 # --- what these comparisons would not let pass -------------------------------------------------------------
