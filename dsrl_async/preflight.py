@@ -47,7 +47,8 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     try:
         policy = find_policy(directory, **config.policy.overrides()).config
     except ValueError as error:
-        raise ConfigError(f"policy.checkpoint: {error}") from error
+        key = "" if str(error).startswith("policy.") else "policy.checkpoint: "
+        raise ConfigError(f"{key}{error}") from error
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),

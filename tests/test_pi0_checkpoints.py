@@ -177,9 +177,9 @@ def test_settings_override_what_the_checkpoint_says(written: Path, tmp_path: Pat
     for given in (tmp_path, tmp_path / "norm_stats.json"):
         loaded = load_policy(directory, norm_stats=str(given), tokenizer=str(directory / "tokenizer.json"))
         assert loaded.normaliser.state_offset.tolist() == [5.0] * 8
-    with pytest.raises(ValueError, match=r"policy\.norm_stats: there is no file .*nothing"):
+    with pytest.raises(ValueError, match=r"^policy\.norm_stats: there is no file .*nothing"):
         check_policy(validate({"policy": {**settings, "norm_stats": str(tmp_path / "nothing")}}))
-    with pytest.raises(ValueError, match=r"policy\.tokenizer: .* has no tokenizer"):
+    with pytest.raises(ValueError, match=r"^policy\.tokenizer: .* has no tokenizer"):
         check_policy(validate({"policy": {**settings, "tokenizer": str(tmp_path)}}))
 
 
