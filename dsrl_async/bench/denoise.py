@@ -132,6 +132,7 @@ def measure(
     def start(system: str, stack: ExitStack) -> Worker:
         worker = stack.enter_context(Worker(system, config, dtype, arguments.threads))
         worker.ask("prepare", prompt_lengths=lengths, steps=arguments.steps)
+        worker.ask("time")  # the first sample also warms up caches and thread pools
         return worker
 
     results: dict[str, dict[str, Any]] = {system: {"times": []} for system in systems}

@@ -127,7 +127,6 @@ def serve(load: Load) -> None:
         if request["do"] == "prepare":
             inputs = synthetic.observation(config, request["prompt_lengths"], seed)
             sample = prepare(inputs, request["steps"])
-            sample(Stages(lambda: 0))  # warm-up
             answer({"prepared": True})
         else:
             assert sample is not None
