@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async import checkpoints, preflight
-from dsrl_async.config import Config, load_config, save_yaml
+from dsrl_async.config import Config, PolicyConfig, load_config, save_yaml
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.session import Session, StopRequest
 from dsrl_async.supervisor import Supervisor
@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
     stop = StopRequest()
     try:
         config = load_config(argv)
-        if config.policy.checkpoint is not None:  # a resumed run may be started from elsewhere
-            config.policy.checkpoint = str(Path(config.policy.checkpoint).absolute())
+        make_paths_absolute(config.policy)
         policy, spec = preflight.check_policy(config)
         preflight.check_memory(config, spec, policy.action_horizon)
         preflight.check_device(config)
@@ -47,6 +46,13 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(summary), flush=True)
     return 1 if summary["exit_reason"].startswith("failed") else 0
+
+
+def make_paths_absolute(policy: PolicyConfig) -> None:
+    """So that the run can be resumed and evaluated from elsewhere."""
+    for name in ("checkpoint", "tokenizer", "norm_stats"):
+        if (path := getattr(policy, name)) is not None:
+            setattr(policy, name, str(Path(path).absolute()))
 
 
 def run(config: Config, run_dir: Path, spec: EnvironmentSpec, horizon: int, stop: StopRequest) -> dict[str, Any]:

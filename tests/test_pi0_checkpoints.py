@@ -19,7 +19,8 @@ from pi0_reference import Reference
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from dsrl_async.config import Config, validate
+from dsrl_async import launch
+from dsrl_async.config import Config, ConfigError, validate
 from dsrl_async.inference import InferenceServer
 from dsrl_async.pi0 import Pi0Config, load_model, load_policy, sample_actions
 from dsrl_async.pi0.checkpoint import import_tensors
@@ -183,6 +184,86 @@ def test_settings_override_what_the_checkpoint_says(written: Path, tmp_path: Pat
         check_policy(validate({"policy": {**settings, "tokenizer": str(tmp_path)}}))
 
 
+def large_tokenizer(directory: Path) -> str:
+    words = {word: index for index, word in enumerate(["<bos>", *map(str, range(200))])}
+    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(directory / "tokenizer.json"))
+    return str(directory / "tokenizer.json")
+
+
+def broken(name: str, content: str) -> Callable[[Path], str]:
+    def write(directory: Path) -> str:
+        (directory / name).write_text(content)
+        return str(directory / name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        (
+            "delta_action_dims",
+            lambda d: 9,
+            "delta_action_dims is 9, the robot's state has 8 dimensions and its action 7$",
+        ),
+        ("norm_stats", lambda d: str(d / "nothing"), r"there is no file .*nothing$"),
+        ("norm_stats", broken("stats.json", "{"), r"\S*stats\.json is not valid JSON"),
+        (
+            "norm_stats",
+            broken("stats.json", '{"norm_stats": {"state": {}, "actions": {}}}'),
+            r"\S*stats\.json: state lacks",
+        ),
+        ("tokenizer", lambda d: str(d / "nothing"), r"there is no file or directory \S*nothing$"),
+        ("tokenizer", broken("t.json", "{}"), r"\S*t\.json is not a tokenizer\.json"),
+        ("tokenizer", large_tokenizer, r"\S*tokenizer\.json has 201 tokens, the policy embeds 120"),
+        ("checkpoint", lambda d: str(d / "model.safetensors"), r"\S*model\.safetensors is a file, give the directory"),
+    ],
+)
+def test_the_setting_that_is_wrong_is_named(
+    copy: Callable[..., Path], tmp_path: Path, setting: str, value: Callable[[Path], object], message: str
+) -> None:
+    directory = tmp_path / "given"
+    directory.mkdir()
+    checkpoint = copy("openpi")
+    given = value(checkpoint if setting == "checkpoint" else directory)
+    with pytest.raises(ConfigError, match=rf"^policy\.{setting}: {message}"):
+        check_policy(validate({"policy": {"checkpoint": str(checkpoint), setting: given}}))
+
+
+def test_tokens_behind_the_vocabulary_need_no_embedding(copy: Callable[..., Path]) -> None:
+    """Hugging Face's PaliGemma tokenizer has `<image>`, one id behind those that openpi's policy embeds."""
+    directory = copy("openpi")
+    words = ["<bos>", *map(str, range(SIZES["vocab_size"] - 1))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="0"))
+    tokenizer.add_special_tokens(["<image>"])
+    assert tokenizer.get_vocab_size() == tokenizer.token_to_id("<image>") + 1 == SIZES["vocab_size"] + 1
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert load_policy(directory).tokenizer.ids("7") == [0, 8, 1]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words[1:])}, unk_token="0"))
+    tokenizer.add_special_tokens(["<image>", "<bos>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has 121 tokens, the policy embeds 120"):  # every prompt has <bos>
+        load_policy(directory)
+
+
+def test_a_run_finds_its_policy_from_everywhere(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = written / "pi0" / "openpi"
+    stats = next(directory.rglob("norm_stats.json")).relative_to(written)
+    monkeypatch.chdir(written)
+    runs: list[Config] = []
+
+    def run(config: Config, *_: object) -> dict[str, str]:
+        runs.append(config)
+        return {"exit_reason": "max_decisions"}
+
+    monkeypatch.setattr("dsrl_async.launch.run", run)
+    given = {"checkpoint": "pi0/openpi", "tokenizer": "pi0/openpi/tokenizer.json", "norm-stats": str(stats)}
+    options = [word for name, path in given.items() for word in (f"--policy.{name}", path)]
+    assert launch.main(["--run-dir", str(tmp_path / "run"), *options]) == 0
+    monkeypatch.chdir(tmp_path)
+    check_policy(runs[0])
+
+
 def test_of_several_norm_stats_liberos_are_taken(copy: Callable[..., Path]) -> None:
     directory = copy("openpi")
     file = next(directory.rglob("norm_stats.json"))
@@ -230,11 +311,6 @@ def leave_a_pickle(directory: Path) -> None:
 def leave_orbax(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     (directory / "params").mkdir()
-
-
-def large_tokenizer(directory: Path) -> None:
-    words = {word: index for index, word in enumerate(["<bos>", *map(str, range(200))])}
-    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(directory / "tokenizer.json"))
 
 
 SHARD = "model-00002-of-00003.safetensors"

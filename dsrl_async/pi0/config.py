@@ -90,7 +90,10 @@ class Pi0Config:
         if max(self.robot_state_dim, self.robot_action_dim) > self.action_dim:
             raise ValueError("policy config: robot_state_dim and robot_action_dim must not exceed action_dim")
         if self.delta_action_dims > min(self.robot_state_dim, self.robot_action_dim):
-            raise ValueError("policy config: delta_action_dims exceeds the robot's state or action width")
+            raise ValueError(
+                f"policy config: delta_action_dims is {self.delta_action_dims}, the robot's state has "
+                f"{self.robot_state_dim} dimensions and its action {self.robot_action_dim}"
+            )
 
     @property
     def image_tokens(self) -> int:

@@ -6,9 +6,10 @@ that a run is refused before anything starts. `checkpoint.load_policy` then read
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,20 +68,39 @@ def find_policy(
 ) -> PolicyFiles:
     """Reads everything about a checkpoint but its weights; the arguments override what is found (`policy.*`).
 
-    Raises ValueError with one sentence naming the file, and the tensor if it is about one.
+    Raises ValueError with one sentence naming the file, and the tensor if it is about one; it begins with the setting
+    where an argument is to blame.
     """
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file, give the directory that it is in")
     tensors = find_tensors(directory)
     config = read_config(directory, tensors)
     given: dict[str, Any] = {"action_horizon": action_horizon, "delta_action_dims": delta_action_dims}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if value is not None:
+            with _blaming(f"policy.{name}"):
+                config = dataclasses.replace(config, **{name: value})
     check_stored(config, tensors, directory)
-    stats, source = read_norm_stats(directory, Path(norm_stats) if norm_stats else None)
-    scaling(config, stats, source)
-    file = find_tokenizer(directory, Path(tokenizer) if tokenizer else None)
-    loaded = load_tokenizer(file)
-    if (size := make_encoder(loaded, file).size) > config.vocab_size:
-        raise ValueError(f"{file} has {size} tokens, the policy embeds {config.vocab_size}: it is of another model")
+    with _blaming("policy.norm_stats" if norm_stats else None):
+        stats, source = read_norm_stats(directory, Path(norm_stats) if norm_stats else None)
+        scaling(config, stats, source)
+    with _blaming("policy.tokenizer" if tokenizer else None):
+        file = find_tokenizer(directory, Path(tokenizer) if tokenizer else None)
+        loaded = load_tokenizer(file)
+        if (size := make_encoder(loaded, file).size) > config.vocab_size:
+            raise ValueError(f"{file} has {size} tokens, the policy embeds {config.vocab_size}: it is of another model")
     return PolicyFiles(config, tensors, stats, source, loaded)
+
+
+@contextlib.contextmanager
+def _blaming(setting: str | None) -> Iterator[None]:
+    """Puts a setting, if there is one, in front of the ValueErrors of a block."""
+    try:
+        yield
+    except ValueError as error:
+        if setting is None:
+            raise
+        raise ValueError(f"{setting}: {str(error).removeprefix('policy config: ')}") from None
 
 
 def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Config:
@@ -157,7 +177,7 @@ def read_norm_stats(directory: Path, given: Path | None = None) -> tuple[NormSta
     if given is not None:
         path = given / NORM_STATS if given.is_dir() else given
         if not path.is_file():
-            raise ValueError(f"policy.norm_stats: there is no file {path}")
+            raise ValueError(f"there is no file {path}")
         return load_norm_stats(path), path
     processors = sorted(directory.glob("policy_p*processor*.safetensors"))
     if processors:

@@ -20,7 +20,11 @@ STATE_BINS = 256
 
 
 class Encoder(NamedTuple):
-    """A tokenizer: text to ids without special tokens, its special ids, and how many ids there are."""
+    """A tokenizer: text to ids without special tokens, its special ids, and how many embeddings its ids need.
+
+    Tokens that were added to the vocabulary behind it, such as PaliGemma's `<image>`, need none: prompts do not have
+    them.
+    """
 
     encode: Callable[[str], list[int]]
     bos: int
@@ -31,16 +35,17 @@ class Encoder(NamedTuple):
 def find_tokenizer(directory: Path, given: Path | None) -> Path:
     """The tokenizer's file: `given`, or in the directory that it is, or in the checkpoint's.
 
-    Raises ValueError that says where to get a tokenizer.
+    Raises ValueError when `given` does not exist, or that says where to get a tokenizer.
     """
     if given is not None and given.is_file():
         return given
+    if given is not None and not given.is_dir():
+        raise ValueError(f"there is no file or directory {given}")
     place = given or directory
     for name in TOKENIZER_NAMES:
         if (place / name).is_file():
             return place / name
-    what = "policy.tokenizer:" if given is not None else "policy checkpoint"
-    raise ValueError(f"{what} {place} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}); {WHERE_TO_GET_ONE}")
+    raise ValueError(f"{place} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}); {WHERE_TO_GET_ONE}")
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -69,7 +74,8 @@ def load_tokenizer(path: Path) -> Any:
 def make_encoder(tokenizer: Any, source: Path | str = "tokenizer") -> Encoder:
     """The same calls for both libraries; raises ValueError, naming `source`, when there is no token <bos>."""
     if isinstance(tokenizer, Tokenizer):
-        bos, pad, size = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<pad>"), tokenizer.get_vocab_size()
+        bos, pad = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<pad>")
+        size = tokenizer.get_vocab_size(with_added_tokens=False)
     else:
         bos, pad, size = tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.get_piece_size()
     if bos is None or bos < 0:
@@ -80,7 +86,8 @@ def make_encoder(tokenizer: Any, source: Path | str = "tokenizer") -> Encoder:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
         return list(tokenizer.encode(text))
 
-    return Encoder(encode, bos, 0 if pad is None or pad < 0 else pad, size)
+    pad = 0 if pad is None or pad < 0 else pad
+    return Encoder(encode, bos, pad, max(size, bos + 1, pad + 1))
 
 
 def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None = None) -> list[int]:
