@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,17 +17,25 @@ WARMUP_RUNS = 3
 """Runs before a capture, as torch's notes on CUDA graphs ask for: libraries choose algorithms and allocate."""
 
 
+class Captured(NamedTuple):
+    """CUDA graphs of some functions."""
+
+    replays: list[Callable[[], None]]
+    """In the order of the functions."""
+    pool: MemoryPool
+
+
 def capture(
     functions: Sequence[Callable[[], None]], device: torch.device, pool: MemoryPool | None, name: str
-) -> tuple[list[Callable[[], None]], MemoryPool | None]:
-    """Replays of `functions`, which run in this order, each captured as a CUDA graph; and their memory pool.
+) -> Captured | None:
+    """Captures `functions`, which run in this order, each as a CUDA graph in the memory of `pool` (None: a new one).
 
-    Functions that are captured into the same `pool` must never run at the same time as each other. Where there is no
-    CUDA device, or when the capture fails, the reason is logged with `name` and the functions come back as they are.
+    Functions that share a pool must never run at the same time as each other. Where there is no CUDA device, or when
+    the capture fails, the reason is logged with `name`, and None is returned.
     """
     if device.type != "cuda":
         logger.info("no CUDA graphs for %s: it runs on %s", name, device)
-        return list(functions), pool
+        return None
     side = torch.cuda.Stream(device)
     try:
         side.wait_stream(torch.cuda.current_stream(device))
@@ -47,5 +55,5 @@ def capture(
             replays.append(graph.replay)
     except RuntimeError as error:
         logger.warning("no CUDA graphs for %s, it runs eagerly: %s", name, error)
-        return list(functions), pool
-    return replays, pool
+        return None
+    return Captured(replays, pool)

@@ -21,6 +21,7 @@ from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.checkpoint import LoadedPolicy, load_policy, resolve_dtype
+from dsrl_async.pi0.sampler import language_bucket
 from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import decisions_allowed
 from dsrl_async.sac.flat import layout_hash
@@ -34,7 +35,6 @@ from dsrl_async.weights import Weights, WeightSubscriber
 
 THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
 IDLE_POLL_S = 1.0
-LANGUAGE_BUCKET = 8  # prompt lengths are rounded up to a multiple of this
 
 
 class InferenceServer:
@@ -82,6 +82,8 @@ class InferenceServer:
         }
         pool = None
         for steered in self.policies.values():
+            if config.policy.compile:
+                steered.run()  # compiles, now and not while actors wait
             pool = steered.capture(pool)
 
     def load_weights(self, weights: Weights) -> None:
@@ -184,8 +186,7 @@ def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> np.ndarray
     config, tokenizer = policy.config, policy.tokenizer
     longest = np.ones(config.robot_state_dim, np.float32) if config.state_in_prompt else None
     lengths = np.array([len(tokenizer.ids(prompt, longest)) for prompt in prompts])
-    rounded: np.ndarray = -(-lengths // LANGUAGE_BUCKET) * LANGUAGE_BUCKET
-    return np.minimum(rounded, tokenizer.length)
+    return np.array([language_bucket(int(length), tokenizer.length) for length in lengths])
 
 
 def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from dsrl_async.config import Config
 from dsrl_async.envs import SAC_IMAGE_SIZE
-from dsrl_async.graphs import MemoryPool, capture
+from dsrl_async.graphs import Captured, MemoryPool, capture
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import Sampler
@@ -61,14 +61,14 @@ class SteeredPolicy:
         self.warmup = zeros(dtype=torch.bool)
         self.noise = zeros(sac.noise_width(self.horizon))
         self.actions = zeros(self.horizon, sizes.robot_action_dim)
-        self._halves = [self.encode, self.denoise]
+        self.captured: Captured | None = None
 
     @torch.no_grad()
     def encode(self) -> None:
         """First half: choose the noise, encode observation and prompt."""
         sampler = self.sampler
         self._choose_noise()
-        sampler.images.copy_(scale_images(self.images))
+        scale_images(self.images, out=sampler.images)
         sampler.state.copy_(self.normaliser.state(self.state))
         sampler.encode()
 
@@ -101,14 +101,15 @@ class SteeredPolicy:
     def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
         """Have `run` replay CUDA graphs of both halves from now on, where that is possible (see `graphs.capture`).
 
-        The actor's weights are read at each replay, so new ones, copied in place, need no new capture.
+        The actor's weights are read at each replay, so new ones, copied in place, need no new capture. Returns the
+        pool for the next policy's capture.
         """
         sampler = self.sampler
         name = f"batch size {sampler.batch_size}, prompts of {sampler.language_length} tokens"
-        self._halves, pool = capture([self.encode, self.denoise], self.device, pool, name)
-        return pool
+        self.captured = capture([self.encode, self.denoise], self.device, pool, name)
+        return pool if self.captured is None else self.captured.pool
 
     def run(self) -> None:
         """Compute the output buffers from the input buffers (only enqueued, on CUDA)."""
-        for half in self._halves:
+        for half in self.captured.replays if self.captured else (self.encode, self.denoise):
             half()

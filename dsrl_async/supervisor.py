@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 0.05
 QUICK_S = 15.0  # a process that dies younger than this, or before its first sign of life, died of starting
 QUICK_FAILURES = 3  # so many in a row of the same process end the run
-START_S = 600.0  # until the first sign of life: loading a large policy takes minutes
+START_S = 1800.0  # until the first sign of life: loading and compiling a large policy takes minutes
 ACTORS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
 

@@ -27,8 +27,14 @@ CREATION = frozenset(
 )
 """Operations that only make a new tensor, or copy into one: inside a loop they are work that could be done once."""
 
-UPLOADS = (torch.tensor, torch.as_tensor, torch.from_numpy)
-"""Functions that make a tensor from host data, which a graph would record as a constant."""
+UPLOADS = frozenset(
+    {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
+)
+"""Functions that make a tensor from host data, which a graph would keep as a constant."""
+DOWNLOADS = frozenset(
+    {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__array__, Tensor.__bool__, Tensor.__float__}
+)
+"""Functions that give the host what a tensor holds; on the CPU not all of them call an operation."""
 
 Operation = tuple[str, tuple[object, ...]]
 """Name and described arguments of one operation."""
@@ -38,8 +44,8 @@ class OperationTrace(TorchDispatchMode):
     """Records every ATen operation under it.
 
     Args:
-        guarded: raise AssertionError at an operation that cannot be captured: one that makes the host wait, whose
-            result's shape depends on data, that copies between devices, or that is one of `UPLOADS`.
+        guarded: raise AssertionError at what cannot be captured: an operation that makes the host wait, whose result's
+            shape depends on data, or that copies between devices; `UPLOADS` and `DOWNLOADS`.
         forbidden: names of further operations (without overload) to treat so, such as `CREATION`.
         static: storage address -> name of the tensors that outlive a run; others are described as temporary.
 
@@ -57,16 +63,16 @@ class OperationTrace(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.kernels = 0
         self.host_syncs = 0
-        self._uploads = _ForbidUploads() if guarded else contextlib.nullcontext()
+        self._functions = _ForbidTransfers() if guarded else contextlib.nullcontext()
 
     def __enter__(self) -> OperationTrace:
-        self._uploads.__enter__()
+        self._functions.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._uploads.__exit__(*exception)
+        self._functions.__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -88,12 +94,10 @@ class OperationTrace(TorchDispatchMode):
         return (where, offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-class _ForbidUploads(TorchFunctionMode):
+class _ForbidTransfers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in UPLOADS:
-            raise AssertionError(
-                f"forbidden operation {func.__name__}: a CUDA graph would record its data as a constant"
-            )
+        if func in UPLOADS | DOWNLOADS:
+            raise AssertionError(f"forbidden operation {func.__name__}: a CUDA graph would keep its data as a constant")
         return func(*args, **(kwargs or {}))
 
 
@@ -102,7 +106,7 @@ def needs_host(operation: Any, leaves: Sequence[Any]) -> bool:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     devices = {tensor.device.type for tensor in tensors if tensor.ndim > 0}
     devices |= {leaf.type for leaf in leaves if isinstance(leaf, torch.device)}
-    if len(devices) > 1:
+    if len(devices) > 1 or operation.overloadpacket.__name__.startswith("lift_fresh"):  # made from Python's numbers
         return True
     if operation.overloadpacket.__name__ in ("index", "index_put", "index_put_"):  # a mask is turned into numbers first
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors[1:])

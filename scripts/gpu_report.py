@@ -84,13 +84,12 @@ def measure(
     sampler = Sampler(model, batch_size, length, args.denoise_steps, compiled=args.compile)
     fill(sampler, seed=1)
     halves = [sampler.encode, sampler.denoise]
-    for half in halves:
-        half()
-    replays, pool = capture(halves, device, None, f"batch size {batch_size}, prompts of {length} tokens")
+    captured = capture(halves, device, None, f"batch size {batch_size}, prompts of {length} tokens")
+    replays = captured.replays if captured else halves
     fill(sampler, seed=2)
-    for half in halves:
-        half()
+    sampler.run()
     eager = sampler.actions.clone()
+    sampler.actions.fill_(torch.nan)  # a replay that does nothing must not look like a right one
     for replay in replays:
         replay()
     difference = float((sampler.actions - eager).abs().max())
@@ -102,7 +101,7 @@ def measure(
     bound_s = sum(bound.values())
     replay_s = encode_s + denoise_s
     return [
-        *(batch_size, length, "yes" if pool is not None else "no", f"{difference:.1e}"),
+        *(batch_size, length, "yes" if captured else "no", f"{difference:.1e}"),
         *(f"{1e3 * value:.2f}" for value in (eager_s, encode_s, denoise_s)),
         *(f"{1e3 * value:.2f}" for value in (bound["vision"] + bound["prefill"], bound["denoise"])),
         *(f"{replay_s / bound_s:.2f}", f"{batch_size / replay_s:.1f}"),
@@ -120,7 +119,8 @@ def table(rows: list[list[object]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
-def report(args: argparse.Namespace) -> str:
+def report(args: argparse.Namespace) -> tuple[str, bool]:
+    """The Markdown, and whether the tests passed and every difference is a number."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     rates = peak_rates(device, dtype)
@@ -132,12 +132,14 @@ def report(args: argparse.Namespace) -> str:
         f"{rates[1] / 1e9:.0f} GB/s.",
         "",
     ]
+    good = True
     if args.tests:
         root = Path(__file__).resolve().parent.parent
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-        tests = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        tests = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        good = tests.returncode == 0
         lines += [
-            "## Tests marked gpu",
+            f"## Tests marked gpu: {'passed' if good else 'FAILED'}",
             "",
             "```",
             *tests.stdout.strip().splitlines()[-15:],
@@ -151,13 +153,14 @@ def report(args: argparse.Namespace) -> str:
         for batch_size in args.batch_sizes:
             for length in PROMPTS[args.size]:
                 rows.append(measure(model, batch_size, length, args, rates))
+                good = good and rows[-1][3] != "nan"
                 print(variant, *rows[-1], file=sys.stderr)
         lines += [f"## {variant}, {args.size} size", "", *table(rows), ""]
         if device.type == "cuda":
             lines += [f"Peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB.", ""]
             torch.cuda.reset_peak_memory_stats(device)
         del model
-    return "\n".join(lines)
+    return "\n".join(lines), good
 
 
 def main() -> None:
@@ -175,8 +178,11 @@ def main() -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; --device cpu --size toy tries the script without one")
     torch.manual_seed(0)
-    args.out.write_text(report(args))
+    text, good = report(args)
+    args.out.write_text(text)
     print(args.out)
+    if not good:
+        parser.exit(1, "not everything is as it should be, see the report\n")
 
 
 if __name__ == "__main__":

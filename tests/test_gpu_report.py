@@ -21,6 +21,7 @@ def test_report_has_a_row_for_every_bucket(tmp_path: Path) -> None:
     rows = [line.split("|")[1:-1] for line in out.read_text().splitlines() if line.startswith(("| 1", "| 2"))]
     assert len(rows) == 2 * 2 * 2  # models, batch sizes, prompt lengths
     for row in rows:
+        assert row[2].strip() == "no"
         assert float(row[3]) == 0  # eager against itself, since nothing can be captured here
         assert float(row[9]) > 1, "faster than the bound"
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsrl_async.config import Config
+from dsrl_async.envs import environment_spec
 from dsrl_async.inference import InferenceServer
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import EMBEDDED_POLICY
@@ -78,6 +79,41 @@ def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memo
     expected = policy.normaliser.robot_actions(actions, state)
     assert np.abs(expected[0, :5].numpy() - slots.action_chunk[0]).max() < 1e-5
     assert slots.policy_version[0] == 42
+
+
+def test_prompts_of_different_lengths_share_batches(
+    small_config: Config, memory: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row of a mixed batch gets what its own prompt gives by itself, whatever was in the buffers before."""
+    prompts = (
+        "put the block on the red plate",
+        "put",
+        "put the block on the red plate near the green one",
+        "the block",
+    )
+    known = environment_spec(small_config.env.model_dump())
+    monkeypatch.setattr("dsrl_async.inference.environment_spec", lambda _: known._replace(prompts=prompts))
+    server = make_server(small_config, memory, mode="base", training=False)
+    assert sorted({length for _, length in server.policies}) == [8, 12]
+    policy, slots = server.frozen, server.slots
+    for count, tasks in enumerate(((1, 3), (2, 1), (0, 2), (1, 1), (3, 0)), start=1):
+        for lane, task in enumerate(tasks):
+            slots.task_index[lane] = task
+            ask(server, lane, seed=10 * count + lane, count=count)
+        assert server.serve_ready(slots.ready()) == 2
+        for lane, task in enumerate(tasks):
+            tokens, token_mask = policy.tokenizer([prompts[task]])
+            state = torch.from_numpy(slots.state[lane : lane + 1])
+            actions = sample_actions(
+                policy.model,
+                scale_images(torch.from_numpy(slots.images[lane : lane + 1])),
+                tokens,
+                token_mask,
+                policy.normaliser.state(state),
+                torch.from_numpy(slots.standard_normal[lane]).view(1, -1, 32),
+            )
+            expected = policy.normaliser.robot_actions(actions, state)[0, :5].numpy()
+            assert np.abs(expected - slots.action_chunk[lane]).max() < 1e-5
 
 
 def test_modes(small_config: Config, memory: Arena) -> None:

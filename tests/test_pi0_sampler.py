@@ -32,7 +32,8 @@ CPU = torch.device("cpu")
 
 def make_steered(model: Pi0, batch: int, device: torch.device = CPU) -> SteeredPolicy:
     config = Config()
-    actor = Actor(config.sac, model.config.action_horizon, device, seed=0)
+    with device:  # the meta device cannot take over what was made elsewhere
+        actor = Actor(config.sac, model.config.action_horizon, device, seed=0)
     normaliser = Normaliser(model.config, norm_stats()).to(device)
     policy = LoadedPolicy(model.config, model, normaliser, tokenizer=None)  # type: ignore[arg-type]
     length = model.config.max_token_len
@@ -99,19 +100,25 @@ def test_no_sync_no_creation_and_the_same_trace_for_any_input(pi05: bool) -> Non
     assert watched(steered) == first
 
 
-@pytest.mark.parametrize(
-    ("method", "violation"),
-    [
-        ("run_actions", lambda x: x.sum().item()),
-        ("run_actions", lambda x: bool(x.sum() > 0)),
-        ("run_actions", lambda x: torch.zeros(3).sum()),
-        ("run_actions", lambda x: torch.tensor(0.1)),
-        ("run_actions", lambda x: torch.cat([x, x]).sum()),
-        ("run_prefix", lambda x: x.sum().item()),
-        ("run_prefix", lambda x: torch.as_tensor([0.5])),
-        ("run_prefix", lambda x: x[x > 0].sum()),
-    ],
-)
+VIOLATIONS = [
+    lambda x: x.sum().item(),
+    lambda x: bool(x.sum() > 0),
+    lambda x: x.cpu(),
+    lambda x: x.numpy(),
+    lambda x: x.tolist(),
+    lambda x: torch.tensor(0.1),
+    lambda x: torch.as_tensor([0.5]),
+    lambda x: torch.asarray([0.5]),
+    lambda x: x.new_tensor([0.5]),
+    lambda x: x[:, [0, 0]].sum(),
+    lambda x: x[x > 0].sum(),
+    lambda x: x.nonzero(),
+]
+"""What a CUDA graph cannot hold, or would hold as a constant."""
+
+
+@pytest.mark.parametrize("violation", VIOLATIONS)
+@pytest.mark.parametrize("method", ["run_actions", "run_prefix"])
 def test_planted_violations_are_found(method: str, violation: Callable[[Tensor], object]) -> None:
     model, _ = make_model(small_config())
     steered = make_steered(model, batch=1)
@@ -120,13 +127,39 @@ def test_planted_violations_are_found(method: str, violation: Callable[[Tensor],
         watched(steered)
 
 
-def test_a_data_dependent_operation_changes_the_trace() -> None:
+@pytest.mark.parametrize("violation", VIOLATIONS)
+def test_violations_before_the_policy_are_found(
+    violation: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In what is done to an observation before the network sees it."""
+    steered = make_steered(make_model(small_config())[0], batch=1)
+    honest = steered.normaliser.state
+
+    def planted(state: Tensor) -> Tensor:
+        violation(state)
+        return honest(state)
+
+    monkeypatch.setattr(steered.normaliser, "state", planted)
+    with pytest.raises(AssertionError, match="forbidden operation"):
+        watched(steered)
+
+
+@pytest.mark.parametrize("violation", [lambda x: torch.zeros(3), lambda x: torch.cat([x, x])])
+def test_tensors_made_in_the_loop_are_found(violation: Callable[[Tensor], object]) -> None:
     model, _ = make_model(small_config())
     steered = make_steered(model, batch=1)
-    plant(model, "run_actions", lambda x: x * (1 if steered.state.numpy().sum() > 0 else 2))
-    steered.state.fill_(1)
+    plant(model, "run_actions", lambda x: violation(x) and None)
+    with pytest.raises(AssertionError, match="forbidden operation"):
+        watched(steered)
+
+
+def test_a_value_from_the_host_changes_the_trace() -> None:
+    model, _ = make_model(small_config())
+    steered = make_steered(model, batch=1)
+    factor = 1.0
+    plant(model, "run_actions", lambda x: x * factor)
     first = watched(steered)
-    steered.state.fill_(-1)
+    factor = 2.0
     assert first != watched(steered)
 
 
@@ -254,11 +287,11 @@ def test_full_size_runs_on_the_meta_device(config: Pi0Config) -> None:
     """No operation of the real size needs a value on the host, or more than the shapes to be known."""
     with torch.device("meta"):
         model = Pi0(config).set_dtype(torch.bfloat16)
-    sampler = Sampler(model, 32, 24, 10)
-    for half in (sampler.encode, sampler.denoise):
+    steered = make_steered(model, 32, torch.device("meta"))
+    for half in (steered.encode, steered.denoise):
         with OperationTrace(guarded=True):
             half()
-    assert sampler.actions.shape == (32, config.action_horizon, 32)
+    assert steered.actions.shape == (32, config.action_horizon, 7)
 
 
 @pytest.mark.parametrize("violation", [lambda x: x.sum().item(), lambda x: x + torch.zeros(1)])
@@ -302,6 +335,7 @@ def test_capture_falls_back_to_eager_off_cuda(caplog: pytest.LogCaptureFixture) 
     steered = make_steered(make_model(small_config())[0], batch=1)
     with caplog.at_level(logging.INFO):
         assert steered.capture() is None
+    assert steered.captured is None
     assert "no CUDA graphs for batch size 1" in caplog.text
     fill_steered(steered, seed=1)
     steered.run()
@@ -309,20 +343,38 @@ def test_capture_falls_back_to_eager_off_cuda(caplog: pytest.LogCaptureFixture) 
     assert steered.actions.abs().max() > 0
 
 
+def test_more_compiled_samplers_than_torchs_own_limit() -> None:
+    """A run has one for every batch size and prompt length; torch.compile gives up at eight of a kind."""
+    model, _ = make_model(dataclasses.replace(small_config(), depth=1, vision_depth=1))
+    torch._dynamo.reset()
+    for batch in range(1, 12):
+        sampler = Sampler(model, batch, 8, 1, compiled=True)
+        sampler._encode = torch.compile(sampler._run_encode, fullgraph=True, dynamic=False, backend="eager")
+        sampler._step = torch.compile(sampler._run_step, fullgraph=True, dynamic=False, backend="eager")
+        sampler.run()
+        assert sampler.actions.isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("pi05", [False, True])
-def test_captured_run_equals_the_eager_one(pi05: bool) -> None:
+def test_captured_runs_equal_eager_ones(pi05: bool) -> None:
+    """Several batch sizes in one pool, replayed in another order than captured, with weights that change."""
     device = torch.device("cuda")
-    model, _ = make_model(small_config(pi05))
-    eager, captured = make_steered(model.to(device), 2, device), make_steered(model, 2, device)
-    assert captured.capture() is not None
-    for seed in (1, 2):
-        for steered in (eager, captured):
+    model = make_model(small_config(pi05))[0].to(device)
+    batches, pool = (4, 2, 1), None
+    eager = {batch: make_steered(model, batch, device) for batch in batches}
+    captured = {batch: make_steered(model, batch, device) for batch in batches}
+    for steered in captured.values():
+        pool = steered.capture(pool)
+        assert steered.captured is not None
+    generator = torch.Generator().manual_seed(0)
+    for seed, batch in enumerate((1, 4, 2, 4, 1)):
+        weights = 0.1 * torch.randn(eager[batch].actor.flat.shape, generator=generator).to(device)
+        for steered in (eager[batch], captured[batch]):
             fill_steered(steered, seed)
-        new = torch.randn(eager.actor.flat.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-        for steered in (eager, captured):
-            steered.actor.load_flat_(0.1 * new)
+            steered.actor.load_flat_(weights)
+            steered.actions.fill_(torch.nan)
             steered.run()
         torch.cuda.synchronize(device)
-        assert (eager.actions - captured.actions).abs().max() <= 1e-5
+        assert (eager[batch].actions - captured[batch].actions).abs().max() <= 1e-5

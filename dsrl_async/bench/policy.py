@@ -8,23 +8,17 @@ from torch import Tensor
 
 from dsrl_async.bench import synthetic
 from dsrl_async.bench.serving import Prepare, Sample, Stages, serve
+from dsrl_async.pi0.checkpoint import empty_model
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.model import Pi0, rope_frequency, time_frequency
-from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.sampler import Sampler, language_bucket
 from dsrl_async.pi0.tensors import model_tensors
-
-LANGUAGE_MULTIPLE = 8
-"""Prompts are given as many slots as the longest one of the batch needs, rounded up to this."""
 
 
 @torch.no_grad()
 def seeded_policy(config: Pi0Config, dtype: torch.dtype, seed: int) -> Pi0:
     """A policy on the CPU, filled tensor by tensor, so that a full-size one takes no more than its weights."""
-    with torch.device("meta"):
-        policy = Pi0(config).set_dtype(dtype)
-    policy.to_empty(device="cpu").eval().requires_grad_(False)
-    policy.inverse_frequency.copy_(rope_frequency(config.head_dim))
-    policy.time_frequency.copy_(time_frequency(config.expert_width))
+    policy = empty_model(config, "cpu", dtype)
     for name, parts in model_tensors(config).items():
         rows = policy.get_parameter(name).split([part.shape[0] for part in parts])
         for part, row in zip(parts, rows, strict=True):
@@ -34,8 +28,7 @@ def seeded_policy(config: Pi0Config, dtype: torch.dtype, seed: int) -> Pi0:
 
 def language_length(token_mask: np.ndarray) -> int:
     """Slots for the prompts of a batch: bool [B, L], where valid tokens come first."""
-    longest = int(token_mask.sum(1).max())
-    return min(token_mask.shape[1], longest + -longest % LANGUAGE_MULTIPLE)
+    return language_bucket(int(token_mask.sum(1).max()), token_mask.shape[1])
 
 
 def load(config: synthetic.Sizes, dtype: str, seed: int) -> Prepare:

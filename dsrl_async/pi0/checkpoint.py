@@ -95,15 +95,22 @@ def load_model(
 
 
 @torch.no_grad()
-def _read_model(
-    config: Pi0Config, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype
-) -> Pi0:
-    """The model with the weights of a checkpoint that `tensors.check_stored` has checked."""
+def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtype) -> Pi0:
+    """A frozen model whose parameters are still to be filled; nothing is initialised first, or held twice."""
     with torch.device("meta"):
         model = Pi0(config).set_dtype(dtype)
     model.to_empty(device=device).eval().requires_grad_(False)
     model.inverse_frequency.copy_(rope_frequency(config.head_dim))
     model.time_frequency.copy_(time_frequency(config.expert_width))
+    return model
+
+
+@torch.no_grad()
+def _read_model(
+    config: Pi0Config, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype
+) -> Pi0:
+    """The model with the weights of a checkpoint that `tensors.check_stored` has checked."""
+    model = empty_model(config, device, dtype)
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
     for parameter, parts in model_tensors(config).items():
         rows = model.get_parameter(parameter).split([part.shape[0] for part in parts])

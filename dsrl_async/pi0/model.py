@@ -10,7 +10,7 @@ What makes the layout lean, compared with the published implementations (all are
 - the state token does not depend on the denoising time, so its keys and values are computed once;
 - the last VLM layer computes keys and values only, since nothing reads its output;
 - query, key and value projections are one matrix, as are gate and up;
-- grouped keys are never repeated in memory: heads that share them get a view with stride 0;
+- the one key head is not repeated in memory: the heads that share it get a view with stride 0;
 - residuals are added inside the matrix products in front of them, and rotations happen in place;
 - everything that depends on the denoising time alone is a table with a row per time.
 """

@@ -17,6 +17,17 @@ MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
 
 
+LANGUAGE_MULTIPLE = 8
+"""Language slots come in multiples of this, so that a run needs few samplers."""
+COMPILED_SAMPLERS = 256
+"""How many samplers torch.compile may specialise its two functions for; its own limit is 8."""
+
+
+def language_bucket(length: int, most: int) -> int:
+    """Language slots of the sampler for prompts of `length` tokens, of `most` that the policy has."""
+    return min(most, length + -length % LANGUAGE_MULTIPLE)
+
+
 class Sampler:
     """A policy network for batches of B and prompts of up to L tokens.
 
@@ -65,11 +76,16 @@ class Sampler:
         ]
         self._mask = key_mask(self.token_mask, before, length - self._prefix_end, model.dtype)
         self._mask[..., self._actions_end :] = MASKED
-        self._prefix_scratch = self._state_scratch = self._action_scratch = None
-        if not compiled:  # which fuses norms into one kernel by itself
-            self._prefix_scratch = zeros(self._prefix_end, config.vlm_width, dtype=model.dtype)
-            self._state_scratch = zeros(1, config.expert_width, dtype=model.dtype)
-            self._action_scratch = zeros(config.action_horizon, config.expert_width, dtype=model.dtype)
+        self._state_mask = self._mask.clone()
+        self._state_mask[..., self._state_end :] = MASKED
+
+        def scratch(tokens: int, width: int) -> Tensor | None:
+            """For the results of norms; what is compiled has them in one kernel with their input."""
+            return None if compiled else zeros(tokens, width, dtype=model.dtype)
+
+        self._prefix_scratch = scratch(self._prefix_end, config.vlm_width)
+        self._state_scratch = scratch(1, config.expert_width)
+        self._action_scratch = scratch(config.action_horizon, config.expert_width)
         self._rope_table = model.rope_table()
         self._rope_rows = zeros(config.action_horizon, self._rope_table.shape[1], dtype=model.dtype)
         self._rope = Rope.of_rows(self._rope_rows)
@@ -81,6 +97,9 @@ class Sampler:
         self._vlm_norms = model.vlm_norms()
         self._encode, self._step = self._run_encode, self._run_step
         if compiled:
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, COMPILED_SAMPLERS)
+            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, COMPILED_SAMPLERS)
             self._encode = torch.compile(self._run_encode, fullgraph=True, dynamic=False)
             self._step = torch.compile(self._run_step, fullgraph=True, dynamic=False)
 
@@ -115,9 +134,11 @@ class Sampler:
         model.run_prefix(self.images, self.tokens, mask, rope, self._vlm_norms, extend, scratch)
         rows = F.embedding(position[:, -1:] + 1 + self._action_offset, self._rope_table)
         if model.config.state_tokens:
-            rope, extend = Rope.of_rows(rows[:, :1]), self._region(end, state_end, state_end)
-            mask, norms = self._mask[..., :state_end], self._steps[0].norms
-            model.run_state(self.state, mask, rope, norms, extend, self._state_scratch)
+            # the state token gets to see the whole buffer too, for a length that every attention kernel takes
+            self._state_mask[..., self._language].copy_(self._mask[..., self._language])
+            rope, extend = Rope.of_rows(rows[:, :1]), self._region(end, state_end, self._mask.shape[-1])
+            norms = self._steps[0].norms
+            model.run_state(self.state, self._state_mask, rope, norms, extend, self._state_scratch)
         self._rope_rows.copy_(rows[:, model.config.state_tokens :])
 
     def _run_step(self, step: Step) -> None:
