@@ -230,6 +230,27 @@ def test_the_setting_that_is_wrong_is_named(
         check_policy(validate({"policy": {"checkpoint": str(checkpoint), setting: given}}))
 
 
+@pytest.mark.parametrize("layout", ["openpi", "rlinf"])
+@pytest.mark.parametrize("content", [{}, {"architectures": ["PI0Pytorch"], "model_type": "pi0", "vocab_size": 7}])
+def test_what_others_write_about_a_model_is_left_alone(copy: Callable[..., Path], layout: str, content: dict) -> None:
+    directory = copy(layout)
+    (directory / "config.json").write_text(json.dumps(content))
+    policy, _ = check_policy(validate({"policy": {"checkpoint": str(directory)}}))
+    assert policy == writer.pi0_config(False, **SIZES)
+
+
+def test_features_that_are_null_say_nothing(copy: Callable[..., Path]) -> None:
+    directory = copy("lerobot")
+    expected = load_policy(directory).config
+    for change in (
+        lambda c: c["output_features"].update(action=None),
+        lambda c: c["input_features"]["observation.state"].update(shape=None),
+        lambda c: c.update(normalization_mapping=None, output_features=None),
+    ):
+        rewrite_json("config.json", change)(directory)
+        assert load_policy(directory).config == expected
+
+
 def test_tokens_behind_the_vocabulary_need_no_embedding(copy: Callable[..., Path]) -> None:
     """Hugging Face's PaliGemma tokenizer has `<image>`, one id behind those that openpi's policy embeds."""
     directory = copy("openpi")
@@ -313,6 +334,16 @@ def leave_orbax(directory: Path) -> None:
     (directory / "params").mkdir()
 
 
+MALFORMED_LEROBOT: list[tuple[Callable[[dict], object], str]] = [
+    (lambda c: c.update(input_features=[1]), r"input_features is \[1\], it must be a JSON object$"),
+    (lambda c: c.update(output_features="x"), r"output_features is 'x', it must be a JSON object$"),
+    (lambda c: c.update(normalization_mapping="x"), r"normalization_mapping is 'x', it must be a JSON object$"),
+    (lambda c: c["normalization_mapping"].update(STATE=[]), r"STATE is \[\], it must be text$"),
+    (lambda c: c["output_features"].update(action=3), r"action is 3, it must be a JSON object$"),
+    (lambda c: c["output_features"]["action"].update(shape=8), r"shape is 8, it must be a list$"),
+    (lambda c: c["output_features"]["action"].update(shape=["a"]), r".*robot_action_dim is 'a'"),
+    (lambda c: c.update(chunk_size=[]), r".*action_horizon is \[\]"),
+]
 SHARD = "model-00002-of-00003.safetensors"
 STATE_BIAS = "state_proj.bias"
 
@@ -417,6 +448,25 @@ STATE_BIAS = "state_proj.bias"
             r"state\.std must be a list of finite numbers",
         ),
         ("openpi", lambda d: shutil.rmtree(d / "assets"), r"should have one norm_stats\.json .* it has none"),
+        *(
+            ("lerobot", rewrite_json("config.json", lambda c, change=change: change(c)), rf"config\.json: {message}")
+            for change, message in MALFORMED_LEROBOT
+        ),
+        (
+            "rlinf",
+            rewrite_json("model.safetensors.index.json", lambda c: c.update(weight_map=[1])),
+            r"index\.json: weight_map is \[1\], it must be a JSON object$",
+        ),
+        (
+            "rlinf",
+            rewrite_json("model.safetensors.index.json", lambda c: c["weight_map"].update(surprise=3)),
+            r"index\.json: weight_map must hold names of files$",
+        ),
+        (
+            "openpi",
+            rewrite_json("config.json", lambda c: (c.clear(), c.update(state_in_prompt=True))),
+            r"config\.json lacks the fields pi05, cameras, image_size, ",
+        ),
         ("openpi", large_tokenizer, r"tokenizer\.json has 201 tokens, the policy embeds 120"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,14 @@ WEIGHTS, CONFIG, NORM_STATS, TOKENIZER = "model.safetensors", "config.json", "no
 """The files of a policy checkpoint."""
 EMBEDDED_POLICY = Path(__file__).resolve().parent.parent / "assets" / "tabletop_pi0"
 """The checkpoint that comes with the package."""
+
+
+COMMON_NAMES = {
+    *("pi05", "cameras", "image_size", "patch_size", "depth", "heads", "kv_heads", "head_dim", "vocab_size"),
+    *("max_token_len", "action_dim", "action_horizon"),
+}
+"""Fields of `Pi0Config` that another project's `config.json` may well have too: they do not make it one of this
+project's."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +122,28 @@ class Pi0Config:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
+    def wrote(cls, content: Mapping[str, Any]) -> bool:
+        """Whether a JSON object is meant to be a `Pi0Config`."""
+        return bool(content.keys() & {field.name for field in dataclasses.fields(cls)} - COMMON_NAMES)
+
+    @classmethod
     def load(cls, path: Path) -> Pi0Config:
-        """Reads `config.json`; raises ValueError naming the file when it is not valid."""
+        """Reads `config.json`, which has all sizes; conventions that it lacks have their defaults.
+
+        Raises ValueError naming the file when it is not valid.
+        """
         try:
             content: dict[str, Any] = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold a JSON object with the fields of Pi0Config")
         unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}")
+        sizes = [name for name, kind in typing.get_type_hints(cls).items() if kind is int]
+        if missing := [name for name in ("pi05", *sizes) if name not in content]:
+            raise ValueError(f"{path} lacks the fields {', '.join(missing)}")
         try:
             return cls(**content)
         except ValueError as error:

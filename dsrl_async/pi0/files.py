@@ -21,6 +21,7 @@ from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
 from dsrl_async.pi0.tensors import (
     StoredTensor,
     check_stored,
+    field,
     find_tensors,
     infer_config,
     read_header,
@@ -106,6 +107,8 @@ def _blaming(setting: str | None) -> Iterator[None]:
 def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Config:
     """From `config.json` where it is this project's; otherwise from the tensors, with what openpi's or LeRobot's adds.
 
+    Any other project's `config.json` (Hugging Face's, say) is left alone.
+
     Raises ValueError naming the file when they contradict each other or ask for what is not supported.
     """
     path = directory / CONFIG
@@ -114,9 +117,11 @@ def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Conf
     content = read_json(path)
     if "type" in content:
         return _lerobot_config(content, infer_config(tensors, directory), path)
-    if "paligemma_variant" not in content:
+    if Pi0Config.wrote(content):
         return Pi0Config.load(path)
     config = infer_config(tensors, directory)
+    if "paligemma_variant" not in content:
+        return config
     if content.get("action_dim", config.action_dim) != config.action_dim:
         raise ValueError(f"{path}: action_dim is {content['action_dim']}, that of the tensors is {config.action_dim}")
     return _replace(config, path, action_horizon=content.get("action_horizon", config.action_horizon))
@@ -136,20 +141,21 @@ def _lerobot_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -
         raise ValueError(f"{path} is of a policy of type {content['type']!r}, the tensors beside it are of {kind!r}")
     if content.get("use_relative_actions"):
         raise ValueError(f"{path}: use_relative_actions is set, which is not supported")
-    inputs, outputs = content.get("input_features") or {}, content.get("output_features") or {}
-    modes = content.get("normalization_mapping") or {}
+    inputs, outputs, modes = (
+        field(content, key, dict, path) for key in ("input_features", "output_features", "normalization_mapping")
+    )
     default = "QUANTILES" if config.pi05 else "MEAN_STD"
-    state_mode, action_mode = modes.get("STATE", default), modes.get("ACTION", default)
+    state_mode, action_mode = (field(modes, key, str, path) or default for key in ("STATE", "ACTION"))
     if state_mode != action_mode or state_mode not in LEROBOT_NORMALISATION:
         raise ValueError(
             f"{path}: normalization_mapping has {state_mode} for STATE and {action_mode} for ACTION, "
             f"supported is the same for both, of {' or '.join(LEROBOT_NORMALISATION)}"
         )
 
-    def width(features: Mapping[str, Any], name: str, libero: int) -> int:
+    def width(features: Mapping[str, Any], name: str, libero: int) -> Any:
         """A width like the model's own is that of the padding, and says nothing of the robot."""
-        shape = features.get(name, {}).get("shape") or [config.action_dim]
-        return int(shape[0]) if shape[0] != config.action_dim else libero
+        shape = field(field(features, name, dict, path), "shape", list, path)
+        return shape[0] if shape and shape[0] != config.action_dim else libero
 
     cameras = [name for name in inputs if name.startswith(LEROBOT_IMAGES) and "empty_camera" not in name]
     return _replace(

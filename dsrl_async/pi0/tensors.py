@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -35,6 +35,10 @@ ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 VISION_WIDTH, VISION_HEADS = 1152, 16
 HEADS, KV_HEADS, HEAD_DIM = 8, 1, 256
 """Shapes do not tell how many heads there are; these are SigLIP So400m's and those of gemma_2b and gemma_300m."""
+
+
+T = TypeVar("T")
+JSON_TYPES: dict[type, str] = {dict: "a JSON object", list: "a list", str: "text"}
 
 
 class Part(NamedTuple):
@@ -210,7 +214,10 @@ def weight_files(directory: Path) -> list[Path]:
         if not file.name.startswith(("policy_preprocessor", "policy_postprocessor"))
     ]
     for index in sorted(directory.glob("*.safetensors.index.json")):
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
+        names = field(read_json(index), "weight_map", dict, index).values()
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{index}: weight_map must hold names of files")
+        for name in sorted(set(names)):
             if not (directory / name).is_file():
                 raise ValueError(f"{index} names the file {name}, which is missing: copy the checkpoint again")
     if files:
@@ -240,6 +247,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object")
     return content
+
+
+def field(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
+    """An entry of a JSON object, empty if there is none or it is null; ValueError names the file for another type."""
+    value = content.get(key)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: {key} is {value!r}, it must be {JSON_TYPES[kind]}")
+    return value
 
 
 def is_pi05(tensors: Mapping[str, object]) -> bool:
