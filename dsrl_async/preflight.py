@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import itertools
 import os
@@ -16,6 +17,7 @@ from dsrl_async.config import Config, ConfigError, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.files import find_policy, read_config
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
 from dsrl_async.pi0.tensors import find_tensors, parameter_count
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
@@ -27,10 +29,10 @@ FIXED_BY_CHECKPOINT = (
 )
 """Keys of `sac` that shape the networks, so that a checkpoint fits only the values it was made with."""
 SPARE_DESCRIPTORS = 64
-ACTOR_BYTES, MODEL_PROCESS_BYTES = (
-    80 << 20,
-    500 << 20,
-)  # private memory of an actor; of inference and of learner
+ACTOR_BYTES = 80 << 20
+"""Private memory of an actor."""
+MODEL_PROCESS_BYTES = 500 << 20
+"""Private memory of the inference process without the policy, and of the learner."""
 
 
 def policy_directory(config: Config) -> Path:
@@ -84,23 +86,37 @@ def available_memory() -> int:
     return available
 
 
-def weights_bytes(config: Config) -> int:
-    """Memory of the machine that the policy's weights take: none when they go to a GPU."""
+def policy_bytes(config: Config, horizon: int) -> int:
+    """Memory of the machine that the policy takes: weights, samplers' buffers and activations; none on a GPU.
+
+    One prompt length is counted, the longest; a run seldom has more than two.
+    """
     if config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidiactl").exists()):
         return 0
     directory = policy_directory(config)
-    policy = read_config(directory, find_tensors(directory))
-    return parameter_count(policy) * (2 if config.policy.dtype == "bfloat16" else 4)
+    policy = dataclasses.replace(read_config(directory, find_tensors(directory)), action_horizon=horizon)
+    bytes_per_value = 2 if config.policy.dtype == "bfloat16" else 4
+    buckets = config.inference.buckets
+    sizes = [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]
+    of_one = (policy, 1, policy.max_token_len, bytes_per_value)
+    return (
+        parameter_count(policy) * bytes_per_value
+        + sum(sizes) * buffer_bytes(*of_one)
+        + sizes[-1] * activation_bytes(*of_one)
+    )
 
 
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
     shared = layout(run_fields(config, spec, horizon))[1]
-    needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + weights_bytes(config)
+    policy = policy_bytes(config, horizon)
+    needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + policy
     available = available_memory()
     if needed > available:
+        halve = ", or set policy.dtype to bfloat16" if policy > shared and config.policy.dtype != "bfloat16" else ""
         raise ConfigError(
             f"this run needs about {needed / 2**30:.1f} GiB of memory ({shared / 2**30:.1f} of it shared, "
-            f"mostly replay) and {available / 2**30:.1f} are available; lower replay.capacity or actors"
+            f"mostly replay, and {policy / 2**30:.1f} the policy's) and {available / 2**30:.1f} are available; "
+            f"lower replay.capacity or actors{halve}"
         )
 
 
