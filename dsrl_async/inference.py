@@ -22,6 +22,7 @@ from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.checkpoint import LoadedPolicy, load_policy, resolve_dtype
 from dsrl_async.pi0.sampler import language_bucket
+from dsrl_async.pi0.tokenizer import longest_prompt
 from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import decisions_allowed
 from dsrl_async.sac.flat import layout_hash
@@ -180,13 +181,12 @@ class InferenceServer:
 def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> np.ndarray:
     """Language slots that each prompt needs, rounded up so that there are few different lengths: int64 [prompts].
 
-    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens. A state
-    in the prompt is longest when all its numbers have three digits.
+    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens.
     """
     config, tokenizer = policy.config, policy.tokenizer
-    longest = np.ones(config.robot_state_dim, np.float32) if config.state_in_prompt else None
-    lengths = np.array([len(tokenizer.ids(prompt, longest)) for prompt in prompts])
-    return np.array([language_bucket(int(length), tokenizer.length) for length in lengths])
+    state_width = config.robot_state_dim if config.state_in_prompt else None
+    lengths = [longest_prompt(tokenizer.ids, prompt, tokenizer.length, state_width) for prompt in prompts]
+    return np.array([language_bucket(length, tokenizer.length) for length in lengths])
 
 
 def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:

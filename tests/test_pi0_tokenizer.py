@@ -1,15 +1,22 @@
-"""Sentencepiece models as tokenizers."""
+"""Sentencepiece models as tokenizers, and how long prompts get."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from test_pi0 import make_model, norm_stats, small_config
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dsrl_async.pi0.processing import PromptTokenizer
-from dsrl_async.pi0.tokenizer import find_tokenizer, load_tokenizer
+from dsrl_async.inference import language_lengths
+from dsrl_async.pi0.checkpoint import LoadedPolicy
+from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
+from dsrl_async.pi0.tokenizer import STATE_BINS, find_tokenizer, load_tokenizer, longest_prompt
 
 SENTENCES = [
     "pick up the black bowl between the plate and the ramekin and place it on the plate",
@@ -68,3 +75,39 @@ def test_without_sentencepiece_the_command_to_install_it_is_named(
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ValueError, match=r"sentencepiece model, .* `pip install sentencepiece`"):
         load_tokenizer(model_file)
+
+
+def merging_tokenizer(slots: int) -> PromptTokenizer:
+    """Has a token for every number of three digits, so that one of two digits takes more ids than 255 does."""
+    words = ["<bos>", *(chr(code) for code in range(32, 127)), "\n", *map(str, range(100, STATE_BINS))]
+    merges = [(str(n // 10), str(n % 10)) for n in range(10, 26)]
+    words += ["".join(pair) for pair in merges]
+    merges += [(str(n // 10), str(n % 10)) for n in range(100, STATE_BINS)]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    return PromptTokenizer(tokenizer, slots)
+
+
+def test_language_slots_are_enough_for_every_state(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = merging_tokenizer(200)
+    state = np.linspace(-1.1, 1.1, 8, dtype=np.float32)
+
+    def length(bin_: int) -> int:
+        return len(tokenizer.ids("put it there", np.full(8, (bin_ + 0.5) / 128 - 1, np.float32)))
+
+    assert length(255) < length(99) == length(-1)
+    assert (
+        longest_prompt(tokenizer.ids, "put it there", 200, 8) == length(99) >= len(tokenizer.ids("put it there", state))
+    )
+    assert longest_prompt(tokenizer.ids, "put it there", 200, None) == len(tokenizer.ids("put it there"))
+    model, _ = make_model(dataclasses.replace(small_config(pi05=True), state_in_prompt=True, max_token_len=200))
+    policy = LoadedPolicy(model.config, model, Normaliser(model.config, norm_stats()), tokenizer)
+    assert language_lengths(policy, ["put it there"])[0] >= length(99)
+    assert not caplog.records
+
+
+def test_a_prompt_that_is_cut_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = merging_tokenizer(10)
+    with caplog.at_level(logging.WARNING):
+        assert longest_prompt(tokenizer.ids, "put it there", 10, None) == 14
+    assert caplog.messages == ["the prompt 'put it there' has up to 14 tokens, the policy takes 10: it is cut"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_NAMES = ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model")
 """What a tokenizer is called in a checkpoint's directory, the first one found is used."""
@@ -103,6 +106,23 @@ def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None 
     edges = np.linspace(-1, 1, STATE_BINS + 1)[:-1]
     bins = " ".join(str(index) for index in np.digitize(state, edges) - 1)
     return [encoder.bos, *encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
+
+
+def longest_prompt(
+    ids: Callable[[str, NDArray[np.float32] | None], list[int]], prompt: str, slots: int, state_width: int | None
+) -> int:
+    """How many ids a prompt can have, all of `state_width` numbers of the state in it (or none) being the longest one.
+
+    `ids` is `prompt_ids` of a tokenizer. Logs a warning where a prompt does not fit the `slots` of the policy.
+    """
+    states: list[NDArray[np.float32] | None] = [None]
+    if state_width is not None:
+        centres = (np.arange(-1, STATE_BINS) + 0.5) * 2 / STATE_BINS - 1  # of every bin, and of one below them
+        states = [np.full(state_width, centre, np.float32) for centre in centres]
+    length = max(len(ids(prompt, state)) for state in states)
+    if length > slots:
+        logger.warning("the prompt %r has up to %d tokens, the policy takes %d: it is cut", prompt, length, slots)
+    return length
 
 
 def pad_ids(encoder: Encoder, rows: Sequence[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
