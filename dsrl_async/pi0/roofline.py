@@ -2,10 +2,15 @@
 
 A stage takes at least as long as its matrix products at the device's peak rate, and at least as long as reading its
 weights once at the device's memory bandwidth. Norms, softmax and elementwise work are left out.
+
+    python -m dsrl_async.pi0.roofline
+
+prints the bounds of full-size Pi0 as a Markdown table, by default for an H100.
 """
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from dsrl_async.pi0.config import Pi0Config
@@ -59,3 +64,26 @@ def _gemma_layer(config: Pi0Config, width: int, mlp: int) -> tuple[int, int]:
     """Parameters of the projections of a layer, and of one that computes keys and values only."""
     heads, kv = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     return width * (2 * heads + kv + 3 * mlp), width * kv
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Bounds of full-size Pi0, in milliseconds, as a Markdown table.")
+    parser.add_argument("--pi05", action="store_true", help="of Pi0.5 as trained for LIBERO")
+    parser.add_argument("--tflops", type=float, default=800, help="matrix products, 1e12 operations a second")
+    parser.add_argument("--terabytes", type=float, default=3.35, help="memory, 1e12 bytes a second")
+    parser.add_argument("--prompt-tokens", type=int, default=24)
+    parser.add_argument("--denoise-steps", type=int, default=10)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32])
+    args = parser.parse_args()
+    config = Pi0Config(pi05=True, action_horizon=10, max_token_len=200) if args.pi05 else Pi0Config()
+    work = stages(config, args.prompt_tokens, args.denoise_steps)
+    print("| B | " + " | ".join(work) + " | total | observations/s |")
+    print("|---|" + "---|" * (len(work) + 2))
+    for batch_size in args.batch_sizes:
+        bounds = [stage.bound_s(batch_size, args.tflops * 1e12, args.terabytes * 1e12) for stage in work.values()]
+        cells = [f"{1e3 * bound:.2f}" for bound in (*bounds, sum(bounds))]
+        print(f"| {batch_size} | " + " | ".join(cells) + f" | {batch_size / sum(bounds):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
