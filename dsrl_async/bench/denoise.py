@@ -7,14 +7,15 @@ medians of
                                     actions attend to; the Euler steps
   kernels                           ATen operations of a sample that are not views, in all and per stage: what a GPU
                                     would be asked to launch
-  host_syncs                        operations of a sample at which a host waits for its device
+  host_syncs                        operations of a sample that no CUDA graph can hold: the host waits for its
+                                    device, or a tensor is made from Python data
   peak_memory                       MB, largest resident size of the process while it samples, weights included
   gemm_share, attention_share       shares of a sample's time in matrix products and in fused attention (torch's
                                     profiler, one sample)
 and the ratio of the two systems (below 1: this project's is smaller), and the largest difference of their actions.
 
-Not measured: loading, image resizing and tokenising, copies to and from a device, torch.compile (openpi's compiles by
-default; compiling a toy for minutes says nothing), anything on a GPU.
+Not measured: loading, image resizing and tokenising, copies to and from a device, anything on a GPU, and torch.compile:
+both programs run eagerly, though openpi's compiles itself by default.
 
 Where memory does not hold both policies, one process at a time is kept, and started anew for each repeat.
 """
