@@ -71,6 +71,8 @@ class Pi0Config:
     pi0.5)."""
     delta_action_dims: int = 0
     """The raw state's first so many dimensions are added to the action (openpi's `extra_delta_transform`)."""
+    vision_float32: bool = False
+    """The vision tower stays in float32 when the rest is in bfloat16, as LeRobot has it; openpi casts it too."""
     time_grid: Literal["accumulated", "exact"] = "accumulated"
     """Denoising times: summed up in float32 as openpi does, or 1 - k/n as LeRobot does."""
 

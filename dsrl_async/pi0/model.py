@@ -351,18 +351,20 @@ class Pi0(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Compute dtype of the three transformer stacks."""
-        return self.vision.projector.weight.dtype
+        """Compute dtype of the two Gemma stacks, and unless `vision_float32` of the vision tower."""
+        return self.vlm.blocks[0].qkv.weight.dtype
 
     def set_dtype(self, dtype: torch.dtype) -> Pi0:
         """Casts what openpi's mixed precision casts, in place.
 
-        Patch convolution, position table, Gemma norms, and the projections around the expert stay float32.
+        Patch convolution, position table, Gemma norms, and the projections around the expert stay float32; so does the
+        whole vision tower with `vision_float32`.
         """
         kept = [self.vision.patch, *(m for m in self.modules() if isinstance(m, GemmaNorm))]
         excluded = {id(parameter) for module in kept for parameter in module.parameters()}
         excluded.add(id(self.vision.position))
-        for module in (self.vision, self.embedding, self.vlm, self.expert):
+        stacks = [self.embedding, self.vlm, self.expert] + [self.vision] * (not self.config.vision_float32)
+        for module in stacks:
             for parameter in module.parameters():
                 if id(parameter) not in excluded:
                     parameter.data = parameter.data.to(dtype)
@@ -419,7 +421,7 @@ class Pi0(nn.Module):
         layer; `scratch` has its shape and dtype.
         """
         batch = images.shape[0]
-        image_tokens = self.vision(images.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(1, 2)
+        image_tokens = self.vision(images.flatten(0, 1)).to(self.dtype).unflatten(0, (batch, -1)).flatten(1, 2)
         language = self.embedding(tokens) * self.config.vlm_width**0.5
         x = torch.cat([image_tokens, language], dim=1)
         hidden: Tensor = self.vlm(x, norms, rope, mask, extend, scratch, last_keys_only=True)
