@@ -109,10 +109,10 @@ def complete(root: Path) -> list[Path]:
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint directory meant by `path`: itself, or the newest of a run directory; None if there is none."""
+    """The checkpoint directory meant by `path`: itself, or the newest of a run (or of its `checkpoints`), or None."""
     if (path / STATE).is_file() and (path / AGENT).is_file():
         return path.resolve()
-    newest = complete(path / "checkpoints")[-1:]
+    newest = (complete(path / "checkpoints") or complete(path))[-1:]
     return newest[0].resolve() if newest else None
 
 

@@ -252,7 +252,7 @@ class Config(Section):
     serial: bool = False
     """One process, fixed order: bit-for-bit reproducible by seed, and friendly to a debugger."""
     max_minutes: float | None = Field(None, gt=0)
-    """Stop after this many minutes."""
+    """Stop after this many minutes (of this launch; a resumed run has as many again)."""
     max_decisions: int | None = Field(None, gt=0)
     """Stop after this many decisions (counted over all resumes)."""
     stop_at_success: float | None = Field(None, gt=0, le=1)
@@ -324,6 +324,10 @@ def type_name(annotation: Any) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        if unknown not in message.split()[0] and unknown.startswith("--"):
+            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]}?" if near else "; --help lists all options"
         raise ConfigError(message)
 
 
@@ -366,6 +370,10 @@ def load_config(argv: Sequence[str]) -> Config:
             if path if name == "config" else name in options:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} cannot be combined with --resume: a resumed run keeps its own")
+        if not (Path(run) / "config.yaml").is_file():
+            raise ConfigError(
+                f"--resume {run}: not a run directory, since it has no config.yaml; give one like runs/NAME"
+            )
         settings = read_yaml(Path(run) / "config.yaml")
         if not settings:
             raise ConfigError(f"--resume {run}: its config.yaml is empty; restore it, or start a new run")

@@ -85,7 +85,10 @@ def resolve(options: argparse.Namespace) -> tuple[Config, Path | None, Mode]:
             raise ConfigError("--config cannot be combined with --checkpoint: the run's own configuration is used")
         checkpoint = checkpoints.find(Path(options.checkpoint))
         if checkpoint is None:
-            raise ConfigError(f"--checkpoint {options.checkpoint}: there is no checkpoint in it")
+            what = "there is no checkpoint in it" if Path(options.checkpoint).exists() else "it does not exist"
+            raise ConfigError(
+                f"--checkpoint {options.checkpoint}: {what}; give a run directory, or one of its checkpoints"
+            )
         settings = read_yaml(checkpoint.parent.parent / "config.yaml")
     elif options.config is not None:
         settings = read_yaml(Path(options.config))

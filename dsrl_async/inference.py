@@ -34,6 +34,8 @@ from dsrl_async.shm.slots import Slots
 from dsrl_async.steering import Mode, SteeredPolicy
 from dsrl_async.weights import Weights, WeightSubscriber
 
+logger = logging.getLogger(__name__)
+
 THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
 IDLE_POLL_S = 1.0
 
@@ -81,11 +83,14 @@ class InferenceServer:
             for size in reversed(sizes)  # the largest first, so that the others fit into its memory when captured
             for length in sorted(set(self.language_length.tolist()), reverse=True)
         }
+        if device.type != "cuda":
+            logger.info("no CUDA graphs: the policy runs on %s", device)
         pool = None
         for steered in self.policies.values():
             if config.policy.compile:
                 steered.run()  # compiles, now and not while actors wait
-            pool = steered.capture(pool)
+            if device.type == "cuda":
+                pool = steered.capture(pool)
 
     def load_weights(self, weights: Weights) -> None:
         """Copy actor weights in place; everything that was captured stays valid."""

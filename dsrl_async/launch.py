@@ -76,6 +76,9 @@ def run(config: Config, run_dir: Path, spec: EnvironmentSpec, horizon: int, stop
         else:
             summary = Supervisor(session).run()
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
+        if checkpoints.find(run_dir) is not None:
+            logger.info("to go on: python -m dsrl_async.launch --resume %s", run_dir)
+            logger.info("to see how good it is: python -m dsrl_async.evaluate --checkpoint %s", run_dir)
     with contextlib.suppress(OSError):
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -169,6 +169,9 @@ def check_resume(config: Config, run_dir: Path) -> None:
     if config.max_decisions is not None and done >= config.max_decisions:
         raise ConfigError(f"max_decisions: {done} of {config.max_decisions} are done already; give a larger number")
     before = validate(read_yaml(run_dir / "config.yaml"))
+    for name in ("name", "layout"):
+        if getattr(config.env, name) != (saved := getattr(before.env, name)):
+            raise ConfigError(f"env.{name}: the resumed run learned from {saved}; leave it so, or start a new run")
     for name in FIXED_BY_CHECKPOINT:
         if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
             raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")

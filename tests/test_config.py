@@ -135,7 +135,7 @@ def test_saved_configuration_reads_back(
     ("settings", "words"),
     [
         ({"env": {"name": "libero_spatial"}}, "libero_spatial"),
-        ({"policy": {"checkpoint": "nowhere"}}, "nowhere is not a directory"),
+        ({"policy": {"checkpoint": "nowhere"}}, "no directory or safetensors file .*nowhere"),
         ({"env": {"chunk": 11}}, "env.chunk"),
         ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),
         ({"sac": {"state_dim": 9}}, "sac.state_dim"),

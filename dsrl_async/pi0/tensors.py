@@ -223,7 +223,7 @@ def weight_files(directory: Path) -> list[Path]:
     if files:
         return files
     if not directory.is_dir():
-        raise ValueError(f"policy checkpoint {directory} is not a directory")
+        raise ValueError(f"there is no directory or safetensors file {directory}")
     if (directory / "params").is_dir():
         raise ValueError(
             f"policy checkpoint {directory} is a JAX checkpoint: convert it with openpi's "

@@ -125,7 +125,7 @@ def plain_line(config: Config, view: View) -> str:
         f"env steps {view.env_steps:,} ({recent.env_steps_per_s:,.1f}/s)",
         f"decisions {view.decisions:,} ({recent.decisions_per_s:,.1f}/s)",
         f"updates {view.updates:,} ({recent.updates_per_s:,.1f}/s)",
-        f"ratio {view.replay_ratio:.3f}/{config.replay_ratio:g}",
+        f"ratio {_ratio(config, view, '/')}",
         f"lag {recent.policy_lag:.1f}",
         f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}",
     ]
@@ -177,7 +177,7 @@ def _figures(config: Config, view: View) -> Table:
     table.add_row("updates", counted(view.updates, recent.updates_per_s, overall.updates_per_s))
     table.add_row(
         "ratio",
-        f"{view.replay_ratio:.3f} of {config.replay_ratio:g}   policy lag {recent.policy_lag:.1f} updates",
+        f"{_ratio(config, view, ' of ')}   policy lag {recent.policy_lag:.1f} updates",
     )
     table.add_row(
         "batches",
@@ -236,6 +236,13 @@ def sparkline(values: tuple[float, ...], width: int) -> str:
     """At most `width` block characters for values in [0, 1], evenly picked, the last one always shown."""
     step = max(1, -(-len(values) // width))
     return "".join(SPARKS[min(int(value * len(SPARKS)), len(SPARKS) - 1)] for value in values[::-1][::step][::-1])
+
+
+def _ratio(config: Config, view: View, of: str) -> str:
+    """The replay ratio and its target; as long as nothing is learned, how far the warm-up is."""
+    if view.updates == 0 and view.decisions <= config.replay.warmup_decisions:
+        return f"warm-up {view.decisions:,}{of}{config.replay.warmup_decisions:,} decisions"
+    return f"{view.replay_ratio:.3f}{of}{config.replay_ratio:g}"
 
 
 def _duration(seconds: float) -> str:

@@ -163,11 +163,11 @@ class RunMonitor:
         """The run's main figures as of the last tick, ready for JSON.
 
         `wall_s` and counts include earlier sessions of a resumed run; rates, means, phases and `success_rate`
-        (last 100 episodes) are of this launch. Before there is anything to average means are 0, the success
-        rate is None.
+        (of the last `success_episodes` episodes, 100 at most) are of this launch. Before there is anything to average
+        means are 0, the success rate is None.
         """
         view, overall = self._view, self._view.overall
-        names = ("wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate")
+        names = ("wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate", "success_episodes")
         rates = ("env_steps_per_s", "decisions_per_s", "updates_per_s")
         figures = {name: getattr(view, name) for name in names} | {name: getattr(overall, name) for name in rates}
         return json_safe(
@@ -277,7 +277,8 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes:
 
     def shares(kind: str, names: tuple[str, ...], processes: int) -> dict[str, float]:
         sums = change[f"{kind}_phase_s"]
-        return {name: ratio(sums[index], seconds * processes) for index, name in enumerate(names)}
+        # a phase that began before this stretch counts when it ends, so that a share could come out above 1
+        return {name: min(1.0, ratio(sums[index], seconds * processes)) for index, name in enumerate(names)}
 
     return Activity(
         env_steps_per_s=ratio(change["actor_env_steps"], seconds),
@@ -315,6 +316,8 @@ def scalars(view: View) -> dict[str, float]:
         "system/cpu_percent/total": sum(view.cpu_percent.values()),
         "system/memory_mb/total": sum(memory.values()) + memory["actor_mean"] * (view.processes.get("actor", 1) - 1),
     }
+    if view.success_rate is not None:
+        values["async/success_rate"] = view.success_rate
     for rate in ("env_steps_per_s", "decisions_per_s", "updates_per_s"):
         values[f"time/{rate}"] = getattr(recent, rate)
     for kind, phases in recent.phases.items():
