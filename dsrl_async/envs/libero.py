@@ -106,12 +106,16 @@ def _import_libero() -> Any:
     """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL cannot be had."""
     libero_files.prepare_import()
     logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
+    problem = None
     try:
         from robosuite.utils.binding_utils import GLContext
 
         GLContext(max_width=64, max_height=64).make_current()
     except Exception as error:
-        raise _no_rendering(error) from error
+        # Raised below, when what is left of the context is gone: it complains on stderr, and would have the last word.
+        problem = _no_rendering(error)
+    if problem is not None:
+        raise ValueError(problem)
     try:
         import libero.libero.envs as envs
     except ImportError as error:
@@ -119,8 +123,8 @@ def _import_libero() -> Any:
     return envs
 
 
-def _no_rendering(error: Exception) -> ValueError:
-    return ValueError(
+def _no_rendering(error: Exception) -> str:
+    return (
         f"LIBERO cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')} "
         f"({type(error).__name__}: {' '.join(str(error).split())}); without a GPU install libegl1, libegl-mesa0 and "
         "libgl1-mesa-dri, or libosmesa6 and set MUJOCO_GL=osmesa"
@@ -235,7 +239,7 @@ class LiberoEnvironment:
                     max(self._render_size, context.con.offWidth), max(self._render_size, context.con.offHeight)
                 )
         except Exception as error:
-            raise _no_rendering(error) from error
+            raise ValueError(_no_rendering(error)) from error
         self._scenes = tuple(mujoco.MjvScene(model, maxgeom=MAX_SCENE_GEOMS) for _ in CAMERAS)
         for scene in self._scenes:
             scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] &= not self._fast
