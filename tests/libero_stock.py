@@ -1,4 +1,4 @@
-"""LIBERO as it is published, played the way openpi plays it: what the tests hold our environment against."""
+"""Episodes of LIBERO as it is published and of our environment, and what is different between them."""
 
 from __future__ import annotations
 
@@ -7,76 +7,53 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import libero_files
-from dsrl_async.envs.images import libero_image
-from dsrl_async.envs.libero import IDLE_ACTION, LiberoEnvironment, Scene, axis_angle
-
-RENDER_SIZE = 256
+from dsrl_async.bench.env import StockEnvironment
+from dsrl_async.envs.libero import IDLE_ACTION, LiberoEnvironment, Scene
 
 
 class Episode(NamedTuple):
-    """What can be seen of an episode, per environment step except where said."""
+    """What can be seen of an episode."""
 
     simulation: list[NDArray[np.float64]]
-    """Time, positions and velocities of the simulation."""
+    """After each step: time, positions and velocities of the simulation."""
     success: list[bool]
+    """After each step."""
     state: list[NDArray[np.float32]]
-    """Of the decisions: float32[8], first observation included."""
+    """At each decision and at the end: float32[8]."""
     images: list[NDArray[np.uint8]]
-    """Of the decisions: uint8[2, size, size, 3]."""
+    """At each decision and at the end: uint8[2, size, size, 3]."""
 
 
-class StockEnvironment:
-    """A suite's task in LIBERO's own wrapper; resets compile the scene anew and every step renders."""
+def play_stock(
+    stock: StockEnvironment, scene: Scene, settling_steps: int, chunks: NDArray[np.float32], size: int
+) -> Episode:
+    """Executes float32[decisions, steps, 7] until it succeeds."""
+    episode = Episode([], [], [], [])
 
-    def __init__(self, suite: str, task: int, render_size: int = RENDER_SIZE) -> None:
-        libero_files.prepare_import()
-        from libero.libero.envs import OffScreenRenderEnv
+    def decide() -> None:
+        images, state = stock.observe(size)
+        episode.images.append(images)
+        episode.state.append(state)
 
-        self.init_states = libero_files.init_states(suite, task)
-        self.env = OffScreenRenderEnv(
-            bddl_file_name=str(libero_files.bddl_file(suite, task)),
-            camera_heights=render_size,
-            camera_widths=render_size,
-        )
-
-    def reset(self, scene: Scene, settling_steps: int) -> dict[str, Any]:
-        self.env.seed(scene.seed)
-        for _ in range(scene.resets):
-            self.env.reset()
-        observation: dict[str, Any] = self.env.set_init_state(self.init_states[scene.init_state])
-        for _ in range(settling_steps):
-            observation, *_ = self.env.step(IDLE_ACTION)
-        return observation
-
-    def play(self, scene: Scene, settling_steps: int, chunks: NDArray[np.float32], size: int) -> Episode:
-        """Executes float32[decisions, steps, 7] until it succeeds."""
-        episode = Episode([], [], [], [])
-        observation = self.reset(scene, settling_steps)
-        for chunk in chunks:
-            self._decide(observation, episode, size)
-            for action in chunk:
-                observation, reward, done, _ = self.env.step(action)
-                assert done == (reward > 0)
-                episode.simulation.append(self.env.get_sim_state())
-                episode.success.append(done)
-                if done:
-                    self._decide(observation, episode, size)
-                    return episode
-        self._decide(observation, episode, size)
-        return episode
-
-    @staticmethod
-    def _decide(observation: dict[str, Any], episode: Episode, size: int) -> None:
-        parts = ("eef_pos", "eef_quat", "gripper_qpos")
-        position, orientation, fingers = (observation[f"robot0_{part}"] for part in parts)
-        episode.state.append(np.concatenate((position, axis_angle(orientation), fingers)).astype(np.float32))
-        cameras = ("agentview_image", "robot0_eye_in_hand_image")
-        episode.images.append(np.stack([libero_image(observation[name], size) for name in cameras]))
+    stock.reset(scene.seed, scene.init_state, scene.resets)
+    for _ in range(settling_steps):
+        stock.step(np.array(IDLE_ACTION))
+    for chunk in chunks:
+        decide()
+        for action in chunk:
+            reward, done = stock.step(action)
+            assert done == (reward > 0)
+            episode.simulation.append(stock.env.get_sim_state())
+            episode.success.append(done)
+            if done:
+                decide()
+                return episode
+    decide()
+    return episode
 
 
 def play(environment: LiberoEnvironment, seed: int, number: int, chunks: NDArray[np.float32]) -> Episode:
-    """The same with our environment, whose chunks are executed in parts where the simulation is to be seen."""
+    """The same with our environment; chunks are executed in parts, so that the simulation is seen at each step."""
     episode = Episode([], [], [], [])
     size = environment.spec.image_size
 

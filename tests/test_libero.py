@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dsrl_async.bench.env import StockEnvironment
 from dsrl_async.config import validate
 from dsrl_async.envs import libero_files, make_environment
 
 if find_spec("libero") is None or find_spec("robosuite") is None:
     pytest.skip("LIBERO is not installed; pip install -e '.[libero]'", allow_module_level=True)
 
-from libero_stock import Episode, StockEnvironment, differences, play
+from libero_stock import Episode, differences, play, play_stock
 
 from dsrl_async.envs import libero as libero_module
 from dsrl_async.envs.libero import LiberoEnvironment
@@ -71,7 +72,7 @@ def compare(
     # robosuite draws into whichever graphics context was made current last.
     stock.env.sim._render_context_offscreen.gl_ctx.make_current()
     settling, size = environment.settling_steps, environment.spec.image_size
-    expected = stock.play(environment.scene(number, number), settling, chunks, size)
+    expected = play_stock(stock, environment.scene(number, number), settling, chunks, size)
     return differences(expected, play(environment, number, number, chunks)), expected
 
 
