@@ -27,10 +27,8 @@ FIXED_BY_CHECKPOINT = (
 )
 """Keys of `sac` that shape the networks, so that a checkpoint fits only the values it was made with."""
 SPARE_DESCRIPTORS = 64
-ACTOR_BYTES, MODEL_PROCESS_BYTES = (
-    80 << 20,
-    500 << 20,
-)  # private memory of an actor; of inference and of learner
+# Private memory of an actor, which in LIBERO is mostly textures; of inference and of learner.
+ACTOR_BYTES, LIBERO_ACTOR_BYTES, MODEL_PROCESS_BYTES = 80 << 20, 1300 << 20, 500 << 20
 
 
 def policy_directory(config: Config) -> Path:
@@ -42,7 +40,8 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     try:
         spec = environment_spec(config.env.model_dump())
     except ValueError as error:
-        raise ConfigError(f"env.name: {error}") from error
+        key = "" if str(error).startswith("env.") else "env.name: "
+        raise ConfigError(f"{key}{error}") from error
     directory = policy_directory(config)
     try:
         policy = find_policy(directory, **config.policy.overrides()).config
@@ -95,7 +94,8 @@ def weights_bytes(config: Config) -> int:
 
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
     shared = layout(run_fields(config, spec, horizon))[1]
-    needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + weights_bytes(config)
+    actor = ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES
+    needed = shared + config.actors * actor + 2 * MODEL_PROCESS_BYTES + weights_bytes(config)
     available = available_memory()
     if needed > available:
         raise ConfigError(
@@ -156,6 +156,10 @@ def check_resume(config: Config, run_dir: Path) -> None:
     for name in FIXED_BY_CHECKPOINT:
         if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
             raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")
+    if config.env.render_quality != before.env.render_quality:
+        raise ConfigError(
+            f"env.render_quality: the resumed run was trained on {before.env.render_quality} pictures; leave it so"
+        )
 
 
 def check_descriptors(config: Config) -> None:

@@ -122,7 +122,7 @@ def test_success_inside_a_chunk_is_liberos(
 
 
 def forget_the_gripper(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(environment, "_reset_scene", lambda: environment._domain.reset())
+    patch.setattr(environment, "_reset_scene", lambda count: environment._domain.reset())
 
 
 def draw_the_present(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ What LIBERO (on robosuite 1.4) does at every step and this does not, each withou
   one inside `mj_step`. Here a substep is computed once: MuJoCo's `mj_step1`, then the controller, which needs only
   positions and velocities, then `mj_step2`.
 * A reset compiles the scene anew and renders eight times. Here the compiled scene stays. That leaves one thing behind,
-  the gripper's last command, which is put back to zero.
+  the gripper's last command, which is put back to zero. And it leaves one thing out: in LIBERO every reset adds once
+  more the samplers that open and close drawers, doors and knobs, and so draws more random numbers than the one before.
 * It computes observables that no policy sees.
 
 LIBERO's own `reset` repeats for ever when an exception is raised in it, broken rendering for instance; it is not used.
@@ -89,7 +90,7 @@ class Scene(NamedTuple):
     seed: int
     """Of numpy's global generator before the reset, which places the fixtures: they are not in the initial state."""
     resets: int
-    """How many resets come after the seed; the last one counts."""
+    """How many resets come after the seed, in a scene that was just made; the last one counts."""
 
 
 def versions() -> dict[str, str]:
@@ -167,6 +168,7 @@ class LiberoEnvironment:
         self._domains = _import_libero()
         self._task: int | None = None
         self._domain: Any = None
+        self._property_samplers: list[Any] = []
         self._scenes = ()  # type: tuple[mujoco.MjvScene, ...]
         self._frames: list[NDArray[np.uint8]] = []
         self._steps = 0
@@ -205,8 +207,8 @@ class LiberoEnvironment:
             self._load(scene.task)
         domain = self._domain
         np.random.seed(scene.seed)  # noqa: NPY002  robosuite draws from the global generator
-        for _ in range(scene.resets):
-            self._reset_scene()
+        for count in range(1, scene.resets + 1):
+            self._reset_scene(count)
         self._start_from(self._init_states[scene.task][scene.init_state])
         for _ in range(self.settling_steps):
             self._step(np.array(IDLE_ACTION))
@@ -227,6 +229,7 @@ class LiberoEnvironment:
                 f"task {task} of {self.suite} cannot be set up: {type(error).__name__}: {error}"
             ) from error
         self._domain, self._task = wrapper.env, task
+        self._property_samplers = list(self._domain.object_property_initializers)
         model, context = self._model, self._context
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         try:
@@ -289,12 +292,13 @@ class LiberoEnvironment:
             )
         self._frames = []
 
-    def _reset_scene(self) -> None:
-        """robosuite's reset without compiling; tried again, a bounded number of times, where it finds no place for
-        the objects."""
+    def _reset_scene(self, count: int) -> None:
+        """As LIBERO's reset number `count` (from 1) after the scene was made, without compiling it; tried again, a
+        bounded number of times, where robosuite finds no place for the objects."""
         from robosuite.utils.errors import RandomizationError
 
         domain = self._domain
+        domain.object_property_initializers = self._property_samplers * (count + 1)
         for _ in range(RESET_TRIALS):
             for robot in domain.robots:
                 robot.gripper.current_action = np.zeros(robot.gripper.dof)
