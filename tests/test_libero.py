@@ -208,27 +208,30 @@ def test_a_stove_glows_in_the_same_picture_and_goes_out_at_a_reset() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_goal", 0), ("libero_10", 9)])
-def test_whole_episodes_unrendered(suite: str, task: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """300 steps, of LIBERO without cameras."""
+@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_10", 9)])
+def test_whole_episodes_unrendered(suite: str, task: int) -> None:
+    """220 steps of LIBERO without cameras, after two resets, in tasks with a drawer and with a door."""
     environment = environment_of(suite, task_ids=[task])
     from libero.libero.envs.env_wrapper import ControlEnv
 
     file = str(libero_files.bddl_file(suite, task))
     stock = ControlEnv(file, use_camera_obs=False, has_offscreen_renderer=False)
     try:
-        for number in (0, 1):
-            scene, chunks = environment.scene(number, number), smooth_chunks(60, seed=number)
-            stock.seed(scene.seed)
-            for _ in range(scene.resets):
-                stock.reset()
-            stock.set_init_state(environment._init_states[task][scene.init_state])
-            environment.reset(number, number)
-            for action in np.concatenate((np.tile(libero_module.IDLE_ACTION, (10, 1)), chunks.reshape(-1, 7))):
-                stock.step(action)
-            for chunk in chunks:
-                environment.step_chunk(chunk)
-            assert np.array_equal(stock.get_sim_state(), environment._domain.sim.get_state().flatten())
+        scene, chunks = environment.scene(1, 1), smooth_chunks(44)
+        assert scene.resets == 2
+        stock.seed(scene.seed)
+        for _ in range(scene.resets):
+            stock.reset()
+        stock.set_init_state(environment._init_states[task][scene.init_state])
+        for action in np.concatenate((np.tile(libero_module.IDLE_ACTION, (10, 1)), chunks.reshape(-1, 7))):
+            stock.step(action)
+        play(environment, 0, 0, chunks[:2])
+        environment.reset(1, 1)
+        outcomes = [environment.step_chunk(chunk) for chunk in chunks]
+        assert sum(outcome.steps for outcome in outcomes) == 220
+        assert np.array_equal(stock.get_sim_state(), environment._domain.sim.get_state().flatten())
+        for name in libero_module.CHANGED_BY_EPISODES:
+            assert np.array_equal(getattr(stock.sim.model, name), getattr(environment._model, name)), name
     finally:
         stock.close()
         environment.close()

@@ -8,9 +8,10 @@ What LIBERO (on robosuite 1.4) does at every step and this does not, each withou
 * It computes each of the 25 substeps three times over: its own forward pass, a second one in the controller, and the
   one inside `mj_step`. Here a substep is computed once: MuJoCo's `mj_step1`, then the controller, which needs only
   positions and velocities, then `mj_step2`.
-* A reset compiles the scene anew and renders eight times. Here the compiled scene stays. That leaves one thing behind,
-  the gripper's last command, which is put back to zero. And it leaves one thing out: in LIBERO every reset adds once
-  more the samplers that open and close drawers, doors and knobs, and so draws more random numbers than the one before.
+* A reset compiles the scene anew and renders eight times. Here the compiled scene stays, and what an episode changes
+  in it is put back: the furniture's places, what is visible, and the gripper's last command. One thing is repeated: in
+  LIBERO every reset adds once more the samplers that open and close drawers, doors and knobs, and so draws more random
+  numbers than the one before.
 * It computes observables that no policy sees.
 
 LIBERO's own `reset` repeats for ever when an exception is raised in it, broken rendering for instance; it is not used.
@@ -40,6 +41,8 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 IDLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """The action while objects settle: stay, with the gripper open."""
 MAX_SCENE_GEOMS = 1000  # robosuite's
+CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
+"""What LIBERO changes in a compiled scene."""
 RESET_TRIALS = 100  # each of them 5000 attempts of robosuite to place the objects
 
 
@@ -169,6 +172,7 @@ class LiberoEnvironment:
         self._task: int | None = None
         self._domain: Any = None
         self._property_samplers: list[Any] = []
+        self._compiled: dict[str, NDArray[Any]] = {}
         self._scenes = ()  # type: tuple[mujoco.MjvScene, ...]
         self._frames: list[NDArray[np.uint8]] = []
         self._steps = 0
@@ -230,6 +234,9 @@ class LiberoEnvironment:
             ) from error
         self._domain, self._task = wrapper.env, task
         self._property_samplers = list(self._domain.object_property_initializers)
+        compiled = mujoco.MjModel.from_xml_string(self._domain.model.get_xml())  # without what the constructor changed
+        self._compiled = {name: getattr(compiled, name).copy() for name in CHANGED_BY_EPISODES}
+        del compiled
         model, context = self._model, self._context
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         try:
@@ -300,6 +307,8 @@ class LiberoEnvironment:
         domain = self._domain
         domain.object_property_initializers = self._property_samplers * (count + 1)
         for _ in range(RESET_TRIALS):
+            for name, values in self._compiled.items():
+                getattr(self._model, name)[:] = values
             for robot in domain.robots:
                 robot.gripper.current_action = np.zeros(robot.gripper.dof)
             with contextlib.suppress(RandomizationError):
