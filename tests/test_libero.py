@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -309,6 +310,19 @@ def test_fast_pictures_differ_and_it_is_said(environment: LiberoEnvironment, cap
     difference = np.abs(frames[0] - frames[1])
     assert 0 < (difference.max(-1) > 8).mean() < 0.2
     assert difference.mean() < 3
+
+
+def test_the_benchmark_prints_a_line_per_figure() -> None:
+    options = ["--system", "dsrl_async", "--decisions", "1", "--repeats", "1"]
+    command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "cannot render" in result.stderr:
+        pytest.skip(result.stderr.splitlines()[-1])
+    assert result.returncode == 0, result.stderr
+    value = {record["metric"]: record["value"] for record in map(json.loads, result.stdout.splitlines())}
+    assert value["steps_per_second"] == pytest.approx(1000 / value["step"], rel=1e-3)
+    assert value["memory"] > 200
+    assert value["start"] > 1
 
 
 # What goes wrong

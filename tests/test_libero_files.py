@@ -128,3 +128,12 @@ def test_a_specification_imports_neither_simulator_nor_libero() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("options", [["--repeats", "0"], ["--together", "-1"]])
+def test_impossible_options_of_the_benchmark_are_refused(options: list[str]) -> None:
+    command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "positive" in result.stderr
+    assert result.stderr.count("\n") == 1
