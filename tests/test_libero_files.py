@@ -59,7 +59,7 @@ def test_a_suite_that_is_not_there_is_refused(package: Path) -> None:
 
 def test_without_libero_it_is_said_how_to_get_it(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libero_files, "_package_directory", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'dsrl_async\[libero\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[libero\]'"):
         spec()
 
 

@@ -37,7 +37,7 @@ def root() -> Path:
     """The directory `libero/libero` of the installed LIBERO; raises ValueError if there is none."""
     package = _package_directory("libero")
     if package is None or not (package / "libero" / "benchmark").is_dir():
-        raise ValueError("LIBERO is not installed; install it with: pip install 'dsrl_async[libero]'")
+        raise ValueError("LIBERO is not installed; see docs/libero.md, or: pip install -e '.[libero]'")
     return package / "libero"
 
 
