@@ -35,13 +35,13 @@ class Section(BaseModel):
 class EnvConfig(Section):
     """What an environment process simulates."""
 
-    name: Literal["tabletop", "libero_spatial"] = "tabletop"
-    """Which environment: the embedded MuJoCo tabletop scene. (`libero_spatial` can be configured, but this release
-    has no LIBERO environment yet and refuses to start it.)"""
+    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"] = "tabletop"
+    """Which environment: the embedded MuJoCo tabletop scene, or a suite of LIBERO (docs/libero.md)."""
     layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
     """tabletop: where the red target plate is: always in one place, in one of two, or anywhere."""
-    max_episode_steps: int = Field(50, gt=0)
-    """Environment steps after which an episode is truncated."""
+    max_episode_steps: int | None = Field(None, gt=0)
+    """Environment steps after which an episode is truncated; null means 50 for the tabletop, and for LIBERO what
+    `preset` says of the suite."""
     chunk: int = Field(5, gt=0)
     """Environment steps executed per decision, out of the policy's action horizon."""
     use_step_penalty: bool = True
@@ -49,6 +49,30 @@ class EnvConfig(Section):
     reward_rule: Literal["chunk_success", "first_step"] = "chunk_success"
     """`chunk_success`: a decision counts as successful when any of its steps is; `first_step`: only when its
     first step is (RLinf's rule)."""
+    preset: Literal["openpi", "rlinf", "lerobot"] = "openpi"
+    """LIBERO: whose protocol `max_episode_steps`, `settling_steps` and `seeding` follow where they are null."""
+    task_ids: list[int] | None = None
+    """LIBERO: the numbers of the suite's tasks to play; null means all."""
+    init_states: list[int] | None = None
+    """LIBERO: which of a task's published initial states (0 to 49) to start from; null means all."""
+    scene_order: Literal["sampled", "cycled"] = "sampled"
+    """LIBERO: an episode's task and initial state are drawn, or follow one another: all initial states of the first
+    task, then those of the next."""
+    settling_steps: int | None = Field(None, ge=0)
+    """LIBERO: steps before an episode in which the objects come to rest; null means what `preset` says."""
+    seeding: Literal["episode", "fixed", "task"] | None = None
+    """LIBERO: what places the furniture, which initial states leave open: a seed drawn for each episode, the same
+    seed before every episode, or one seed for a task, of whose resets initial state k takes the k-th; null means
+    what `preset` says."""
+    image_size: int = Field(224, gt=0)
+    """LIBERO: height and width of the images for the policy."""
+    render_size: int = Field(256, gt=0)
+    """LIBERO: height and width that the cameras are rendered with, before resizing."""
+    rotate_images: bool = True
+    """LIBERO: turn the images by 180 degrees, as published policies were trained."""
+    render_quality: Literal["exact", "fast"] = "exact"
+    """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, which takes half the time
+    where a CPU renders and differs visibly."""
 
 
 class PolicyConfig(Section):

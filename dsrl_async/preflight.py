@@ -31,6 +31,8 @@ FIXED_BY_CHECKPOINT = (
 SPARE_DESCRIPTORS = 64
 ACTOR_BYTES = 80 << 20
 """Private memory of an actor."""
+LIBERO_ACTOR_BYTES = 1300 << 20
+"""The same in LIBERO, which is mostly textures."""
 MODEL_PROCESS_BYTES = 500 << 20
 """Private memory of the inference process without the policy, and of the learner."""
 
@@ -44,7 +46,8 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     try:
         spec = environment_spec(config.env.model_dump())
     except ValueError as error:
-        raise ConfigError(f"env.name: {error}") from error
+        key = "" if str(error).startswith("env.") else "env.name: "
+        raise ConfigError(f"{key}{error}") from error
     directory = policy_directory(config)
     try:
         policy = find_policy(directory, **config.policy.overrides()).config
@@ -109,7 +112,8 @@ def policy_bytes(config: Config, horizon: int) -> int:
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
     shared = layout(run_fields(config, spec, horizon))[1]
     policy = policy_bytes(config, horizon)
-    needed = shared + config.actors * ACTOR_BYTES + 2 * MODEL_PROCESS_BYTES + policy
+    actor = ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES
+    needed = shared + config.actors * actor + 2 * MODEL_PROCESS_BYTES + policy
     available = available_memory()
     if needed > available:
         halve = ", or set policy.dtype to bfloat16" if policy > shared and config.policy.dtype != "bfloat16" else ""
@@ -175,6 +179,10 @@ def check_resume(config: Config, run_dir: Path) -> None:
     for name in FIXED_BY_CHECKPOINT:
         if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
             raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")
+    if config.env.render_quality != before.env.render_quality:
+        raise ConfigError(
+            f"env.render_quality: the resumed run was trained on {before.env.render_quality} pictures; leave it so"
+        )
 
 
 def check_descriptors(config: Config) -> None:

@@ -73,17 +73,20 @@ class Actor:
         """Begin a new episode and publish its first observation; without one to evaluate, be `finished`."""
         lane, slots = self.lane, self.slots
         if self.evaluation is None:
-            seed = episode_seed(self.seed, TRAINING, lane, int(self.counters.actor_started_episodes[lane]))
-        elif (number := next(self.evaluation, None)) is not None:
-            seed = episode_seed(self.seed, EVALUATION, 0, number)
+            started = int(self.counters.actor_started_episodes[lane])
+            number = started * len(slots.task_index) + lane
+            seed = episode_seed(self.seed, TRAINING, lane, started)
         else:
-            self.finished = True
-            return
+            number = next(self.evaluation, -1)
+            if number < 0:
+                self.finished = True
+                return
+            seed = episode_seed(self.seed, EVALUATION, 0, number)
         self.counters.actor_started_episodes[lane] += 1
         self.noise_rng = np.random.default_rng(seed)
         self.episode_return, self.episode_len = 0.0, 0
         with self.phase("reset"):
-            slots.task_index[lane] = self.env.reset(seed)
+            slots.task_index[lane] = self.env.reset(seed, number)
         self._observe()
         with self.phase("replay_write"):
             self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane])

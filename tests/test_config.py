@@ -134,7 +134,7 @@ def test_saved_configuration_reads_back(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"env": {"name": "libero_spatial"}}, "libero_spatial"),
+        ({"env": {"name": "libero_spatial"}}, "LIBERO is not installed|libero_spatial is 224"),
         ({"policy": {"checkpoint": "nowhere"}}, "no directory or safetensors file .*nowhere"),
         ({"env": {"chunk": 11}}, "env.chunk"),
         ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),
@@ -161,6 +161,11 @@ def test_too_little_memory_is_said_before_anything_is_started() -> None:
     policy, spec = preflight.check_policy(config)
     with pytest.raises(ConfigError, match=r"needs about .* GiB .* lower replay.capacity or actors"):
         preflight.check_memory(config, spec, policy.action_horizon)
+    for name in ("tabletop", "libero_spatial"):  # an actor of LIBERO needs more than a gigabyte
+        config = validate({"actors": 2000, "env": {"name": name}})
+        with pytest.raises(ConfigError) as caught:
+            preflight.check_memory(config, spec, policy.action_horizon)
+        assert (float(str(caught.value).split()[4]) > 2000) == (name != "tabletop")
 
 
 def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> None:
@@ -185,6 +190,9 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
         preflight.open_run_directory(validate({**resumed, "max_decisions": 5}))
     other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "sac": {"hidden_dims": [7]}})
     with pytest.raises(ConfigError, match=r"sac\.hidden_dims: .* made with \[128, 128, 128\]"):
+        preflight.open_run_directory(other)
+    other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"render_quality": "fast"}})
+    with pytest.raises(ConfigError, match=r"env\.render_quality: the resumed run was trained on exact pictures"):
         preflight.open_run_directory(other)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write to"):

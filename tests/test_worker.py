@@ -27,7 +27,7 @@ class ScriptedEnvironment:
         self.seeds: list[int] = []
         self.actions: list[np.ndarray] = []
 
-    def reset(self, seed: int) -> int:
+    def reset(self, seed: int, number: int = 0) -> int:
         self.seeds.append(seed)
         return 0
 

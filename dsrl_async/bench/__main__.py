@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsrl_async.bench import denoise
+from dsrl_async.bench import denoise, env
 
-BENCHMARKS = {"denoise": denoise}
+BENCHMARKS = {"denoise": denoise, "env": env}
 
 
 def main() -> int:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dsrl_async.envs import libero_files
+
 SAC_IMAGE_SIZE = 64
 """Height and width in pixels of the image that the SAC agent sees."""
 
@@ -49,8 +51,11 @@ class Environment(Protocol):
 
     spec: EnvironmentSpec
 
-    def reset(self, seed: int) -> int:
-        """Starts the episode that `seed` fully determines; returns its task_index."""
+    def reset(self, seed: int, number: int = 0) -> int:
+        """Starts the episode that `seed` and `number` fully determine; returns its task_index.
+
+        `number` counts the episodes of all actors, for environments that go through their scenes in order.
+        """
         ...
 
     def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
@@ -70,30 +75,38 @@ class Environment(Protocol):
         ...
 
 
-_SPECS = {
-    "tabletop": EnvironmentSpec(
-        cameras=2, image_size=64, state_dim=8, action_dim=7, prompts=("put the block on the red plate",)
-    ),
-}
+TABLETOP = EnvironmentSpec(
+    cameras=2, image_size=64, state_dim=8, action_dim=7, prompts=("put the block on the red plate",)
+)
+TABLETOP_EPISODE_STEPS = 50
+"""Environment steps of an episode where the configuration leaves it open."""
 
 
 def environment_spec(config: Mapping[str, Any]) -> EnvironmentSpec:
     """The shapes of the environment that `config` (as from `EnvConfig.model_dump()`) names.
 
-    Raises ValueError if there is no environment of that name.
+    Raises ValueError if there is no environment of that name, or if it is one of LIBERO and that is not installed.
     """
     name = config["name"]
-    if name not in _SPECS:
-        raise ValueError(f"unknown environment {name!r}; choose one of {', '.join(sorted(_SPECS))}")
-    return _SPECS[name]
+    if name == "tabletop":
+        return TABLETOP
+    if name not in libero_files.SUITES:
+        raise ValueError(f"unknown environment {name!r}; choose one of tabletop, {', '.join(libero_files.SUITES)}")
+    names = libero_files.task_names(name)
+    prompts = (libero_files.instruction(names[task]) for task in libero_files.selected_tasks(name, config["task_ids"]))
+    return EnvironmentSpec(2, config["image_size"], state_dim=8, action_dim=7, prompts=tuple(prompts))
 
 
 def make_environment(config: Mapping[str, Any]) -> Environment:
     """Builds the environment that `config` (as from `EnvConfig.model_dump()`) describes.
 
-    Raises ValueError if there is no environment of that name, or a setting of it is unknown.
+    Raises ValueError if there is no environment of that name, or a setting of it is unknown or does not work here.
     """
-    environment_spec(config)
-    from dsrl_async.envs.tabletop import TabletopEnvironment
+    if environment_spec(config) is TABLETOP:
+        from dsrl_async.envs.tabletop import TabletopEnvironment
 
-    return TabletopEnvironment(layout=config["layout"], max_episode_steps=config["max_episode_steps"])
+        steps = config["max_episode_steps"]
+        return TabletopEnvironment(config["layout"], TABLETOP_EPISODE_STEPS if steps is None else steps)
+    from dsrl_async.envs.libero import LiberoEnvironment
+
+    return LiberoEnvironment(config)

