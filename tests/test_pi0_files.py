@@ -139,7 +139,7 @@ def test_damage_is_named_in_one_sentence(checkpoint: Path, damage: Callable[[Pat
 
 
 def test_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no directory or safetensors file .*nowhere"):
+    with pytest.raises(ValueError, match=r"no directory or safetensors file .*nowhere"):
         load_policy(tmp_path / "nowhere")
 
 

@@ -234,7 +234,7 @@ def test_tensorboard_has_exactly_the_documented_names(run: FakeRun) -> None:
     rates = {"time/env_steps_per_s", "time/decisions_per_s", "time/updates_per_s"}
     shares = {f"time/{kind}/{phase}" for kind, names in phases.items() for phase in names}
     assert {tag for tag in scalars if tag.startswith("time/")} == rates | shares
-    names = ("policy_lag", "batch_size", "batch_fill", "queue_wait_ms", "replay_ratio")
+    names = ("policy_lag", "batch_size", "batch_fill", "queue_wait_ms", "replay_ratio", "success_rate")
     assert {tag for tag in scalars if tag.startswith("async/")} == {f"async/{name}" for name in names}
     assert {"system/cpu_percent/total", "system/cpu_percent/actor", "system/memory_mb/total"} <= set(scalars)
 
