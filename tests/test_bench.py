@@ -15,6 +15,7 @@ import torch
 
 from dsrl_async.bench import denoise, synthetic
 from dsrl_async.bench.policy import language_length, load
+from dsrl_async.bench.report import Report
 from dsrl_async.bench.serving import Stages, _count, _time
 
 torch.set_num_threads(1)
@@ -175,3 +176,20 @@ def test_observations_do_not_depend_on_the_other_rows() -> None:
         assert np.array_equal(three[name][:2], rows), name
     assert three["token_mask"].sum(1).tolist() == [5, 17, 48]
     assert three["tokens"].max() < config["vocab_size"]
+
+
+def test_out_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out .*nowhere.* cannot be written: No such file"):
+        Report("denoise", 1, tmp_path / "nowhere" / "lines.jsonl")
+
+
+def test_a_report_prints_and_writes_the_same_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("denoise", 3, tmp_path / "lines.jsonl")
+    report.case("toy")
+    report.add("ours", "total", 1 / 3, "ms")
+    report.add("theirs", "total", 2.0, "ms")
+    printed = capsys.readouterr().out
+    assert (tmp_path / "lines.jsonl").read_text() == printed
+    first = json.loads(printed.splitlines()[0])
+    assert list(first) == ["benchmark", "case", "system", "metric", "value", "unit", "repeats", "load"]
+    assert first["value"] == 0.333333

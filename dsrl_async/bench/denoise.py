@@ -38,6 +38,7 @@ import numpy as np
 import psutil
 
 from dsrl_async.bench import synthetic
+from dsrl_async.bench.report import Report
 from dsrl_async.bench.serving import STAGES
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.tensors import parameter_count
@@ -191,11 +192,10 @@ def summarise(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, fl
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a JSON object per figure: benchmark, case, system, metric, value, unit, repeats, load (1-minute average
-    of the machine, before the case)."""
+    """Measures every case that the options ask for; see `Report` for what is written."""
     if arguments.repeats < 1 or min(arguments.batch) < 1 or arguments.steps < 1 or arguments.threads < 1:
         raise ValueError("--repeats, --batch, --steps and --threads must be positive")
-    lines: list[str] = []
+    report = Report("denoise", arguments.repeats, arguments.out)
     for size in arguments.size:
         for model in arguments.model:
             config = synthetic.sizes(model, size)
@@ -203,21 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"--prompt-tokens must be from 1 to {config['max_token_len']} for {model}")
             for dtype in arguments.dtype:
                 for batch in arguments.batch:
-                    load = round(os.getloadavg()[0], 2)
-                    case = f"{model} {size} {dtype} batch {batch} steps {arguments.steps} threads {arguments.threads}"
-                    results = measure(arguments.system, config, dtype, batch, arguments)
-                    for system, metric, value, unit in summarise(results):
-                        record = {
-                            "benchmark": "denoise",
-                            "case": case,
-                            "system": system,
-                            "metric": metric,
-                            "value": float(f"{value:.6g}"),
-                            "unit": unit,
-                            "repeats": arguments.repeats,
-                            "load": load,
-                        }
-                        lines.append(json.dumps(record))
-                        print(lines[-1], flush=True)
-                    if arguments.out is not None:
-                        arguments.out.write_text("\n".join(lines) + "\n")
+                    details = f"batch {batch} steps {arguments.steps} threads {arguments.threads}"
+                    report.case(f"{model} {size} {dtype} {details}")
+                    for figure in summarise(measure(arguments.system, config, dtype, batch, arguments)):
+                        report.add(*figure)

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsrl_async.bench.report import Report
 from dsrl_async.envs.libero_files import SUITES
 
 STOCK, OWN, FAST = "libero", "dsrl_async", "dsrl_async fast"
@@ -285,8 +286,7 @@ def _summarise(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a JSON object per figure: benchmark, case, system, metric, value, unit, repeats, load (1-minute average
-    of the machine, before the measurement)."""
+    """Measures what the options ask for; see `Report` for what is written."""
     import tempfile
 
     from dsrl_async.envs import libero_files
@@ -294,27 +294,14 @@ def run(arguments: argparse.Namespace) -> None:
     if min(arguments.chunk, arguments.decisions, arguments.repeats) < 1 or arguments.together < 0:
         raise ValueError("--chunk, --decisions and --repeats must be positive, --together not negative")
     libero_files.selected_tasks(arguments.suite, [arguments.task])
-    load = round(os.getloadavg()[0], 2)
+    report = Report("env", arguments.repeats, arguments.out)
     case = f"{arguments.suite} task {arguments.task} chunk {arguments.chunk}"
     if arguments.together:
         case += f" together {arguments.together}"
-    lines = []
+    report.case(case)
     with tempfile.TemporaryDirectory() as directory:
-        for system, metric, value, unit in measure(arguments, Path(directory)):
-            record = {
-                "benchmark": "env",
-                "case": case,
-                "system": system,
-                "metric": metric,
-                "value": float(f"{value:.6g}"),
-                "unit": unit,
-                "repeats": arguments.repeats,
-                "load": load,
-            }
-            lines.append(json.dumps(record))
-            print(lines[-1], flush=True)
-    if arguments.out is not None:
-        arguments.out.write_text("\n".join(lines) + "\n")
+        for figure in measure(arguments, Path(directory)):
+            report.add(*figure)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,14 @@ TABLETOP_EPISODE_STEPS = 50
 """Environment steps of an episode where the configuration leaves it open."""
 
 
+def check_chunk(action_chunk: NDArray[np.float32], action_dim: int) -> None:
+    """Raises ValueError unless the chunk is [k, action_dim], with k >= 1, of finite numbers."""
+    if action_chunk.ndim != 2 or action_chunk.shape[1] != action_dim or not len(action_chunk):
+        raise ValueError(f"an action chunk must have shape [k, {action_dim}] with k >= 1, not {action_chunk.shape}")
+    if not np.isfinite(action_chunk).all():
+        raise ValueError("the action chunk holds values that are not finite; look at the policy's outputs")
+
+
 def environment_spec(config: Mapping[str, Any]) -> EnvironmentSpec:
     """The shapes of the environment that `config` (as from `EnvConfig.model_dump()`) names.
 

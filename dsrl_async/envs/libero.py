@@ -32,7 +32,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, environment_spec, libero_files
+from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, check_chunk, environment_spec, libero_files
 from dsrl_async.envs.images import resize_with_pad
 
 logger = logging.getLogger(__name__)
@@ -348,10 +348,7 @@ class LiberoEnvironment:
 
         Raises ValueError if the chunk's shape is wrong, an action is not finite, or the episode has ended.
         """
-        if action_chunk.ndim != 2 or action_chunk.shape[1] != self.spec.action_dim or not len(action_chunk):
-            raise ValueError(f"an action chunk must have shape [k, 7] with k >= 1, not {action_chunk.shape}")
-        if not np.isfinite(action_chunk).all():
-            raise ValueError("the action chunk holds values that are not finite; look at the policy's outputs")
+        check_chunk(action_chunk, self.spec.action_dim)
         if self._ended:
             raise ValueError("the episode has ended; call reset before step_chunk")
         for index, action in enumerate(action_chunk):
