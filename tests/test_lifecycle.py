@@ -33,7 +33,7 @@ DOCUMENT_NAMES = {
 
 
 def test_run_to_a_limit_leaves_a_complete_run_directory(tmp_path: Path) -> None:
-    run = Launched(tmp_path / "run", *SMALL, "--max-decisions", "150", "--max-minutes", "2")
+    run = Launched(tmp_path / "run", *SMALL, "--max-decisions", "400", "--max-minutes", "2")
     run.wait_learning()
     environments = run.children("worker")
     assert len(environments) == 2
@@ -43,12 +43,12 @@ def test_run_to_a_limit_leaves_a_complete_run_directory(tmp_path: Path) -> None:
     assert result["returncode"] == 0, result["stderr"]
     assert result.keys() >= SUMMARY_KEYS
     assert result["exit_reason"] == "max_decisions"
-    assert result["decisions"] == 150
-    assert 0 < result["env_steps"] <= 150 * 5
+    assert result["decisions"] == 400
+    assert 0 < result["env_steps"] <= 400 * 5
     assert result["replay_ratio"] == pytest.approx(1.0, abs=0.1)
     assert run.left_over() == []
     counters = state_of(run.run_dir)["counters"]
-    assert sum(counters["actor_decisions"]) == 150
+    assert sum(counters["actor_decisions"]) == 400
     assert sum(counters["actor_env_steps"]) == result["env_steps"]
     events = EventAccumulator(str(run.run_dir / "tensorboard"))
     events.Reload()
