@@ -302,8 +302,9 @@ def test_summary_has_exactly_its_keys_and_is_json(run: FakeRun) -> None:
     run.monitor.close()
     run.monitor.close()
     assert before["success_rate"] is None
-    expected = "wall_s env_steps decisions updates episodes success_rate success_episodes env_steps_per_s decisions_per_s"
-    expected += " updates_per_s replay_ratio policy_lag_mean batch_size_mean batch_fill phases memory_mb"
+    expected = "wall_s env_steps decisions updates episodes success_rate success_episodes"
+    expected += " env_steps_per_s decisions_per_s updates_per_s replay_ratio policy_lag_mean"
+    expected += " batch_size_mean batch_fill phases memory_mb"
     for result in (before, summary):
         assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert set(result) == set(expected.split())
