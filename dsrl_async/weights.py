@@ -8,6 +8,7 @@ The address is in Linux's abstract namespace by default, so no socket file can b
 from __future__ import annotations
 
 import struct
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import zmq
 
 HEADER = struct.Struct("<8sQqq")
 MAGIC = b"DSRLW001"
+BIND_S = 5.0  # how long a predecessor's socket may take to close
 
 
 class Weights(NamedTuple):
@@ -42,13 +44,26 @@ def decode(frame: bytes | memoryview, layout_hash: int, size: int) -> Weights:
     return Weights(version, np.frombuffer(frame, np.float32, offset=HEADER.size))
 
 
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    """Bind, if need be a little later: ZeroMQ closes a predecessor's socket in the background."""
+    deadline = time.monotonic() + BIND_S
+    while True:
+        try:
+            socket.bind(address)
+            return
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+
+
 class WeightPublisher:
     def __init__(self, address: str) -> None:
         # XPUB hands subscriptions to us, which is how a late joiner is noticed; VERBOSE, so that a second one is too.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.XPUB)
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(address)
+        _bind(self._socket, address)
         self._last: bytes | None = None
 
     def publish(self, frame: bytes) -> None:
