@@ -14,7 +14,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -348,11 +348,16 @@ def type_name(annotation: Any) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        if unknown not in message.split()[0] and unknown.startswith("--"):
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
-            message += f"; did you mean {near[0]}?" if near else "; --help lists all options"
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        if unknown.startswith("--"):
+            message += _suggestion(unknown.split()[0].partition("=")[0], self._option_string_actions, "options")
         raise ConfigError(message)
+
+
+def _suggestion(unknown: str, known: Iterable[str], what: str) -> str:
+    """The end of a sentence about a name that nobody knows: the nearest of the `known` ones, which are `what`."""
+    near = difflib.get_close_matches(unknown, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; --help lists all {what}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -472,9 +477,7 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = [name for name, _ in leaf_fields()]
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists all keys")
+        return f"unknown key {key!r}" + _suggestion(key, (name for name, _ in leaf_fields()), "keys")
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":

@@ -104,6 +104,25 @@ def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--sac.gama=0.9", r"unrecognized arguments: --sac\.gama=0\.9; did you mean '--sac\.gamma'"),
+        ("--actorz", "unrecognized arguments: --actorz; did you mean '--actors'"),
+        ("--zzzzzzzz", "unrecognized arguments: --zzzzzzzz; --help lists all options"),
+        ("stray", "unrecognized arguments: stray$"),
+    ],
+)
+def test_unknown_option_suggests_the_nearest(argument: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config([argument])
+
+
+def test_resume_of_what_is_not_a_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--resume .*: not a run directory, since it has no config\.yaml"):
+        load_config(["--resume", str(tmp_path)])
+
+
 def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("sac:\n  gama: 0.9\n")
@@ -190,6 +209,9 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
         preflight.open_run_directory(validate({**resumed, "max_decisions": 5}))
     other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "sac": {"hidden_dims": [7]}})
     with pytest.raises(ConfigError, match=r"sac\.hidden_dims: .* made with \[128, 128, 128\]"):
+        preflight.open_run_directory(other)
+    other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"layout": "fixed"}})
+    with pytest.raises(ConfigError, match=r"env\.layout: the resumed run learned from swap2"):
         preflight.open_run_directory(other)
     other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"render_quality": "fast"}})
     with pytest.raises(ConfigError, match=r"env\.render_quality: the resumed run was trained on exact pictures"):

@@ -8,21 +8,18 @@ from torch import Tensor
 
 from dsrl_async.bench import synthetic
 from dsrl_async.bench.serving import Prepare, Sample, Stages, serve
-from dsrl_async.pi0.checkpoint import empty_model
+from dsrl_async.pi0.checkpoint import empty_model, parts_of
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.sampler import Sampler, language_bucket
-from dsrl_async.pi0.tensors import model_tensors
 
 
 @torch.no_grad()
 def seeded_policy(config: Pi0Config, dtype: torch.dtype, seed: int) -> Pi0:
     """A policy on the CPU, filled tensor by tensor, so that a full-size one takes no more than its weights."""
     policy = empty_model(config, "cpu", dtype)
-    for name, parts in model_tensors(config).items():
-        rows = policy.get_parameter(name).split([part.shape[0] for part in parts])
-        for part, row in zip(parts, rows, strict=True):
-            row.copy_(torch.from_numpy(synthetic.weight(part.name, part.shape, seed)))
+    for part, rows in parts_of(policy):
+        rows.copy_(torch.from_numpy(synthetic.weight(part.name, part.shape, seed)))
     return policy
 
 

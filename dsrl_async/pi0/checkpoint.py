@@ -8,7 +8,7 @@ weights and one staging buffer.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
 from dsrl_async.pi0.tensors import (
     EMBEDDING,
     TIED_EMBEDDING,
+    Part,
     StoredTensor,
     check_stored,
     check_tensors,
@@ -47,15 +48,16 @@ class LoadedPolicy:
     tokenizer: PromptTokenizer
 
 
+def parts_of(model: Pi0) -> Iterator[tuple[Part, Tensor]]:
+    """Every openpi tensor that the model holds, with the rows of a parameter that it is, as a view."""
+    for parameter, parts in model_tensors(model.config).items():
+        rows = model.get_parameter(parameter).split([part.shape[0] for part in parts])
+        yield from zip(parts, rows, strict=True)
+
+
 def export_tensors(model: Pi0) -> dict[str, Tensor]:
     """The model's weights under openpi's names."""
-    return {
-        part.name: rows.detach().contiguous()
-        for parameter, parts in model_tensors(model.config).items()
-        for part, rows in zip(
-            parts, model.get_parameter(parameter).split([part.shape[0] for part in parts]), strict=True
-        )
-    }
+    return {part.name: rows.detach().contiguous() for part, rows in parts_of(model)}
 
 
 @torch.no_grad()
@@ -68,10 +70,8 @@ def import_tensors(model: Pi0, tensors: Mapping[str, Tensor], source: str = "che
     if EMBEDDING not in tensors and TIED_EMBEDDING in tensors:
         tensors[EMBEDDING] = tensors[TIED_EMBEDDING]
     check_tensors(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    for parameter, parts in model_tensors(model.config).items():
-        rows = model.get_parameter(parameter).split([part.shape[0] for part in parts])
-        for part, target in zip(parts, rows, strict=True):
-            target.copy_(tensors[part.name])
+    for part, target in parts_of(model):
+        target.copy_(tensors[part.name])
 
 
 def load_model(
@@ -112,10 +112,8 @@ def _read_model(
     """The model with the weights of a checkpoint that `tensors.check_stored` has checked."""
     model = empty_model(config, device, dtype)
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-    for parameter, parts in model_tensors(config).items():
-        rows = model.get_parameter(parameter).split([part.shape[0] for part in parts])
-        for part, target in zip(parts, rows, strict=True):
-            _read_tensor(tensors[part.name], target, staging)
+    for part, target in parts_of(model):
+        _read_tensor(tensors[part.name], target, staging)
     return model
 
 

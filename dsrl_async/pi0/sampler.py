@@ -15,8 +15,6 @@ from dsrl_async.pi0.model import MASKED, Extend, Pi0, Rope, Step, key_mask, pref
 
 MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
-
-
 LANGUAGE_MULTIPLE = 8
 """Language slots come in multiples of this, so that a run needs few samplers."""
 COMPILED_SAMPLERS = 256
