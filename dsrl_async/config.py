@@ -14,7 +14,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -346,7 +346,9 @@ def type_name(annotation: Any) -> str:
     return str(annotation.__name__)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """What argparse would print before it ends the process is raised as a ConfigError."""
+
     def error(self, message: str) -> typing.NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         if unknown.startswith("--"):
@@ -362,13 +364,19 @@ def _suggestion(unknown: str, known: Iterable[str], what: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: `--config` and one option for every key of `Config`."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m dsrl_async.launch",
         description="Steer a frozen flow-matching policy with DSRL, asynchronously.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="YAML", help="file with settings; options override it")
-    for key, field in leaf_fields():
+    add_setting_options(parser, leaf_fields())
+    return parser
+
+
+def add_setting_options(parser: argparse.ArgumentParser, fields: Iterable[tuple[str, Any]]) -> None:
+    """One option for each of the settings `fields`, as from `leaf_fields`; `override` takes what they give."""
+    for key, field in fields:
         flag = key.replace("_", "-")
         names = [f"--{flag}"] if flag == key else [f"--{flag}", f"--{key}"]
         default = "null" if field.default is None else str(field.default).replace("%", "%%")
@@ -381,7 +389,6 @@ def build_parser() -> argparse.ArgumentParser:
             nargs="?" if field.annotation is bool else None,
             const="true" if field.annotation is bool else None,
         )
-    return parser
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -409,9 +416,14 @@ def load_config(argv: Sequence[str]) -> Config:
         settings["run_dir"] = run
     elif path is not None:
         settings = read_yaml(Path(path))
+    override(settings, options)
+    return validate(settings)
+
+
+def override(settings: dict[str, Any], options: Mapping[str, str]) -> None:
+    """Put the text of command-line options, by dotted key, into nested settings."""
     for key, text in options.items():
         set_key(settings, key, parse_value(key, text))
-    return validate(settings)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
