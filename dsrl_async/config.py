@@ -374,7 +374,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_setting_options(parser: argparse.ArgumentParser, fields: Iterable[tuple[str, Any]]) -> None:
+def add_setting_options(parser: argparse._ActionsContainer, fields: Iterable[tuple[str, Any]]) -> None:
     """One option for each of the settings `fields`, as from `leaf_fields`; `override` takes what they give."""
     for key, field in fields:
         flag = key.replace("_", "-")

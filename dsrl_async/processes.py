@@ -53,8 +53,8 @@ def start_actor(
 ) -> subprocess.Popen[bytes]:
     """Start the environment process of a lane.
 
-    It waits for answers on `wake_fd` and announces observations on `notify_fds`. `evaluation` makes it play given
-    episodes and end: {"episodes": [first, stop, step], "video_dir": str or None, "videos": int}.
+    It waits for answers on `wake_fd` and announces observations on `notify_fds`. `evaluation` makes it play the
+    episodes that it is given (`shm.assignments`) and end: {"video_dir": str or None, "rate_hz": int, of the films}.
     """
     job = {
         "arena": arena.describe(),

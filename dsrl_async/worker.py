@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dsrl_async.envs import ChunkOutcome, Environment, make_environment
 from dsrl_async.processes import prepare_child
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.assignments import Assignments
 from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, Counters, Phases
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
@@ -154,12 +156,14 @@ def main(argument: str) -> None:
     actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
     counters = actor.counters
     if (evaluation := job["evaluation"]) is not None:
-        episodes = range(*evaluation["episodes"])
-        actor.evaluation = iter(episodes)
+        assignments = Assignments(arena)
+        actor.evaluation = assignments.take(lane, wake, job["notify_fds"])
         if evaluation["video_dir"] is not None:
             from dsrl_async.envs.recording import RecordingEnvironment
 
-            actor.env = RecordingEnvironment(actor.env, episodes, evaluation["video_dir"], evaluation["videos"])
+            actor.env = RecordingEnvironment(
+                actor.env, lambda: bool(assignments.film[lane]), Path(evaluation["video_dir"]), evaluation["rate_hz"]
+            )
     try:
         actor.start()
         while not (counters.control_stop[0] or actor.finished):
