@@ -92,6 +92,9 @@ class PolicyConfig(Section):
     `extra_delta_transform` is 6); null means 6 for openpi's and RLinf's Pi0, and 0 for others."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and arithmetic of the transformers; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    ignore_render_quality: bool = False
+    """LIBERO: play although the policy, or the resumed run, was trained on pictures of the other
+    `env.render_quality`."""
     denoise_steps: int = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
     compile: bool = False

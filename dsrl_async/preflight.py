@@ -5,29 +5,30 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import itertools
-import os
 from datetime import datetime
 from pathlib import Path
-from typing import IO
-
-import psutil
+from typing import IO, NamedTuple
 
 from dsrl_async import checkpoints, processes
-from dsrl_async.config import Config, ConfigError, read_yaml, validate
+from dsrl_async.config import Config, ConfigError, get_key, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
+from dsrl_async.machine import available_cpus, available_memory
+from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.files import find_policy, read_config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
-from dsrl_async.pi0.tensors import find_tensors, parameter_count
+from dsrl_async.pi0.tensors import find_tensors, parameter_count, read_json
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
-FIXED_BY_CHECKPOINT = (
-    *("image_pool", "conv_channels", "conv_kernels", "conv_strides", "conv_padding", "image_latent_dim"),
-    *("state_dim", "state_latent_dim", "hidden_dims", "num_q_heads", "actor_layer_norm", "critic_layer_norm"),
-    *("noise_dim", "noise_layout", "alpha_type"),
+FIXED_BY_RUN = (
+    *("env.name", "env.layout", "env.render_quality"),
+    *("sac.image_pool", "sac.conv_channels", "sac.conv_kernels", "sac.conv_strides", "sac.conv_padding"),
+    *("sac.image_latent_dim", "sac.state_dim", "sac.state_latent_dim", "sac.hidden_dims", "sac.num_q_heads"),
+    *("sac.actor_layer_norm", "sac.critic_layer_norm", "sac.noise_dim", "sac.noise_layout", "sac.alpha_type"),
 )
-"""Keys of `sac` that shape the networks, so that a checkpoint fits only the values it was made with."""
+"""Keys that a resumed run keeps: what it learned from, and what shapes its networks."""
+TRAINING = "training.json"
+"""A file that a checkpoint of this project may hold: what it was trained on, such as {"render_quality": "fast"}."""
 SPARE_DESCRIPTORS = 64
 ACTOR_BYTES = 80 << 20
 """Private memory of an actor."""
@@ -75,18 +76,48 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
         )
     if config.sac.state_dim != spec.state_dim:
         raise ConfigError(f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}")
+    check_render_quality(config)
     return policy, spec
 
 
-def available_memory() -> int:
-    """Bytes that new processes can have: the machine's, or what a container's limit leaves if that is less."""
-    available = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-        used = int((group / "memory.current").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        available = min(available, int(limit) - used + int(statistics["inactive_file"]))  # page cache can be had back
-    return available
+def checkpoint_maker(directory: Path) -> str:
+    """Whose layout a policy checkpoint has: `dsrl_async`, `LeRobot` or `openpi or RLinf`.
+
+    Raises ValueError when its config.json cannot be read.
+    """
+    content = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if "type" in content:
+        return "LeRobot"
+    return "dsrl_async" if Pi0Config.wrote(content) else "openpi or RLinf"
+
+
+def trained_quality(directory: Path) -> str | None:
+    """The `env.render_quality` of the pictures that a policy was trained on; None if nobody says.
+
+    Raises ValueError naming the file that cannot be understood.
+    """
+    if (directory / TRAINING).is_file():
+        quality = read_json(directory / TRAINING).get("render_quality")
+        if quality not in (None, "exact", "fast"):
+            raise ValueError(f"{directory / TRAINING}: render_quality is {quality!r}, it must be exact or fast")
+        return quality
+    return None if checkpoint_maker(directory) == "dsrl_async" else "exact"
+
+
+def check_render_quality(config: Config) -> None:
+    """Raises ConfigError when the policy was trained on other pictures than the run would show it."""
+    if config.env.name == "tabletop" or config.policy.ignore_render_quality:
+        return
+    directory = policy_directory(config)
+    try:
+        trained = trained_quality(directory)
+    except ValueError as error:
+        raise ConfigError(f"policy.checkpoint: {error}") from error
+    if trained not in (None, config.env.render_quality):
+        raise ConfigError(
+            f"env.render_quality: the policy {directory} was trained on {trained} pictures, not on "
+            f"{config.env.render_quality} ones; set it to {trained}, or policy.ignore_render_quality to true"
+        )
 
 
 def policy_bytes(config: Config, horizon: int) -> int:
@@ -109,18 +140,44 @@ def policy_bytes(config: Config, horizon: int) -> int:
     )
 
 
+class MemoryNeed(NamedTuple):
+    """Estimated bytes of the machine's memory that a run takes."""
+
+    shared: int
+    """The run's shared memory, mostly the replay ring."""
+    policy: int
+    """Weights, buffers and activations, where they are not on a GPU."""
+    actor: int
+    """Private memory of one actor."""
+    actors: int
+    """How many actors."""
+
+    @property
+    def without_actors(self) -> int:
+        return self.shared + self.policy + 2 * MODEL_PROCESS_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.without_actors + self.actors * self.actor
+
+
+def memory_needed(config: Config, spec: EnvironmentSpec, horizon: int) -> MemoryNeed:
+    return MemoryNeed(
+        shared=layout(run_fields(config, spec, horizon))[1],
+        policy=policy_bytes(config, horizon),
+        actor=ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES,
+        actors=config.actors,
+    )
+
+
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
-    shared = layout(run_fields(config, spec, horizon))[1]
-    policy = policy_bytes(config, horizon)
-    actor = ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES
-    needed = shared + config.actors * actor + 2 * MODEL_PROCESS_BYTES + policy
-    available = available_memory()
-    if needed > available:
-        halve = ", or set policy.dtype to bfloat16" if policy > shared and config.policy.dtype != "bfloat16" else ""
+    need, available = memory_needed(config, spec, horizon), available_memory()
+    if need.total > available:
+        halve = need.policy > need.shared and config.policy.dtype != "bfloat16"
         raise ConfigError(
-            f"this run needs about {needed / 2**30:.1f} GiB of memory ({shared / 2**30:.1f} of it shared, "
-            f"mostly replay, and {policy / 2**30:.1f} the policy's) and {available / 2**30:.1f} are available; "
-            f"lower replay.capacity or actors{halve}"
+            f"this run needs about {need.total / 2**30:.1f} GiB of memory ({need.shared / 2**30:.1f} of it shared, "
+            f"mostly replay, and {need.policy / 2**30:.1f} the policy's) and {available / 2**30:.1f} are available; "
+            f"lower replay.capacity or actors{', or set policy.dtype to bfloat16' if halve else ''}"
         )
 
 
@@ -173,16 +230,14 @@ def check_resume(config: Config, run_dir: Path) -> None:
     if config.max_decisions is not None and done >= config.max_decisions:
         raise ConfigError(f"max_decisions: {done} of {config.max_decisions} are done already; give a larger number")
     before = validate(read_yaml(run_dir / "config.yaml"))
-    for name in ("name", "layout"):
-        if getattr(config.env, name) != (saved := getattr(before.env, name)):
-            raise ConfigError(f"env.{name}: the resumed run learned from {saved}; leave it so, or start a new run")
-    for name in FIXED_BY_CHECKPOINT:
-        if getattr(config.sac, name) != (saved := getattr(before.sac, name)):
-            raise ConfigError(f"sac.{name}: the networks of the resumed run were made with {saved}; leave it so")
-    if config.env.render_quality != before.env.render_quality:
-        raise ConfigError(
-            f"env.render_quality: the resumed run was trained on {before.env.render_quality} pictures; leave it so"
-        )
+    for key in FIXED_BY_RUN:
+        if key == "env.render_quality" and config.policy.ignore_render_quality:
+            continue
+        if (now := get_key(config, key)) != (saved := get_key(before, key)):
+            forced = ", or set policy.ignore_render_quality" if key == "env.render_quality" else ""
+            raise ConfigError(
+                f"{key}: the resumed run was made with {saved}, not {now}; leave it so, or start a new run{forced}"
+            )
 
 
 def check_descriptors(config: Config) -> None:
@@ -194,4 +249,4 @@ def check_descriptors(config: Config) -> None:
 
 def cpu_threads(wanted: int | None) -> int:
     """Threads of a model process: as configured, or a quarter of the cores this process may use, at least one."""
-    return wanted or max(1, len(os.sched_getaffinity(0)) // 4)
+    return wanted or max(1, available_cpus() // 4)

@@ -211,11 +211,13 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"sac\.hidden_dims: .* made with \[128, 128, 128\]"):
         preflight.open_run_directory(other)
     other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"layout": "fixed"}})
-    with pytest.raises(ConfigError, match=r"env\.layout: the resumed run learned from swap2"):
+    with pytest.raises(ConfigError, match=r"env\.layout: the resumed run was made with swap2"):
         preflight.open_run_directory(other)
     other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"render_quality": "fast"}})
-    with pytest.raises(ConfigError, match=r"env\.render_quality: the resumed run was trained on exact pictures"):
+    with pytest.raises(ConfigError, match=r"env\.render_quality: .* made with exact, .*ignore_render_quality"):
         preflight.open_run_directory(other)
+    forced = {**resumed, "env": {"render_quality": "fast"}, "policy": {"ignore_render_quality": True}}
+    preflight.open_run_directory(validate(forced))[1].close()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write to"):
         preflight.open_run_directory(validate({"run_dir": str(tmp_path / "file" / "run")}))
@@ -234,3 +236,51 @@ def test_the_command_says_it_on_stderr_and_exits_with_2(tmp_path: Path) -> None:
 def test_configuration_page_is_up_to_date() -> None:
     script = runpy.run_path(str(CONFIGS.parent / "scripts" / "write_configuration_table.py"))
     assert script["PAGE"].read_text() == script["table"](), "run scripts/write_configuration_table.py"
+
+
+@pytest.mark.parametrize(
+    ("files", "quality", "refused"),
+    [
+        ({"config.json": '{"vlm_width": 8}', "training.json": '{"render_quality": "fast"}'}, "exact", "fast"),
+        ({"config.json": '{"vlm_width": 8}', "training.json": '{"render_quality": "fast"}'}, "fast", None),
+        ({"config.json": '{"vlm_width": 8}', "training.json": '{"render_quality": "exact"}'}, "fast", "exact"),
+        ({"config.json": '{"vlm_width": 8}'}, "fast", None),  # ours, and nobody says
+        ({}, "fast", "exact"),  # openpi
+        ({"config.json": '{"paligemma_variant": "gemma_2b"}'}, "fast", "exact"),
+        ({"config.json": '{"type": "pi0"}'}, "fast", "exact"),  # LeRobot
+        ({"config.json": '{"type": "pi0"}'}, "exact", None),
+    ],
+)
+def test_a_policy_is_not_shown_pictures_of_another_quality(
+    tmp_path: Path, files: dict[str, str], quality: str, refused: str | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    settings = {
+        "env": {"name": "libero_spatial", "render_quality": quality},
+        "policy": {"checkpoint": str(tmp_path)},
+    }
+    if refused is None:
+        preflight.check_render_quality(validate(settings))
+    else:
+        with pytest.raises(ConfigError, match=f"trained on {refused} pictures.*policy.ignore_render_quality"):
+            preflight.check_render_quality(validate(settings))
+    settings["policy"]["ignore_render_quality"] = True
+    preflight.check_render_quality(validate(settings))
+
+
+def test_damaged_training_notes_are_named(tmp_path: Path) -> None:
+    settings = {"env": {"name": "libero_spatial"}, "policy": {"checkpoint": str(tmp_path)}}
+    for text in ("{", '{"render_quality": "good"}'):
+        (tmp_path / "training.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"policy\.checkpoint: .*training\.json"):
+            preflight.check_render_quality(validate(settings))
+
+
+def test_the_fit_of_policy_and_environment_includes_the_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check_policy` is what launch, evaluation and doctor ask."""
+    asked: list[object] = []
+    monkeypatch.setattr(preflight, "check_render_quality", asked.append)
+    config = validate({})
+    preflight.check_policy(config)
+    assert asked == [config]
