@@ -32,7 +32,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, check_chunk, environment_spec, libero_files
+from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, check_chunk, environment_spec, libero_files, light_graphics
 from dsrl_async.envs.images import resize_with_pad
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ IDLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 MAX_SCENE_GEOMS = 1000  # robosuite's
 CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
 """What LIBERO changes in a compiled scene."""
+FAST_MESH_FACES = 600
+"""Faces that the meshes with more of them keep where `render_quality` is fast; their outlines stay to the pixel at 128."""
+FAST_TEXTURE_SIZE = 512
+"""Pixels along the longer side of a texture there."""
 RESET_TRIALS = 100  # each of them 5000 attempts of robosuite to place the objects
 
 
@@ -240,21 +244,25 @@ class LiberoEnvironment:
         model, context = self._model, self._context
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         try:
+            too_small = self._render_size > min(context.con.offWidth, context.con.offHeight)
+            if too_small:
+                model.vis.global_.offwidth = max(self._render_size, context.con.offWidth)
+                model.vis.global_.offheight = max(self._render_size, context.con.offHeight)
             if self._fast:
                 model.vis.quality.offsamples = 0
+            if self._fast or too_small:
                 context.con.free()
-                context._set_mujoco_context_and_buffers()
-            if self._render_size > min(context.con.offWidth, context.con.offHeight):
-                context.update_offscreen_size(
-                    max(self._render_size, context.con.offWidth), max(self._render_size, context.con.offHeight)
-                )
+                light = light_graphics.lighter(model, FAST_MESH_FACES, FAST_TEXTURE_SIZE)
+                with light if self._fast else contextlib.nullcontext():
+                    context._set_mujoco_context_and_buffers()
         except Exception as error:
             raise ValueError(_no_rendering(error)) from error
         self._scenes = tuple(mujoco.MjvScene(model, maxgeom=MAX_SCENE_GEOMS) for _ in CAMERAS)
         for scene in self._scenes:
             scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] &= not self._fast
         self._add_observable()
-        # The compiler's cache of meshes and textures, hundreds of MB that are not needed again.
+        # The graphics have their own copy of the textures; the compiler's cache of them is not needed again either.
+        light_graphics.release_pages(model.tex_data)
         mujoco.mj_clearCache(mujoco.mj_getCache())
         ctypes.CDLL(None).malloc_trim(0)
 

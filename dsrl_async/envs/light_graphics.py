@@ -1,0 +1,93 @@
+"""Lighter meshes and textures for drawing a MuJoCo model in software; its physics keep the ones that they have."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import mmap
+from collections.abc import Iterator
+from typing import Any
+
+import fast_simplification
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.spatial import cKDTree
+
+MESH_FIELDS = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
+CANDIDATES = 12
+"""How many old corners near a new one are looked at."""
+TEXTURE_FIELDS = ("tex_data", "tex_width", "tex_height")
+
+
+@contextlib.contextmanager
+def lighter(model: Any, faces: int, texture_size: int) -> Iterator[None]:
+    """Inside of it, each mesh of the `MjModel` has about `faces` faces at most, and each two-dimensional texture at most
+    `texture_size` pixels along its longer side; behind it the model is as before, bit for bit.
+
+    To be left as soon as the model's graphics context is made, which copies both.
+    """
+    saved = {name: getattr(model, name).copy() for name in (*MESH_FIELDS, *TEXTURE_FIELDS)}
+    try:
+        for mesh in np.flatnonzero(model.mesh_facenum > faces):
+            _simplify_mesh(model, mesh, faces)
+        for texture in np.flatnonzero(np.maximum(model.tex_width, model.tex_height) > texture_size):
+            if model.tex_type[texture] == 0:  # mjTEXTURE_2D; a cube's six sides are one above the other
+                _shrink_texture(model, texture, texture_size)
+        yield
+    finally:
+        for name, values in saved.items():
+            getattr(model, name)[:] = values
+
+
+def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:
+    """Collapses edges (quadric error metric: Garland and Heckbert, "Surface simplification using quadric error metrics",
+    1997). Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose
+    normal is nearest to the way its face looks, so that edges stay sharp and a thin shell's walls apart."""
+    vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
+    first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+    corners = model.mesh_face[first : first + count].reshape(-1)
+    normals = model.mesh_facenormal[first : first + count].reshape(-1).copy()
+    coordinates = model.mesh_facetexcoord[first : first + count].reshape(-1).copy()
+    positions = vertices[corners]
+    # Vertices are there once for every texture coordinate; what is not joined would be torn apart.
+    joined, triangles = np.unique(vertices, axis=0, return_inverse=True)
+    triangles = triangles.reshape(-1)[corners].reshape(-1, 3).astype(np.int32)
+    points, kept = fast_simplification.simplify(joined, triangles, target_count=faces)
+    if not 0 < len(kept) < count or len(points) > len(vertices):
+        return
+
+    edges = points[kept]
+    facing = np.cross(edges[:, 1] - edges[:, 0], edges[:, 2] - edges[:, 0]).repeat(3, axis=0)
+    _, near = cKDTree(positions).query(edges.reshape(-1, 3), k=CANDIDATES)
+    old_normals = model.mesh_normal[model.mesh_normaladr[mesh] :][normals[near]]
+    best = near[np.arange(len(near)), np.einsum("ij,ikj->ik", facing, old_normals).argmax(1)].reshape(-1, 3)
+    new = slice(first, first + len(kept))
+    vertices[: len(points)] = points
+    model.mesh_face[new] = kept
+    model.mesh_facenormal[new] = normals[best]
+    model.mesh_facetexcoord[new] = coordinates[best]
+    model.mesh_facenum[mesh] = len(kept)
+
+
+def _shrink_texture(model: Any, texture: int, size: int) -> None:
+    width, height, channels = (int(getattr(model, f"tex_{name}")[texture]) for name in ("width", "height", "nchannel"))
+    first = int(model.tex_adr[texture])
+    pixels = model.tex_data[first : first + width * height * channels].reshape(height, width, channels)
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    small = np.asarray(image.reduce(math.ceil(max(width, height) / size)))
+    model.tex_data[first : first + small.size] = small.reshape(-1)
+    model.tex_height[texture], model.tex_width[texture] = small.shape[:2]
+
+
+def release_pages(values: NDArray[np.uint8]) -> None:
+    """Gives the memory of an array that nobody reads any more back to the system; what it held is lost, mostly zeroed.
+
+    The array must be in memory of its own (as a MuJoCo model's is), not in a file or shared. Where the system cannot do
+    it, nothing happens.
+    """
+    first = -(-values.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (values.ctypes.data + values.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
