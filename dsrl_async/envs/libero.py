@@ -44,7 +44,7 @@ MAX_SCENE_GEOMS = 1000  # robosuite's
 CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
 """What LIBERO changes in a compiled scene."""
 FAST_MESH_FACES = 600
-"""Faces that the meshes with more of them keep where `render_quality` is fast; their outlines stay to the pixel at 128."""
+"""Faces that a mesh with more of them keeps where `render_quality` is fast."""
 FAST_TEXTURE_SIZE = 512
 """Pixels along the longer side of a texture there."""
 RESET_TRIALS = 100  # each of them 5000 attempts of robosuite to place the objects

@@ -23,16 +23,16 @@ TEXTURE_FIELDS = ("tex_data", "tex_width", "tex_height")
 
 @contextlib.contextmanager
 def lighter(model: Any, faces: int, texture_size: int) -> Iterator[None]:
-    """Inside of it, each mesh of the `MjModel` has about `faces` faces at most, and each two-dimensional texture at most
-    `texture_size` pixels along its longer side; behind it the model is as before, bit for bit.
+    """Inside of it, each mesh of the `MjModel` has about `faces` faces at most, and each two-dimensional texture
+    `texture_size` pixels at most along its longer side; behind it the model is as before, bit for bit.
 
     To be left as soon as the model's graphics context is made, which copies both.
     """
     saved = {name: getattr(model, name).copy() for name in (*MESH_FIELDS, *TEXTURE_FIELDS)}
     try:
-        for mesh in np.flatnonzero(model.mesh_facenum > faces):
+        for mesh in np.flatnonzero(model.mesh_facenum > faces).tolist():
             _simplify_mesh(model, mesh, faces)
-        for texture in np.flatnonzero(np.maximum(model.tex_width, model.tex_height) > texture_size):
+        for texture in np.flatnonzero(np.maximum(model.tex_width, model.tex_height) > texture_size).tolist():
             if model.tex_type[texture] == 0:  # mjTEXTURE_2D; a cube's six sides are one above the other
                 _shrink_texture(model, texture, texture_size)
         yield
@@ -42,8 +42,7 @@ def lighter(model: Any, faces: int, texture_size: int) -> Iterator[None]:
 
 
 def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:
-    """Collapses edges (quadric error metric: Garland and Heckbert, "Surface simplification using quadric error metrics",
-    1997). Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose
+    """Collapses edges (Garland and Heckbert, "Surface simplification using quadric error metrics", 1997). Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose
     normal is nearest to the way its face looks, so that edges stay sharp and a thin shell's walls apart."""
     vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
     first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
