@@ -42,8 +42,11 @@ def lighter(model: Any, faces: int, texture_size: int) -> Iterator[None]:
 
 
 def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:
-    """Collapses edges (Garland and Heckbert, "Surface simplification using quadric error metrics", 1997). Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose
-    normal is nearest to the way its face looks, so that edges stay sharp and a thin shell's walls apart."""
+    """Collapses edges (Garland and Heckbert, "Surface simplification using quadric error metrics", 1997).
+
+    Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose normal
+    is nearest to the way its face looks, so that edges stay sharp and a thin shell's walls apart.
+    """
     vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
     first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
     corners = model.mesh_face[first : first + count].reshape(-1)
