@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv the first time and installs this project into it. Sets `root` and `python`.
-# Usage: source scripts/setup.sh EXTRA   (an extra of pyproject.toml)
+# Usage: source scripts/setup.sh EXTRAS   (of pyproject.toml, separated by commas)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
