@@ -1,0 +1,365 @@
+"""Pretraining of a small Pi0 by flow matching, in two stages that fit a CPU.
+
+First everything is trained jointly, with an auxiliary loss that asks the language model's last hidden state where
+things are (the flow loss alone is slow to make the image matter). Then the VLM is frozen, its keys and values are
+computed once for every frame, and only the expert goes on: many more updates per minute. What comes out is an
+exponential moving average of the second stage.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.model import Pi0, Prefix, key_mask
+from dsrl_async.pi0.processing import PromptTokenizer, scale_images
+
+PADDING_WEIGHT = 0.1
+"""Loss weight of action dimensions beyond the robot's, whose target is zero."""
+POSITION_WEIGHT = 1.0
+"""Weight of the auxiliary position loss in the first stage."""
+SMALLEST_STD = 1e-3
+"""Floor of the standard deviations: small enough to keep constant actions constant when they are sampled."""
+GENERIC_WORDS = "pick up move place take blue yellow green black white left right near far to of in"
+REPORT_INTERVAL = 250
+"""Updates between two printed reports."""
+HELD_OUT_BATCH = 256
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Demonstrations:
+    """F frames on the CPU, with the action chunk that starts at each frame, ready for the model."""
+
+    images: Tensor
+    """uint8 [F, cameras, size, size, 3]"""
+    tokens: Tensor
+    """int64 [F, L]: the instruction."""
+    token_mask: Tensor
+    """bool [F, L]"""
+    state: Tensor
+    """float32 [F, action_dim], normalised."""
+    chunks: Tensor
+    """float32 [F, action_horizon, action_dim], normalised."""
+    positions: Tensor
+    """float32 [F, 3 K], standardised: the K places that the auxiliary loss asks for."""
+    position_scale: Tensor
+    """float32 [3 K]: metres of one unit of `positions`."""
+    position_names: tuple[str, ...]
+    """[K]"""
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and with what a stage trains."""
+
+    steps: int
+    batch: int
+    """Observations of an update."""
+    samples: int
+    """Noise samples of each observation."""
+    learning_rate: float
+    """At its peak."""
+    seed: int
+
+
+def build_tokenizer(config: Pi0Config, prompts: Sequence[str]) -> PromptTokenizer:
+    """A word-level vocabulary that covers the prompts and some variations.
+
+    Raises ValueError when the prompts have more words than the config embeds.
+    """
+    words = " ".join((*prompts, GENERIC_WORDS))
+    entries = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *dict.fromkeys(words.split())]
+    if len(entries) > config.vocab_size:
+        raise ValueError(f"the prompts need {len(entries)} tokens, the policy embeds {config.vocab_size}")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return PromptTokenizer(tokenizer, config.max_token_len)
+
+
+def statistics(values: Tensor, smallest_std: float = SMALLEST_STD) -> dict[str, list[float]]:
+    """openpi's four statistics per dimension of float32 [F, D]; spreads have a floor."""
+    mean, std = values.mean(0), values.std(0).clamp_min(smallest_std)
+    low, high = torch.quantile(values, torch.tensor([0.01, 0.99]), dim=0)
+    high = torch.maximum(high, low + 2 * smallest_std)
+    return {"mean": mean.tolist(), "std": std.tolist(), "q01": low.tolist(), "q99": high.tolist()}
+
+
+def action_chunks(action: Tensor, episode: Tensor, horizon: int) -> Tensor:
+    """The `horizon` actions from each frame on, [F, horizon, D].
+
+    Behind the end of an episode the arm stays where it is, with the gripper as in the last frame.
+    """
+    frames = torch.arange(len(action))
+    last = torch.searchsorted(episode, episode, right=True) - 1
+    index = frames[:, None] + torch.arange(horizon)
+    chunks = action[index.minimum(last[:, None])]
+    chunks[..., :-1][index > last[:, None]] = 0
+    return chunks
+
+
+def flow_loss(model: Pi0, prefix: Prefix, actions: Tensor, generator: torch.Generator) -> Tensor:
+    """Flow-matching loss at openpi's time distribution, t = 0.999 Beta(1.5, 1) + 0.001."""
+    noise = torch.randn(actions.shape, generator=generator)
+    uniform = torch.rand(len(actions), generator=generator)
+    t = uniform ** (1 / 1.5) * 0.999 + 0.001  # the inverse of Beta(1.5, 1)'s distribution function
+    x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
+    error = (model.velocity(x_t, t, prefix) - (noise - actions)).square().mean((0, 1))
+    robot = model.config.robot_action_dim
+    weight = torch.full_like(error, PADDING_WEIGHT)
+    weight[:robot] = 1
+    return (error * weight).sum() / weight.sum()
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up over 5 %, then a cosine to 2 % of the peak; as a fraction of the peak."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Optimiser:
+    """AdamW with the schedule above and gradient clipping, over named parameters; optionally their moving average."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], stage: Stage, average: bool) -> None:
+        self.parameters, self.stage = dict(parameters), stage
+        self.adam = torch.optim.AdamW(
+            self.parameters.values(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
+        )
+        self.generator = torch.Generator().manual_seed(stage.seed)
+        """Of everything random in the stage."""
+        self.averages = [p.detach().clone() for p in self.parameters.values()] if average else []
+        self.step = 0
+
+    def update(self, loss: Tensor) -> None:
+        for group in self.adam.param_groups:
+            group["lr"] = self.stage.learning_rate * learning_rate(self.step, self.stage.steps)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.adam.step()
+        if self.averages:
+            decay = min(0.998, self.step / (self.step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, list[Tensor](self.parameters.values()), 1 - decay)
+        self.step += 1
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the parameters with their averages, if there are any."""
+        for parameter, average in zip(self.parameters.values(), self.averages, strict=False):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next update depends on, but the parameters."""
+        state = {"generator": self.generator.get_state(), "step": torch.tensor(self.step)}
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            state |= {f"{moment}.{name}": self.adam.state[parameter][moment] for moment in ADAM_STATE}
+            if self.averages:
+                state[f"average.{name}"] = self.averages[index]
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises KeyError or RuntimeError if the state is of other parameters."""
+        for index, (name, parameter) in enumerate(self.parameters.items()):
+            self.adam.state[parameter] = {moment: state[f"{moment}.{name}"].clone() for moment in ADAM_STATE}
+            if self.averages:
+                self.averages[index].copy_(state[f"average.{name}"])
+        self.generator.set_state(state["generator"])
+        self.step = int(state["step"])
+
+
+AfterUpdate = Callable[["Joint | Expert"], None]
+"""Called after every update, for checkpoints."""
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[losses]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+class Report:
+    """Running means of losses: in the progress bar, printed now and then, and kept for the summary."""
+
+    def __init__(self, progress: Progress, name: str, steps: int, start: int = 0) -> None:
+        self.progress, self.name, self.steps = progress, name, steps
+        self.task = progress.add_task(name, total=steps, completed=start, losses="")
+        self.sums: dict[str, float] = {}
+        self.count, self.step, self.start = 0, start, time.monotonic()
+        self.last: dict[str, float] = {}
+
+    def add(self, held_out: Callable[[], dict[str, float]] | None = None, **losses: float) -> None:
+        """`held_out` computes the losses of held-out frames, which go into a report as they are."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss
+        self.count += 1
+        self.step += 1
+        if self.step % REPORT_INTERVAL == 0 or self.step == self.steps:
+            self.last = {name: total / self.count for name, total in self.sums.items()}
+            if held_out is not None:
+                self.last |= {f"held-out {name}": loss for name, loss in held_out().items()}
+            text = "  ".join(f"{name} {loss:.4f}" for name, loss in self.last.items())
+            minutes = (time.monotonic() - self.start) / 60
+            self.progress.console.print(f"{self.name} {self.step}/{self.steps}  {text}  {minutes:.1f} min")
+            self.progress.update(self.task, losses=text)
+            self.sums, self.count = {}, 0
+        self.progress.advance(self.task)
+
+
+class Joint:
+    """First stage: everything, with the auxiliary position loss."""
+
+    def __init__(self, model: Pi0, data: Demonstrations, stage: Stage, held_out: Demonstrations | None = None) -> None:
+        self.model, self.data, self.stage, self.held_out = model, data, stage, held_out
+        self.image_tokens = model.config.cameras * model.config.image_tokens
+        self.head = nn.Linear(self.image_tokens * model.config.vlm_width, data.positions.shape[1])
+        self.modules = nn.ModuleDict({"model": model, "head": self.head})
+        self.optimiser = Optimiser(dict(self.modules.named_parameters()), stage, average=False)
+
+    def train(self, progress: Progress, after_update: AfterUpdate | None = None) -> dict[str, float]:
+        """Runs what is left of the stage; returns the last reported losses."""
+        data, generator = self.data, self.optimiser.generator
+        report = Report(progress, "joint", self.stage.steps, self.optimiser.step)
+        while self.optimiser.step < self.stage.steps:
+            rows = torch.randint(len(data), (self.stage.batch,), generator=generator)
+            flow, found = self._run(data, rows, generator)
+            position = F.mse_loss(found, data.positions[rows])
+            self.optimiser.update(flow + POSITION_WEIGHT * position)
+            report.add(self._measure if self.held_out else None, flow=flow.item(), position=position.item())
+            if after_update is not None:
+                after_update(self)
+        return report.last
+
+    def _run(self, data: Demonstrations, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The flow loss, and the positions [N, K] that are read off the images."""
+        model = self.model
+        images = scale_images(data.images[rows])
+        prefix = model.encode_prefix(images, data.tokens[rows], data.token_mask[rows], data.state[rows])
+        assert prefix.hidden is not None
+        found = self.head(prefix.hidden[:, : self.image_tokens].flatten(1))
+        actions = data.chunks[rows].repeat_interleave(self.stage.samples, dim=0)
+        return flow_loss(model, prefix.repeat(self.stage.samples), actions, generator), found
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, float]:
+        data = self.held_out
+        assert data is not None
+        generator = torch.Generator().manual_seed(0)
+        flows, found = [], []
+        for rows in torch.arange(len(data)).split(HELD_OUT_BATCH):
+            flow, positions = self._run(data, rows, generator)
+            flows.append(flow * len(rows))
+            found.append(positions)
+        error = torch.cat(found) - data.positions
+        distance = (error * data.position_scale).unflatten(1, (-1, 3)).square().sum(2).mean(0).sqrt()
+        centimetres = {
+            f"{name} (cm)": 100 * metres for name, metres in zip(data.position_names, distance.tolist(), strict=True)
+        }
+        flow = torch.stack(flows).sum() / len(data)
+        return {"flow": flow.item(), "position": error.square().mean().item(), **centimetres}
+
+
+@torch.no_grad()
+def cache_prefixes(model: Pi0, data: Demonstrations, progress: Progress) -> Tensor:
+    """Keys and values of every frame: float16 [F, depth, 2, kv_heads, P, head_dim]."""
+    config, batch = model.config, 256
+    shape = (len(data), config.depth, 2, config.kv_heads, config.prefix_length, config.head_dim)
+    cache = torch.empty(shape, dtype=torch.float16)
+    task = progress.add_task("cache", total=len(data), losses="")
+    for start in range(0, len(data), batch):
+        rows = slice(start, start + batch)
+        images = scale_images(data.images[rows])
+        prefix = model.encode_images(images, data.tokens[rows], data.token_mask[rows])
+        cache[rows] = torch.stack(prefix.keys_values, dim=1)
+        progress.advance(task, len(images))
+    return cache
+
+
+class Expert:
+    """Second stage: expert and projections on cached prefixes."""
+
+    def __init__(self, model: Pi0, data: Demonstrations, stage: Stage, held_out: Demonstrations | None = None) -> None:
+        self.model, self.data, self.stage, self.held_out = model, data, stage, held_out
+        frozen = (model.vision, model.embedding, model.vlm)
+        fixed = {id(parameter) for module in frozen for parameter in module.parameters()}
+        self.modules = nn.ModuleDict({"model": model})
+        parameters = {name: p for name, p in self.modules.named_parameters() if id(p) not in fixed}
+        self.optimiser = Optimiser(parameters, stage, average=True)
+
+    def train(self, progress: Progress, after_update: AfterUpdate | None = None) -> dict[str, float]:
+        """Runs what is left of the stage and leaves the averages in the model; returns the last reported losses."""
+        data, generator = self.data, self.optimiser.generator
+        cache = cache_prefixes(self.model, data, progress)
+        measure = None
+        if self.held_out is not None:
+            held_out_cache = cache_prefixes(self.model, self.held_out, progress)
+
+            def measure() -> dict[str, float]:
+                return self._measure(held_out_cache)
+
+        report = Report(progress, "expert", self.stage.steps, self.optimiser.step)
+        while self.optimiser.step < self.stage.steps:
+            rows = torch.randint(len(data), (self.stage.batch,), generator=generator)
+            loss = self._loss(data, cache, rows, generator)
+            self.optimiser.update(loss)
+            report.add(measure, flow=loss.item())
+            if after_update is not None:
+                after_update(self)
+        self.optimiser.swap()
+        return report.last
+
+    def _loss(self, data: Demonstrations, cache: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+        model, token_mask = self.model, data.token_mask[rows]
+        before = model.config.cameras * model.config.image_tokens
+        mask = key_mask(token_mask, before, 0, model.dtype)
+        layers = list(cache[rows].float().unbind(1))
+        prefix = model.append_state(Prefix(layers, mask, before + token_mask.sum(1)), data.state[rows])
+        actions = data.chunks[rows].repeat_interleave(self.stage.samples, dim=0)
+        return flow_loss(model, prefix.repeat(self.stage.samples), actions, generator)
+
+    @torch.no_grad()
+    def _measure(self, cache: Tensor) -> dict[str, float]:
+        """The averaged weights' loss."""
+        assert self.held_out is not None
+        generator = torch.Generator().manual_seed(0)
+        self.optimiser.swap()
+        batches = torch.arange(len(self.held_out)).split(HELD_OUT_BATCH)
+        losses = [self._loss(self.held_out, cache, rows, generator) * len(rows) for rows in batches]
+        self.optimiser.swap()
+        return {"flow": torch.stack(losses).sum().item() / len(self.held_out)}
+
+
+def training_state(stage: Joint | Expert) -> dict[str, Tensor]:
+    """All that the rest of a stage depends on, but the demonstrations."""
+    return {**stage.modules.state_dict(prefix="modules."), **stage.optimiser.state()}
+
+
+def load_training_state(stage: Joint | Expert, state: Mapping[str, Tensor]) -> None:
+    """Continues where `training_state` was; raises KeyError or RuntimeError if it is of another stage or model."""
+    prefix = "modules."
+    stage.modules.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    )
+    stage.optimiser.load_state(state)
