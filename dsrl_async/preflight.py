@@ -14,7 +14,7 @@ from dsrl_async.config import Config, ConfigError, get_key, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, Pi0Config
-from dsrl_async.pi0.files import find_policy, read_config
+from dsrl_async.pi0.files import PolicyFiles, find_policy, read_config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
 from dsrl_async.pi0.tensors import find_tensors, parameter_count, read_json
 from dsrl_async.shm.arena import layout
@@ -44,17 +44,33 @@ def policy_directory(config: Config) -> Path:
 
 def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
     """The policy's configuration and the environment's shapes; raises ConfigError unless they fit each other."""
+    spec, policy = check_environment(config), check_checkpoint(config).config
+    check_fit(config, policy, spec)
+    check_render_quality(config)
+    return policy, spec
+
+
+def check_environment(config: Config) -> EnvironmentSpec:
+    """The environment's shapes; raises ConfigError when it is not installed, or has no such task."""
     try:
-        spec = environment_spec(config.env.model_dump())
+        return environment_spec(config.env.model_dump())
     except ValueError as error:
         key = "" if str(error).startswith("env.") else "env.name: "
         raise ConfigError(f"{key}{error}") from error
-    directory = policy_directory(config)
+
+
+def check_checkpoint(config: Config) -> PolicyFiles:
+    """What the policy's checkpoint holds; raises ConfigError when it is incomplete or contradicts itself."""
     try:
-        policy = find_policy(directory, **config.policy.overrides()).config
+        return find_policy(policy_directory(config), **config.policy.overrides())
     except ValueError as error:
         key = "" if str(error).startswith("policy.") else "policy.checkpoint: "
         raise ConfigError(f"{key}{error}") from error
+
+
+def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
+    """Raises ConfigError unless policy, environment and agent have the same shapes."""
+    directory = policy_directory(config)
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),
@@ -76,8 +92,6 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
         )
     if config.sac.state_dim != spec.state_dim:
         raise ConfigError(f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}")
-    check_render_quality(config)
-    return policy, spec
 
 
 def checkpoint_maker(directory: Path) -> str:
@@ -140,6 +154,10 @@ def policy_bytes(config: Config, horizon: int) -> int:
     )
 
 
+def actor_bytes(config: Config) -> int:
+    return ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES
+
+
 class MemoryNeed(NamedTuple):
     """Estimated bytes of the machine's memory that a run takes."""
 
@@ -165,7 +183,7 @@ def memory_needed(config: Config, spec: EnvironmentSpec, horizon: int) -> Memory
     return MemoryNeed(
         shared=layout(run_fields(config, spec, horizon))[1],
         policy=policy_bytes(config, horizon),
-        actor=ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES,
+        actor=actor_bytes(config),
         actors=config.actors,
     )
 
@@ -196,18 +214,7 @@ def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
         ConfigError: it cannot be written, holds another run, belongs to a run that is going on, or has nothing that
             this configuration could continue.
     """
-    if config.run_dir is not None:
-        run_dir = Path(config.run_dir)
-    else:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
-        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-        run_dir = next(path for path in map(Path("runs").joinpath, names) if not path.exists())
-    if config.resume is not None:
-        check_resume(config, run_dir)
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ConfigError(
-            f"run_dir: {run_dir} is not empty; choose another one, or continue it with --resume {run_dir}"
-        )
+    run_dir = choose_run_directory(config)
     try:
         for directory in (run_dir / "logs", run_dir / "checkpoints"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -221,6 +228,23 @@ def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
     except OSError:
         pass  # this file system has no locks
     return run_dir, lock
+
+
+def choose_run_directory(config: Config) -> Path:
+    """The run directory, which need not exist yet; raises ConfigError when this run cannot be written there."""
+    if config.run_dir is not None:
+        run_dir = Path(config.run_dir)
+    else:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
+        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        run_dir = next(path for path in map(Path("runs").joinpath, names) if not path.exists())
+    if config.resume is not None:
+        check_resume(config, run_dir)
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"run_dir: {run_dir} is not empty; choose another one, or continue it with --resume {run_dir}"
+        )
+    return run_dir
 
 
 def check_resume(config: Config, run_dir: Path) -> None:

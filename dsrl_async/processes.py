@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -75,6 +76,7 @@ def prepare_child(parent: int) -> None:
     The kernel kills it when the parent ends, however that happens. Signals that a terminal or a batch system sends to
     all processes of a job are left to the parent.
     """
+    faulthandler.enable()  # what crashes in C code leaves the Python lines that led there
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
@@ -105,6 +107,11 @@ def kill_all(children: Iterable[subprocess.Popen[bytes]]) -> None:
     for child in children:
         child.kill()
     wait_all(children, time.monotonic() + REAP_S)
+
+
+def how_ended(code: int) -> str:
+    """A process's return code in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def last_line(log: Path, since: int = 0) -> str:

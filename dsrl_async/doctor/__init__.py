@@ -1,0 +1,1 @@
+"""Checks what a run needs of a machine, one line each; `python -m dsrl_async.doctor`."""

