@@ -1,33 +1,49 @@
-"""The script that makes the embedded policy."""
+"""The scripts that make small policies, and the training that they share."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsrl_async.pi0 import pretraining
 from dsrl_async.pi0.checkpoint import load_policy
-from dsrl_async.pi0.config import tabletop_config
+from dsrl_async.pi0.config import libero_small_config, tabletop_config
+from dsrl_async.pi0.pretraining import action_chunks, build_tokenizer
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = Path(__file__).resolve().parent.parent / "scripts" / "pretrain_tabletop.py"
-    spec = importlib.util.spec_from_file_location("pretrain_tabletop", path)
+def load_script(name: str) -> ModuleType:
+    path = Path(__file__).resolve().parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return load_script("pretrain_tabletop")
+
+
+@pytest.fixture(scope="module")
+def libero() -> ModuleType:
+    pytest.importorskip("h5py")
+    return load_script("pretrain_libero")
 
 
 def demonstrations() -> dict[str, Tensor]:
@@ -49,9 +65,9 @@ def demonstrations() -> dict[str, Tensor]:
     }
 
 
-def test_chunks_stay_within_their_episode(script: ModuleType) -> None:
+def test_chunks_stay_within_their_episode() -> None:
     data = demonstrations()
-    chunks = script.action_chunks(data["action"], data["episode"], 10)
+    chunks = action_chunks(data["action"], data["episode"], 10)
     assert chunks.shape == (37, 10, 7)
     assert chunks[1, :, 0].tolist() == list(range(1, 11))
     assert chunks[9, :, 0].tolist() == [9, 10, 11, 0, 0, 0, 0, 0, 0, 0]
@@ -62,7 +78,9 @@ def test_chunks_stay_within_their_episode(script: ModuleType) -> None:
 def test_demonstrations_are_normalised(script: ModuleType, tmp_path: Path) -> None:
     data = demonstrations()
     save_file(data, tmp_path / "data.safetensors")
-    kept, stats = script.read_demonstrations(tmp_path / "data.safetensors", tabletop_config())
+    config = tabletop_config()
+    tokenizer = build_tokenizer(config, ["put it there"])
+    kept, stats = script.read_demonstrations(tmp_path / "data.safetensors", config, tokenizer, "put it there")
     assert torch.equal(kept.images, data["images"])
     assert stats["state"]["mean"] == pytest.approx(data["state"].mean(0).tolist())
     assert stats["state"]["std"][3] == pytest.approx(1e-3), "a constant dimension gets the floor"
@@ -84,3 +102,143 @@ def test_the_script_writes_a_policy_that_loads(
     assert one.config == tabletop_config()
     other = two.model.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.model.state_dict().items()), "not seeded"
+
+
+STATES = {"pick_up_the_bowl": [0, 1, 3, 3], "open_the_drawer": [2, 0, 1]}
+"""Initial state of each demonstration of the made-up tasks."""
+
+
+def write_libero_files(directory: Path, **attributes: Any) -> None:
+    """Two tasks; the pictures are white in a corner, and the action's first component is the frame's number."""
+    import h5py
+
+    random = np.random.default_rng(0)
+    directory.mkdir(parents=True, exist_ok=True)
+    for task_id, (task, states) in enumerate(STATES.items()):
+        with h5py.File(directory / f"{task}_demo.hdf5", "w") as file:
+            data = file.create_group("data")
+            described = {"suite": "libero_spatial", "task": task, "task_id": task_id, "seed": 5}
+            described |= {"language_instruction": task.replace("_", " "), "versions": json.dumps({"mujoco": "3.17.0"})}
+            described |= {"render_quality": "fast", "image_size": 128, "settling_steps": 10}
+            data.attrs.update(described | (attributes if task_id else {}))
+            for number, init_state in enumerate(states):
+                frames = 6 + number
+                demo = data.create_group(f"demo_{number}")
+                demo.attrs["init_state"] = init_state
+                actions = random.normal(size=(frames, 7)).astype(np.float32)
+                actions[:, 0] = np.arange(frames)
+                demo["actions"] = actions
+                observation = demo.create_group("obs")
+                pictures = np.zeros((frames, 128, 128, 3), np.uint8)
+                pictures[:, :8, :16] = 255
+                observation["agentview_rgb"] = observation["eye_in_hand_rgb"] = pictures
+                observation["robot_state"] = random.normal(size=(frames, 8)).astype(np.float32)
+                for name in ("target_position", "goal_position"):
+                    observation[name] = random.normal(size=(frames, 3)).astype(np.float32)
+
+
+def test_libero_frames_are_what_the_environment_shows(libero: ModuleType, tmp_path: Path) -> None:
+    write_libero_files(tmp_path)
+    frames = libero.read_frames(tmp_path, 64, 1, Console(quiet=True))
+    assert frames.images.shape == (frames.described["frames"], 2, 64, 64, 3)
+    assert (frames.images[:, :, -3:, -7:] == 255).all(), "LIBERO's files are upside down and mirrored"
+    assert not frames.images[:, :, :32].any()
+    assert torch.equal(frames.positions[:, 6:9], frames.positions[:, :3] - frames.state[:, :3])
+    assert frames.prompts == ["open the drawer", "pick up the bowl"]
+
+
+def test_held_out_initial_states_come_last_and_do_not_enter_the_statistics(libero: ModuleType, tmp_path: Path) -> None:
+    write_libero_files(tmp_path)
+    frames = libero.read_frames(tmp_path, 64, 1, Console(quiet=True))
+    # The last initial states, 2 and 3, are those of open_the_drawer's demo 0, and of pick_up_the_bowl's 2 and 3.
+    assert len(frames.state) - frames.training == 6 + 8 + 9
+    assert [task["held_out_init_states"] for task in frames.described["tasks"]] == [[2], [3]]
+    tokenizer = build_tokenizer(libero_small_config(), frames.prompts)
+    train, held_out, stats = libero.prepare(frames, libero_small_config(), tokenizer)
+    assert (len(train), len(held_out)) == (frames.training, 23)
+    assert stats["state"]["mean"] == pytest.approx(frames.state[: frames.training].mean(0).tolist())
+    raw = held_out.chunks[:, :, 0] * stats["actions"]["std"][0] + stats["actions"]["mean"][0]
+    assert raw[0, :6].tolist() == pytest.approx([0, 1, 2, 3, 4, 5], abs=1e-3)
+    assert tokenizer.tokenizer.decode(held_out.tokens[0].tolist()[1:4]) == "open the drawer"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"render_quality": "exact"}, "differ in render_quality"),
+        ({"versions": '{"mujoco": "2"}'}, "differ in versions"),
+    ],
+)
+def test_files_that_were_recorded_differently_are_refused(
+    libero: ModuleType, tmp_path: Path, attributes: dict[str, str], message: str
+) -> None:
+    write_libero_files(tmp_path, **attributes)
+    with pytest.raises(ValueError, match=message):
+        libero.read_frames(tmp_path, 64, 1, Console(quiet=True))
+
+
+def test_a_directory_without_demonstrations_is_refused(
+    libero: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_libero.py", "--data", str(tmp_path)])
+    with pytest.raises(SystemExit, match="record demonstrations first"):
+        libero.main()
+
+
+def run_libero(libero: ModuleType, monkeypatch: pytest.MonkeyPatch, data: Path, out: Path, *more: str) -> None:
+    options = ["--data", str(data), "--out", str(out), "--threads", "1", "--held-out", "1", "--joint-batch", "4"]
+    options += ["--joint-steps", "3", "--expert-steps", "4", "--expert-batch", "4", "--checkpoint-minutes", "0"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_libero.py", *options, *more])
+    libero.main()
+
+
+@pytest.mark.parametrize("losses", [2, 5], ids=["joint", "expert"])
+def test_an_interrupted_training_ends_as_if_it_had_not_been(
+    libero: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: int
+) -> None:
+    write_libero_files(tmp_path / "data")
+    run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "whole")
+    calls, flow_loss = 0, pretraining.flow_loss
+
+    def interrupted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if calls > losses:
+            raise KeyboardInterrupt
+        return flow_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining, "flow_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_libero(libero, patch, tmp_path / "data", tmp_path / "parts")
+    assert load_policy(tmp_path / "parts").config == libero_small_config(), "the policy so far"
+    assert json.loads((tmp_path / "parts" / "training.json").read_text())["stage"] == ["joint", "expert"][losses > 3]
+    with pytest.raises(SystemExit, match="joint_steps 3, not 5"):
+        run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "parts", "--resume", "--joint-steps", "5")
+    run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "parts", "--resume")
+    whole, parts = (load_policy(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_a_libero_policy_says_what_it_was_trained_on(
+    libero: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_libero_files(tmp_path / "data")
+    run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert {key: said[key] for key in ("environment", "render_quality", "render_size", "stage")} == {
+        "environment": "libero_spatial",
+        "render_quality": "fast",
+        "render_size": 128,
+        "stage": "complete",
+    }
+    assert said["demonstrations"]["versions"] == {"mujoco": "3.17.0"}
+    assert said["demonstrations"]["tasks"][1]["init_states"] == [0, 1, 3]
+    assert said["losses"]["joint"].keys() >= {"flow", "position", "held-out flow", "held-out target from hand (cm)"}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "norm_stats.json",
+        "tokenizer.json",
+        "training.json",
+    ]
