@@ -66,26 +66,27 @@ class Episode(NamedTuple):
 
 
 def plan_of(seed: int, task: int, attempt: int, init_states: Sequence[int]) -> Plan:
-    """Attempt number `attempt` (from 0) at a task; it depends on nothing else, so neither on other attempts nor on which
-    process makes it. The initial states take turns."""
+    """Attempt number `attempt` (from 0) at a task; it depends on nothing else, neither on other attempts nor on the
+    process that makes it. The initial states take turns."""
     random = np.random.default_rng([seed, task, attempt])
     way = Way(
         side=float(random.choice(SIDES[task])),
         carry_height=float(random.uniform(*CARRY_HEIGHTS)),
         speed=float(random.uniform(*SPEEDS)),
     )
-    offset = float(random.choice([-1, 1]) * random.uniform(*SLOPPY_OFFSET)) if random.random() < SLOPPY_FRACTION else 0.0
+    sloppy = random.random() < SLOPPY_FRACTION
+    offset = random.choice([-1, 1]) * random.uniform(*SLOPPY_OFFSET) if sloppy else 0.0
     return Plan(
         init_state=init_states[attempt % len(init_states)],
         scene_seed=int(random.integers(2**31)),
         way=way,
         noise_scale=float(random.choice(NOISE_SCALES)),
-        sloppy_offset=offset,
+        sloppy_offset=float(offset),
         noise_seed=int(random.integers(2**31)),
     )
 
 
-def environment_for(task: int, image_size: int, render_quality: str, suite: str = "libero_spatial") -> LiberoEnvironment:
+def environment_for(suite: str, task: int, image_size: int, render_quality: str) -> LiberoEnvironment:
     """One task whose pictures are as LIBERO's files have them; its reset with number k starts from initial state k."""
     settings = {
         "name": suite,
@@ -141,7 +142,7 @@ def record_episode(environment: LiberoEnvironment, plan: Plan) -> Episode | None
         executed[:6] = np.clip(executed[:6] + noise, -1, 1)
         # Not `step_chunk`, for which a success is the end.
         success = environment._step(executed)
-        frames.append({**frame, "executed_actions": executed, "rewards": np.uint8(success)})
+        frames.append({**frame, "executed_actions": executed, "rewards": np.asarray(success, np.uint8)})
         hovered += success and expert.phase == "raise"
     if hovered < HOVER_FRAMES or not frames[-1]["rewards"]:
         return None
@@ -193,7 +194,7 @@ def record_task(request: Request, advance: Callable[[], None] = lambda: None) ->
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    environment = environment_for(request.task, request.image_size, request.render_quality, request.suite)
+    environment = environment_for(request.suite, request.task, request.image_size, request.render_quality)
     attempted: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     partial = path.with_suffix(".partial")
@@ -237,10 +238,20 @@ def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment
     language = libero_files.instruction(name)
     bddl = f"{request.suite}/{name}.bddl"
     domain_name = type(environment._domain).__name__
-    cameras = {"camera_names": ["robot0_eye_in_hand", "agentview"]}
-    cameras |= dict.fromkeys(("camera_heights", "camera_widths"), request.image_size)  # type: ignore[arg-type]
-    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": environment._domain.control_freq, **cameras}
-    env_args = {"type": 1, "env_name": domain_name, "problem_name": domain_name, "bddl_file": bddl, "env_kwargs": kwargs}
+    env_args = {
+        "type": 1,
+        "env_name": domain_name,
+        "problem_name": domain_name,
+        "bddl_file": bddl,
+        "env_kwargs": {
+            "robots": ["Panda"],
+            "controller": "OSC_POSE",
+            "control_freq": environment._domain.control_freq,
+            "camera_names": ["robot0_eye_in_hand", "agentview"],
+            "camera_heights": request.image_size,
+            "camera_widths": request.image_size,
+        },
+    }
     demos = list(data.values())
     data.attrs.update(
         env_name=domain_name,

@@ -104,7 +104,7 @@ def goal_objects(environment: LiberoEnvironment) -> tuple[str, str]:
     """
     goals = environment._domain.parsed_problem["goal_state"]
     if len(goals) != 1 or goals[0][0] != "on" or "bowl" not in goals[0][1] or "plate" not in goals[0][2]:
-        raise ValueError(f"the scripted expert only puts a bowl on a plate (libero_spatial); this task's goal is {goals}")
+        raise ValueError(f"the scripted expert only puts a bowl on a plate, as in libero_spatial; the goal is {goals}")
     return goals[0][1], goals[0][2]
 
 
