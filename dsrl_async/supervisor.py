@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -13,23 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async import processes
+from dsrl_async.machine import available_cpus
 from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.session import Session
 from dsrl_async.shm import events
+from dsrl_async.shm.slots import Slots
 
 logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.05
-QUICK_S = 15.0  # a process that dies younger than this, or before its first sign of life, died of starting
+QUICK_S = 15.0  # a process that dies younger than this, or before it got anywhere, died of starting
 QUICK_FAILURES = 3  # so many in a row of the same process end the run
-START_S = 1800.0  # until the first sign of life: loading and compiling a large policy takes minutes
+START_S = 1800.0  # until a model process's first sign of life: loading and compiling a policy takes minutes
+STARTING_ACTORS = 2  # so many at once at least, and one for each core: more would only slow each other down
 ACTORS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
 
 
 @dataclass
 class Child:
-    """A process and its history."""
+    """A process and its history; an actor's name is `actor-LANE`."""
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -38,6 +40,15 @@ class Child:
     log_start: int = 0  # size of the log when this incarnation was started
     incarnation: int = 1
     quick_failures: int = 0
+    episodes: int = 0  # of this actor's lane, when this incarnation was started
+
+    @property
+    def is_actor(self) -> bool:
+        return self.name.startswith("actor-")
+
+    @property
+    def lane(self) -> int:
+        return int(self.name.removeprefix("actor-"))
 
 
 class Supervisor:
@@ -50,6 +61,9 @@ class Supervisor:
         self.wake = [events.create() for _ in range(self.config.actors)]
         self.weights_address = f"ipc://@dsrl_async-{os.getpid()}-{secrets.token_hex(4)}"
         self.children: dict[str, Child] = {}
+        self.slots = Slots(self.arena)
+        self.waiting = [f"actor-{lane:03d}" for lane in range(self.config.actors)]  # to be started
+        self.starting = max(STARTING_ACTORS, available_cpus())
         self.restarts = {"actor": 0, "inference": 0, "learner": 0}
 
     # ---- starting
@@ -61,8 +75,10 @@ class Supervisor:
         old = self.children.get(name)
         incarnation = old.incarnation + 1 if old else 1
         popen = self._start_actor(name, incarnation, log) if name.startswith("actor") else self._start_model(name, log)
-        failures = old.quick_failures if old else 0
-        self.children[name] = Child(name, popen, log, time.monotonic(), log_start, incarnation, failures)
+        child = Child(name, popen, log, time.monotonic(), log_start, incarnation, old.quick_failures if old else 0)
+        if child.is_actor:
+            child.episodes = int(self.counters.actor_episodes[child.lane])
+        self.children[name] = child
 
     def _start_model(self, name: str, log: Path) -> subprocess.Popen[bytes]:
         job: dict[str, Any] = {
@@ -97,18 +113,27 @@ class Supervisor:
             log,
         )
 
-    def _start_all(self) -> None:
-        # The model processes first: they take longest to come up.
-        for name in ("inference", "learner", *(f"actor-{lane:03d}" for lane in range(self.config.actors))):
-            if self.session.reason_to_stop() is None:
-                self._start(name)
+    def _start_actors(self) -> None:
+        """Start as many of the waiting actors as may come up at once.
+
+        All share the cores, so no one is kept waiting by this; the first ones decide while the last ones start, one
+        that hangs is found out after the same time however many there are, and the memory that a start takes beyond
+        what it leaves is taken a few times over, not N times.
+        """
+        while self.waiting and sum(self._coming_up(child) for child in self.children.values()) < self.starting:
+            self._start(self.waiting.pop(0))
+
+    def _coming_up(self, child: Child) -> bool:
+        """Whether an actor has not asked for its first action chunk yet."""
+        return child.is_actor and int(self.slots.request_id[child.lane]) >> 32 != child.incarnation
 
     # ---- watching
 
     def run(self) -> dict[str, Any]:
         """Run until a limit, a signal or a failure; returns the summary when no child is left."""
         try:
-            self._start_all()
+            for name in ("inference", "learner"):  # before the actors: they take longest to come up
+                self._start(name)
             reason = self._watch()
         except Exception as error:
             logger.exception("error in the supervisor")
@@ -128,6 +153,7 @@ class Supervisor:
         """Returns why the run ends."""
         failed_saves = 0
         while (reason := self.session.reason_to_stop() or self._replace_dead()) is None:
+            self._start_actors()
             if (failed := int(self.counters.learner_failed_checkpoints[0])) > failed_saves:
                 failed_saves = failed
                 logger.warning("a checkpoint could not be written; learning goes on, see %s", self.run_dir / "logs")
@@ -141,8 +167,8 @@ class Supervisor:
 
     def _last_beat(self, child: Child) -> float | None:
         """When this incarnation last gave a sign of life, time.monotonic; None: not yet."""
-        if child.name.startswith("actor"):
-            beat_ns = self.counters.actor_heartbeat_ns[int(child.name.removeprefix("actor-"))]
+        if child.is_actor:
+            beat_ns = self.counters.actor_heartbeat_ns[child.lane]
         else:
             beat_ns = getattr(self.counters, f"{child.name}_heartbeat_ns")[0]
         beat = int(beat_ns) * 1e-9
@@ -154,30 +180,42 @@ class Supervisor:
             beat, now = self._last_beat(child), time.monotonic()
             silent_s = now - (beat or child.started)
             how = ""
-            if silent_s > (START_S if beat is None else self.config.heartbeat_timeout_s):
+            if silent_s > (self.config.heartbeat_timeout_s if beat or child.is_actor else START_S):
                 how = f"no sign of life for {silent_s:.0f} s"
                 processes.kill_all([child.popen])
             code = child.popen.poll()
             if code is None:
                 continue
-            how = how or (f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}")
-            lived = now - child.started
-            child.quick_failures = child.quick_failures + 1 if lived < QUICK_S or beat is None else 0
-            if child.quick_failures >= QUICK_FAILURES:
+            message = "python -m dsrl_async.doctor looks for the reason"
+            if not how and code >= 0:
                 message = processes.last_line(child.log, child.log_start)
-                return f"failed: {name} ended {QUICK_FAILURES} times soon after its start ({how}): {message}"
+            how = how or processes.how_ended(code)
+            lived = now - child.started
+            quick = lived < QUICK_S or not self._got_somewhere(child)
+            child.quick_failures = child.quick_failures + 1 if quick else 0
+            if child.quick_failures >= QUICK_FAILURES:
+                return (
+                    f"failed: {name} ended {QUICK_FAILURES} times soon after its start ({how}): {message} "
+                    f"(all of its output is in {child.log})"
+                )
             logger.warning("%s ended (%s) after %.0f s; starting it again, see %s", name, how, lived, child.log)
             self.restarts[name.split("-")[0]] += 1
             self._start(name)
         return None
+
+    def _got_somewhere(self, child: Child) -> bool:
+        """Whether it did what it is for: an actor has ended an episode, another process has given a sign of life."""
+        if child.is_actor:
+            return int(self.counters.actor_episodes[child.lane]) > child.episodes
+        return self._last_beat(child) is not None
 
     # ---- stopping
 
     def _stop_children(self) -> bool:
         """End the actors, then the others, so that the last checkpoint holds all transitions; False if it failed."""
         children = self.children.values()
-        actors = [child.popen for child in children if child.name.startswith("actor")]
-        models = [child.popen for child in children if not child.name.startswith("actor")]
+        actors = [child.popen for child in children if child.is_actor]
+        models = [child.popen for child in children if not child.is_actor]
         self._set_stop(1)
         if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S):
             processes.kill_all(actors)

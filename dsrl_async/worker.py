@@ -153,8 +153,11 @@ def main(argument: str) -> None:
     prepare_child(job["parent"])
     arena = Arena.attach(job["arena"])
     lane, wake = job["lane"], job["wake_fd"]
+    counters = Counters(arena)
+    # From here on: a simulator or an OpenGL driver that hangs while the scene is made is found out like any other.
+    counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
     actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
-    counters = actor.counters
+    counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
     if (evaluation := job["evaluation"]) is not None:
         assignments = Assignments(arena)
         actor.evaluation = assignments.take(lane, wake, job["notify_fds"])

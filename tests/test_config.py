@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsrl_async import checkpoints, preflight
@@ -135,6 +135,7 @@ def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(
     gamma=st.floats(0.01, 1.0),
     dims=st.lists(st.integers(1, 512), min_size=1, max_size=4),
