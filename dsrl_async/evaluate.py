@@ -272,7 +272,7 @@ class Bar:
         self._name, self._total = f"{plan.mode} policy", len(plan.episodes)
         self._outcomes, self._console = outcomes, console
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=console, transient=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._next_line = time.monotonic() + PLAIN_INTERVAL_S
 
     def __enter__(self) -> Bar:
