@@ -269,8 +269,8 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
         yield Finding(
             "cpus",
             "warning",
-            f"{config.actors} actors of LIBERO on {cpus} cores wait for one another and fill the memory; lower actors to "
-            f"{ACTORS_PER_CPU * cpus} or fewer",
+            f"{config.actors} actors of LIBERO on {cpus} cores wait for one another and fill the memory; lower "
+            f"actors to {ACTORS_PER_CPU * cpus} or fewer",
         )
     for name in processes.THREAD_VARIABLES:
         threads = os.environ.get(name, "")
