@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -24,8 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dsrl_async import __version__
 from dsrl_async.config import validate
 from dsrl_async.envs import SAC_IMAGE_SIZE, libero_files
-from dsrl_async.envs.libero import LiberoEnvironment, versions
 from dsrl_async.envs.libero_expert import SIDES, LiberoExpert, Way, situation
+
+if TYPE_CHECKING:
+    from dsrl_async.envs.libero import LiberoEnvironment
 
 NOISE_SCALES = (0.0, 0.15, 0.3)
 """Standard deviations of the noise in a translation, as a fraction of the largest action."""
@@ -88,6 +90,8 @@ def plan_of(seed: int, task: int, attempt: int, init_states: Sequence[int]) -> P
 
 def environment_for(suite: str, task: int, image_size: int, render_quality: str) -> LiberoEnvironment:
     """One task whose pictures are as LIBERO's files have them; its reset with number k starts from initial state k."""
+    from dsrl_async.envs.libero import LiberoEnvironment
+
     settings = {
         "name": suite,
         "task_ids": [task],
@@ -228,12 +232,20 @@ def record_task(request: Request, advance: Callable[[], None] = lambda: None) ->
     return path
 
 
+def libero_versions() -> dict[str, str]:
+    """See `dsrl_async.envs.libero.versions`."""
+    from dsrl_async.envs.libero import versions
+
+    return versions()
+
+
 def file_of(request: Request) -> Path:
     """Where a task's demonstrations are."""
     return Path(request.out) / f"{libero_files.task_names(request.suite)[request.task]}_demo.hdf5"
 
 
 def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment, ways: dict[str, list[int]]) -> None:
+
     name = libero_files.task_names(request.suite)[request.task]
     language = libero_files.instruction(name)
     bddl = f"{request.suite}/{name}.bddl"
@@ -267,7 +279,7 @@ def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment
         language_instruction=language,
         seed=request.seed,
         init_states=list(request.init_states),
-        versions=json.dumps({**versions(), "dsrl_async": __version__, "numpy": np.__version__}),
+        versions=json.dumps({**libero_versions(), "dsrl_async": __version__, "numpy": np.__version__}),
         render_quality=request.render_quality,
         image_size=request.image_size,
         settling_steps=environment.settling_steps,

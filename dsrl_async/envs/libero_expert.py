@@ -8,12 +8,13 @@ so it is taken by its rim. On which side, how fast and how high it is carried is
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs.libero import LiberoEnvironment
+if TYPE_CHECKING:
+    from dsrl_async.envs.libero import LiberoEnvironment
 
 TRANSLATION_SCALE = 0.05
 """Metres that the controller's goal lies ahead of the hand for an action of 1."""
