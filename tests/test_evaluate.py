@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import SMALL, Launched
 from rich.console import Console
@@ -58,6 +58,7 @@ def test_fewer_episodes_are_spread_over_the_tasks_and_more_go_round_again() -> N
     assert len({episode.number for episode in again}) == 6
 
 
+@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     data=st.data(),
@@ -93,6 +94,7 @@ def test_lists_that_are_none(text: str) -> None:
 # Who plays what
 
 
+@settings(deadline=None)
 @given(
     episodes=st.lists(st.integers(0, 5), max_size=60).map(
         lambda tasks: [Episode(number, task, None) for number, task in enumerate(tasks)]
@@ -196,8 +198,8 @@ def test_weights_are_told_apart_by_digest_or_where_large_by_size_and_time(
 SETTINGS = {"seed": 0, "env": {"name": "tabletop", "render_quality": "fast"}}
 
 
-def written(directory: Path, *numbers: int, settings: dict[str, Any] = SETTINGS) -> None:
-    out = ResultDirectory(directory, settings)
+def written(directory: Path, *numbers: int) -> None:
+    out = ResultDirectory(directory, SETTINGS)
     for number in numbers:
         out.add(outcome(number))
     out.close()
@@ -232,14 +234,14 @@ def test_a_damaged_line_before_the_last_is_reported(tmp_path: Path) -> None:
 
 def test_another_evaluation_is_refused(tmp_path: Path) -> None:
     written(tmp_path, 1)
-    for settings, words in (
+    for other, words in (
         ({**SETTINGS, "seed": 1}, "seed 0, which is now 1"),
         ({"seed": 0, "env": {"name": "tabletop", "render_quality": "exact"}}, "env.render_quality fast, .* exact"),
         ({"seed": 0, "env": {"name": "tabletop"}}, "env.render_quality fast, .* null"),
         ({**SETTINGS, "suite": "new"}, "suite null, which is now new"),
     ):
         with pytest.raises(ConfigError, match=words):
-            ResultDirectory(tmp_path, settings)
+            ResultDirectory(tmp_path, other)
     written(tmp_path, 2)
 
 
