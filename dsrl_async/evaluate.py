@@ -29,7 +29,7 @@ from torch import Tensor
 from dsrl_async import checkpoints, preflight, processes
 from dsrl_async.config import Config, ConfigError, read_yaml, validate
 from dsrl_async.device import resolve_device
-from dsrl_async.inference import InferenceServer
+from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.session import StopRequest
 from dsrl_async.shm import events
@@ -108,7 +108,7 @@ def load_actor(checkpoint: Path, server: InferenceServer) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             flat: Tensor = file.get_tensor("actor.flat")
-        server.actor.load_flat_(flat)
+        server.policies.actor.load_flat_(flat)
     except Exception as error:
         raise ConfigError(f"{path} cannot be used: {error}") from error
 
@@ -144,7 +144,8 @@ def evaluate(
         for lane in lanes:
             events.notify(wake[lane])
 
-    server = InferenceServer(config, arena, device, mode, notify, policy_directory(config), training=False)
+    policies = load_policies(config, spec, device, mode, policy_directory(config))
+    server = InferenceServer(config, arena, policies, notify, training=False)
     if checkpoint is not None and mode != "base":
         load_actor(checkpoint, server)
     actors: list[subprocess.Popen[bytes]] = []

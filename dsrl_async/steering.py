@@ -59,6 +59,12 @@ class SteeredPolicy:
         self.sac_image = zeros(SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
         self.standard_normal = zeros(self.horizon * sac.noise_dim)
         self.warmup = zeros(dtype=torch.bool)
+        self.inputs = {
+            "images": self.images,
+            "state": self.state,
+            "sac_image": self.sac_image,
+            "standard_normal": self.standard_normal,
+        }  # as the fields of `shm.slots.Slots` are named
         self.noise = zeros(sac.noise_width(self.horizon))
         self.actions = zeros(self.horizon, sizes.robot_action_dim)
         self.captured: Captured | None = None

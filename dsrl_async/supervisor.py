@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ QUICK_FAILURES = 3  # so many in a row of the same process end the run
 START_S = 1800.0  # until the first sign of life: loading and compiling a large policy takes minutes
 ACTORS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
+PROGRAMS = {
+    "inference": processes.Program("dsrl_async.inference"),
+    "learner": processes.Program("dsrl_async.learner"),
+    "actor": processes.WORKER,
+}
 
 
 @dataclass
@@ -41,9 +47,13 @@ class Child:
 
 
 class Supervisor:
-    """The processes of one asynchronous run. They read their configuration from the run directory."""
+    """The processes of one asynchronous run. They read their configuration from the run directory.
 
-    def __init__(self, session: Session) -> None:
+    Benchmarks give other `programs` for the kinds of processes; without one for the learner there is none.
+    """
+
+    def __init__(self, session: Session, programs: Mapping[str, processes.Program] = PROGRAMS) -> None:
+        self.programs = programs
         self.session, self.config, self.run_dir = session, session.config, session.run_dir
         self.arena, self.counters = session.arena, session.counters
         self.observation_ready, self.transition_ready = events.create(), events.create()
@@ -82,7 +92,8 @@ class Supervisor:
             job |= {"horizon": self.session.horizon, "transition_ready_fd": self.transition_ready}
             fds = [self.arena.fd, self.transition_ready]
             threads = cpu_threads(self.config.learner.threads)
-        return processes.start(f"dsrl_async.{name}", job, fds, log, threads)
+        program = self.programs[name]
+        return processes.start(program.module, {**job, **program.settings}, fds, log, threads)
 
     def _start_actor(self, name: str, incarnation: int, log: Path) -> subprocess.Popen[bytes]:
         lane = int(name.removeprefix("actor-"))
@@ -95,11 +106,13 @@ class Supervisor:
             self.wake[lane],
             [self.observation_ready, self.transition_ready],
             log,
+            program=self.programs["actor"],
         )
 
     def _start_all(self) -> None:
         # The model processes first: they take longest to come up.
-        for name in ("inference", "learner", *(f"actor-{lane:03d}" for lane in range(self.config.actors))):
+        models = [name for name in ("inference", "learner") if name in self.programs]
+        for name in (*models, *(f"actor-{lane:03d}" for lane in range(self.config.actors))):
             if self.session.reason_to_stop() is None:
                 self._start(name)
 
@@ -191,6 +204,8 @@ class Supervisor:
             if silent_s > (CHECKPOINT_SILENCE_S if alive else MODELS_STOP_S):
                 break
         processes.kill_all(models)
+        if "learner" not in self.programs:
+            return True
         return "learner" in self.children and self.children["learner"].popen.returncode == 0
 
     def _set_stop(self, stage: int) -> None:

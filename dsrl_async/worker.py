@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -150,9 +150,7 @@ def main(argument: str) -> None:
     job = json.loads(argument)
     prepare_child(job["parent"])
     arena = Arena.attach(job["arena"])
-    lane, wake = job["lane"], job["wake_fd"]
-    actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
-    counters = actor.counters
+    actor = Actor(job["lane"], job["incarnation"], job["seed"], job["env"], arena)
     if (evaluation := job["evaluation"]) is not None:
         episodes = range(*evaluation["episodes"])
         actor.evaluation = iter(episodes)
@@ -160,15 +158,21 @@ def main(argument: str) -> None:
             from dsrl_async.envs.recording import RecordingEnvironment
 
             actor.env = RecordingEnvironment(actor.env, episodes, evaluation["video_dir"], evaluation["videos"])
+    play(actor, job["wake_fd"], job["notify_fds"])
+
+
+def play(actor: Actor, wake_fd: int, notify_fds: Sequence[int]) -> None:
+    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environment."""
+    lane, counters = actor.lane, actor.counters
     try:
         actor.start()
         while not (counters.control_stop[0] or actor.finished):
-            for fd in job["notify_fds"]:
+            for fd in notify_fds:
                 events.notify(fd)
             counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
             while not (actor.ready() or counters.control_stop[0]):
                 with actor.phase("wait_action"):
-                    events.wait(wake, timeout_s=1.0)
+                    events.wait(wake_fd, timeout_s=1.0)
                 counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
             if not counters.control_stop[0]:
                 actor.advance()
