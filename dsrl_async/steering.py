@@ -11,7 +11,7 @@ import torch
 
 from dsrl_async.config import Config
 from dsrl_async.envs import SAC_IMAGE_SIZE
-from dsrl_async.graphs import Captured, MemoryPool, capture
+from dsrl_async.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import Sampler
@@ -112,7 +112,7 @@ class SteeredPolicy:
         """
         sampler = self.sampler
         name = f"batch size {sampler.batch_size}, prompts of {sampler.language_length} tokens"
-        self.captured = capture([self.encode, self.denoise], self.device, pool, name)
+        self.captured = capture([self.encode, self.denoise], self.device, pool, name, HIGH_PRIORITY)
         return pool if self.captured is None else self.captured.pool
 
     def run(self) -> None:
