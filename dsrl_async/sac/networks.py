@@ -169,7 +169,7 @@ class _Trunk(NamedTuple):
             if of_projection is None:
                 of_projection = g.t() @ _by_pixel(x)
             else:
-                of_projection.addmm_(g.t(), _by_pixel(x))
+                torch.addmm(of_projection, g.t(), _by_pixel(x), out=of_projection)
             g = (g @ projection).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
             of_slice: list[Tensor] = []
             for layer in reversed(range(layers)):
