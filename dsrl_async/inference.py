@@ -46,7 +46,7 @@ IDLE_POLL_S = 1.0
 class BatchPolicy(Protocol):
     """What `InferenceServer` needs of a `steering.SteeredPolicy`, for batches of B and prompts of up to L tokens."""
 
-    inputs: Mapping[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
+    inputs: dict[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
     state: Tensor  # one of them
     tokens: Tensor  # int64 [B, L]
     token_mask: Tensor  # bool [B, L]
@@ -73,12 +73,16 @@ class Policies:
     state_prompts: Callable[[np.ndarray, Tensor], tuple[Tensor, Tensor]] | None = None
     """(task_index [B], state [B, S]) -> tokens and mask; for policies whose prompts hold the state."""
 
-    def prompts(self, task_index: np.ndarray, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids and validity [B, language slots]: a look-up, except for policies whose prompts hold the state."""
+    def fill_prompts(self, policy: BatchPolicy, task_index: np.ndarray, length: int) -> None:
+        """Write the first `length` tokens of each row's prompt: a look-up, except where prompts hold the state."""
+        count = len(task_index)
+        tokens, token_mask = self.tokens, self.token_mask
+        rows = torch.from_numpy(task_index).to(tokens.device)
         if self.state_prompts is not None:
-            return self.state_prompts(task_index, state)
-        rows = torch.from_numpy(task_index).to(self.tokens.device)
-        return self.tokens[rows], self.token_mask[rows]
+            tokens, token_mask = self.state_prompts(task_index, policy.state[:count])
+            rows = torch.arange(count, device=tokens.device)
+        torch.index_select(tokens[:, :length], 0, rows, out=policy.tokens[:count])
+        torch.index_select(token_mask[:, :length], 0, rows, out=policy.token_mask[:count])
 
 
 def load_policies(config: Config, spec: EnvironmentSpec, device: torch.device, mode: Mode, directory: Path) -> Policies:
@@ -157,7 +161,7 @@ class InferenceServer:
         executing = (slots.request_id == slots.response_id) & (slots.request_id != 0)
         return self.counters.decisions() + int(np.count_nonzero(executing))
 
-    def allowed(self, wanted: int) -> int:
+    def allowed(self, wanted: int, handed_out: int) -> int:
         """How many of `wanted` requests may be answered now, so that the actors do not outrun the learner.
 
         Where they must wait, all of them do until all may go on: a full batch costs little more than a batch of one.
@@ -168,7 +172,6 @@ class InferenceServer:
         if not self.training:
             return wanted
         warmup = config.replay.warmup_decisions
-        handed_out = self.handed_out()
         if config.max_decisions is not None:
             wanted = min(wanted, config.max_decisions - handed_out)
         if handed_out < warmup:
@@ -186,14 +189,16 @@ class InferenceServer:
 
     def serve_ready(self, ready: np.ndarray) -> int:
         """Answer as many of the `ready` lanes as make a good batch and may be answered; returns how many that was."""
-        allowed = self.allowed(len(ready))
+        handed_out = self.handed_out() if self.training else 0
+        allowed = self.allowed(len(ready), handed_out)
         if allowed <= 0:
             return 0
         count, size = choose_batch(allowed, self.sizes)
-        self._serve(ready[:count], size)
+        # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
+        self._serve(ready[:count], size, self.training and handed_out < self.config.replay.warmup_decisions)
         return count
 
-    def _serve(self, lanes: np.ndarray, size: int) -> None:
+    def _serve(self, lanes: np.ndarray, size: int, warmup: bool) -> None:
         """Answer `lanes` with a batch of `size` rows."""
         count = len(lanes)
         slots, policies = self.slots, self.policies
@@ -205,11 +210,8 @@ class InferenceServer:
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
             for name, buffer in policy.inputs.items():
                 gather(getattr(slots, name), lanes, buffer)
-            tokens, token_mask = policies.prompts(task_index, policy.state[:count])
-            policy.tokens[:count].copy_(tokens[:, :length])
-            policy.token_mask[:count].copy_(token_mask[:, :length])
-            # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
-            policy.warmup.fill_(self.training and self.handed_out() < self.config.replay.warmup_decisions)
+            policies.fill_prompts(policy, task_index, length)
+            policy.warmup.fill_(warmup)
         with self.phase("compute"):
             policy.run()
             action_chunk = policy.actions[:count].cpu().numpy()
@@ -241,7 +243,8 @@ def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:
     On CUDA that is a transfer per row, asynchronous if the memory is registered (`device.register_memory`).
     """
     if buffer.device.type == "cpu":
-        np.take(rows, lanes, axis=0, out=buffer[: len(lanes)].numpy())
+        # `clip`: with another mode numpy gathers into memory of its own first, and copies that to `out`
+        np.take(rows, lanes, axis=0, out=buffer.numpy()[: len(lanes)], mode="clip")
     else:
         for index, lane in enumerate(lanes):
             buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)
