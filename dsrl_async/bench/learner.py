@@ -13,11 +13,11 @@ Per case
   update          milliseconds (medians), and the ratios plain/dsrl_async (target: 2) and dsrl_async/bound (target: 1.3)
   update_cpu      the same in CPU time, which other programs lengthen less
   arithmetic      GFLOP of convolutions and matrix products, counted by torch
-  kernels         ATen operations that are not views, in all: what a GPU would be asked to launch (counted on torch's
-                  meta device; target: 400)
-  kernels_cpu     the same on this CPU, where the encoder takes the images a few at a time
+  kernels         ATen operations that are not views, in all: what a GPU would be asked to launch (for dsrl_async with
+                  drawing the batch, counted on torch's meta device; target: 400)
+  kernels_cpu     those of `update` on this CPU, where the encoder takes the images a few at a time
   host_syncs      operations that no CUDA graph can hold
-  draw            milliseconds to draw a batch from a replay ring in place (its rows random, --ring-rows of them)
+  draw, draw_cpu  milliseconds to draw a batch from a replay ring in place (random rows, --ring-rows of them)
   convolution_share, gemm_share   of the time of an update (torch's profiler, one update)
   gradient_difference   Euclidean norm of the difference of the two programs' gradients over that of a gradient; the
                   larger one of critic and actor
@@ -46,12 +46,12 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsrl_async.bench.report import Report
-from dsrl_async.config import Config, SacConfig, read_yaml, validate
+from dsrl_async.config import SacConfig, read_yaml, validate
 from dsrl_async.envs import SAC_IMAGE_SIZE
 from dsrl_async.sac.agent import Batch, RandomNumbers, SacAgent, alpha_from_raw
 from dsrl_async.sac.flat import FlatModule
 from dsrl_async.sac.networks import log_prob, preprocess_image
-from dsrl_async.sampling import InPlace
+from dsrl_async.sampling import InPlace, Mirror
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 from dsrl_async.tracing import OperationTrace
@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ring-rows", type=int, default=10_000, help="of the replay ring to draw from (default: 10000)"
     )
+    parser.add_argument("--system", nargs="+", choices=[OWN, PLAIN, BOUND], default=[OWN, PLAIN, BOUND])
+    parser.add_argument("--images-at-a-time", type=int, help="through our encoder (default: what fits into a cache)")
     parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
 
 
@@ -291,19 +293,19 @@ class Products(TorchDispatchMode):
 # ---- the measurement
 
 
-def random_batch(config: SacConfig, size: int, action_dim: int, device: str = "cpu") -> Batch:
+def random_batch(config: SacConfig, size: int, action_dim: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator)
 
     shape = (2 * size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)
     return Batch(
-        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device),
+        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
         states=normal(2 * size, config.state_dim),
         noise=normal(size, action_dim),
-        reward=torch.full((size,), -1.0, device=device),
-        discount=torch.full((size,), config.gamma, device=device),
+        reward=torch.full((size,), -1.0),
+        discount=torch.full((size,), config.gamma),
     )
 
 
@@ -360,10 +362,13 @@ def shares(update: Callable[[], object]) -> tuple[float, float]:
     return convolutions / sum(spent.values()), sum(spent.get(name, 0.0) for name in PRODUCTS) / sum(spent.values())
 
 
-def measure(config: Config, size: int, repeats: int, ring_rows: int, report: Report) -> None:
+def measure(sac: SacConfig, size: int, arguments: argparse.Namespace, report: Report) -> None:
     """Times one batch size and reports it."""
-    sac = config.sac
+    repeats, ring_rows = arguments.repeats, arguments.ring_rows
     agent = SacAgent(sac, HORIZON)
+    if arguments.images_at_a_time is not None:
+        for network in (agent.actor, agent.critic, agent.target_critic):
+            network.encoder.images_at_a_time = arguments.images_at_a_time
     plain = Plain(agent)
     updates = Updates(agent, InPlace(fill_ring(sac, ring_rows, agent.action_dim)), size)
     batch, random = random_batch(sac, size, agent.action_dim), updates.random
@@ -377,8 +382,10 @@ def measure(config: Config, size: int, repeats: int, ring_rows: int, report: Rep
         OWN: lambda: agent.learn(batch, random, True),
         PLAIN: lambda: plain.update(batch, random.normal),
         BOUND: products.run,
-        "draw": updates.draw_batch,
     }
+    systems = {name: update for name, update in systems.items() if name in arguments.system}
+    if OWN in systems:
+        systems["draw"] = updates.draw_batch
     for update in systems.values():
         update()
     clocks = {"update": time.perf_counter, "update_cpu": time.process_time}
@@ -391,48 +398,52 @@ def measure(config: Config, size: int, repeats: int, ring_rows: int, report: Rep
                 times[clock][name].append(1e3 * (now() - before))
     for clock, of_systems in times.items():
         median = {name: statistics.median(values) for name, values in of_systems.items()}
-        for name in (OWN, PLAIN, BOUND):
+        for name in arguments.system:
             report.add(name, clock, median[name], "ms")
         for slow, fast in ((PLAIN, OWN), (OWN, BOUND), (PLAIN, BOUND)):
-            report.add(f"{slow}/{fast}", clock, median[slow] / median[fast], "ratio")
-    report.add(OWN, "draw", statistics.median(times["update"]["draw"]), "ms")
-    for name in (OWN, PLAIN):
+            if {slow, fast} <= systems.keys():
+                report.add(f"{slow}/{fast}", clock, median[slow] / median[fast], "ratio")
+        if "draw" in systems:
+            report.add(OWN, f"draw{clock.removeprefix('update')}", median["draw"], "ms")
+    for name in [name for name in (OWN, PLAIN) if name in systems]:
         with FlopCounterMode(display=False) as flops:
             systems[name]()
         report.add(name, "arithmetic", flops.get_total_flops() / 1e9, "GFLOP")
         with OperationTrace() as trace:
             systems[name]()
         report.add(name, "kernels_cpu", trace.kernels, "operations")
-        if name == PLAIN:
-            report.add(name, "kernels", trace.kernels, "operations")
+        report.add(name, "kernels", kernels_on_a_device(sac, size) if name == OWN else trace.kernels, "operations")
         report.add(name, "host_syncs", trace.host_syncs, "operations")
         convolutions, matrix_products = shares(systems[name])
         report.add(name, "convolution_share", convolutions, "share of time")
         report.add(name, "gemm_share", matrix_products, "share of time")
-    report.add(OWN, "kernels", kernels_on_a_device(sac, size), "operations")
     report.add(f"{OWN}-{PLAIN}", "gradient_difference", difference, "relative")
 
 
 def kernels_on_a_device(sac: SacConfig, size: int) -> int:
-    """Kernel-class operations of a full update where the images are not sliced for a cache."""
+    """Kernel-class operations of a full update, drawing included, where the images are not sliced for a cache."""
     with torch.device("meta"):
         agent = SacAgent(sac, HORIZON, device="meta")
-        random = agent.random_numbers(size)
-    batch = random_batch(sac, size, agent.action_dim, device="meta")
+    ring = ReplayRing(Arena.create(replay_fields(1, 16, sac.state_dim, agent.action_dim)))
+    updates = Updates(agent, Mirror(ring, agent.device), size)
     with OperationTrace(guarded=True) as trace:
-        agent.learn(batch, random, True)
+        updates.whole(update_actor=True)
     return trace.kernels
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures every batch size; see `Report` for what is written."""
-    if min(arguments.repeats, arguments.threads, *arguments.batch) < 1 or arguments.ring_rows < 2:
-        raise ValueError("--repeats, --batch and --threads must be positive, and --ring-rows at least 2")
+    counts = [arguments.repeats, arguments.threads, arguments.images_at_a_time or 1, *arguments.batch]
+    if min(counts) < 1 or arguments.ring_rows < 4:
+        raise ValueError(
+            "--repeats, --batch, --threads and --images-at-a-time must be positive, and --ring-rows at least 4"
+        )
     config = validate(read_yaml(arguments.config))
     if config.sac.augmentation != "none":
         raise ValueError("the plain program has no augmentation; set sac.augmentation to none in the configuration")
     torch.set_num_threads(arguments.threads)
     report = Report("learner", arguments.repeats, arguments.out)
     for size in arguments.batch:
-        report.case(f"{arguments.config.stem} batch {size} threads {arguments.threads}")
-        measure(config, size, arguments.repeats, arguments.ring_rows, report)
+        sliced = f" images {arguments.images_at_a_time}" if arguments.images_at_a_time else ""
+        report.case(f"{arguments.config.stem} batch {size} threads {arguments.threads}{sliced}")
+        measure(config.sac, size, arguments, report)
