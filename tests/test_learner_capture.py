@@ -437,8 +437,6 @@ def test_captured_updates_equal_eager_ones(changes: dict[str, object]) -> None:
             write(ring, 4, seed=step)
             updates.refresh()
             assert updates.draw_batch()
-            if updates.captured is None:
-                updates.draw()
             updates.run()
     eager, captured = (updates.agent.state_tensors() for updates in both)
     for name in ("actor.flat", "critic.flat", "target_critic.flat", "alpha.raw"):
