@@ -39,7 +39,6 @@ def save(
     save_agent: Callable[[Path], None],
     counters: Counters,
     ring: ReplayRing,
-    rng: np.random.Generator,
     keep: int,
     beat: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -69,7 +68,6 @@ def save(
         "dsrl_async": __version__,
         "lanes": ring.lanes,
         "counters": {key: array.tolist() for key, array in snapshot.items() if key in SUMMED or key in KEPT},
-        "sampling_rng": rng.bit_generator.state,
     }
     (temporary / STATE).write_text(json.dumps(state))
     for path in temporary.rglob("*"):
@@ -125,7 +123,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT}, the only one that this version reads")
-    missing = {"lanes", "counters", "sampling_rng"} - state.keys()
+    missing = {"lanes", "counters"} - state.keys()
     missing |= {*SUMMED, *KEPT} - state.get("counters", {}).keys()
     if missing:
         raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")

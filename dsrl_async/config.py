@@ -245,6 +245,8 @@ class InferenceConfig(Section):
 class LearnerConfig(Section):
     """The process that updates the SAC agent."""
 
+    device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Device of the learner, `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means that of the policy."""
     threads: int | None = Field(None, gt=0)
     """CPU threads of the learner process; null means chosen from the machine."""
     publish_interval: int = Field(10, gt=0)
@@ -306,8 +308,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.serial and self.device == "cuda":
-            raise ValueError("serial mode runs on the CPU; drop --serial or set device to cpu")
+        if self.serial and (self.device == "cuda" or (self.learner.device or "cpu") != "cpu"):
+            raise ValueError("serial mode runs on the CPU; drop --serial or set device and learner.device to cpu")
         if self.replay.capacity < self.actors * MIN_LANE_ROWS:
             raise ValueError(
                 f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {self.actors} actors "

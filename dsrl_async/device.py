@@ -12,17 +12,23 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU; `cuda:1` and the like become the current device.
 
     On CUDA, float32 means float32 from then on: what is not in bfloat16 (the SAC agent, and of the policy norms and the
-    projections at its ends) is there for its precision, and too small for TF32 to save much time.
+    projections at its ends) is there for its precision, and too small for TF32 to save much time. Raises ValueError
+    where there is no CUDA device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
+    if name.startswith("cuda"):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
-    return torch.device(name)
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name} was asked for, but torch finds no CUDA device; use cpu")
+    device = torch.device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def register_memory(arena: Arena, device: torch.device) -> bool:

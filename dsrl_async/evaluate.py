@@ -54,7 +54,7 @@ from dsrl_async.evaluation_results import (
     table,
     versions,
 )
-from dsrl_async.inference import InferenceServer
+from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.launch import make_paths_absolute
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.pi0.tensors import find_tensors
@@ -223,7 +223,7 @@ def load_actor(checkpoint: Path, server: InferenceServer) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             flat: Tensor = file.get_tensor("actor.flat")
-        server.actor.load_flat_(flat)
+        server.policies.actor.load_flat_(flat)
     except Exception as error:
         raise ConfigError(f"{path} cannot be used: {error}") from error
 
@@ -321,7 +321,8 @@ def play(
             events.notify(wake[lane])
 
     device = resolve_device(config.device)
-    server = InferenceServer(config, arena, device, mode, notify, policy_directory(config), training=False)
+    policies = load_policies(config, spec, device, mode, policy_directory(config))
+    server = InferenceServer(config, arena, policies, notify, training=False)
     if checkpoint is not None and mode != "base":
         load_actor(checkpoint, server)
 

@@ -16,6 +16,9 @@ MemoryPool = Any
 WARMUP_RUNS = 3
 """Runs before a capture, as torch's notes on CUDA graphs ask for: libraries choose algorithms and allocate."""
 
+NORMAL_PRIORITY, HIGH_PRIORITY = 0, -1
+"""Of a stream; CUDA's lower numbers go first. The policy's kernels are high, since robots wait for them."""
+
 
 class Captured(NamedTuple):
     """CUDA graphs of some functions."""
@@ -26,17 +29,22 @@ class Captured(NamedTuple):
 
 
 def capture(
-    functions: Sequence[Callable[[], None]], device: torch.device, pool: MemoryPool | None, name: str
+    functions: Sequence[Callable[[], None]],
+    device: torch.device,
+    pool: MemoryPool | None,
+    name: str,
+    priority: int = NORMAL_PRIORITY,
 ) -> Captured | None:
     """Captures `functions`, which run in this order, each as a CUDA graph in the memory of `pool` (None: a new one).
 
-    Functions that share a pool must never run at the same time as each other. Where there is no CUDA device, or when
-    the capture fails, the reason is logged with `name`, and None is returned.
+    Functions that share a pool must never run at the same time as each other. `priority` is that of the captured
+    kernels among all that wait for the device. Where there is no CUDA device, or when the capture fails, the reason is
+    logged with `name`, and None is returned.
     """
     if device.type != "cuda":
         logger.info("no CUDA graphs for %s: it runs on %s", name, device)
         return None
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device, priority=priority)
     try:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -50,7 +58,7 @@ def capture(
         for function in functions:
             graph = torch.cuda.CUDAGraph()
             # thread_local: other threads, such as ZeroMQ's, may go on calling CUDA
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 function()
             replays.append(graph.replay)
     except RuntimeError as error:

@@ -9,14 +9,17 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import zmq
 from torch import Tensor
 
+from dsrl_async.batching import choose_batch
 from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
@@ -40,16 +43,93 @@ THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while 
 IDLE_POLL_S = 1.0
 
 
+class BatchPolicy(Protocol):
+    """What `InferenceServer` needs of a `steering.SteeredPolicy`, for batches of B and prompts of up to L tokens."""
+
+    inputs: dict[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
+    state: Tensor  # one of them
+    tokens: Tensor  # int64 [B, L]
+    token_mask: Tensor  # bool [B, L]
+    warmup: Tensor  # bool [B]
+    noise: Tensor  # float32 [B, A]
+    actions: Tensor  # float32 [B, H, robot_action_dim]
+
+    def run(self) -> None: ...
+
+
+@dataclass
+class Policies:
+    """The steered policy for every batch size and prompt length of a run."""
+
+    batch_policies: Mapping[tuple[int, int], BatchPolicy]
+    """(batch size, language length) -> policy."""
+    actor: Actor
+    tokens: Tensor
+    """int64 [prompts, language slots]; all prompts of the run."""
+    token_mask: Tensor
+    """bool, as `tokens`."""
+    language_length: np.ndarray
+    """int64 [prompts], see `language_lengths`."""
+    state_prompts: Callable[[np.ndarray, Tensor], tuple[Tensor, Tensor]] | None = None
+    """(task_index [B], state [B, S]) -> tokens and mask; for policies whose prompts hold the state."""
+
+    def fill_prompts(self, policy: BatchPolicy, task_index: np.ndarray, length: int) -> None:
+        """Write the first `length` tokens of each row's prompt: a look-up, except where prompts hold the state."""
+        count = len(task_index)
+        tokens, token_mask = self.tokens, self.token_mask
+        rows = torch.from_numpy(task_index).to(tokens.device)
+        if self.state_prompts is not None:
+            tokens, token_mask = self.state_prompts(task_index, policy.state[:count])
+            rows = torch.arange(count, device=tokens.device)
+        torch.index_select(tokens[:, :length], 0, rows, out=policy.tokens[:count])
+        torch.index_select(token_mask[:, :length], 0, rows, out=policy.token_mask[:count])
+
+
+def load_policies(config: Config, spec: EnvironmentSpec, device: torch.device, mode: Mode, directory: Path) -> Policies:
+    """Load the frozen policy in `directory`, ready for every batch size and prompt length that can occur.
+
+    The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`.
+    """
+    frozen = load_policy(directory, device, resolve_dtype(config.policy.dtype, device), **config.policy.overrides())
+    tokens, token_mask = (table.to(device) for table in frozen.tokenizer(spec.prompts))
+    lengths = language_lengths(frozen, spec.prompts)
+    actor = Actor(config.sac, frozen.config.action_horizon, device, config.seed)
+    steered = {
+        (size, length): SteeredPolicy(frozen, actor, config, size, length, mode)
+        for size in reversed(batch_sizes(config))  # the largest first, so that the others fit into its captured memory
+        for length in sorted(set(lengths.tolist()), reverse=True)
+    }
+    if device.type != "cuda":
+        logger.info("no CUDA graphs: the policy runs on %s", device)
+    pool = None
+    for policy in steered.values():
+        if config.policy.compile:
+            policy.run()  # compiles, now and not while actors wait
+        if device.type == "cuda":
+            pool = policy.capture(pool)
+
+    def state_prompts(task_index: np.ndarray, state: Tensor) -> tuple[Tensor, Tensor]:
+        normalised = frozen.normaliser.state(state)[:, : frozen.config.robot_state_dim]
+        return frozen.tokenizer([spec.prompts[task] for task in task_index], normalised)
+
+    in_prompt = state_prompts if frozen.config.state_in_prompt else None
+    return Policies(steered, actor, tokens, token_mask, lengths, in_prompt)
+
+
+def batch_sizes(config: Config) -> list[int]:
+    """Sizes of `inference.buckets` up to the first that holds all actors."""
+    buckets = config.inference.buckets
+    return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]
+
+
 class InferenceServer:
     """Answers requests in the slots.
 
     Args:
         config: of the run.
         arena: its shared memory.
-        device: of policy and actor.
-        mode: how noise is chosen, see `SteeredPolicy`.
+        policies: for every size of `batch_sizes`.
         notify: called with the lanes that were answered.
-        policy_directory: checkpoint of the frozen policy.
         training: warm up with Gaussian noise and keep the replay ratio; evaluation does neither.
     """
 
@@ -57,46 +137,21 @@ class InferenceServer:
         self,
         config: Config,
         arena: Arena,
-        device: torch.device,
-        mode: Mode,
+        policies: Policies,
         notify: Callable[[np.ndarray], None],
-        policy_directory: Path,
         training: bool = True,
     ) -> None:
-        self.config, self.training, self._notify = config, training, notify
+        self.config, self.policies, self.training, self._notify = config, policies, training, notify
         self.slots, self.counters = Slots(arena), Counters(arena)
         self.phase = Phases(INFERENCE_PHASES, self.counters.inference_phase_s)
-        spec: EnvironmentSpec = environment_spec(config.env.model_dump())
-        policy = load_policy(
-            policy_directory, device, resolve_dtype(config.policy.dtype, device), **config.policy.overrides()
-        )
-        self.tokens, self.token_mask = (table.to(device) for table in policy.tokenizer(spec.prompts))
-        self.language_length = language_lengths(policy, spec.prompts)
-        self.frozen, self.prompts = policy, spec.prompts
-        self.actor = Actor(config.sac, policy.config.action_horizon, device, config.seed)
+        self.sizes = batch_sizes(config)
         self.policy_version = -1  # no weights received yet
-        largest = next((size for size in config.inference.buckets if size >= config.actors), None)
-        sizes = [size for size in config.inference.buckets if largest is None or size <= largest]
-        self.sizes, self.largest_bucket = sizes, sizes[-1]
-        self.policies = {
-            (size, length): SteeredPolicy(policy, self.actor, config, size, length, mode)
-            for size in reversed(sizes)  # the largest first, so that the others fit into its memory when captured
-            for length in sorted(set(self.language_length.tolist()), reverse=True)
-        }
-        if device.type != "cuda":
-            logger.info("no CUDA graphs: the policy runs on %s", device)
-        pool = None
-        for steered in self.policies.values():
-            if config.policy.compile:
-                steered.run()  # compiles, now and not while actors wait
-            if device.type == "cuda":
-                pool = steered.capture(pool)
 
     def load_weights(self, weights: Weights) -> None:
         """Copy actor weights in place; everything that was captured stays valid."""
         with self.phase("weights"):
             # A copy first: the vector is a read-only view of a network frame.
-            self.actor.load_flat_(torch.from_numpy(np.array(weights.flat)))
+            self.policies.actor.load_flat_(torch.from_numpy(np.array(weights.flat)))
             self.policy_version = weights.policy_version
             self.counters.inference_policy_version[0] = weights.policy_version
 
@@ -106,18 +161,17 @@ class InferenceServer:
         executing = (slots.request_id == slots.response_id) & (slots.request_id != 0)
         return self.counters.decisions() + int(np.count_nonzero(executing))
 
-    def allowed(self, wanted: int) -> int:
+    def allowed(self, wanted: int, handed_out: int) -> int:
         """How many of `wanted` requests may be answered now, so that the actors do not outrun the learner.
 
         Where they must wait, all of them do until all may go on: a full batch costs little more than a batch of one.
         The learner can always get far enough for that, see `decisions_allowed`.
         """
         config = self.config
-        wanted = min(wanted, self.largest_bucket)
+        wanted = min(wanted, self.sizes[-1])
         if not self.training:
             return wanted
         warmup = config.replay.warmup_decisions
-        handed_out = self.handed_out()
         if config.max_decisions is not None:
             wanted = min(wanted, config.max_decisions - handed_out)
         if handed_out < warmup:
@@ -134,53 +188,42 @@ class InferenceServer:
         return wanted if not config.throttle_actors or handed_out + wanted <= limit else 0
 
     def serve_ready(self, ready: np.ndarray) -> int:
-        """Answer as many of the `ready` lanes as fit a batch and may be answered; returns how many that was."""
-        lanes = ready[: max(0, self.allowed(len(ready)))]
-        if len(lanes):
-            self._serve(lanes)
-        return len(lanes)
+        """Answer as many of the `ready` lanes as make a good batch and may be answered; returns how many that was."""
+        handed_out = self.handed_out() if self.training else 0
+        allowed = self.allowed(len(ready), handed_out)
+        if allowed <= 0:
+            return 0
+        count, size = choose_batch(allowed, self.sizes)
+        # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
+        self._serve(ready[:count], size, self.training and handed_out < self.config.replay.warmup_decisions)
+        return count
 
-    def _serve(self, lanes: np.ndarray) -> None:
+    def _serve(self, lanes: np.ndarray, size: int, warmup: bool) -> None:
+        """Answer `lanes` with a batch of `size` rows."""
         count = len(lanes)
-        slots = self.slots
-        bucket = next(size for size in self.sizes if size >= count)
-        length = int(self.language_length[slots.task_index[lanes]].max())
-        steered = self.policies[bucket, length]
+        slots, policies = self.slots, self.policies
         with self.phase("gather"):
+            task_index = slots.task_index[lanes]
+            length = int(policies.language_length[task_index].max())
+            policy = policies.batch_policies[size, length]
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
-            for buffer, rows in (
-                (steered.images, slots.images),
-                (steered.state, slots.state),
-                (steered.sac_image, slots.sac_image),
-                (steered.standard_normal, slots.standard_normal),
-            ):
-                gather(rows, lanes, buffer)
-            tokens, token_mask = self._prompts(slots.task_index[lanes], steered.state[:count])
-            steered.tokens[:count].copy_(tokens[:, :length])
-            steered.token_mask[:count].copy_(token_mask[:, :length])
-            # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
-            steered.warmup.fill_(self.training and self.handed_out() < self.config.replay.warmup_decisions)
+            for name, buffer in policy.inputs.items():
+                gather(getattr(slots, name), lanes, buffer)
+            policies.fill_prompts(policy, task_index, length)
+            policy.warmup.fill_(warmup)
         with self.phase("compute"):
-            steered.run()
-            action_chunk = steered.actions[:count].cpu().numpy()
-            noise = steered.noise[:count].cpu().numpy()
+            policy.run()
+            action_chunk = policy.actions[:count].cpu().numpy()
+            noise = policy.noise[:count].cpu().numpy()
         with self.phase("scatter"):
             answered = slots.answer(lanes, numbers, action_chunk, noise, max(self.policy_version, 0))
             self._notify(answered)
         counters = self.counters
         counters.inference_batches[0] += 1
         counters.inference_rows[0] += count
-        counters.inference_padded_rows[0] += bucket
+        counters.inference_padded_rows[0] += size
         counters.inference_queue_wait_s[0] += waited_ns.sum() * 1e-9
-
-    def _prompts(self, task_index: np.ndarray, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids and validity [B, language slots]: a look-up, except for policies whose prompts hold the state."""
-        if self.frozen.config.state_in_prompt:
-            normalised = self.frozen.normaliser.state(state)[:, : self.frozen.config.robot_state_dim]
-            return self.frozen.tokenizer([self.prompts[task] for task in task_index], normalised)
-        rows = torch.from_numpy(task_index).to(self.tokens.device)
-        return self.tokens[rows], self.token_mask[rows]
 
 
 def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> np.ndarray:
@@ -200,7 +243,8 @@ def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:
     On CUDA that is a transfer per row, asynchronous if the memory is registered (`device.register_memory`).
     """
     if buffer.device.type == "cpu":
-        np.take(rows, lanes, axis=0, out=buffer[: len(lanes)].numpy())
+        # `clip`: with another mode numpy gathers into memory of its own first, and copies that to `out`
+        np.take(rows, lanes, axis=0, out=buffer.numpy()[: len(lanes)], mode="clip")
     else:
         for index, lane in enumerate(lanes):
             buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)
@@ -213,21 +257,34 @@ def main(argument: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     torch.set_num_threads(job["threads"])
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
-    wake_fds, observation_ready = job["wake_fds"], job["observation_ready_fd"]
-
-    def notify(lanes: np.ndarray) -> None:
-        for lane in lanes:
-            events.notify(wake_fds[lane])
-
     arena = Arena.attach(job["arena"])
     device = resolve_device(config.device)
     register_memory(arena, device)
-    server = InferenceServer(config, arena, device, "stochastic", notify, Path(job["policy"]))
-    subscriber = WeightSubscriber(job["weights_address"], layout_hash(server.actor), server.actor.flat.numel())
+    spec = environment_spec(config.env.model_dump())
+    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]))
+    serve(InferenceServer(config, arena, policies, notifier(job["wake_fds"])), job)
+
+
+def notifier(wake_fds: Sequence[int]) -> Callable[[np.ndarray], None]:
+    """Wakes the processes of the given lanes."""
+
+    def notify(lanes: np.ndarray) -> None:
+        for lane in lanes.tolist():
+            events.notify(wake_fds[lane])
+
+    return notify
+
+
+def serve(server: InferenceServer, job: dict[str, Any]) -> None:
+    """Answer requests, and take in new weights, until the run stops."""
+    config, observation_ready = server.config, job["observation_ready_fd"]
+    actor = server.policies.actor
+    subscriber = WeightSubscriber(job["weights_address"], layout_hash(actor), actor.flat.numel())
     poller = zmq.Poller()
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(observation_ready, zmq.POLLIN)
     counters = server.counters
+    enough = min(server.sizes[-1], config.actors)
     deadline = None  # until when to wait for a fuller batch
     while counters.control_stop[0] < 2:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
@@ -241,7 +298,7 @@ def main(argument: str) -> None:
             continue
         now = time.monotonic()
         deadline = deadline or now + config.inference.batch_wait_ms / 1000
-        if len(ready) < min(server.largest_bucket, config.actors) and now < deadline:
+        if len(ready) < enough and now < deadline:
             wait(server, poller, "wait_request", deadline - now)
         elif server.serve_ready(ready):
             deadline = None

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,12 +22,14 @@ from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import resolve_device
 from dsrl_async.processes import prepare_child
 from dsrl_async.replay_ratio import updates_due
-from dsrl_async.sac.agent import Batch, SacAgent, transition_discount
+from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.flat import layout_hash
+from dsrl_async.sampling import source_for
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import LEARNER_PHASES, Counters, Phases
-from dsrl_async.shm.replay import ReplayRing, Transitions
+from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.updates import Updates
 from dsrl_async.weights import WeightPublisher, encode
 
 logger = logging.getLogger(__name__)
@@ -35,24 +37,6 @@ logger = logging.getLogger(__name__)
 IDLE_POLL_S = 0.2
 RECOVERY_INTERVAL_S = 20.0  # a learner that dies costs at most so much learning
 METRICS_INTERVAL_S = 1.0  # reading the metrics waits for the device, so it is done seldom
-SAMPLING = 2  # first key of the sampling generator's seed, beside worker.TRAINING and worker.EVALUATION
-
-
-def make_batch(transitions: Transitions, config: Config, device: torch.device) -> Batch:
-    """Move a sampled batch to the device."""
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    return Batch(
-        image=tensor(transitions.image),
-        state=tensor(transitions.state),
-        noise=tensor(transitions.noise),
-        reward=tensor(transitions.reward),
-        discount=transition_discount(config.sac, tensor(transitions.steps), tensor(transitions.terminal)),
-        next_image=tensor(transitions.next_image),
-        next_state=tensor(transitions.next_state),
-    )
 
 
 class Learner:
@@ -67,21 +51,21 @@ class Learner:
         run_dir: Path,
         publish: Callable[[bytes], None],
     ) -> None:
-        self.config, self.device, self.run_dir, self._publish = config, device, run_dir, publish
+        self.config, self.run_dir, self._publish = config, run_dir, publish
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
         self.phase = Phases(LEARNER_PHASES, self.counters.learner_phase_s)
         self.agent = SacAgent(config.sac, horizon, device, config.seed)
-        self.rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(SAMPLING,)))
+        self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = 0.0
         self._checkpoint_time = self._recovery_time = time.monotonic()
         self._restore()
+        if device.type == "cuda":
+            self.updates.capture()
         self.publish()
 
     def _restore(self) -> None:
         """Take up the agent of the run: what a learner that died in this launch left, else the last checkpoint's."""
         recovery, checkpoint = checkpoints.recovery_path(self.run_dir), checkpoints.find(self.run_dir)
-        if checkpoint is not None:
-            self.rng.bit_generator.state = checkpoints.read_state(checkpoint)["sampling_rng"]
         if recovery.is_file():
             load_agent(self.agent, recovery)
         elif checkpoint is not None:
@@ -102,24 +86,33 @@ class Learner:
             config.replay.warmup_decisions,
         )
 
-    def update(self) -> bool:
-        """Do one gradient update; False if the replay buffer could not fill a batch."""
-        with self.phase("sample"):
-            transitions = self.ring.sample(self.rng, self.config.sac.batch_size)
-        if transitions is None:
-            return False
-        with self.phase("update"):
-            metrics = self.agent.update(
-                make_batch(transitions, self.config, self.device),
-                update_actor=self.agent.actor_due,
-            )
-        self.counters.learner_updates[0] += 1
+    def launch_size(self) -> int:
+        """How many updates to enqueue at once: on a GPU those that are due, up to the next publication."""
+        if self.updates.captured is None:
+            return 1
+        interval = self.config.learner.publish_interval
+        return min(self.due(), interval - int(self.counters.learner_updates[0]) % interval)
+
+    def update(self, count: int = 1) -> bool:
+        """Do `count` gradient updates; False if the replay buffer could not fill a batch.
+
+        Nothing waits for the device but a publication and, now and then, the reading of the metrics.
+        """
+        for number in range(count):
+            with self.phase("sample"):
+                drawn = (number or self.updates.refresh()) and self.updates.draw_batch()
+            if not drawn:
+                return False
+            with self.phase("update"):
+                self.updates.run()
+            self.counters.learner_updates[0] += 1
         updates = int(self.counters.learner_updates[0])
         if updates % self.config.learner.publish_interval == 0:
             self.publish()
         now = time.monotonic()
         if now - self._metrics_read >= METRICS_INTERVAL_S:
             self._metrics_read = now
+            metrics = self.updates.metrics
             self.counters.learner_metrics[: len(metrics)] = metrics.cpu().numpy()
             self.counters.learner_metrics_update[0] = updates
         return True
@@ -157,7 +150,6 @@ class Learner:
                 self._save_agent,
                 self.counters,
                 self.ring,
-                self.rng,
                 self.config.checkpoint.keep,
                 self.beat,
             )
@@ -189,14 +181,17 @@ def main(argument: str) -> None:
     publisher = WeightPublisher(job["weights_address"])
     transition_ready = job["transition_ready_fd"]
     arena = Arena.attach(job["arena"])
-    learner = Learner(config, arena, job["horizon"], resolve_device(config.device), run_dir, publisher.publish)
+    # Where NVIDIA's MPS lets the processes share a GPU, what the robots wait for goes first (docs/learner.md).
+    os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
+    device = resolve_device(config.learner.device or config.device)
+    learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
     counters = learner.counters
     while counters.control_stop[0] < 2:
         learner.beat()
         publisher.serve_late_joiners()
         learner.save_when_due()
         events.clear(transition_ready)
-        if learner.due() and learner.update():
+        if learner.due() and learner.update(learner.launch_size()):
             continue
         warming_up = counters.decisions() < config.replay.warmup_decisions
         with learner.phase("wait_data" if warming_up else "wait_ratio"):

@@ -11,15 +11,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsrl_async.shm.arena import Arena
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PR_SET_PDEATHSIG = 1
 REAP_S = 5.0  # a killed process that is still there after this is stuck in the kernel, and left to it
+
+
+class Program(NamedTuple):
+    """What a child process runs."""
+
+    module: str
+    settings: Mapping[str, Any] = {}
+    """JSON-ready; told to it beside its job."""
+
+
+WORKER = Program("dsrl_async.worker")
 
 
 def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
@@ -51,6 +62,7 @@ def start_actor(
     notify_fds: list[int],
     log: Path,
     evaluation: dict[str, Any] | None = None,
+    program: Program = WORKER,
 ) -> subprocess.Popen[bytes]:
     """Start the environment process of a lane.
 
@@ -66,8 +78,9 @@ def start_actor(
         "wake_fd": wake_fd,
         "notify_fds": notify_fds,
         "evaluation": evaluation,
+        **program.settings,
     }
-    return start("dsrl_async.worker", job, [arena.fd, wake_fd, *notify_fds], log, threads=1)
+    return start(program.module, job, [arena.fd, wake_fd, *notify_fds], log, threads=1)
 
 
 def prepare_child(parent: int) -> None:

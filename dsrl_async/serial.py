@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dsrl_async.inference import InferenceServer
+from dsrl_async.envs import environment_spec
+from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.learner import Learner
 from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.sac.flat import layout_hash
@@ -24,8 +25,10 @@ def run_serial(session: Session) -> dict[str, Any]:
     config, arena = session.config, session.arena
     torch.set_num_threads(cpu_threads(config.learner.threads))
     device = torch.device("cpu")
-    server = InferenceServer(config, arena, device, "stochastic", lambda lanes: None, policy_directory(config))
-    layout, size = layout_hash(server.actor), server.actor.flat.numel()
+    spec = environment_spec(config.env.model_dump())
+    policies = load_policies(config, spec, device, "stochastic", policy_directory(config))
+    server = InferenceServer(config, arena, policies, lambda lanes: None)
+    layout, size = layout_hash(policies.actor), policies.actor.flat.numel()
 
     def publish(frame: bytes) -> None:
         server.load_weights(decode(frame, layout, size))

@@ -11,7 +11,7 @@ import torch
 
 from dsrl_async.config import Config
 from dsrl_async.envs import SAC_IMAGE_SIZE
-from dsrl_async.graphs import Captured, MemoryPool, capture
+from dsrl_async.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import Sampler
@@ -59,6 +59,12 @@ class SteeredPolicy:
         self.sac_image = zeros(SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
         self.standard_normal = zeros(self.horizon * sac.noise_dim)
         self.warmup = zeros(dtype=torch.bool)
+        self.inputs = {
+            "images": self.images,
+            "state": self.state,
+            "sac_image": self.sac_image,
+            "standard_normal": self.standard_normal,
+        }  # as the fields of `shm.slots.Slots` are named
         self.noise = zeros(sac.noise_width(self.horizon))
         self.actions = zeros(self.horizon, sizes.robot_action_dim)
         self.captured: Captured | None = None
@@ -106,7 +112,7 @@ class SteeredPolicy:
         """
         sampler = self.sampler
         name = f"batch size {sampler.batch_size}, prompts of {sampler.language_length} tokens"
-        self.captured = capture([self.encode, self.denoise], self.device, pool, name)
+        self.captured = capture([self.encode, self.denoise], self.device, pool, name, HIGH_PRIORITY)
         return pool if self.captured is None else self.captured.pool
 
     def run(self) -> None:

@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ START_S = 1800.0  # until a model process's first sign of life: loading and comp
 STARTING_ACTORS = 2  # so many at once at least, and one for each core: more would only slow each other down
 ACTORS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
+PROGRAMS = {
+    "inference": processes.Program("dsrl_async.inference"),
+    "learner": processes.Program("dsrl_async.learner"),
+    "actor": processes.WORKER,
+}
 
 
 @dataclass
@@ -52,9 +58,13 @@ class Child:
 
 
 class Supervisor:
-    """The processes of one asynchronous run. They read their configuration from the run directory."""
+    """The processes of one asynchronous run. They read their configuration from the run directory.
 
-    def __init__(self, session: Session) -> None:
+    Benchmarks give other `programs` for the kinds of processes; without one for the learner there is none.
+    """
+
+    def __init__(self, session: Session, programs: Mapping[str, processes.Program] = PROGRAMS) -> None:
+        self.programs = programs
         self.session, self.config, self.run_dir = session, session.config, session.run_dir
         self.arena, self.counters = session.arena, session.counters
         self.observation_ready, self.transition_ready = events.create(), events.create()
@@ -98,7 +108,8 @@ class Supervisor:
             job |= {"horizon": self.session.horizon, "transition_ready_fd": self.transition_ready}
             fds = [self.arena.fd, self.transition_ready]
             threads = cpu_threads(self.config.learner.threads)
-        return processes.start(f"dsrl_async.{name}", job, fds, log, threads)
+        program = self.programs[name]
+        return processes.start(program.module, {**job, **program.settings}, fds, log, threads)
 
     def _start_actor(self, name: str, incarnation: int, log: Path) -> subprocess.Popen[bytes]:
         lane = int(name.removeprefix("actor-"))
@@ -111,6 +122,7 @@ class Supervisor:
             self.wake[lane],
             [self.observation_ready, self.transition_ready],
             log,
+            program=self.programs["actor"],
         )
 
     def _start_actors(self) -> None:
@@ -133,7 +145,8 @@ class Supervisor:
         """Run until a limit, a signal or a failure; returns the summary when no child is left."""
         try:
             for name in ("inference", "learner"):  # before the actors: they take longest to come up
-                self._start(name)
+                if name in self.programs:
+                    self._start(name)
             reason = self._watch()
         except Exception as error:
             logger.exception("error in the supervisor")
@@ -229,6 +242,8 @@ class Supervisor:
             if silent_s > (CHECKPOINT_SILENCE_S if alive else MODELS_STOP_S):
                 break
         processes.kill_all(models)
+        if "learner" not in self.programs:
+            return True
         return "learner" in self.children and self.children["learner"].popen.returncode == 0
 
     def _set_stop(self, stage: int) -> None:

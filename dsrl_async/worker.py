@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +167,21 @@ def main(argument: str) -> None:
             actor.env = RecordingEnvironment(
                 actor.env, lambda: bool(assignments.film[lane]), Path(evaluation["video_dir"]), evaluation["rate_hz"]
             )
+    play(actor, wake, job["notify_fds"])
+
+
+def play(actor: Actor, wake_fd: int, notify_fds: Sequence[int]) -> None:
+    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environment."""
+    lane, counters = actor.lane, actor.counters
     try:
         actor.start()
         while not (counters.control_stop[0] or actor.finished):
-            for fd in job["notify_fds"]:
+            for fd in notify_fds:
                 events.notify(fd)
             counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
             while not (actor.ready() or counters.control_stop[0]):
                 with actor.phase("wait_action"):
-                    events.wait(wake, timeout_s=1.0)
+                    events.wait(wake_fd, timeout_s=1.0)
                 counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
             if not counters.control_stop[0]:
                 actor.advance()

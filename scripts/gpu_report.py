@@ -1,11 +1,14 @@
-"""Runs every check that needs a GPU, times the sampler for every batch size and prompt length, writes a report.
+"""Runs every check that needs a GPU, times the sampler and the learner's update, writes a report.
 
     python scripts/gpu_report.py --out gpu_report.md
 
-The weights are random (the time does not depend on them) and of real size. For each combination: the largest
-difference between the captured and the eager run, milliseconds of both halves (median of CUDA events), the bound of
-`dsrl_async/pi0/roofline.py` for the device's measured peak rates, and their ratio. `--device cpu --size toy` goes
-through the same code without a GPU, to test it.
+The weights are random (the time does not depend on them) and of real size. For each batch size and prompt length: the
+largest difference between the captured and the eager run, milliseconds of both halves (median of CUDA events), the
+bound of `dsrl_async/pi0/roofline.py` for the device's measured peak rates, and their ratio. For the learner, with the
+`sac` settings of `--config` and a mirrored replay ring: the largest difference of the weights after a captured and an
+eager update, milliseconds of an update run eagerly, replayed alone, and replayed many times in a row without a look at
+the results, and milliseconds per row of mirroring. `--device cpu --size toy` goes through the same code without a GPU,
+to test it.
 """
 
 from __future__ import annotations
@@ -17,22 +20,30 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from dsrl_async.config import SacConfig, read_yaml, validate
 from dsrl_async.graphs import capture
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.sac.agent import SacAgent
+from dsrl_async.sampling import Mirror
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.replay import ReplayRing, replay_fields
+from dsrl_async.updates import Updates
 
 MODELS = {
     "full": {"pi0": Pi0Config(), "pi0.5": Pi0Config(pi05=True, action_horizon=10, max_token_len=200)},
     "toy": {"pi0": tabletop_config(), "pi0.5": dataclasses.replace(tabletop_config(), pi05=True)},
 }
 PROMPTS = {"full": (16, 24, 48), "toy": (8, 12)}
+HORIZON = 50
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -114,8 +125,64 @@ COLUMNS = (
 )
 
 
-def table(rows: list[list[object]]) -> list[str]:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+LEARNER_COLUMNS = (
+    *("batch", "captured", "max difference", "eager ms", "replayed ms"),
+    *("replayed in a row ms", "mirroring ms per row"),
+)
+LEARNER_BATCHES = {"full": (64, 256, 512), "toy": (8,)}
+RING_ROWS = {"full": 20_000, "toy": 40}
+IN_A_ROW = 20
+
+
+def measure_learner(sac: SacConfig, batch_size: int, args: argparse.Namespace) -> list[object]:
+    """A row of the learner's table."""
+    device, rows = torch.device(args.device), RING_ROWS[args.size]
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, sac.state_dim, sac.noise_width(HORIZON))))
+    rng = np.random.default_rng(0)
+    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
+    for name in ("state", "noise"):
+        ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
+    ring.rows["complete"][:] = True
+    ring.head[:] = rows
+    source = Mirror(ring, device)
+    begin = time.perf_counter()
+    source.refresh()
+    float(source.columns.reward.sum())  # waits for the device
+    mirroring_s = time.perf_counter() - begin
+    updates = Updates(SacAgent(sac, HORIZON, device), source, batch_size)
+    updates.capture()
+    captured = updates.captured
+    updates.random.draw_(updates.agent.generator)
+    before = updates.agent.state_tensors()
+
+    def eager() -> None:
+        updates.whole(True)
+
+    def replay() -> None:
+        if captured is None:
+            eager()
+        else:
+            captured.replays[True]()
+
+    weights = []
+    for update in (eager, replay):
+        updates.agent.load_state_tensors(before)
+        update()
+        weights.append(
+            torch.cat([updates.agent.actor.flat, updates.agent.critic.flat, updates.agent.target_critic.flat])
+        )
+    eager_s = seconds(eager, device, args.repeats)
+    replay_s = seconds(replay, device, args.repeats)
+    in_a_row_s = seconds(lambda: [replay() for _ in range(IN_A_ROW)], device, args.repeats) / IN_A_ROW
+    return [
+        *(batch_size, "yes" if captured else "no", f"{float((weights[0] - weights[1]).abs().max()):.1e}"),
+        *(f"{1e3 * value:.3f}" for value in (eager_s, replay_s, in_a_row_s)),
+        f"{1e3 * mirroring_s / rows:.5f}",
+    ]
+
+
+def table(rows: list[list[object]], columns: Sequence[str] = COLUMNS) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
@@ -125,7 +192,7 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     rates = peak_rates(device, dtype)
     lines = [
-        f"# Sampler on {name}",
+        f"# Sampler and learner on {name}",
         "",
         f"torch {torch.__version__}, CUDA {torch.version.cuda}, {args.dtype}, {args.denoise_steps} steps, "
         f"{'compiled' if args.compile else 'not compiled'}. Measured peaks: {rates[0] / 1e12:.1f} TFLOP/s, "
@@ -160,6 +227,10 @@ def report(args: argparse.Namespace) -> tuple[str, bool]:
             lines += [f"Peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB.", ""]
             torch.cuda.reset_peak_memory_stats(device)
         del model
+    sac = validate(read_yaml(args.config)).sac if args.config else SacConfig()
+    rows = [measure_learner(sac, batch_size, args) for batch_size in LEARNER_BATCHES[args.size]]
+    good = good and all(row[2] != "nan" for row in rows)
+    lines += ["## An update of the learner", "", *table(rows, LEARNER_COLUMNS), ""]
     return "\n".join(lines), good
 
 
@@ -172,6 +243,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--denoise-steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--config", type=Path, help="whose `sac` settings the learner has (default: the tabletop's)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave the tests marked gpu out")
     args = parser.parse_args()

@@ -24,6 +24,10 @@ def test_report_has_a_row_for_every_bucket(tmp_path: Path) -> None:
         assert row[2].strip() == "no"
         assert float(row[3]) == 0  # eager against itself, since nothing can be captured here
         assert float(row[9]) > 1, "faster than the bound"
+    heading = out.read_text().index("## An update of the learner")
+    (row,) = [line.split("|")[1:-1] for line in out.read_text()[heading:].splitlines() if line.startswith("| 8")]
+    assert float(row[2]) == 0
+    assert all(float(milliseconds) > 0 for milliseconds in row[3:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

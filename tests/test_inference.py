@@ -8,7 +8,7 @@ import torch
 
 from dsrl_async.config import Config
 from dsrl_async.envs import environment_spec
-from dsrl_async.inference import InferenceServer
+from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.processing import scale_images
@@ -27,7 +27,9 @@ def one_thread() -> None:
 
 
 def make_server(config: Config, memory: Arena, mode: Mode = "stochastic", training: bool = True) -> InferenceServer:
-    return InferenceServer(config, memory, CPU, mode, lambda lanes: None, EMBEDDED_POLICY, training)
+    spec = environment_spec(config.env.model_dump())
+    policies = load_policies(config, spec, CPU, mode, EMBEDDED_POLICY)
+    return InferenceServer(config, memory, policies, lambda lanes: None, training)
 
 
 def ask(server: InferenceServer, lane: int, seed: int, count: int = 1) -> None:
@@ -58,20 +60,22 @@ def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memo
     """The slot's answer against the actor and the frozen policy called by hand on the same observation."""
     server = make_server(small_config, memory, training=False)
     generator = torch.Generator().manual_seed(3)
-    server.load_weights(Weights(42, torch.randn(server.actor.flat.shape, generator=generator).mul_(0.1).numpy()))
+    server.load_weights(
+        Weights(42, torch.randn(server.policies.actor.flat.shape, generator=generator).mul_(0.1).numpy())
+    )
     ask(server, 0, seed=5)
     server.serve_ready(server.slots.ready())
     slots = server.slots
     image, state = torch.from_numpy(slots.sac_image[:1]), torch.from_numpy(slots.state[:1])
     normal = torch.from_numpy(slots.standard_normal[:1, :32])
-    noise = act(server.actor, image, state, normal, torch.zeros(1, dtype=torch.bool))
+    noise = act(server.policies.actor, image, state, normal, torch.zeros(1, dtype=torch.bool))
     assert torch.allclose(noise[0], torch.from_numpy(slots.noise[0]), atol=1e-6)
     policy = load_policy(EMBEDDED_POLICY)
     actions = sample_actions(
         policy.model,
         scale_images(torch.from_numpy(slots.images[:1])),
-        server.tokens,
-        server.token_mask,
+        server.policies.tokens,
+        server.policies.token_mask,
         policy.normaliser.state(state),
         noise[:, None].expand(-1, 10, -1),
         small_config.policy.denoise_steps,
@@ -81,9 +85,7 @@ def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memo
     assert slots.policy_version[0] == 42
 
 
-def test_prompts_of_different_lengths_share_batches(
-    small_config: Config, memory: Arena, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_of_different_lengths_share_batches(small_config: Config, memory: Arena) -> None:
     """Each row of a mixed batch gets what its own prompt gives by itself, whatever was in the buffers before."""
     prompts = (
         "put the block on the red plate",
@@ -92,10 +94,10 @@ def test_prompts_of_different_lengths_share_batches(
         "the block",
     )
     known = environment_spec(small_config.env.model_dump())
-    monkeypatch.setattr("dsrl_async.inference.environment_spec", lambda _: known._replace(prompts=prompts))
-    server = make_server(small_config, memory, mode="base", training=False)
-    assert sorted({length for _, length in server.policies}) == [8, 12]
-    policy, slots = server.frozen, server.slots
+    policies = load_policies(small_config, known._replace(prompts=prompts), CPU, "base", EMBEDDED_POLICY)
+    server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
+    assert sorted({length for _, length in policies.batch_policies}) == [8, 12]
+    policy, slots = load_policy(EMBEDDED_POLICY), server.slots
     for count, tasks in enumerate(((1, 3), (2, 1), (0, 2), (1, 1), (3, 0)), start=1):
         for lane, task in enumerate(tasks):
             slots.task_index[lane] = task
@@ -132,7 +134,7 @@ def test_modes(small_config: Config, memory: Arena) -> None:
 
 def test_warm_up_uses_unsquashed_noise_for_exactly_so_many_decisions(small_config: Config, memory: Arena) -> None:
     server = make_server(small_config, memory)
-    server.load_weights(Weights(0, np.zeros(server.actor.flat.numel(), np.float32)))
+    server.load_weights(Weights(0, np.zeros(server.policies.actor.flat.numel(), np.float32)))
     server.counters.learner_updates[0] = 1000  # the learner holds nobody up
     magnitude, gaussian = small_config.sac.action_magnitude, 0
     for decision in range(1, 15):
@@ -158,7 +160,7 @@ def test_actors_wait_for_the_learner_and_all_go_on_together(small_config: Config
         ask(server, lane, seed=lane)
     ready = server.slots.ready()
     assert server.serve_ready(ready) == 0  # no weights yet
-    server.load_weights(Weights(0, np.zeros(server.actor.flat.numel(), np.float32)))
+    server.load_weights(Weights(0, np.zeros(server.policies.actor.flat.numel(), np.float32)))
     served = []
     for updates in range(30, 45):
         counters.learner_updates[0] = updates

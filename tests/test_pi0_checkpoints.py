@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, models
 
 from dsrl_async import launch
 from dsrl_async.config import Config, ConfigError, validate
-from dsrl_async.inference import InferenceServer
+from dsrl_async.envs import environment_spec
+from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.pi0 import Pi0Config, load_model, load_policy, sample_actions
 from dsrl_async.pi0.checkpoint import import_tensors
 from dsrl_async.pi0.model import Pi0
@@ -498,19 +499,19 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
 ) -> None:
     """LeRobot's pi0.5, served in one batch of two different states."""
     directory = written / "pi05" / "lerobot"
-    server = InferenceServer(
-        small_config, memory, torch.device("cpu"), "base", lambda lanes: None, directory, training=False
-    )
+    spec = environment_spec(small_config.env.model_dump())
+    policies = load_policies(small_config, spec, torch.device("cpu"), "base", directory)
+    server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
     policy, slots = load_policy(directory), server.slots
     slots.state[:] = np.random.default_rng(0).normal(size=slots.state.shape)
     for lane in (0, 1):
         slots.request(lane, incarnation=1, count=1)
     assert server.serve_ready(slots.ready()) == 2
-    length = server.language_length.max()
+    length = policies.language_length.max()
     states = policy.normaliser.state(torch.from_numpy(slots.state))[:, :8]
-    tokens, mask = policy.tokenizer([server.prompts[0]] * 2, states)
-    assert mask[:, :length].sum() == mask.sum() > 2 * len(server.prompts[0])
-    steered = server.policies[2, length]
+    tokens, mask = policy.tokenizer([spec.prompts[0]] * 2, states)
+    assert mask[:, :length].sum() == mask.sum() > 2 * len(spec.prompts[0])
+    steered = policies.batch_policies[2, length]
     assert torch.equal(steered.tokens, tokens[:, :length])
     assert torch.equal(steered.token_mask, mask[:, :length])
     assert not torch.equal(tokens[0], tokens[1])

@@ -3,18 +3,17 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsrl_async.config import SacConfig
 from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import Batch, SacAgent, transition_discount
 from dsrl_async.sac.networks import act, preprocess_image
+from dsrl_async.tracing import OperationTrace
 
 torch.set_num_threads(1)
 
@@ -40,22 +39,26 @@ def with_settings(**changes: object) -> SacConfig:
 def make_batch(size: int = 6, seed: int = 0, **replacements: torch.Tensor) -> Batch:
     generator = torch.Generator().manual_seed(seed)
 
-    def image() -> torch.Tensor:
-        return torch.randint(0, 256, (size, 64, 64, 3), dtype=torch.uint8, generator=generator)
-
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     batch = Batch(
-        image=image(),
-        state=normal(size, 8),
+        images=torch.randint(0, 256, (2 * size, 64, 64, 3), dtype=torch.uint8, generator=generator),
+        states=normal(2 * size, 8),
         noise=normal(size, SMALL.noise_dim),
         reward=normal(size),
         discount=torch.rand(size, generator=generator),
-        next_image=image(),
-        next_state=normal(size, 8),
     )
     return batch._replace(**replacements)
+
+
+def update(agent: SacAgent, batch: Batch, update_actor: bool) -> torch.Tensor:
+    """An update with the agent's own random numbers."""
+    random = agent.random_numbers(batch.reward.shape[0])
+    random.draw_(agent.generator)
+    metrics = agent.learn(batch, random, update_actor)
+    agent.updates += 1
+    return metrics
 
 
 def metric(metrics: torch.Tensor, name: str) -> float:
@@ -72,10 +75,12 @@ def scrambled_agent(config: SacConfig, seed: int = 0, scale: float = 0.3) -> Sac
 
 
 def draw(agent: SacAgent, batch: Batch) -> torch.Tensor:
-    """The normal numbers [2, B, A] that the agent's next update will draw (no augmentation)."""
+    """The normal numbers [2, B, A] that the agent's next update will draw."""
     generator = torch.Generator()
     generator.set_state(agent.generator.get_state())
-    return torch.randn(2, batch.reward.shape[0], agent.action_dim, generator=generator)
+    random = agent.random_numbers(batch.reward.shape[0])
+    random.draw_(generator)
+    return random.normal
 
 
 def policy_sample(
@@ -107,9 +112,11 @@ def test_discount_counts_the_executed_steps_and_stops_at_success_only() -> None:
 
 def test_nothing_after_a_terminal_transition_matters() -> None:
     batch = make_batch(discount=torch.zeros(6))
-    other = batch._replace(next_image=255 - batch.next_image, next_state=batch.next_state + 3)
+    other = batch._replace(images=batch.images.clone(), states=batch.states.clone())
+    other.images[6:] ^= 255
+    other.states[6:] += 3
     first, second = (scrambled_agent(with_settings(entropy_backup=True)) for _ in range(2))
-    torch.testing.assert_close(first.update(batch, True), second.update(other, True), rtol=0, atol=0)
+    torch.testing.assert_close(update(first, batch, True), update(second, other, True), rtol=0, atol=0)
     assert torch.equal(first.critic.flat, second.critic.flat)
 
 
@@ -127,16 +134,16 @@ def test_losses_and_target_by_hand(aggregation: str, entropy_backup: bool) -> No
     combine: Callable[[torch.Tensor], torch.Tensor] = (
         (lambda q: q.mean(0)) if aggregation == "mean" else (lambda q: q.min(0).values)
     )
-    pixels, next_pixels = (preprocess_image(image, config) for image in (batch.image, batch.next_image))
+    pixels, next_pixels = (preprocess_image(image, config) for image in batch.images.chunk(2))
     with torch.no_grad():
-        next_noise, next_log_prob = policy_sample(agent, batch.next_image, batch.next_state, eps[0])
-        value = combine(agent.target_critic(next_pixels, batch.next_state, next_noise)).double()
+        next_noise, next_log_prob = policy_sample(agent, batch.images[6:], batch.states[6:], eps[0])
+        value = combine(agent.target_critic(next_pixels, batch.states[6:], next_noise)).double()
         if entropy_backup:
             value = value - 0.7 * next_log_prob
         target = batch.reward + batch.discount * value
-        q = agent.critic(pixels, batch.state, batch.noise).double()
-        new_noise, new_log_prob = policy_sample(agent, batch.image, batch.state, eps[1])
-        new_q = combine(agent.critic(pixels, batch.state, new_noise)).double()
+        q = agent.critic(pixels, batch.states[:6], batch.noise).double()
+        new_noise, new_log_prob = policy_sample(agent, batch.images[:6], batch.states[:6], eps[1])
+        new_q = combine(agent.critic(pixels, batch.states[:6], new_noise)).double()
     expected = {
         "train/sac/critic_loss": (q - target).square().mean(),
         "train/sac/actor_loss": (0.7 * new_log_prob - new_q).mean(),
@@ -146,7 +153,7 @@ def test_losses_and_target_by_hand(aggregation: str, entropy_backup: bool) -> No
         "train/sac/q_mean": q.mean(),
         "train/sac/target_q_mean": target.mean(),
     }
-    metrics = agent.update(batch, True)
+    metrics = update(agent, batch, True)
     assert metrics.dtype == torch.float32
     assert metrics.shape == (9,)
     for name, value in expected.items():
@@ -157,14 +164,14 @@ def test_the_log_volume_of_the_magnitude_is_not_in_the_entropy() -> None:
     entropies = []
     for magnitude in (0.1, 1.0):
         agent = scrambled_agent(with_settings(action_magnitude=magnitude))
-        entropies.append(metric(agent.update(make_batch(), True), "train/actor/entropy"))
+        entropies.append(metric(update(agent, make_batch(), True), "train/actor/entropy"))
     assert entropies[0] == entropies[1]
 
 
 def test_the_critic_sees_the_stored_noise_even_beyond_the_magnitude() -> None:
     agent = scrambled_agent(with_settings(action_magnitude=0.5))
     small, large = torch.full((6, 4), 0.5), torch.full((6, 4), 2.0)
-    first, second = (agent.update(make_batch(noise=noise), False) for noise in (small, large))
+    first, second = (update(agent, make_batch(noise=noise), False) for noise in (small, large))
     assert abs(metric(first, "train/sac/q_mean") - metric(second, "train/sac/q_mean")) > 1e-2
 
 
@@ -177,22 +184,22 @@ def test_critic_and_actor_take_one_adam_step_along_their_own_gradient() -> None:
     )
     agent, batch = scrambled_agent(config), make_batch()
     eps = draw(agent, batch)
-    pixels = preprocess_image(batch.image, config)
+    pixels = preprocess_image(batch.images[:6], config)
     with torch.no_grad():
-        next_noise, _ = policy_sample(agent, batch.next_image, batch.next_state, eps[0])
-        next_pixels = preprocess_image(batch.next_image, config)
-        value = agent.target_critic(next_pixels, batch.next_state, next_noise).mean(0)
+        next_noise, _ = policy_sample(agent, batch.images[6:], batch.states[6:], eps[0])
+        next_pixels = preprocess_image(batch.images[6:], config)
+        value = agent.target_critic(next_pixels, batch.states[6:], next_noise).mean(0)
         target = batch.reward + batch.discount * value
-    critic_loss = (agent.critic(pixels, batch.state, batch.noise) - target).square().mean()
-    noise, log_prob = policy_sample(agent, batch.image, batch.state, eps[1])
-    actor_loss = (config.initial_alpha * log_prob - agent.critic(pixels, batch.state, noise).mean(0)).mean()
+    critic_loss = (agent.critic(pixels, batch.states[:6], batch.noise) - target).square().mean()
+    noise, log_prob = policy_sample(agent, batch.images[:6], batch.states[:6], eps[1])
+    actor_loss = (config.initial_alpha * log_prob - agent.critic(pixels, batch.states[:6], noise).mean(0)).mean()
     for name, loss, lr in (("critic", critic_loss, 5e-4), ("actor", actor_loss, 1e-3)):
         module = getattr(agent, name)
         gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])
         copy = scrambled_agent(config)
         before = module.flat.clone()
-        metrics = copy.update(batch, True)
+        metrics = update(copy, batch, True)
         moved = getattr(copy, name).flat - before
         # The bias-corrected first step of Adam does not depend on the betas: -lr * g / (|g| + eps).
         expected = -lr * gradient / (gradient.abs() + 1e-8)
@@ -208,7 +215,7 @@ def test_critic_and_actor_take_one_adam_step_along_their_own_gradient() -> None:
 def test_target_moves_by_tau_towards_the_updated_critic() -> None:
     agent = scrambled_agent(with_settings(tau=0.1))
     before = agent.target_critic.flat.clone()
-    agent.update(make_batch(), False)
+    update(agent, make_batch(), False)
     expected = 0.9 * before.double() + 0.1 * agent.critic.flat.double()
     torch.testing.assert_close(agent.target_critic.flat.double(), expected, rtol=1e-6, atol=1e-7)
     fresh = SacAgent(SMALL, HORIZON)
@@ -219,7 +226,7 @@ def test_target_moves_by_tau_towards_the_updated_critic() -> None:
 @pytest.mark.parametrize("alpha", [0.005, 1.0, 30.0])
 def test_initial_temperature_is_honoured(alpha_type: str, alpha: float) -> None:
     agent = SacAgent(with_settings(alpha_type=alpha_type, initial_alpha=alpha), HORIZON)
-    metrics = agent.update(make_batch(), False)
+    metrics = update(agent, make_batch(), False)
     assert metric(metrics, "train/sac/alpha") == pytest.approx(alpha, rel=2e-6)
 
 
@@ -236,7 +243,7 @@ def test_temperature_step_by_hand(alpha_type: str, target_entropy: float) -> Non
     agent = SacAgent(config, HORIZON)  # entropy near that of tanh(N(0, I)), about 0.6 per dimension
     raw = math.log(0.5) if alpha_type == "exp" else math.log(math.exp(0.5) - 1)
     assert agent.raw_alpha.item() == pytest.approx(raw)
-    metrics = agent.update(make_batch(), True)
+    metrics = update(agent, make_batch(), True)
     excess = metric(metrics, "train/actor/entropy") - target_entropy
     assert metric(metrics, "train/sac/alpha_loss") == pytest.approx(0.5 * excess, rel=1e-5)
     slope = 0.5 if alpha_type == "exp" else 1 / (1 + math.exp(-raw))
@@ -253,7 +260,7 @@ def test_gradients_are_clipped_per_network() -> None:
     calm, wild = scrambled_agent(config), scrambled_agent(config)
     batch = make_batch()
     huge = batch._replace(reward=batch.reward * 1e6)
-    calm_metrics, wild_metrics = calm.update(batch, True), wild.update(huge, True)
+    calm_metrics, wild_metrics = update(calm, batch, True), update(wild, huge, True)
     assert metric(wild_metrics, "train/critic/grad_norm") > 1e4
     assert wild.critic.flat_grad.norm().item() == pytest.approx(2.0, rel=1e-4)
     # The actor's gradient does not depend on the rewards, and neither does its clipping.
@@ -261,7 +268,7 @@ def test_gradients_are_clipped_per_network() -> None:
     assert torch.equal(wild.actor.flat, calm.actor.flat)
     assert calm.actor.flat_grad.norm().item() == pytest.approx(0.05, rel=1e-4)
     off = scrambled_agent(with_settings(critic_grad_clip=None))
-    off.update(huge, False)
+    update(off, huge, False)
     assert off.critic.flat_grad.norm() > 1e4
 
 
@@ -272,14 +279,14 @@ def test_actor_and_temperature_wait_for_the_critic() -> None:
     for _ in range(3):
         critic = agent.critic.flat.clone()
         due.append(agent.actor_due)
-        metrics = agent.update(batch, agent.actor_due)
+        metrics = update(agent, batch, agent.actor_due)
         assert not torch.equal(agent.critic.flat, critic)
         for name in ("sac/actor_loss", "actor/entropy", "actor/grad_norm", "sac/alpha_loss"):
             assert math.isnan(metric(metrics, f"train/{name}"))
     assert torch.equal(agent.actor.flat, actor)
     assert agent.raw_alpha.item() == raw_alpha
     due.append(agent.actor_due)
-    metrics = agent.update(batch, agent.actor_due)
+    metrics = update(agent, batch, agent.actor_due)
     assert due == [False, False, False, True]
     assert agent.updates == 4
     assert metrics.isfinite().all()
@@ -289,14 +296,15 @@ def test_actor_and_temperature_wait_for_the_critic() -> None:
 
 def test_augmentation_is_drawn_for_each_image_and_side() -> None:
     batch = make_batch(size=8)
-    same = batch.image[:1].expand(8, -1, -1, -1)
-    batch = batch._replace(image=same, next_image=same)
+    images = batch.images[:1].expand(16, -1, -1, -1)
     plain, shifted, jittered = (
         SacAgent(with_settings(augmentation=augmentation, image_pool=1, augmentation_pad=2), HORIZON)
         for augmentation in ("none", "crop", "crop_colour")
     )
-    original, _ = plain._pixels(batch)
-    pixels, next_pixels = shifted._pixels(batch)
+    random = shifted.random_numbers(8)
+    random.draw_(shifted.generator)
+    original, _ = plain._pixels(images, random.augmentation)
+    pixels, next_pixels = shifted._pixels(images, random.augmentation)
     inner = original[:, :, 8:-8, 8:-8]
     offsets = []
     for image in torch.cat([pixels, next_pixels]):
@@ -310,11 +318,11 @@ def test_augmentation_is_drawn_for_each_image_and_side() -> None:
         offsets += found
     assert len(set(offsets)) > 4
     assert offsets[:8] != offsets[8:]
-    colours, _ = jittered._pixels(batch)
+    colours, _ = jittered._pixels(images, random.augmentation)
     assert (colours - pixels).abs().max() > 0.02
     assert colours.min() >= 0
     assert colours.max() <= 1
-    assert jittered.update(batch, True).isfinite().all()
+    assert update(jittered, batch, True).isfinite().all()
 
 
 # --- checkpoints and determinism --------------------------------------------------------------------------
@@ -324,7 +332,7 @@ def test_a_loaded_agent_continues_bit_for_bit(tmp_path: Path) -> None:
     config = with_settings(augmentation="crop", train_actor_steps=2)
     agent = SacAgent(config, HORIZON, seed=1)
     for step in range(5):
-        agent.update(make_batch(seed=step), agent.actor_due)
+        update(agent, make_batch(seed=step), agent.actor_due)
     save_file(agent.state_tensors(), tmp_path / "agent.safetensors")
     other = SacAgent(config, HORIZON, seed=2)
     address = other.critic.weights[0].data_ptr()
@@ -332,7 +340,7 @@ def test_a_loaded_agent_continues_bit_for_bit(tmp_path: Path) -> None:
     assert other.critic.weights[0].data_ptr() == address
     assert other.updates == 5
     for step in range(5, 8):
-        first, second = (a.update(make_batch(seed=step), a.actor_due) for a in (agent, other))
+        first, second = (update(a, make_batch(seed=step), a.actor_due) for a in (agent, other))
         assert torch.equal(first, second)
     for name, tensor in agent.state_tensors().items():
         assert torch.equal(tensor, other.state_tensors()[name]), name
@@ -342,7 +350,7 @@ def test_saved_tensors_do_not_change_with_the_agent() -> None:
     agent = SacAgent(SMALL, HORIZON)
     state = agent.state_tensors()
     copies = {name: tensor.clone() for name, tensor in state.items()}
-    agent.update(make_batch(), True)
+    update(agent, make_batch(), True)
     assert all(torch.equal(state[name], copies[name]) for name in state)
 
 
@@ -368,109 +376,22 @@ def test_updates_are_reproducible_by_seed() -> None:
         torch.manual_seed(int(torch.randint(1 << 30, ())))  # the global random state must not matter
         agent = SacAgent(with_settings(augmentation="crop_colour"), HORIZON, seed=seed)
         for step in range(3):
-            agent.update(make_batch(seed=step), True)
+            update(agent, make_batch(seed=step), True)
         return agent.actor.flat.clone()
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
 
 
-# --- capture-readiness ------------------------------------------------------------------------------------
-
-SYNCHRONISING = {
-    "aten::_local_scalar_dense",
-    "aten::item",
-    "aten::is_nonzero",
-    "aten::equal",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::bincount",
-}
-NO_KERNEL = {"_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split"}
-NO_KERNEL |= {"squeeze", "t", "transpose", "unbind", "unsqueeze", "view"}
+# --- acting -----------------------------------------------------------------------------------------------
 
 
-class CaptureCheck(TorchDispatchMode):
-    """Records every operation and forbids those that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trace: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func._schema.name
-        if name in SYNCHRONISING:
-            raise AssertionError(f"{name} synchronises")
-        if name.startswith("aten::index") and any(
-            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
-            for index in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
-            if index is not None
-        ):
-            raise AssertionError("indexing by a mask synchronises")
-        if name.startswith("aten::") and name.removeprefix("aten::") not in NO_KERNEL:
-            self.trace.append((name, tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("update_actor", [False, True])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {
-            "augmentation": "crop_colour",
-            "entropy_backup": True,
-            "actor_layer_norm": True,
-            "image_range": "minus_one_one",
-            "q_aggregation": "min",
-            "alpha_type": "exp",
-            "conv_channels": [8, 8, 8, 8],
-            "conv_kernels": [3, 3, 3, 3],
-            "conv_strides": [2, 1, 1, 1],
-            "conv_padding": 1,
-            "hidden_dims": [16, 16, 16],
-        },
-    ],
-)
-def test_update_never_synchronises_and_always_runs_the_same_operations(
-    changes: dict[str, object], update_actor: bool
-) -> None:
-    agent = SacAgent(with_settings(**changes), HORIZON)
-    addresses = {name: tensor.data_ptr() for name, tensor in agent._tensors().items()}
-    traces = []
-    for seed in range(2):
-        batch = make_batch(seed=seed)
-        with CaptureCheck() as check:
-            agent.update(batch, update_actor)
-        traces.append(check.trace)
-    assert traces[0] == traces[1]
-    assert 100 < len(traces[0]) <= 400
-    assert {name: tensor.data_ptr() for name, tensor in agent._tensors().items()} == addresses
-
-
-def test_act_never_synchronises() -> None:
+def test_act_never_synchronises_and_needs_few_kernels() -> None:
     agent, batch = SacAgent(SMALL, HORIZON), make_batch()
     for deterministic in (False, True):
-        with CaptureCheck() as check:
-            act(agent.actor, batch.image, batch.state, batch.noise, torch.zeros(6), deterministic)
-        assert len(check.trace) < 40
-
-
-@pytest.mark.parametrize(
-    "violation",
-    [
-        lambda batch: batch.reward.mean().item(),
-        lambda batch: bool(batch.reward.sum() > 0),
-        lambda batch: batch.reward[batch.reward > 0],
-        lambda batch: batch.reward.nonzero(),
-    ],
-)
-def test_the_capture_check_finds_planted_violations(violation: Callable[[Batch], object]) -> None:
-    with pytest.raises(AssertionError, match="synchronises"), CaptureCheck():
-        violation(make_batch())
+        with OperationTrace(guarded=True) as trace:
+            act(agent.actor, batch.images[:6], batch.states[:6], batch.noise, torch.zeros(6), deterministic)
+        assert 10 < trace.kernels < 40
 
 
 # --- learning ---------------------------------------------------------------------------------------------
@@ -507,7 +428,7 @@ def test_learns_a_bandit_whose_best_noise_depends_on_the_image() -> None:
         eps = torch.randn(size, 4, generator=generator)
         noise = act(agent.actor, image, state, eps, torch.full((size,), float(agent.updates < 60)))
         reward = -(noise[:, 0] - best).square()
-        batch = Batch(image, state, noise, reward, torch.zeros(size), image, state)
-        agent.update(batch, agent.actor_due)
+        batch = Batch(torch.cat([image, image]), torch.cat([state, state]), noise, reward, torch.zeros(size))
+        update(agent, batch, agent.actor_due)
     assert before > 0.5
     assert error() < 0.3  # 0.06 to 0.25 over six seeds; a policy that ignores the image is at 0.6

@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsrl_async.bench import denoise, env
+from dsrl_async.bench import denoise, env, learner, pipeline, scale, transport
 
-BENCHMARKS = {"denoise": denoise, "env": env}
+BENCHMARKS = {
+    "denoise": denoise,
+    "env": env,
+    "learner": learner,
+    "pipeline": pipeline,
+    "scale": scale,
+    "transport": transport,
+}
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
-"""The SAC agent: networks, optimisers, random state, and the gradient update.
+"""The SAC agent: networks, optimiser state, random state, and the gradient update.
 
-`SacAgent.update` is a fixed sequence of tensor operations on fixed storage: it never reads a tensor's value
-on the host, so it can be captured in a CUDA graph (register `agent.generator` with the graph); on the CPU it
-is called. All losses of one update are evaluated at the parameters from before it, so the critic's encoding
-of the observations is computed once: with gradient for the critic's loss, detached for the actor's.
+`SacAgent.learn` is a fixed sequence of tensor operations on fixed storage. It reads no tensor's value on the host and
+draws no random numbers, so that it can be captured in a CUDA graph; on the CPU it is called. All losses of one update
+are evaluated at the parameters from before it, so each image is encoded once by each network that sees it; the critic's
+encoding of the observations serves its own loss, with gradient, and the actor's, detached.
 """
 
 from __future__ import annotations
@@ -14,32 +14,45 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adam import adam
 
 from dsrl_async.config import SacConfig
 from dsrl_async.sac.augmentation import random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
 from dsrl_async.sac.networks import Actor, Critic, aggregate_heads, log_prob, preprocess_image
 
-ADAM_FIELDS = ("step", "exp_avg", "exp_avg_sq")
-
 
 class Batch(NamedTuple):
     """Transitions to learn from; B of them."""
 
-    image: Tensor
-    """uint8 [B, 64, 64, 3]"""
-    state: Tensor
-    """fp32 [B, state_dim]"""
+    images: Tensor
+    """uint8 [2 * B, 64, 64, 3], of all observations, then of the next ones"""
+    states: Tensor
+    """fp32 [2 * B, state_dim], likewise"""
     noise: Tensor
     """fp32 [B, A], the noise that the policy was given"""
     reward: Tensor
     """fp32 [B]"""
     discount: Tensor
     """fp32 [B], see `transition_discount`"""
-    next_image: Tensor
-    """uint8 [B, 64, 64, 3]"""
-    next_state: Tensor
-    """fp32 [B, state_dim]"""
+
+
+class RandomNumbers(NamedTuple):
+    """All that an update leaves to chance, drawn beforehand."""
+
+    rows: Tensor
+    """fp64 [B] in [0, 1): which transitions; 53 bits, so that each of millions is as likely as the others"""
+    augmentation: Tensor
+    """fp32 [2 * B, 5] in [0, 1): shift, then colours, of each image; [0, 5] when there is no augmentation"""
+    normal: Tensor
+    """fp32 [2, B, A]: for the noise of the next observations, then of the observations"""
+
+    def draw_(self, generator: torch.Generator) -> None:
+        """Fill all three, in place."""
+        for uniform in (self.rows, self.augmentation):
+            if uniform.numel():
+                uniform.uniform_(generator=generator)
+        self.normal.normal_(generator=generator)
 
 
 def transition_discount(config: SacConfig, steps: Tensor, terminal: Tensor) -> Tensor:
@@ -70,17 +83,37 @@ def alpha_from_raw(raw: Tensor, alpha_type: str) -> Tensor:
     return raw.exp() if alpha_type == "exp" else F.softplus(raw)
 
 
-def _adam(parameter: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    capturable = parameter.device.type == "cuda"
-    optimiser = torch.optim.Adam([parameter], lr=lr, betas=betas, fused=True, capturable=capturable)
-    # Adam would create its state in the first step. Made here, it has fixed storage from the start: a
-    # captured graph, a checkpoint before the first update, and loading in place all need that.
-    optimiser.state[parameter] = {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-    return optimiser
+class Adam:
+    """Adam (Kingma and Ba 2015, epsilon 1e-8) of one flat parameter: one fused kernel, storage fixed from the start.
+
+    `torch.optim.Adam` makes its state in the first step, and has no meta device, on which captures are rehearsed.
+    """
+
+    def __init__(self, parameter: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self.parameter, self.lr, self.betas = parameter, lr, betas
+        self.state = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """One step along `gradient`; the bias correction reads the count of steps on the device."""
+        adam(
+            [self.parameter],
+            [gradient],
+            *([self.state["exp_avg"]], [self.state["exp_avg_sq"]], [], [self.state["step"]]),
+            fused=True,
+            capturable=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=self.lr,
+            weight_decay=0.0,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 class SacAgent:
@@ -96,8 +129,7 @@ class SacAgent:
         actor, critic, target_critic: the networks; `.flat` is the contiguous vector of their weights.
         raw_alpha: fp32 [], the temperature before softplus or exp.
         generator: all random numbers of the updates come from here.
-        updates: critic updates so far. Each call of `update` counts, also the one that is being captured; a
-            replay does not, so whoever replays sets this.
+        updates: critic updates so far, counted by whoever calls or replays `learn`.
     """
 
     def __init__(self, config: SacConfig, horizon: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
@@ -107,16 +139,16 @@ class SacAgent:
         self.actor = Actor(config, horizon, self.device, seed, trainable=True)
         self.critic = Critic(config, horizon, self.device, seed + 1, trainable=True)
         self.target_critic = Critic(config, horizon, self.device, seed + 1)
-        self.raw_alpha = torch.tensor(
-            raw_from_alpha(config.initial_alpha, config.alpha_type), dtype=torch.float32, device=self.device
-        ).requires_grad_()
-        self.raw_alpha.grad = torch.zeros_like(self.raw_alpha)
+        self.raw_alpha = torch.full(
+            (), raw_from_alpha(config.initial_alpha, config.alpha_type), dtype=torch.float32, device=self.device
+        )
         self.optimisers = {
-            "actor": _adam(self.actor.flat, config.actor_lr, config.actor_betas),
-            "critic": _adam(self.critic.flat, config.critic_lr),
-            "alpha": _adam(self.raw_alpha, config.alpha_lr),
+            "actor": Adam(self.actor.flat, config.actor_lr, config.actor_betas),
+            "critic": Adam(self.critic.flat, config.critic_lr),
+            "alpha": Adam(self.raw_alpha, config.alpha_lr),
         }
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        # The meta device, on which captures are rehearsed, draws nothing, and has no generator.
+        self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(seed)
         self.updates = 0
         self._not_computed = torch.full((), math.nan, device=self.device)
 
@@ -125,7 +157,16 @@ class SacAgent:
         """Whether the next update trains actor and temperature: `train_actor_steps` updates are done."""
         return self.updates >= self.config.train_actor_steps
 
-    def update(self, batch: Batch, update_actor: bool) -> Tensor:
+    def random_numbers(self, batch_size: int) -> RandomNumbers:
+        """Buffers for the random numbers of an update."""
+        images = 0 if self.config.augmentation == "none" else 2 * batch_size
+        return RandomNumbers(
+            rows=torch.zeros(batch_size, dtype=torch.float64, device=self.device),
+            augmentation=torch.zeros(images, 5, device=self.device),
+            normal=torch.zeros(2, batch_size, self.action_dim, device=self.device),
+        )
+
+    def learn(self, batch: Batch, random: RandomNumbers, update_actor: bool) -> Tensor:
         """One gradient step of the critic and, if `update_actor`, of actor and temperature; then the target.
 
         target = reward + discount * agg_heads Q_target(s', a') [- discount * alpha * log pi(a'|s')]
@@ -135,6 +176,7 @@ class SacAgent:
 
         Args:
             batch: transitions.
+            random: reads `augmentation` and `normal`.
             update_actor: pass `actor_due`.
 
         Returns:
@@ -143,15 +185,12 @@ class SacAgent:
             is NaN.
         """
         config = self.config
-        pixels, next_pixels = self._pixels(batch)
-        size = batch.reward.shape[0]
-        eps = torch.randn(
-            (2 if update_actor else 1, size, self.action_dim), generator=self.generator, device=self.device
-        )
+        pixels, next_pixels = self._pixels(batch.images, random.augmentation)
+        state, next_state = batch.states.chunk(2)
         alpha = alpha_from_raw(self.raw_alpha, config.alpha_type)
-        target = self._target(batch, next_pixels, eps[0], alpha.detach())
+        target = self._target(batch, next_pixels, next_state, random.normal[0], alpha)
 
-        features = self.critic.encoder(pixels, batch.state)
+        features = self.critic.encoder(pixels, state)
         q = self.critic.q_values(features, batch.noise)
         critic_loss = F.mse_loss(q, target.expand_as(q))
         self.critic.backward_(critic_loss)
@@ -159,23 +198,24 @@ class SacAgent:
 
         actor_loss = entropy = actor_norm = alpha_loss = self._not_computed
         if update_actor:
-            mean, log_std = self.actor(pixels, batch.state)
-            u = torch.addcmul(mean, log_std.exp(), eps[1])
-            log_probability = log_prob(u, log_std, eps[1])
+            mean, log_std = self.actor(pixels, state)
+            u = torch.addcmul(mean, log_std.exp(), random.normal[1])
+            log_probability = log_prob(u, log_std, random.normal[1])
             new_q = self.critic.q_values(features.detach(), u.tanh() * config.action_magnitude)
-            actor_loss = (alpha.detach() * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
+            actor_loss = (alpha * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
             entropy = -log_probability.detach().mean()
-            alpha_loss = alpha * (entropy - config.target_entropy)
-            assert self.raw_alpha.grad is not None
-            self.raw_alpha.grad.copy_(torch.autograd.grad(alpha_loss, self.raw_alpha)[0])
-            clip_gradient_(self.raw_alpha.grad, config.alpha_grad_clip)
-            self.optimisers["actor"].step()
-            self.optimisers["alpha"].step()
-        self.optimisers["critic"].step()
+            excess = entropy - config.target_entropy
+            alpha_loss = alpha * excess
+            # The derivative of exp is exp, that of softplus the logistic function.
+            slope = alpha if config.alpha_type == "exp" else self.raw_alpha.sigmoid()
+            alpha_grad = slope * excess
+            clip_gradient_(alpha_grad, config.alpha_grad_clip)
+            self.optimisers["actor"].step(self.actor.flat_grad)
+            self.optimisers["alpha"].step(alpha_grad)
+        self.optimisers["critic"].step(self.critic.flat_grad)
         self.target_critic.flat.lerp_(self.critic.flat, config.tau)
-        self.updates += 1
         metrics = (
             critic_loss,
             critic_norm,
@@ -190,25 +230,23 @@ class SacAgent:
         return torch.stack([metric.detach() for metric in metrics])
 
     @torch.no_grad()
-    def _pixels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Network input of observation and next observation, augmented independently of each other."""
+    def _pixels(self, images: Tensor, augmentation: Tensor) -> tuple[Tensor, Tensor]:
+        """Network input of observations and next observations, augmented independently of each other."""
         config = self.config
-        image = torch.cat([batch.image, batch.next_image])
         jitter = None
         if config.augmentation != "none":
-            uniform = torch.rand((image.shape[0], 5), generator=self.generator, device=self.device)
-            image = random_shift(image, uniform[:, :2], config.augmentation_pad)
-            jitter = uniform[:, 2:] if config.augmentation == "crop_colour" else None
-        pixels, next_pixels = preprocess_image(image, config, jitter).chunk(2)
+            images = random_shift(images, augmentation[:, :2], config.augmentation_pad)
+            jitter = augmentation[:, 2:] if config.augmentation == "crop_colour" else None
+        pixels, next_pixels = preprocess_image(images, config, jitter).chunk(2)
         return pixels, next_pixels
 
     @torch.no_grad()
-    def _target(self, batch: Batch, next_pixels: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
+    def _target(self, batch: Batch, next_pixels: Tensor, next_state: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
         """fp32 [B], the value that every Q head is regressed to."""
         config = self.config
-        mean, log_std = self.actor(next_pixels, batch.next_state)
+        mean, log_std = self.actor(next_pixels, next_state)
         u = torch.addcmul(mean, log_std.exp(), eps)
-        q = self.target_critic(next_pixels, batch.next_state, u.tanh() * config.action_magnitude)
+        q = self.target_critic(next_pixels, next_state, u.tanh() * config.action_magnitude)
         value = aggregate_heads(q, config.q_aggregation)
         if config.entropy_backup:
             value = value - alpha * log_prob(u, log_std, eps)
@@ -220,11 +258,10 @@ class SacAgent:
             "actor.flat": self.actor.flat,
             "critic.flat": self.critic.flat,
             "target_critic.flat": self.target_critic.flat,
-            "alpha.raw": self.raw_alpha.detach(),
+            "alpha.raw": self.raw_alpha,
         }
         for name, optimiser in self.optimisers.items():
-            (state,) = optimiser.state.values()
-            tensors |= {f"{name}.adam.{field}": state[field] for field in ADAM_FIELDS}
+            tensors |= {f"{name}.adam.{field}": tensor for field, tensor in optimiser.state.items()}
         return tensors
 
     def _layout(self) -> Tensor:

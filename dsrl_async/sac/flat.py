@@ -18,8 +18,8 @@ class FlatModule(nn.Module):
 
     Attributes:
         flat: fp32 [N], all parameters in the order of `named_parameters()`.
-        flat_grad: fp32 [N] likewise for the gradients (also `flat.grad`, and each parameter's `.grad` is a
-            view of it); empty when the module is not trainable.
+        flat_grad: fp32 [N] likewise for the gradients that `backward_` computes; empty when the module is not
+            trainable.
     """
 
     flat: Tensor
@@ -35,11 +35,7 @@ class FlatModule(nn.Module):
             end = offset + parameter.numel()
             parameter.data = self.flat[offset:end].view(parameter.shape)
             parameter.requires_grad_(trainable)
-            if trainable:
-                parameter.grad = self.flat_grad[offset:end].view(parameter.shape)
             offset = end
-        if trainable:
-            self.flat.grad = self.flat_grad
 
     def _apply(self, *args: object, **kwargs: object) -> FlatModule:
         # `.to()`, `.half()` and the like give every parameter storage of its own and leave `flat` behind.

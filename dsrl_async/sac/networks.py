@@ -15,10 +15,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dsrl_async.config import SacConfig
 from dsrl_async.envs import SAC_IMAGE_SIZE
@@ -26,6 +29,9 @@ from dsrl_async.sac.augmentation import colour_jitter
 from dsrl_async.sac.flat import FlatModule
 
 LAST_LAYER_GAIN = 0.01
+CACHED_NUMBERS = 2**21
+"""Numbers (8 MiB) of the largest activation that a CPU computes at a time: they stay in its last cache, and the
+allocator hands the same memory out again, which it does not from 32 MiB on (docs/learner.md has the figures)."""
 
 
 def expand_noise(noise: Tensor, horizon: int, layout: str) -> Tensor:
@@ -71,18 +77,22 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
 
 
 class Encoder(nn.Module):
-    """Convolutions with ReLU, then Linear, LayerNorm, tanh; the state likewise or raw; concatenated."""
+    """Convolutions with ReLU, then Linear, LayerNorm, tanh; the state likewise or raw; concatenated.
+
+    On the CPU the images pass through convolutions and projection a few at a time, forward and backward.
+    """
 
     def __init__(self, config: SacConfig) -> None:
         super().__init__()
         channels = [3, *config.conv_channels]
         self.convolutions = nn.ModuleList()
-        size = SAC_IMAGE_SIZE // config.image_pool
+        size, largest = SAC_IMAGE_SIZE // config.image_pool, 0
         for (fan_in, fan_out), kernel, stride in zip(
             itertools.pairwise(channels), config.conv_kernels, config.conv_strides, strict=True
         ):
             self.convolutions.append(nn.Conv2d(fan_in, fan_out, kernel, stride, config.conv_padding))
             size = (size + 2 * config.conv_padding - kernel) // stride + 1
+            largest = max(largest, fan_out * size * size)
         self.image_projection = nn.Linear(channels[-1] * size * size, config.image_latent_dim)
         self.image_norm = nn.LayerNorm(config.image_latent_dim)
         self.encodes_state = config.state_latent_dim > 0
@@ -90,6 +100,8 @@ class Encoder(nn.Module):
             self.state_projection = nn.Linear(config.state_dim, config.state_latent_dim)
             self.state_norm = nn.LayerNorm(config.state_latent_dim)
         self.output_dim = config.image_latent_dim + (config.state_latent_dim or config.state_dim)
+        self.strides, self.padding = list(config.conv_strides), config.conv_padding
+        self.images_at_a_time = max(1, CACHED_NUMBERS // largest)
         if config.init == "orthogonal":
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -101,15 +113,105 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
         """fp32 [B, 3, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
-        x = pixels
-        for convolution in self.convolutions:
-            x = convolution(x).relu_()
-        # Pixels are channels-last in memory, so this order flattens without a copy.
-        x = x.permute(0, 2, 3, 1).flatten(1)
-        x = self.image_norm(self.image_projection(x)).tanh_()
+        projection = self.image_projection
+        convolutions = list(self.convolutions.parameters())
+        at_a_time = self.images_at_a_time if pixels.device.type == "cpu" else pixels.shape[0]
+        trunk = _Trunk(self.strides, self.padding, at_a_time)
+        if torch.is_grad_enabled() and projection.weight.requires_grad:
+            x = _TrunkWithGradient.apply(trunk, pixels, projection.weight, projection.bias, *convolutions)
+        else:
+            x = trunk.forward(pixels, projection.weight, projection.bias, convolutions, None)
+        x = self.image_norm(x).tanh_()
         if self.encodes_state:
             state = self.state_norm(self.state_projection(state)).tanh_()
         return torch.cat([x, state], dim=1)
+
+
+class _Trunk(NamedTuple):
+    """Convolutions with ReLU, flattened pixel by pixel, then a linear layer; `images_at_a_time`.
+
+    `convolutions` are weight, bias, weight, bias, ... of the layers.
+    """
+
+    strides: list[int]
+    padding: int
+    images_at_a_time: int
+
+    def forward(
+        self,
+        pixels: Tensor,
+        projection: Tensor,
+        projection_bias: Tensor,
+        convolutions: Sequence[Tensor],
+        kept: list[Tensor] | None,
+    ) -> Tensor:
+        """fp32 [B, 3, S, S] -> fp32 [B, image_latent_dim]; what `backward` needs is appended to `kept`."""
+        outputs = []
+        for x in pixels.split(self.images_at_a_time):
+            for weight, bias, stride in zip(convolutions[::2], convolutions[1::2], self.strides, strict=True):
+                if kept is not None:
+                    kept.append(x)
+                x = F.conv2d(x, weight, bias, stride, self.padding).relu_()
+            if kept is not None:
+                kept.append(x)
+            outputs.append(F.linear(_by_pixel(x), projection, projection_bias))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def backward(
+        self, gradient: Tensor, projection: Tensor, convolutions: Sequence[Tensor], kept: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Gradients of projection weight and bias and of `convolutions`, from that of the output."""
+        layers = len(self.strides)
+        of_projection: Tensor | None = None
+        of_convolutions: list[Tensor] = []
+        for index, g in enumerate(gradient.split(self.images_at_a_time)):
+            *inputs, x = kept[index * (layers + 1) : (index + 1) * (layers + 1)]
+            if of_projection is None:
+                of_projection = g.t() @ _by_pixel(x)
+            else:
+                torch.addmm(of_projection, g.t(), _by_pixel(x), out=of_projection)
+            g = (g @ projection).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
+            of_slice: list[Tensor] = []
+            for layer in reversed(range(layers)):
+                g = torch.ops.aten.threshold_backward(g, x, 0.0)
+                x, weight, stride = inputs[layer], convolutions[2 * layer], self.strides[layer]
+                g, of_weight, of_bias = torch.ops.aten.convolution_backward(
+                    *(g, x, weight, [weight.shape[0]], [stride] * 2, [self.padding] * 2, [1] * 2, False, [0] * 2, 1),
+                    output_mask=[layer > 0, True, True],  # nothing learns from the images' gradient
+                )
+                of_slice[:0] = [of_weight, of_bias]
+            if of_convolutions:
+                torch._foreach_add_(of_convolutions, of_slice)
+            else:
+                of_convolutions = of_slice
+        assert of_projection is not None
+        return [of_projection, gradient.sum(0), *of_convolutions]
+
+
+class _TrunkWithGradient(torch.autograd.Function):
+    """`_Trunk` for autograd; it keeps what backward needs where autograd would, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, trunk: _Trunk, pixels: Tensor, projection: Tensor, projection_bias: Tensor, *convolutions: Tensor
+    ) -> Tensor:
+        kept: list[Tensor] = []
+        features = trunk.forward(pixels, projection, projection_bias, convolutions, kept)
+        ctx.trunk = trunk
+        ctx.save_for_backward(projection, *convolutions, *kept)
+        return features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        projection, *rest = ctx.saved_tensors
+        count = 2 * len(ctx.trunk.strides)
+        return None, None, *ctx.trunk.backward(gradient, projection, rest[:count], rest[count:])
+
+
+def _by_pixel(x: Tensor) -> Tensor:
+    """[B, C, S, S] in channels-last memory format -> [B, S * S * C], without a copy."""
+    return x.permute(0, 2, 3, 1).flatten(1)
 
 
 class Actor(FlatModule):

@@ -6,8 +6,6 @@ All counters only grow. Each element has one writer.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,13 +72,22 @@ class Phases:
     """Adds wall time to a row of phase sums: `with phases("render"): ...` (seconds)."""
 
     def __init__(self, names: tuple[str, ...], sums: np.ndarray) -> None:
-        self._index = {name: index for index, name in enumerate(names)}
-        self._sums = sums
+        self._phases = {name: _Phase(sums, index) for index, name in enumerate(names)}
 
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._sums[self._index[name]] += time.perf_counter() - start
+    def __call__(self, name: str) -> _Phase:
+        return self._phases[name]
+
+
+class _Phase:
+    """One phase. Not a generator, as `contextmanager` makes them, because actors enter five for every decision."""
+
+    __slots__ = ("_index", "_start", "_sums")
+
+    def __init__(self, sums: np.ndarray, index: int) -> None:
+        self._sums, self._index, self._start = sums, index, 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._sums[self._index] += time.perf_counter() - self._start

@@ -6,7 +6,6 @@ deadline.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 from collections.abc import Iterable
@@ -17,15 +16,18 @@ def create() -> int:
 
 
 def notify(fd: int) -> None:
-    # BlockingIOError: the counter is full, which wakes the waiter just as well
-    with contextlib.suppress(BlockingIOError):
+    try:  # not contextlib.suppress, which takes longer than the call
         os.eventfd_write(fd, 1)
+    except BlockingIOError:  # the counter is full, which wakes the waiter just as well
+        return
 
 
 def clear(fd: int) -> None:
     """Forget wake-ups received so far. Look at the shared state after this, never before."""
-    with contextlib.suppress(BlockingIOError):
+    try:
         os.eventfd_read(fd)
+    except BlockingIOError:
+        return
 
 
 def wait(fd: int, timeout_s: float) -> bool:

@@ -6,12 +6,10 @@ observation is there, its outcome is not. When an episode ends (or the actor die
 an outcome; it stays as the last decision's next observation and is never sampled itself.
 
 Only the actor writes its lane, and it advances `head` after the data, so nothing is locked. A reader copies rows
-first and then looks whether the writer has come round to them meanwhile; if so, it draws others.
+first and then looks whether the writer has come round to them meanwhile; if so, it draws others (`sampling.py`).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
@@ -36,31 +34,13 @@ def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: i
     }
 
 
-ATTEMPTS = 100  # at drawing rows that can be used; needed only when nearly all are closing rows or being overwritten
-
-
-class Transitions(NamedTuple):
-    """A batch of B decisions."""
-
-    image: np.ndarray  # uint8 [B, 64, 64, 3]
-    state: np.ndarray  # float32 [B, 8]
-    noise: np.ndarray  # float32 [B, A], as the policy received it
-    reward: np.ndarray  # float32 [B]
-    steps: np.ndarray  # int32 [B], executed environment steps
-    terminal: np.ndarray  # bool [B], success (a truncated episode is not terminal)
-    policy_version: np.ndarray  # int64 [B]
-    next_image: np.ndarray  # uint8 [B, 64, 64, 3]
-    next_state: np.ndarray  # float32 [B, 8]
-
-
 class ReplayRing:
-    """Writer and reader of the ring. `head` counts rows started in a lane; row r lies at r % rows_per_lane."""
+    """The ring, for writers and readers. `head` counts rows started in a lane; row r lies at r % rows_per_lane."""
 
     def __init__(self, arena: Arena) -> None:
         self.rows = {name: arena[f"replay/{name}"] for name in ROW_FIELDS}
         self.head = arena["replay/head"]  # row number of the pending row + 1; 0: nothing was ever written
         self.lanes, self.rows_per_lane = self.rows["reward"].shape
-        self._batch: Transitions | None = None
 
     # ---- the actor's side
 
@@ -123,61 +103,6 @@ class ReplayRing:
                 for lane in range(self.lanes)
             )
         )
-
-    def sample(self, rng: np.random.Generator, batch_size: int) -> Transitions | None:
-        """Draw `batch_size` decisions uniformly, with replacement; None if there are none, or hardly any.
-
-        The arrays are valid until the next call. Rows that are overwritten while they are copied are drawn again.
-        """
-        lanes, numbers = np.empty(batch_size, np.int64), np.empty(batch_size, np.int64)
-        torn = np.arange(batch_size)
-        for _ in range(ATTEMPTS):
-            drawn = self._draw(rng, len(torn))
-            if drawn is None:
-                return None
-            lanes[torn], numbers[torn] = drawn
-            batch = self._copy(lanes, numbers, torn)
-            torn = torn[numbers[torn] < self.windows()[0][lanes[torn]]]
-            if len(torn) == 0:
-                return batch
-        return None
-
-    def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Lanes and row numbers, int64 [count], of decisions with an outcome."""
-        low, high = self.windows()
-        ends = np.cumsum(high - low)
-        found: list[np.ndarray] = []
-        missing = count
-        for _ in range(ATTEMPTS if ends[-1] else 0):
-            draws = rng.integers(0, ends[-1], size=missing)
-            lanes = np.searchsorted(ends, draws, side="right")
-            numbers = high[lanes] - (ends[lanes] - draws)
-            keep = self.rows["complete"][lanes, numbers % self.rows_per_lane]
-            found.append(np.stack([lanes[keep], numbers[keep]]))
-            missing -= int(keep.sum())
-            if missing == 0:
-                lanes, numbers = np.concatenate(found, axis=1)
-                return lanes, numbers
-        return None
-
-    def _copy(self, lanes: np.ndarray, numbers: np.ndarray, which: np.ndarray) -> Transitions:
-        """Copy the rows of `which` positions of the batch into arrays that are used again and again."""
-        if self._batch is None or len(self._batch.reward) != len(lanes):
-            # New memory for every batch would cost more in page faults than the copying does.
-            shapes = {name: (len(lanes), *rows.shape[2:]) for name, rows in self.rows.items()}
-            columns = [np.empty(shapes[name], self.rows[name].dtype) for name in ROW_FIELDS[:-1]]
-            observation = [np.empty(shapes[name], self.rows[name].dtype) for name in ("image", "state")]
-            self._batch = Transitions(*columns, *observation)
-        base = lanes[which] * self.rows_per_lane
-        row, following = (base + (numbers[which] + step) % self.rows_per_lane for step in (0, 1))
-        sources = [*((name, row) for name in ROW_FIELDS[:-1]), ("image", following), ("state", following)]
-        for column, (name, index) in zip(self._batch, sources, strict=True):
-            flat = self.rows[name].reshape(-1, *self.rows[name].shape[2:])
-            if len(which) == len(lanes):
-                np.take(flat, index, axis=0, out=column, mode="clip")  # `clip` lets numpy write to `out` directly
-            else:
-                column[which] = flat[index]
-        return self._batch
 
     # ---- checkpoints
 

@@ -1,0 +1,22 @@
+"""How many of the waiting observations go into the next batch, and how large the batch is. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FEWEST_USED_ROWS = 0.9
+"""A batch is padded only when so large a share of its rows is used; docs/throughput.md has the figures behind it."""
+
+
+def choose_batch(ready: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """(observations to take, batch size) for `ready` >= 1 waiting observations and the increasing batch `sizes`.
+
+    Where the device's time grows with the batch, padding costs as much as work. So a batch that would be padded by much
+    is made smaller instead, to a size that is filled, and the rest comes next.
+    """
+    ready = min(ready, sizes[-1])
+    larger = next(size for size in sizes if size >= ready)
+    smaller = max((size for size in sizes if size <= ready), default=larger)
+    if smaller > ready or ready >= FEWEST_USED_ROWS * larger:
+        return ready, larger
+    return smaller, smaller

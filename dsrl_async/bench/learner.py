@@ -1,0 +1,449 @@
+"""A gradient update of DSRL-SAC: this project's against a plain one, and against its matrix products alone.
+
+One full update: critic, actor, temperature and target, from the same parameters and the same batch (uint8 images in
+memory), float32. Three systems, whose repeats are interleaved in one process:
+  dsrl_async    the learner's own function (`SacAgent.learn`)
+  plain         the same networks in the shape of RLinf's DSRL modules: each Q head a module of its own, called in a
+                loop, the encoders run anew for every loss, torch's Adam, a loop over all parameters for the target;
+                written from that description
+  bound         the convolutions and matrix products of one dsrl_async update alone, with nothing between them, on
+                operands of the same shapes and memory formats
+Before anything is timed, the losses and gradients of the two programs are compared; the command fails if they differ.
+Per case
+  update          milliseconds (medians), and the ratios plain/dsrl_async (target: 2) and dsrl_async/bound (target: 1.3)
+  update_cpu      the same in CPU time, which other programs lengthen less
+  arithmetic      GFLOP of convolutions and matrix products, counted by torch
+  kernels         ATen operations that are not views, in all: what a GPU would be asked to launch (for dsrl_async with
+                  drawing the batch, counted on torch's meta device; target: 400)
+  kernels_cpu     those of `update` on this CPU, where the encoder takes the images a few at a time
+  host_syncs      operations that no CUDA graph can hold
+  draw, draw_cpu  milliseconds to draw a batch from a replay ring in place (random rows, --ring-rows of them)
+  convolution_share, gemm_share   of the time of an update (torch's profiler, one update)
+  gradient_difference   Euclidean norm of the difference of the two programs' gradients over that of a gradient; the
+                  larger one of critic and actor
+
+Not measured: anything on a GPU; RLinf itself, whose learner also moves batches through several processes; more than one
+thread unless asked (--threads); the publication of weights and checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsrl_async.bench.report import Report
+from dsrl_async.config import SacConfig, read_yaml, validate
+from dsrl_async.envs import SAC_IMAGE_SIZE
+from dsrl_async.sac.agent import Batch, RandomNumbers, SacAgent, alpha_from_raw
+from dsrl_async.sac.flat import FlatModule
+from dsrl_async.sac.networks import log_prob, preprocess_image
+from dsrl_async.sampling import InPlace, Mirror
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.replay import ReplayRing, replay_fields
+from dsrl_async.tracing import OperationTrace
+from dsrl_async.updates import Updates
+
+OWN, PLAIN, BOUND = "dsrl_async", "plain", "bound"
+DEFAULT_CONFIG = Path("configs/libero_spatial_pi0.yaml")
+HORIZON = 50
+"""Action slots of Pi0; the agent's sizes depend on it only with `sac.noise_layout: per_slot`."""
+CONVOLUTIONS = ("convolution", "convolution_backward")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+TOLERANCE = 1e-2
+"""Relative difference of losses and gradients that counts as rounding. Mostly it is 1e-6, but one ReLU whose input is
+rounded to the other side of zero shows in a gradient."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help=f"whose `sac` (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=[64, 256, 512], help="transitions (default: 64 256 512)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed updates of each system (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser.add_argument(
+        "--ring-rows", type=int, default=10_000, help="of the replay ring to draw from (default: 10000)"
+    )
+    parser.add_argument("--system", nargs="+", choices=[OWN, PLAIN, BOUND], default=[OWN, PLAIN, BOUND])
+    parser.add_argument("--images-at-a-time", type=int, help="through our encoder (default: what fits into a cache)")
+    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
+
+
+# ---- the plain program
+
+
+class PlainEncoder(nn.Module):
+    """Image through convolutions to a latent vector; state likewise; both side by side."""
+
+    def __init__(self, config: SacConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels, size = 3, SAC_IMAGE_SIZE // config.image_pool
+        for width, kernel, stride in zip(config.conv_channels, config.conv_kernels, config.conv_strides, strict=True):
+            layers += [nn.Conv2d(channels, width, kernel, stride, config.conv_padding), nn.ReLU()]
+            channels, size = width, (size + 2 * config.conv_padding - kernel) // stride + 1
+        latent = [nn.Flatten(), nn.Linear(channels * size * size, config.image_latent_dim)]
+        self.image = nn.Sequential(*layers, *latent, nn.LayerNorm(config.image_latent_dim), nn.Tanh())
+        width = config.state_latent_dim
+        self.state = (
+            nn.Sequential(nn.Linear(config.state_dim, width), nn.LayerNorm(width), nn.Tanh()) if width else None
+        )
+        self.output_dim = config.image_latent_dim + (width or config.state_dim)
+
+    def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
+        return torch.cat([self.image(pixels), self.state(state) if self.state else state], dim=1)
+
+
+def plain_mlp(widths: list[int], layer_norm: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in itertools.pairwise(widths[:-1]):
+        layers += [nn.Linear(fan_in, fan_out), *([nn.LayerNorm(fan_out)] if layer_norm else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+class PlainActor(nn.Module):
+    def __init__(self, config: SacConfig, action_dim: int) -> None:
+        super().__init__()
+        self.encoder = PlainEncoder(config)
+        self.mlp = plain_mlp([self.encoder.output_dim, *config.hidden_dims, 2 * action_dim], config.actor_layer_norm)
+        self.limits = config.log_std_min, config.log_std_max
+
+    def forward(self, pixels: Tensor, state: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """Squashed sample and its log-probability."""
+        mean, log_std = self.mlp(self.encoder(pixels, state)).chunk(2, dim=1)
+        log_std = log_std.clamp(*self.limits)
+        u = mean + log_std.exp() * normal
+        return u.tanh(), log_prob(u, log_std, normal)
+
+
+class PlainCritic(nn.Module):
+    def __init__(self, config: SacConfig, action_dim: int) -> None:
+        super().__init__()
+        self.encoder = PlainEncoder(config)
+        widths = [self.encoder.output_dim + action_dim, *config.hidden_dims, 1]
+        heads = [plain_mlp(widths, config.critic_layer_norm) for _ in range(config.num_q_heads)]
+        self.heads: Iterable[nn.Sequential] = nn.ModuleList(heads)  # type: ignore[assignment]
+
+    def forward(self, pixels: Tensor, state: Tensor, noise: Tensor, detach_encoder: bool = False) -> Tensor:
+        features = self.encoder(pixels, state)
+        x = torch.cat([features.detach() if detach_encoder else features, noise], dim=1)
+        return torch.cat([head(x) for head in self.heads], dim=1)
+
+
+def copy_encoder(plain: PlainEncoder, own: Any, read: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a plain parameter and what `read` gives of the same one here, in the plain layout."""
+    convolutions = [layer for layer in plain.image if isinstance(layer, nn.Conv2d)]
+    pairs = [
+        (getattr(theirs, name), read(getattr(ours, name)))
+        for theirs, ours in zip(convolutions, own.convolutions, strict=True)
+        for name in ("weight", "bias")
+    ]
+    _, linear, norm, _ = list(plain.image)[-4:]
+    channels = convolutions[-1].out_channels
+    by_pixel = read(own.image_projection.weight)  # its columns go by pixel, then channel; the plain one's the other way
+    by_channel = by_pixel.view(len(by_pixel), -1, channels).transpose(1, 2).flatten(1)
+    pairs += [(linear.weight, by_channel), (linear.bias, read(own.image_projection.bias))]
+    modules = [(norm, own.image_norm)]
+    if plain.state is not None:
+        modules += [(plain.state[0], own.state_projection), (plain.state[1], own.state_norm)]
+    return pairs + [(getattr(a, name), read(getattr(b, name))) for a, b in modules for name in ("weight", "bias")]
+
+
+def copy_actor(plain: PlainActor, own: Any, read: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    linears = [layer for layer in plain.mlp if isinstance(layer, nn.Linear)]
+    norms = [layer for layer in plain.mlp if isinstance(layer, nn.LayerNorm)]
+    modules = [*zip(linears, [*own.hidden, own.output], strict=True), *zip(norms, own.norms, strict=True)]
+    return copy_encoder(plain.encoder, own.encoder, read) + [
+        (getattr(a, name), read(getattr(b, name))) for a, b in modules for name in ("weight", "bias")
+    ]
+
+
+def copy_critic(plain: PlainCritic, own: Any, read: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    pairs = copy_encoder(plain.encoder, own.encoder, read)
+    for head, mlp in enumerate(plain.heads):
+        linears = [layer for layer in mlp if isinstance(layer, nn.Linear)]
+        norms = [layer for layer in mlp if isinstance(layer, nn.LayerNorm)]
+        for linear, weight, bias in zip(linears, own.weights, own.biases, strict=True):
+            pairs += [(linear.weight, read(weight)[head].t()), (linear.bias, read(bias)[head, 0])]
+        for norm, scale, shift in zip(norms, own.norm_scales, own.norm_shifts, strict=True):
+            pairs += [(norm.weight, read(scale)[head, 0]), (norm.bias, read(shift)[head, 0])]
+    return pairs
+
+
+class Plain:
+    """The plain program, from the parameters of `agent`."""
+
+    def __init__(self, agent: SacAgent) -> None:
+        config, self.config = agent.config, agent.config
+        self.actor = PlainActor(config, agent.action_dim)
+        self.critic, self.target = (PlainCritic(config, agent.action_dim) for _ in range(2))
+        self.raw_alpha = agent.raw_alpha.clone().requires_grad_()
+        with torch.no_grad():
+            for theirs, ours in (
+                *copy_actor(self.actor, agent.actor, torch.detach),
+                *copy_critic(self.critic, agent.critic, torch.detach),
+                *copy_critic(self.target, agent.target_critic, torch.detach),
+            ):
+                theirs.copy_(ours)
+        self.target.requires_grad_(False)
+        self.actor_optimiser = torch.optim.Adam(self.actor.parameters(), config.actor_lr, config.actor_betas)
+        self.critic_optimiser = torch.optim.Adam(self.critic.parameters(), config.critic_lr)
+        self.alpha_optimiser = torch.optim.Adam([self.raw_alpha], config.alpha_lr)
+
+    def losses(self, batch: Batch, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Critic, actor and temperature loss; gradients go to the parameters' `.grad`."""
+        config = self.config
+        pixels, next_pixels = (preprocess_image(images, config).contiguous() for images in batch.images.chunk(2))
+        state, next_state = batch.states.chunk(2)
+        alpha = alpha_from_raw(self.raw_alpha, config.alpha_type)
+
+        def combine(q: Tensor) -> Tensor:
+            return q.mean(1) if config.q_aggregation == "mean" else q.min(1).values
+
+        with torch.no_grad():
+            action, log_probability = self.actor(next_pixels, next_state, normal[0])
+            value = combine(self.target(next_pixels, next_state, action * config.action_magnitude))
+            if config.entropy_backup:
+                value = value - alpha * log_probability
+            target = batch.reward + batch.discount * value
+        q = self.critic(pixels, state, batch.noise)
+        critic_loss = F.mse_loss(q, target[:, None].expand_as(q))
+        self.critic_optimiser.zero_grad()
+        critic_loss.backward()
+        # The actor's loss leaves gradients in the critic's heads, which no step uses; the critic's own are kept here.
+        gradients = [parameter.grad for parameter in self.critic.parameters()]
+        for parameter in self.critic.parameters():
+            parameter.grad = None
+
+        action, log_probability = self.actor(pixels, state, normal[1])
+        q = self.critic(pixels, state, action * config.action_magnitude, detach_encoder=True)
+        actor_loss = (alpha.detach() * log_probability - combine(q)).mean()
+        self.actor_optimiser.zero_grad()
+        actor_loss.backward()
+        for parameter, gradient in zip(self.critic.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+
+        with torch.no_grad():
+            _, log_probability = self.actor(pixels, state, normal[1])
+        alpha_loss = -alpha * (log_probability.mean() + config.target_entropy)
+        self.alpha_optimiser.zero_grad()
+        alpha_loss.backward()
+        return critic_loss, actor_loss, alpha_loss
+
+    def update(self, batch: Batch, normal: Tensor) -> None:
+        config = self.config
+        self.losses(batch, normal)
+        for parameters, limit, optimiser in (
+            (list(self.critic.parameters()), config.critic_grad_clip, self.critic_optimiser),
+            (list(self.actor.parameters()), config.actor_grad_clip, self.actor_optimiser),
+            ([self.raw_alpha], config.alpha_grad_clip, self.alpha_optimiser),
+        ):
+            if limit is not None:
+                nn.utils.clip_grad_norm_(parameters, limit)
+            optimiser.step()
+        with torch.no_grad():
+            for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
+                slow.mul_(1 - config.tau).add_(fast, alpha=config.tau)
+
+
+# ---- the bound
+
+
+class Products(TorchDispatchMode):
+    """Records the convolutions and matrix products under it, with operands of their own: one per shape and layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+        self._operands: dict[tuple[Any, ...], Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in CONVOLUTIONS + PRODUCTS:
+            self.calls.append((func, *tree_map_only(Tensor, self._operand, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+    def _operand(self, like: Tensor) -> Tensor:
+        key = (like.shape, like.stride())
+        if key not in self._operands:
+            numbers = 1 + sum((size - 1) * stride for size, stride in zip(*key, strict=True))
+            # Small, since some products are added to their result each time; not so small that they become denormal.
+            self._operands[key] = torch.empty(numbers).uniform_(-1e-3, 1e-3).as_strided(*key)
+        return self._operands[key]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+
+# ---- the measurement
+
+
+def random_batch(config: SacConfig, size: int, action_dim: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shape = (2 * size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)
+    return Batch(
+        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        states=normal(2 * size, config.state_dim),
+        noise=normal(size, action_dim),
+        reward=torch.full((size,), -1.0),
+        discount=torch.full((size,), config.gamma),
+    )
+
+
+def compare(agent: SacAgent, plain: Plain, batch: Batch, random: RandomNumbers) -> float:
+    """Relative difference of the gradients, the larger one of critic and actor; the agent makes an update.
+
+    Raises:
+        ValueError: losses or gradients are not the same.
+    """
+    theirs = [loss.item() for loss in plain.losses(batch, random.normal)]
+    metrics = agent.learn(batch, random, update_actor=True).tolist()
+    ours = [metrics[index] for index in (0, 2, 5)]
+    differences = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True)]
+    critic = copy_critic(plain.critic, agent.critic, lambda parameter: gradient_of(agent.critic, parameter))
+    actor = copy_actor(plain.actor, agent.actor, lambda parameter: gradient_of(agent.actor, parameter))
+    of_gradients = []
+    for pairs, norm, limit in (
+        (critic, metrics[1], agent.config.critic_grad_clip),
+        (actor, metrics[4], agent.config.actor_grad_clip),
+    ):
+        unclipped = 1.0 if limit is None else max(1.0, norm / limit)
+        total = sum(
+            float((plain.grad - unclipped * own).square().sum()) for plain, own in pairs if plain.grad is not None
+        )
+        of_gradients.append(total**0.5 / norm)
+    if max(differences + of_gradients) > TOLERANCE:
+        raise ValueError(f"the two programs do not compute the same: {max(differences + of_gradients):.1e} apart")
+    return max(of_gradients)
+
+
+def gradient_of(module: FlatModule, parameter: Tensor) -> Tensor:
+    """What the module's last update found for one of its parameters."""
+    return module.flat_grad[parameter.storage_offset() :][: parameter.numel()].view(parameter.shape)
+
+
+def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
+    """A full lane of random observations, in episodes of ten decisions."""
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim)))
+    rng = np.random.default_rng(0)
+    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
+    for name in ("state", "noise"):
+        ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
+    ring.rows["complete"][:] = np.arange(rows) % 11 != 10
+    ring.head[:] = rows
+    return ring
+
+
+def shares(update: Callable[[], object]) -> tuple[float, float]:
+    """Of an update's time: convolutions, and matrix products."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        update()
+    spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profiler.key_averages()}
+    convolutions = sum(spent.get(name, 0.0) for name in ("mkldnn_convolution", "convolution_backward"))
+    return convolutions / sum(spent.values()), sum(spent.get(name, 0.0) for name in PRODUCTS) / sum(spent.values())
+
+
+def measure(sac: SacConfig, size: int, arguments: argparse.Namespace, report: Report) -> None:
+    """Times one batch size and reports it."""
+    repeats, ring_rows = arguments.repeats, arguments.ring_rows
+    agent = SacAgent(sac, HORIZON)
+    if arguments.images_at_a_time is not None:
+        for network in (agent.actor, agent.critic, agent.target_critic):
+            network.encoder.images_at_a_time = arguments.images_at_a_time
+    plain = Plain(agent)
+    updates = Updates(agent, InPlace(fill_ring(sac, ring_rows, agent.action_dim)), size)
+    batch, random = random_batch(sac, size, agent.action_dim), updates.random
+    random.draw_(agent.generator)
+    difference = compare(agent, plain, batch, random)
+    updates.refresh()
+    products = Products()
+    with products:
+        agent.learn(batch, random, True)
+    systems: dict[str, Callable[[], object]] = {
+        OWN: lambda: agent.learn(batch, random, True),
+        PLAIN: lambda: plain.update(batch, random.normal),
+        BOUND: products.run,
+    }
+    systems = {name: update for name, update in systems.items() if name in arguments.system}
+    if OWN in systems:
+        systems["draw"] = updates.draw_batch
+    for update in systems.values():
+        update()
+    clocks = {"update": time.perf_counter, "update_cpu": time.process_time}
+    times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in systems} for clock in clocks}
+    for _ in range(repeats):
+        for name, update in systems.items():
+            begin = [clock() for clock in clocks.values()]
+            update()
+            for (clock, now), before in zip(clocks.items(), begin, strict=True):
+                times[clock][name].append(1e3 * (now() - before))
+    for clock, of_systems in times.items():
+        median = {name: statistics.median(values) for name, values in of_systems.items()}
+        for name in arguments.system:
+            report.add(name, clock, median[name], "ms")
+        for slow, fast in ((PLAIN, OWN), (OWN, BOUND), (PLAIN, BOUND)):
+            if {slow, fast} <= systems.keys():
+                report.add(f"{slow}/{fast}", clock, median[slow] / median[fast], "ratio")
+        if "draw" in systems:
+            report.add(OWN, f"draw{clock.removeprefix('update')}", median["draw"], "ms")
+    for name in [name for name in (OWN, PLAIN) if name in systems]:
+        with FlopCounterMode(display=False) as flops:
+            systems[name]()
+        report.add(name, "arithmetic", flops.get_total_flops() / 1e9, "GFLOP")
+        with OperationTrace() as trace:
+            systems[name]()
+        report.add(name, "kernels_cpu", trace.kernels, "operations")
+        report.add(name, "kernels", kernels_on_a_device(sac, size) if name == OWN else trace.kernels, "operations")
+        report.add(name, "host_syncs", trace.host_syncs, "operations")
+        convolutions, matrix_products = shares(systems[name])
+        report.add(name, "convolution_share", convolutions, "share of time")
+        report.add(name, "gemm_share", matrix_products, "share of time")
+    report.add(f"{OWN}-{PLAIN}", "gradient_difference", difference, "relative")
+
+
+def kernels_on_a_device(sac: SacConfig, size: int) -> int:
+    """Kernel-class operations of a full update, drawing included, where the images are not sliced for a cache."""
+    with torch.device("meta"):
+        agent = SacAgent(sac, HORIZON, device="meta")
+    ring = ReplayRing(Arena.create(replay_fields(1, 16, sac.state_dim, agent.action_dim)))
+    updates = Updates(agent, Mirror(ring, agent.device), size)
+    with OperationTrace(guarded=True) as trace:
+        updates.whole(update_actor=True)
+    return trace.kernels
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures every batch size; see `Report` for what is written."""
+    counts = [arguments.repeats, arguments.threads, arguments.images_at_a_time or 1, *arguments.batch]
+    if min(counts) < 1 or arguments.ring_rows < 4:
+        raise ValueError(
+            "--repeats, --batch, --threads and --images-at-a-time must be positive, and --ring-rows at least 4"
+        )
+    config = validate(read_yaml(arguments.config))
+    if config.sac.augmentation != "none":
+        raise ValueError("the plain program has no augmentation; set sac.augmentation to none in the configuration")
+    torch.set_num_threads(arguments.threads)
+    report = Report("learner", arguments.repeats, arguments.out)
+    for size in arguments.batch:
+        sliced = f" images {arguments.images_at_a_time}" if arguments.images_at_a_time else ""
+        report.case(f"{arguments.config.stem} batch {size} threads {arguments.threads}{sliced}")
+        measure(config.sac, size, arguments, report)

@@ -1,0 +1,186 @@
+"""Actors and a device of given speeds, with the real processes and memory between them.
+
+The environments sleep for drawn times (lognormal chunk times, long resets now and then), the device for as long as its
+latency curve says. Per number of actors, the medians of
+  decisions_per_s           of a run
+  device_busy               share of time that the device computes
+  queue_wait_p50, _p95      ms from an observation to the start of its batch
+  latency_p50, _p95         ms from an observation to its answer
+  batch_size, batch_fill    observations per batch, and per row that was computed
+  cpu                       CPU-milliseconds per decision, of all processes
+  cpu_wait                  share of time that the inference process was ready to run and had no core: where it is
+                            not near 0 the machine was too busy to measure on
+of these systems, which take turns with the same draws:
+  dsrl_async            the processes of a run, batching by readiness
+  lock step             the same processes with one barrier per decision, resets inside it
+  ideal                 a simulation of batching by readiness: every batch size, no wait, no overhead
+  ideal lock step       a simulation of the barrier
+and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions).
+
+Not measured: policies, learning, simulation, rendering; the times of environments and devices are settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dsrl_async.bench.report import Report
+from dsrl_async.config import InferenceConfig
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.roofline import stages
+from dsrl_async.throughput_model import EnvironmentTimes, Throughput, simulate, simulate_lock_step
+
+OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP = "dsrl_async", "lock step", "ideal", "ideal lock step"
+SYSTEMS = (OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP)
+SEED = 0
+MODEL_DECISIONS = 20_000
+"""Of a simulation, half as many before them."""
+
+
+def h100(size: int) -> float:
+    """Seconds of a batch of Pi0, two cameras and 48 language tokens: its bound on an H100, and 30 % more."""
+    work = stages(Pi0Config(), language_length=48, denoise_steps=10).values()
+    weights, saturated = (sum(stage.bound_s(batch, 800e12, 3.35e12) for stage in work) for batch in (1, 32))
+    return 1.3 * max(weights, saturated / 32 * size)
+
+
+DEVICES: dict[str, Callable[[int], float]] = {
+    "h100": h100,
+    "launches": lambda size: 0.020 + 0.0048 * size,
+    "flat": lambda size: 0.050,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--device",
+        nargs="+",
+        choices=list(DEVICES),
+        default=["h100"],
+        help="h100: full-size Pi0 at 1.3 x its bound (default); launches: 20 ms + 4.8 ms per row; flat: 50 ms",
+    )
+    parser.add_argument("--actors", nargs="+", type=int, default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--chunk-ms", type=float, default=60.0, help="mean of a chunk's time (default: 60)")
+    parser.add_argument("--sigma", type=float, default=0.3, help="of its logarithm (default: 0.3)")
+    parser.add_argument("--reset-ms", type=float, default=600.0, help="(default: 600)")
+    parser.add_argument("--episode-decisions", type=float, default=25.0, help="mean of an episode (default: 25)")
+    inference = InferenceConfig()
+    parser.add_argument(
+        "--buckets", nargs="+", type=int, default=inference.buckets, help="batch sizes (default: a run's)"
+    )
+    parser.add_argument(
+        "--batch-wait-ms", type=float, default=inference.batch_wait_ms, help="as inference.batch_wait_ms"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="that a repeat measures (default: 20)")
+    parser.add_argument("--warm-seconds", type=float, default=3.0, help="before that (default: 3)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
+
+
+Figures = dict[str, float]
+
+
+def modelled(throughput: Throughput) -> Figures:
+    return {
+        "decisions_per_s": throughput.decisions_per_s,
+        "device_busy": throughput.device_busy,
+        "batch_size": throughput.batch_size,
+        "batch_fill": throughput.batch_fill,
+        **quantiles(throughput.queue_wait_s, throughput.latency_s),
+    }
+
+
+def quantiles(queue_wait_s: np.ndarray, latency_s: np.ndarray) -> Figures:
+    return {
+        f"{name}_p{percent}": 1e3 * float(np.percentile(seconds, percent))
+        for name, seconds in (("queue_wait", queue_wait_s), ("latency", latency_s))
+        for percent in (50, 95)
+    }
+
+
+def measured(
+    actors: int, times: EnvironmentTimes, service: dict[int, float], lock_step: bool, arguments: argparse.Namespace
+) -> Figures:
+    from dsrl_async.bench.simulation import Simulation, measure
+
+    simulation = Simulation(actors, times, service, arguments.batch_wait_ms, lock_step)
+    run = measure(simulation, arguments.warm_seconds, arguments.seconds)
+    used = run.supervisor.running + run.inference.running + run.actors.running
+    return {
+        "decisions_per_s": run.decisions / run.seconds,
+        "device_busy": run.phase_s["compute"] / run.seconds,
+        "batch_size": run.rows / run.batches,
+        "batch_fill": run.rows / run.padded_rows,
+        **quantiles(run.queue_wait_s, run.latency_s),
+        "cpu": 1e3 * used / run.decisions,
+        "cpu_wait": run.inference.waiting / run.seconds,
+    }
+
+
+UNITS = {
+    "decisions_per_s": "decisions/s",
+    "device_busy": "share of time",
+    "batch_size": "observations",
+    "batch_fill": "share of rows",
+    "queue_wait_p50": "ms",
+    "queue_wait_p95": "ms",
+    "latency_p50": "ms",
+    "latency_p95": "ms",
+    "cpu": "CPU-ms per decision",
+    "cpu_wait": "share of time",
+}
+
+
+def summarise(samples: dict[str, list[Figures]]) -> Iterator[tuple[str, str, float, str]]:
+    """(system, metric, value, unit); ratios come last."""
+    rate = {}
+    for system, figures in samples.items():
+        for metric in figures[0]:
+            value = statistics.median(each[metric] for each in figures)
+            yield system, metric, value, UNITS[metric]
+        rate[system] = statistics.median(each["decisions_per_s"] for each in figures)
+    for system, against in ((OWN, IDEAL), (OWN, LOCK_STEP), (OWN, IDEAL_LOCK_STEP), (LOCK_STEP, IDEAL_LOCK_STEP)):
+        if {system, against} <= rate.keys():
+            yield f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio"
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures what the options ask for; see `Report` for what is written."""
+    if min(*arguments.actors, *arguments.buckets, arguments.repeats) < 1 or arguments.buckets != sorted(
+        set(arguments.buckets)
+    ):
+        raise ValueError("--actors, --buckets and --repeats must be positive, and --buckets increasing")
+    if min(arguments.chunk_ms, arguments.episode_decisions - 1, arguments.seconds) <= 0:
+        raise ValueError("--chunk-ms and --seconds must be positive, --episode-decisions above 1")
+    times = EnvironmentTimes(
+        arguments.chunk_ms / 1e3, arguments.sigma, arguments.reset_ms / 1e3, 1 / arguments.episode_decisions
+    )
+    report = Report("pipeline", arguments.repeats, arguments.out)
+    every_size = range(1, arguments.buckets[-1] + 1)
+    for device in arguments.device:
+        curve = DEVICES[device]
+        buckets = {size: curve(size) for size in arguments.buckets}
+        exact = {size: curve(size) for size in every_size}
+        for actors in arguments.actors:
+            report.case(f"{device} {actors} actors chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms")
+            samples: dict[str, list[Figures]] = {system: [] for system in arguments.system}
+            if IDEAL in samples:
+                draws = [times.totals(SEED, lane) for lane in range(actors)]
+                ideal = simulate(draws, exact.__getitem__, every_size, MODEL_DECISIONS, MODEL_DECISIONS // 2)
+                samples[IDEAL].append(modelled(ideal))
+            if IDEAL_LOCK_STEP in samples:
+                draws = [times.totals(SEED, lane) for lane in range(actors)]
+                ideal = simulate_lock_step(draws, exact.__getitem__, every_size, MODEL_DECISIONS)
+                samples[IDEAL_LOCK_STEP].append(modelled(ideal))
+            for _ in range(arguments.repeats):
+                for system in (OWN, LOCK_STEP):
+                    if system in samples:
+                        samples[system].append(measured(actors, times, buckets, system == LOCK_STEP, arguments))
+            for figure in summarise(samples):
+                report.add(*figure)
