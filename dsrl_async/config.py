@@ -228,10 +228,12 @@ class ReplayConfig(Section):
 class InferenceConfig(Section):
     """The process that batches observations and samples action chunks."""
 
-    buckets: list[int] = [1, 2, 4, 8, 16, 32]
-    """Batch sizes that a batch is padded to."""
-    batch_wait_ms: float = Field(1.0, ge=0)
-    """How long to wait for more observations when few are ready."""
+    buckets: list[int] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    """Batch sizes that there are. A batch is padded to the next one if that fills 90 % of it, and else made smaller
+    (docs/throughput.md)."""
+    batch_wait_ms: float | None = Field(None, ge=0)
+    """How long to wait for more observations when not all are ready; null means not at all on a GPU, and 1 ms on a
+    CPU, whose cores the actors need to become ready."""
     threads: int | None = Field(None, gt=0)
     """CPU threads of the inference process; null means chosen from the machine."""
 

@@ -27,6 +27,7 @@ QUICK_FAILURES = 3  # so many in a row of the same process end the run
 START_S = 1800.0  # until a model process's first sign of life: loading and compiling a policy takes minutes
 STARTING_ACTORS = 2  # so many at once at least, and one for each core: more would only slow each other down
 ACTORS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
+ACTOR_STOP_S = 0.05  # and for each actor, where there are more of them than cores
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
 PROGRAMS = {
     "inference": processes.Program("dsrl_async.inference"),
@@ -230,7 +231,7 @@ class Supervisor:
         actors = [child.popen for child in children if child.is_actor]
         models = [child.popen for child in children if not child.is_actor]
         self._set_stop(1)
-        if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S):
+        if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S + ACTOR_STOP_S * len(actors)):
             processes.kill_all(actors)
         self._set_stop(2)
         stopped = time.monotonic()

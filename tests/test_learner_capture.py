@@ -5,6 +5,8 @@ Each guard is shown to catch a violation.
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -420,6 +422,34 @@ def test_adam_is_torchs_adam() -> None:
         theirs.step()
     torch.testing.assert_close(parameter, reference.detach(), rtol=1e-6, atol=1e-7)
     assert ours.state["step"] == 5
+
+
+def measured(*options: str) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    bench.run(parser.parse_args(["--config", str(DOCUMENT.with_name("tabletop.yaml")), *options]))
+
+
+def test_the_benchmark_reports_both_programs_and_the_bound(tmp_path: Path) -> None:
+    out = tmp_path / "figures.jsonl"
+    measured("--batch", "4", "--repeats", "2", "--ring-rows", "60", "--out", str(out))
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    value = {(line["system"], line["metric"]): line["value"] for line in lines}
+    for clock in ("update", "update_cpu"):
+        ratio = value["plain", clock] / value["dsrl_async", clock]
+        assert value["plain/dsrl_async", clock] == pytest.approx(ratio, rel=1e-4)
+        assert value["dsrl_async/bound", clock] > 0
+    assert value["plain", "kernels"] > 2000
+    assert 200 < value["dsrl_async", "kernels"] <= 400
+    assert value["dsrl_async", "host_syncs"] == 0 < value["plain", "host_syncs"]
+    assert value["dsrl_async", "arithmetic"] < value["plain", "arithmetic"]
+    assert value["dsrl_async-plain", "gradient_difference"] < 1e-2
+
+
+@pytest.mark.parametrize("options", [["--repeats", "0"], ["--batch", "0"], ["--ring-rows", "2"]])
+def test_impossible_options_are_refused(options: list[str]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        measured(*options)
 
 
 @pytest.mark.gpu

@@ -74,9 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--buckets", nargs="+", type=int, default=inference.buckets, help="batch sizes (default: a run's)"
     )
-    parser.add_argument(
-        "--batch-wait-ms", type=float, default=inference.batch_wait_ms, help="as inference.batch_wait_ms"
-    )
+    parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="as inference.batch_wait_ms (default: 0)")
     parser.add_argument("--seconds", type=float, default=20.0, help="that a repeat measures (default: 20)")
     parser.add_argument("--warm-seconds", type=float, default=3.0, help="before that (default: 3)")
     parser.add_argument("--repeats", type=int, default=5)

@@ -9,7 +9,7 @@ actors, the medians of
   decisions_per_s           in compressed time
   inference_cpu, actor_cpu  CPU-microseconds per decision
   stop                      seconds from the wish to end until no process is left
-  left_over                 processes that outlive the run: 0
+  killed, left_over         processes that did not end by themselves, or not at all: 0
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ UNITS = {
     "inference_cpu": "CPU-us per decision",
     "actor_cpu": "CPU-us per decision",
     "stop": "s",
+    "killed": "processes",
     "left_over": "processes",
 }
 
@@ -70,6 +71,7 @@ def measure(actors: int, arguments: argparse.Namespace) -> dict[str, float]:
         "inference_cpu": 1e6 * run.inference.running / run.decisions,
         "actor_cpu": 1e6 * run.actors.running / run.decisions,
         "stop": run.stop_s,
+        "killed": run.killed,
         "left_over": run.left_over,
     }
 

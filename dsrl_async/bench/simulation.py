@@ -74,9 +74,10 @@ class Measurement:
     """From the wish to end until no process was left."""
     actor_memory: float
     """Mean private bytes of an actor."""
+    killed: int
+    """Processes that did not end by themselves when told to."""
     left_over: int
-    """Processes of the run that are still there; 0."""
-    exit_reason: str
+    """Processes of the run that are still there."""
 
 
 def run_config(simulation: Simulation) -> Config:
@@ -183,6 +184,7 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         watch.start()
         summary = supervisor.run()
         ended = time.monotonic()
+        stop.reason = stop.reason or MEASURED  # the run failed: there is nothing left to watch
         watch.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -212,6 +214,6 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         start_s=watch.start_s,
         stop_s=ended - watch.stopped,
         actor_memory=watch.memory,
+        killed=sum(child.popen.returncode != 0 for child in supervisor.children.values()),
         left_over=sum(psutil.pid_exists(pid) for pid in watch.pids.values()),
-        exit_reason=summary["exit_reason"],
     )
