@@ -71,8 +71,16 @@ class EnvConfig(Section):
     rotate_images: bool = True
     """LIBERO: turn the images by 180 degrees, as published policies were trained."""
     render_quality: Literal["exact", "fast"] = "exact"
-    """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, which takes half the time
-    where a CPU renders and differs visibly."""
+    """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, with simpler meshes and
+    smaller textures, which takes less than half the time where a CPU renders and differs visibly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EnvConfig:
+        for name in ("task_ids", "init_states"):
+            numbers = getattr(self, name)
+            if numbers is not None and not 0 < len(set(numbers)) == len(numbers):
+                raise ValueError(f"{name} must name at least one number and none twice; null means all")
+        return self
 
 
 class PolicyConfig(Section):

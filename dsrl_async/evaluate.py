@@ -56,6 +56,7 @@ from dsrl_async.evaluation_results import (
 )
 from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.launch import make_paths_absolute
+from dsrl_async.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.pi0.tensors import find_tensors
 from dsrl_async.preflight import cpu_threads, policy_directory
@@ -158,11 +159,11 @@ def resolve(options: argparse.Namespace) -> Plan:
         )
         everything = {"task_ids": None, "init_states": None, "scene_order": "cycled"}  # which the numbers count
         config = config.model_copy(update={"env": config.env.model_copy(update=everything)})
-        processes = min(MAX_PROCESSES, len(os.sched_getaffinity(0)))
+        processes = min(MAX_PROCESSES, available_cpus())
     actors = min(options.processes or processes, len(episodes))
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the actors write it, nobody reads it
     config = config.model_copy(update={"actors": actors, "seed": options.seed, "replay": replay})
-    preflight.check_device(config)
+    preflight.check_device("device", config.device)
     _, spec = preflight.check_policy(config)
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
@@ -305,11 +306,11 @@ def play(
 
     `finish` is told what came of each, and `update` is called now and then. Raises what `evaluate` does.
     """
-    config, checkpoint, mode, _, _ = plan
-    config = config.model_copy(update={"actors": min(config.actors, len(episodes))})
+    checkpoint, mode = plan.checkpoint, plan.mode
+    config = plan.config.model_copy(update={"actors": min(plan.config.actors, len(episodes))})
     policy, spec = preflight.check_policy(config)
-    preflight.check_descriptors(config)
-    preflight.check_memory(config, spec, policy.action_horizon)
+    preflight.check_descriptors(config, "--processes")
+    preflight.check_memory(config, spec, policy.action_horizon, lower="--processes")
     torch.set_num_threads(cpu_threads(config.inference.threads))
     arena = Arena.create({**run_fields(config, spec, policy.action_horizon), **assignment_fields(config.actors)})
     counters, assignments = Counters(arena), Assignments(arena)
@@ -397,12 +398,13 @@ def check_alive(
     lane: int, actor: subprocess.Popen[bytes], counters: Counters, begin_ns: int, timeout_s: float, logs: Path
 ) -> None:
     """Raises RuntimeError if the lane's process has ended or gives no sign of life."""
+    doctor = "python -m dsrl_async.doctor looks for the reason"
     if (code := actor.poll()) is not None:
-        message = processes.last_line(logs / f"actor-{lane:03d}.log")
-        raise RuntimeError(f"environment process {lane} ended with exit code {code}: {message}")
+        message = doctor if code < 0 else processes.last_line(logs / f"actor-{lane:03d}.log")
+        raise RuntimeError(f"environment process {lane} ended ({processes.how_ended(code)}): {message}")
     silent_s = (time.monotonic_ns() - max(begin_ns, int(counters.actor_heartbeat_ns[lane]))) * 1e-9
     if silent_s > timeout_s:
-        raise RuntimeError(f"environment process {lane} has given no sign of life for {silent_s:.0f} s")
+        raise RuntimeError(f"environment process {lane} has given no sign of life for {silent_s:.0f} s: {doctor}")
 
 
 def writable_directory(option: str, path: Path) -> Path:
@@ -447,7 +449,7 @@ def main(argv: Sequence[str]) -> int:
             }
             if out is not None:
                 out.finish(result)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:  # ConfigError, or what LIBERO or a checkpoint lacks
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError) as error:

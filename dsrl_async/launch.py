@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         make_paths_absolute(config.policy)
         policy, spec = preflight.check_policy(config)
         preflight.check_memory(config, spec, policy.action_horizon)
-        preflight.check_device(config)
+        preflight.check_device("device", config.device)
+        preflight.check_device("learner.device", config.learner.device)
         preflight.check_descriptors(config)
         run_dir, lock = preflight.open_run_directory(config)
         with lock:

@@ -188,23 +188,28 @@ def memory_needed(config: Config, spec: EnvironmentSpec, horizon: int) -> Memory
     )
 
 
-def check_memory(config: Config, spec: EnvironmentSpec, horizon: int) -> None:
+def check_memory(config: Config, spec: EnvironmentSpec, horizon: int, lower: str = "replay.capacity or actors") -> None:
+    """Raises ConfigError, which advises to `lower` something, where less memory is available than is needed."""
     need, available = memory_needed(config, spec, horizon), available_memory()
     if need.total > available:
         halve = need.policy > need.shared and config.policy.dtype != "bfloat16"
         raise ConfigError(
             f"this run needs about {need.total / 2**30:.1f} GiB of memory ({need.shared / 2**30:.1f} of it shared, "
             f"mostly replay, and {need.policy / 2**30:.1f} the policy's) and {available / 2**30:.1f} are available; "
-            f"lower replay.capacity or actors{', or set policy.dtype to bfloat16' if halve else ''}"
+            f"lower {lower}{', or set policy.dtype to bfloat16' if halve else ''}"
         )
 
 
-def check_device(config: Config) -> None:
-    if config.device == "cuda":
+def check_device(key: str, name: str | None) -> None:
+    """Raises ConfigError where the CUDA device that the setting `key` asks for is not there."""
+    if name is not None and name.startswith("cuda"):
         import torch  # only here: the supervisor does without
 
-        if not torch.cuda.is_available():
-            raise ConfigError("device: cuda was asked for, but torch finds no CUDA device; use auto or cpu")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ConfigError(f"{key}: {name} was asked for, but torch finds no CUDA device; leave it out, or use cpu")
+        if int(name.partition(":")[2] or 0) >= count:
+            raise ConfigError(f"{key}: {name} was asked for, but the last of torch's CUDA devices is cuda:{count - 1}")
 
 
 def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
@@ -264,11 +269,11 @@ def check_resume(config: Config, run_dir: Path) -> None:
             )
 
 
-def check_descriptors(config: Config) -> None:
-    """Every actor has an event of its own, which is an open file."""
+def check_descriptors(config: Config, key: str = "actors") -> None:
+    """Every actor has an event of its own, which is an open file; raises ConfigError, naming `key`, if it may not."""
     limit = processes.raise_descriptor_limit()
     if config.actors + SPARE_DESCRIPTORS > limit:
-        raise ConfigError(f"actors: {config.actors} need more open files than the limit of {limit}; raise `ulimit -n`")
+        raise ConfigError(f"{key}: {config.actors} need more open files than the limit of {limit}; raise `ulimit -n`")
 
 
 def cpu_threads(wanted: int | None) -> int:

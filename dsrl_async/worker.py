@@ -24,10 +24,7 @@ from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, Counters, Phases
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 
-TRAINING, EVALUATION = (
-    0,
-    1,
-)  # first key of an episode's seed, so that evaluation never sees a training episode
+TRAINING, EVALUATION = 0, 1  # first key of an episode's seed, so that evaluation never sees a training episode
 
 
 def episode_seed(seed: int, purpose: int, lane: int, episode: int) -> int:

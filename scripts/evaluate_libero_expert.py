@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dsrl_async.envs.libero import LiberoEnvironment, versions
 from dsrl_async.envs.libero_demonstrations import spread
 from dsrl_async.envs.libero_expert import SIDES, LiberoExpert, Way, situation
 from dsrl_async.evaluation_results import wilson_interval
+from dsrl_async.machine import available_cpus
 
 
 def play(job: tuple[int, int, float], advance: Callable[[], None]) -> list[tuple[bool, int]]:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--init-states", type=int, default=50, help="episodes per way of a task: the first so many")
     parser.add_argument("--tasks", type=int, nargs="+", default=list(SIDES), help="numbers of tasks")
     parser.add_argument("--all-sides", action="store_true", help="every known side of the bowl, not only the best one")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    parser.add_argument("--processes", type=int, default=available_cpus(), help="worker processes")
     parser.add_argument("--out", type=Path, default=Path("libero_expert.json"), help="JSON file to write")
     options = parser.parse_args()
     try:

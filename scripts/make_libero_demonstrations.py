@@ -7,42 +7,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 
 import h5py
 
 from dsrl_async.envs import libero_files
 from dsrl_async.envs.libero_demonstrations import Request, make_demonstrations
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The integers that `0-3,7` stands for."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(found)
+from dsrl_async.evaluation_plan import parse_numbers
+from dsrl_async.machine import available_cpus
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--suite", default="libero_spatial", help="the only one that the expert knows")
-    parser.add_argument("--tasks", type=numbers, help="such as 0-3,7; all if not given")
-    parser.add_argument("--init-states", type=numbers, default=numbers("0-39"), help="taken in turns")
+    parser.add_argument("--tasks", help="such as 0-3,7; all if not given")
+    parser.add_argument("--init-states", default="0-39", help="taken in turns")
     parser.add_argument("--episodes-per-task", type=int, default=60, help="successful ones, the others are not kept")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="tasks at the same time")
+    parser.add_argument("--processes", type=int, default=available_cpus(), help="tasks at the same time")
     parser.add_argument("--image-size", type=int, default=128, help="height and width of the pictures")
     parser.add_argument("--render-quality", choices=("fast", "exact"), default="fast", help="as env.render_quality")
     parser.add_argument("--out", default="data/libero_spatial", help="directory of the files, one per task")
     options = parser.parse_args()
     try:
-        tasks = libero_files.selected_tasks(options.suite, options.tasks)
+        chosen = parse_numbers("--tasks", options.tasks) if options.tasks else None
+        tasks = libero_files.selected_tasks(options.suite, chosen)
+        init_states = tuple(parse_numbers("--init-states", options.init_states))
         requests = [
             Request(
                 options.suite,
                 task,
-                options.init_states,
+                init_states,
                 options.episodes_per_task,
                 options.seed,
                 options.image_size,

@@ -53,6 +53,7 @@ from dsrl_async.pi0.pretraining import (
     training_state,
 )
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
+from dsrl_async.preflight import TRAINING
 
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 POSITIONS = ("target", "goal", "target from hand", "goal from hand")
@@ -63,7 +64,6 @@ SMALLEST_STATE_STD = 0.01
 SAME_IN_ALL_FILES = ("suite", "render_quality", "image_size", "settling_steps", "versions")
 FREE_SETTINGS = ("data", "out", "resume", "threads", "checkpoint_minutes")
 """Options that may change when a training is resumed."""
-TRAINING = "training.json"
 RESUME = "resume/state.safetensors"
 """In a directory of its own: the files of a policy are all those of the upper one that end in .safetensors."""
 

@@ -86,6 +86,8 @@ def test_text_stays_text() -> None:
         (["--sac.conv-kernels", "[99]"], "no pixels"),
         (["--sac.hidden-dims", "[128"], "hidden_dims"),
         (["--inference.buckets", "[4, 2]"], "buckets"),
+        (["--env.task-ids", "[]"], "task_ids must name at least one"),
+        (["--env.init-states", "[3, 1, 3]"], "none twice"),
         (["--replay.capacity", "100"], "replay.capacity"),
         (["--replay.warmup-decisions", "5"], "batch"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -268,6 +270,31 @@ def test_a_policy_is_not_shown_pictures_of_another_quality(
             preflight.check_render_quality(validate(settings))
     settings["policy"]["ignore_render_quality"] = True
     preflight.check_render_quality(validate(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "words"),
+    [
+        (None, 0, None),
+        ("cpu", 0, None),
+        ("cuda", 1, None),
+        ("cuda:1", 2, None),
+        ("cuda", 0, "no CUDA device"),
+        ("cuda:2", 2, "the last .* is cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, devices: int, words: str | None
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    if words is None:
+        preflight.check_device("learner.device", name)
+    else:
+        with pytest.raises(ConfigError, match=rf"^learner\.device: {name} was asked for, but .*{words}"):
+            preflight.check_device("learner.device", name)
 
 
 def test_damaged_training_notes_are_named(tmp_path: Path) -> None:

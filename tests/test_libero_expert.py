@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -198,6 +201,30 @@ def test_a_task_that_keeps_failing_is_reported(request_of_two: Request, monkeypa
     with pytest.raises(ValueError, match="task 0: only 0 of 8 attempts succeeded"):
         libero_demonstrations.record_task(request_of_two)
     assert list(file_of(request_of_two).parent.iterdir()) == []
+
+
+def test_files_of_another_request_are_refused(request_of_two: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    libero_demonstrations.record_task(request_of_two)
+    assert make_demonstrations([request_of_two], 1) == [file_of(request_of_two)]
+    for change in ({"seed": 1}, {"episodes": 1}, {"init_states": (0, 1, 2)}, {"render_quality": "exact"}):
+        with pytest.raises(ValueError, match=f"{next(iter(change)).replace('episodes', 'num_demos')} .*, not "):
+            make_demonstrations([request_of_two._replace(**change)], 1)
+    monkeypatch.setattr(libero_files, "init_states", lambda suite, task: np.zeros((50, 3)))
+    other = request_of_two._replace(out=request_of_two.out + "-2", init_states=(49, 50))
+    with pytest.raises(ValueError, match="initial states 0 to 49"):
+        make_demonstrations([other], 1)
+
+
+def killed(argument: int, advance: Callable[[], None]) -> int:
+    if argument == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return argument
+
+
+def test_a_killed_process_is_noticed() -> None:
+    assert libero_demonstrations.spread(killed, [2, 0], 1, 2, "") == [2, 0]
+    with pytest.raises(ValueError, match="a process was killed"):
+        libero_demonstrations.spread(killed, [0, 1], 1, 2, "")
 
 
 def test_other_suites_are_refused(request_of_two: Request) -> None:

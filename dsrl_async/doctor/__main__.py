@@ -1,7 +1,7 @@
 """The command: `python -m dsrl_async.doctor [--config YAML] [any option of launch]`.
 
 Checks what a run with that configuration needs of this machine, and says what to do about what is missing. Exit codes:
-0 when nothing stops the run, 1 when something does, 130 after Ctrl-C.
+0 when nothing stops the run, 1 when something does, 2 for a wrong option of its own, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
             "there is an NVIDIA GPU, but the CPU draws; install the driver's EGL (in containers, add graphics to "
             "NVIDIA_DRIVER_CAPABILITIES), or choose another device with MUJOCO_EGL_DEVICE_ID",
         )
-    yield from _egl_devices(options)
+    if chosen == "egl":
+        yield from _egl_devices(options)
 
 
 def _graphics_environment(backend: str, device: int | None = None) -> dict[str, str]:
@@ -181,7 +182,7 @@ def check_policy(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_memory(config: Config, options: Options) -> Iterator[Finding]:
     available = available_memory()
-    os.close(os.memfd_create("dsrl_async-doctor"))
+    os.close(os.memfd_create("dsrl_async-doctor"))  # what shared memory is made of; some sandboxes forbid it
     try:
         policy, spec = preflight.check_policy(config)
     except ConfigError:
@@ -285,11 +286,11 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
     found = ask("cuda", options.time_limit_s)
+    preflight.check_device("device", config.device)
+    preflight.check_device("learner.device", config.learner.device)
     build = f"torch {found['torch']} ({'CUDA ' + found['built_for'] if found['built_for'] else 'without CUDA'})"
     driver = _nvidia_smi(options.time_limit_s)
     if not found["available"]:
-        if config.device == "cuda":
-            preflight.check_device(config)
         if has_nvidia_gpu() and config.device != "cpu":
             remedy = (
                 "its driver is too old or not loaded, see nvidia-smi" if found["built_for"] else "install one with CUDA"
@@ -298,9 +299,11 @@ def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
         else:
             yield Finding("cuda", "ok", f"{build}, device {config.device}: the run uses the CPU")
         return
-    used = "which is not used, as device is cpu" if config.device == "cpu" else "which policy and learner use"
+    devices = {"policy": config.device, "learner": config.learner.device or config.device}
+    users = [user for user, device in devices.items() if device != "cpu"]
+    used = f"for {' and '.join(users)}" if users else "not used, as device is cpu"
     yield Finding("cuda", "ok", f"{build}: {found['device']}, {found['free_bytes'] / GIB:.1f} GiB free{driver}, {used}")
-    if not found["cupy"] and config.device != "cpu":
+    if not found["cupy"] and users:
         yield Finding("cuda", "warning", "without cupy transfers to the GPU are slower; pip install -e '.[cuda]'")
 
 

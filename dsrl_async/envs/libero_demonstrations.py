@@ -13,6 +13,8 @@ import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -192,10 +194,12 @@ class Request(NamedTuple):
 def record_task(request: Request, advance: Callable[[], None] = lambda: None) -> Path:
     """Writes `<out>/<task name>_demo.hdf5`, which appears when it is complete; one that exists is left as it is.
 
-    `advance` is called after each kept episode. Raises ValueError if too few attempts succeed.
+    `advance` is called after each kept episode. Raises ValueError if the one that exists is of another request, or if
+    too few attempts succeed.
     """
     path = file_of(request)
     if path.exists():
+        check_file(request)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     environment = environment_for(request.suite, request.task, request.image_size, request.render_quality)
@@ -244,8 +248,26 @@ def file_of(request: Request) -> Path:
     return Path(request.out) / f"{libero_files.task_names(request.suite)[request.task]}_demo.hdf5"
 
 
-def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment, ways: dict[str, list[int]]) -> None:
+def check_file(request: Request) -> None:
+    """Raises ValueError if the file of the request's task, which exists, was made for another request."""
+    path = file_of(request)
+    wanted = {
+        "num_demos": request.episodes,
+        "seed": request.seed,
+        "init_states": list(request.init_states),
+        "image_size": request.image_size,
+        "render_quality": request.render_quality,
+    }
+    with h5py.File(path) as file:
+        for name, value in wanted.items():
+            found = file["data"].attrs[name]
+            if (found.tolist() if hasattr(found, "tolist") else found) != value:
+                raise ValueError(
+                    f"{path} has {name} {found}, not {value}; give the same options, another directory, or remove it"
+                )
 
+
+def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment, ways: dict[str, list[int]]) -> None:
     name = libero_files.task_names(request.suite)[request.task]
     language = libero_files.instruction(name)
     bddl = f"{request.suite}/{name}.bddl"
@@ -300,8 +322,7 @@ def _advance() -> None:
         _counter.value += 1
 
 
-def _call(job: tuple[Callable[..., Any], Any]) -> Any:
-    function, argument = job
+def _call(function: Callable[..., Any], argument: Any) -> Any:
     return function(argument, _advance)
 
 
@@ -309,7 +330,10 @@ def spread(
     function: Callable[..., Any], arguments: Sequence[Any], processes: int, total: int, description: str
 ) -> list[Any]:
     """`function(argument, advance)` of each argument, in processes of their own, with a bar of `total` calls of
-    `advance`; the results in order."""
+    `advance`; the results in order.
+
+    Raises, when all have ended, what the first one that failed raised, or ValueError if a process was killed.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -319,26 +343,36 @@ def spread(
     )
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
-    with context.Pool(processes, _share, (counter,)) as pool, Progress(*columns) as progress:
+    # Not multiprocessing's Pool, which waits for ever for what a killed process would have returned.
+    with ProcessPoolExecutor(processes, context, _share, (counter,)) as pool, Progress(*columns) as progress:
         bar = progress.add_task(description, total=total)
-        results = pool.map_async(_call, [(function, argument) for argument in arguments], chunksize=1)
-        while not results.ready():
-            results.wait(0.5)
+        results = [pool.submit(_call, function, argument) for argument in arguments]
+        while wait(results, timeout=0.5).not_done:
             progress.update(bar, completed=counter.value)
-        return results.get()
+        progress.update(bar, completed=counter.value)
+    try:
+        return [result.result() for result in results]
+    except BrokenProcessPool as error:
+        raise ValueError("a process was killed; if the memory did not suffice, start fewer of them") from error
 
 
 def make_demonstrations(requests: Sequence[Request], processes: int) -> list[Path]:
     """Records each of the requests, as many at a time as there are processes; returns the files.
 
     What is in them depends on the requests alone. Raises ValueError as `record_task` does, or if a number is not
-    positive, or a task has no known ways.
+    positive, or a task has no known ways or no such initial state.
     """
     if processes < 1 or any(request.episodes < 1 for request in requests):
         raise ValueError("the numbers of episodes and processes must be at least 1")
     for request in requests:
         if request.suite != "libero_spatial":
             raise ValueError(f"the scripted expert knows libero_spatial only, not {request.suite}")
+        if file_of(request).exists():
+            check_file(request)
+            continue
+        count = len(libero_files.init_states(request.suite, request.task))
+        if not set(request.init_states) <= set(range(count)):
+            raise ValueError(f"task {request.task} has initial states 0 to {count - 1} only")
     missing = [request for request in requests if not file_of(request).exists()]
     if missing:
         started = time.monotonic()

@@ -9,11 +9,9 @@ import mmap
 from collections.abc import Iterator
 from typing import Any
 
-import fast_simplification
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.spatial import cKDTree
 
 MESH_FIELDS = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
 CANDIDATES = 12
@@ -47,6 +45,10 @@ def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:
     Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose normal
     is nearest to the way its face looks, so that edges stay sharp and a thin shell's walls apart.
     """
+    # Only here: they come with the extra `libero`, and what imports this module does without.
+    import fast_simplification
+    from scipy.spatial import cKDTree
+
     vertices = model.mesh_vert[model.mesh_vertadr[mesh] :][: model.mesh_vertnum[mesh]]
     first, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
     corners = model.mesh_face[first : first + count].reshape(-1)
