@@ -33,7 +33,7 @@ SPARE_DESCRIPTORS = 64
 ACTOR_BYTES = 80 << 20
 """Private memory of an actor."""
 LIBERO_ACTOR_BYTES = 1300 << 20
-"""The same in LIBERO, which is mostly textures."""
+"""The same in LIBERO, with room for what compiling a scene takes for a moment."""
 MODEL_PROCESS_BYTES = 500 << 20
 """Private memory of the inference process without the policy, and of the learner."""
 
