@@ -283,7 +283,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=2, help="initial states of each task that are only measured")
     parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
     parser.add_argument("--joint-batch", type=int, default=64, help="observations per update, first stage")
-    parser.add_argument("--expert-steps", type=int, default=6000, help="updates of the second stage")
+    parser.add_argument("--expert-steps", type=int, default=5000, help="updates of the second stage")
     parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
     parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")

@@ -222,7 +222,8 @@ class Report:
                 self.last |= {f"held-out {name}": loss for name, loss in held_out().items()}
             text = "  ".join(f"{name} {loss:.4f}" for name, loss in self.last.items())
             minutes = (time.monotonic() - self.start) / 60
-            self.progress.console.print(f"{self.name} {self.step}/{self.steps}  {text}  {minutes:.1f} min")
+            line = f"{self.name} {self.step}/{self.steps}  {text}  {minutes:.1f} min"
+            self.progress.console.print(line, soft_wrap=True)  # one line in a log file, too
             self.progress.update(self.task, losses=text)
             self.sums, self.count = {}, 0
         self.progress.advance(self.task)
