@@ -50,13 +50,12 @@ class Drawable:
         self._head = np.zeros(lanes, np.int64)
         self._of_lane = [np.empty(0, np.int64)] * lanes  # row numbers
 
-    def update(self, head: np.ndarray, complete: np.ndarray) -> bool:
-        """Take over a ring's `head` int64 [lanes] and `complete` bool [lanes, rows]; whether anything is new."""
+    def update(self, head: np.ndarray, low: np.ndarray, complete: np.ndarray) -> bool:
+        """Take over a ring's `head` and the first row that counts, `low`, int64 [lanes] each, and `complete` bool
+        [lanes, rows]; whether anything is new."""
         changed = np.flatnonzero(head != self._head)
         for lane in changed:
-            # As in `ReplayRing.windows`: the newest row is pending, the oldest may be under the writer's pen.
-            low = max(0, int(head[lane]) + 1 - self._rows_per_lane)
-            numbers = np.arange(low, max(low, int(head[lane]) - 1))
+            numbers = np.arange(low[lane], max(low[lane], head[lane] - 1))  # the newest row is pending
             self._of_lane[lane] = numbers[complete[lane, numbers % self._rows_per_lane]]
         if len(changed):
             self._head[:] = head
@@ -86,7 +85,9 @@ class InPlace:
         self.size = torch.ones((), dtype=torch.float64)
 
     def refresh(self) -> int:
-        if self._drawable.update(self._ring.head.copy(), self._ring.rows["complete"]):
+        head = self._ring.head.copy()
+        low = np.maximum(0, head + 1 - self._ring.rows_per_lane)  # as `ReplayRing.windows`
+        if self._drawable.update(head, low, self._ring.rows["complete"]):
             self.size.fill_(max(1, self._drawable.size))
         return self._drawable.size
 
@@ -131,7 +132,8 @@ class Mirror:
         if len(numbers):
             self._head[:] = head
             self._wait()
-            self._drawable.update(head, self._complete)
+            # From where nothing was overwritten while it was copied: a row before that may have lost its successor.
+            self._drawable.update(head, self._ring.windows()[0], self._complete)
             self.table.copy_(self._drawable.table, non_blocking=True)
             self.size.fill_(max(1, self._drawable.size))
             self._record()

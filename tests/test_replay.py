@@ -278,6 +278,29 @@ def test_reader_races_a_writer_that_is_killed_and_replaced(
     assert seen == {0, 1, 2, 3}
 
 
+def test_a_row_that_lost_its_successor_while_that_was_copied_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 4 is in the mirror; its successor, pending until now, is overwritten before it is copied again."""
+    ring = make_ring(lanes=1, rows=8)
+    copy = mirror(ring)
+    write_episode(ring, 0, first=0, decisions=5)
+    assert copy.refresh() == 5
+    write_episode(ring, 0, first=100, decisions=1)
+    honest = copy._copy
+
+    def overtaken(lanes: np.ndarray, numbers: np.ndarray) -> None:
+        assert numbers[0] == 5  # the row behind row 4
+        write_episode(ring, 0, first=200, decisions=5)  # rows 8 to 13
+        honest(lanes, numbers)
+
+    monkeypatch.setattr(copy, "_copy", overtaken)
+    copy.refresh()
+    for seed in range(20):
+        if copy._drawable.size:
+            batch = draw_from(copy, np.random.default_rng(seed), 20)
+            assert batch is not None
+            check(batch)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     history=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.booleans()), min_size=1, max_size=25),
