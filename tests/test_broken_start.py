@@ -59,6 +59,7 @@ def test_actor_that_never_starts_ends_the_run_and_names_its_log(tmp_path: Path, 
 def test_actor_that_fails_once_is_replaced(tmp_path: Path, fault: str) -> None:
     run = launched(tmp_path, fault, False, "--heartbeat-timeout-s", "4")
     run.wait_learning()
+    run.wait_for(lambda _: "starting it again" in (run.run_dir / "logs" / "supervisor.log").read_text())
     run.wait_for(lambda _: len(run.children("worker")) == 2)
     run.signal(signal.SIGINT)
     result: dict[str, Any] = run.finish()

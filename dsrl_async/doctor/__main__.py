@@ -52,6 +52,7 @@ def verdict(found: Sequence[Finding]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     try:
         own, rest = build_parser().parse_known_args(list(argv))
         if own.time_limit_s <= 0:
