@@ -1,4 +1,4 @@
-"""Makes a small Pi0 for LIBERO from recorded demonstrations, in under an hour on two CPU cores.
+"""Makes a small Pi0 for LIBERO from recorded demonstrations, on CPU cores.
 
     python scripts/pretrain_libero.py --data data/libero_spatial --out runs/libero_spatial_pi0_small
 
@@ -62,8 +62,9 @@ SMALLEST_POSITION_STD = 0.01
 SMALLEST_STATE_STD = 0.01
 """Metres and radians: what hardly varies in the demonstrations is not blown up when the robot strays from them."""
 SAME_IN_ALL_FILES = ("suite", "render_quality", "image_size", "settling_steps", "versions")
-FREE_SETTINGS = ("data", "out", "resume", "threads", "checkpoint_minutes")
+FREE_SETTINGS = ("data", "out", "resume", "threads", "checkpoint_minutes", "stop_after")
 """Options that may change when a training is resumed."""
+SAME_WHEN_RESUMED = ("settings", "demonstrations")
 RESUME = "resume/state.safetensors"
 """In a directory of its own: the files of a policy are all those of the upper one that end in .safetensors."""
 
@@ -210,23 +211,39 @@ class Checkpoints:
     """Writes, every few minutes, the policy as it is so far and all that the rest of the training depends on."""
 
     def __init__(
-        self, directory: Path, stats: NormStats, tokenizer: PromptTokenizer, described: dict[str, Any], minutes: float
+        self,
+        args: argparse.Namespace,
+        stats: NormStats,
+        tokenizer: PromptTokenizer,
+        described: dict[str, Any],
     ) -> None:
-        self.directory, self.stats, self.tokenizer, self.described = directory, stats, tokenizer, described
-        self.seconds, self.written = 60 * minutes, time.monotonic()
+        self.directory, self.stats, self.tokenizer, self.described = args.out, stats, tokenizer, described
+        self.stop_after = args.stop_after
+        self.seconds, self.written = 60 * args.checkpoint_minutes, time.monotonic()
+        self.started = time.monotonic()
+        """Earlier by the time that the training took before it was interrupted."""
 
     def after_update(self, stage: Joint | Expert) -> None:
-        if time.monotonic() - self.written >= self.seconds:
-            stage.optimiser.swap()
-            self.write_policy(stage.model, stage_name(stage), stage.optimiser.step)
-            stage.optimiser.swap()
-            self.write_state(stage)
-            self.written = time.monotonic()
+        stopping = isinstance(stage, Expert) and stage.optimiser.step == self.stop_after
+        if stopping or time.monotonic() - self.written >= self.seconds:
+            self.write(stage)
+
+    def write(self, stage: Joint | Expert) -> None:
+        stage.optimiser.swap()
+        self.write_policy(stage.model, stage_name(stage), stage.optimiser.step)
+        stage.optimiser.swap()
+        self.write_state(stage)
+        self.written = time.monotonic()
+
+    def minutes(self) -> float:
+        """Of training, over all interruptions."""
+        return round((time.monotonic() - self.started) / 60, 1)
 
     def write_state(self, stage: Joint | Expert) -> None:
         path = self.directory / RESUME
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"stage": stage_name(stage), "settings": json.dumps(self.described["settings"])}
+        metadata = {"stage": stage_name(stage), "minutes": str(self.minutes())}
+        metadata |= {name: json.dumps(self.described[name]) for name in SAME_WHEN_RESUMED}
         tensors = {name: tensor.detach().contiguous() for name, tensor in training_state(stage).items()}
         save_file(tensors, path.with_suffix(".new"), metadata)
         path.with_suffix(".new").replace(path)
@@ -236,7 +253,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.directory) as temporary:
             save_policy(temporary, model, self.stats, self.tokenizer)
-            content = {**self.described, "stage": stage, "step": step, **described}
+            content = {**self.described, "stage": stage, "step": step, "minutes": self.minutes(), **described}
             (Path(temporary) / TRAINING).write_text(json.dumps(content, indent=2) + "\n")
             for file in sorted(Path(temporary).iterdir()):
                 file.replace(self.directory / file.name)
@@ -251,13 +268,18 @@ class Checkpoints:
             raise ValueError(f"there is no interrupted training in {self.directory}; leave out --resume")
         with safe_open(path, "pt") as file:
             metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        before = json.loads(metadata["settings"])
+        before, demonstrations = (json.loads(metadata[name]) for name in SAME_WHEN_RESUMED)
         for name, value in self.described["settings"].items():
             if before.get(name) != value:
                 raise ValueError(
                     f"the interrupted training had {name} {before.get(name)}, not {value}; "
                     "give the same options, or leave out --resume"
                 )
+        if demonstrations != json.loads(json.dumps(self.described["demonstrations"])):
+            raise ValueError(
+                "the interrupted training had other demonstrations; give the same --data, or leave out --resume"
+            )
+        self.started -= 60 * float(metadata["minutes"])
         return metadata["stage"], state
 
     def finish(self) -> None:
@@ -287,6 +309,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
     parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")
+    parser.add_argument(
+        "--stop-after", type=int, help="updates of the second stage to end after; --resume without it goes on"
+    )
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0, help="between two checkpoints")
     return parser.parse_args()
 
@@ -302,7 +327,6 @@ def main() -> None:
 def pretrain(args: argparse.Namespace, console: Console) -> None:
     """Raises ValueError if the demonstrations or what is to be resumed cannot be used."""
     torch.set_num_threads(args.threads)
-    started = time.monotonic()
     config = libero_small_config()
     frames = read_frames(args.data, config.image_size, args.held_out, console)
     tokenizer = build_tokenizer(config, frames.prompts)
@@ -316,7 +340,7 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
         "versions": {"dsrl_async": __version__, "torch": torch.__version__},
         "settings": {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS},
     }
-    checkpoints = Checkpoints(args.out, stats, tokenizer, described, args.checkpoint_minutes)
+    checkpoints = Checkpoints(args, stats, tokenizer, described)
     name, state = checkpoints.read_state() if args.resume else ("joint", None)
 
     torch.manual_seed(args.seed)
@@ -336,12 +360,12 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
         expert = Expert(model, data, stage, held_out)
         if state is not None and name == "expert":
             load_training_state(expert, state)
-        losses["expert"] = expert.train(progress, checkpoints.after_update)
+        losses["expert"] = expert.train(progress, checkpoints.after_update, args.stop_after)
     assert all(bool(tensor.isfinite().all()) for tensor in export_tensors(model).values())
-    minutes = round((time.monotonic() - started) / 60, 1)
-    checkpoints.write_policy(model, "complete", args.expert_steps, losses=losses, minutes=minutes)
-    checkpoints.finish()
-    console.print(json.dumps({"minutes": minutes, "losses": losses}, indent=2))
+    if expert.optimiser.step == args.expert_steps:
+        checkpoints.write_policy(model, "complete", args.expert_steps, losses=losses)
+        checkpoints.finish()
+    console.print(json.dumps({"minutes": checkpoints.minutes(), "losses": losses}, indent=2))
     console.print(f"checkpoint: {args.out}")
 
 

@@ -215,9 +215,29 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(
     assert json.loads((tmp_path / "parts" / "training.json").read_text())["stage"] == ["joint", "expert"][losses > 3]
     with pytest.raises(SystemExit, match="joint_steps 3, not 5"):
         run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "parts", "--resume", "--joint-steps", "5")
+    write_libero_files(tmp_path / "others", seed=1)
+    with pytest.raises(SystemExit, match="other demonstrations"):
+        run_libero(libero, monkeypatch, tmp_path / "others", tmp_path / "parts", "--resume")
     run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "parts", "--resume")
     whole, parts = (load_policy(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_a_training_that_was_stopped_early_leaves_its_policy_and_can_go_on(
+    libero: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_libero_files(tmp_path / "data")
+    run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "whole")
+    run_libero(
+        libero, monkeypatch, tmp_path / "data", tmp_path / "early", "--stop-after", "2", "--checkpoint-minutes", "60"
+    )
+    said = json.loads((tmp_path / "early" / "training.json").read_text())
+    assert (said["stage"], said["step"]) == ("expert", 2)
+    whole, early = (load_policy(tmp_path / name).model.state_dict() for name in ("whole", "early"))
+    assert any(not torch.equal(tensor, early[name]) for name, tensor in whole.items())
+    run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "early", "--resume")
+    early = load_policy(tmp_path / "early").model.state_dict()
+    assert all(torch.equal(tensor, early[name]) for name, tensor in whole.items())
 
 
 def test_a_libero_policy_says_what_it_was_trained_on(

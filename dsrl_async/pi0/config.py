@@ -175,7 +175,7 @@ def tabletop_config() -> Pi0Config:
 
 
 def libero_small_config() -> Pi0Config:
-    """A Pi0 for LIBERO that a CPU trains in under an hour (about 1 M parameters)."""
+    """A Pi0 for LIBERO that CPU cores can train (about 1 M parameters)."""
     return Pi0Config(
         image_size=96,
         patch_size=16,

@@ -309,9 +309,15 @@ class Expert:
         parameters = {name: p for name, p in self.modules.named_parameters() if id(p) not in fixed}
         self.optimiser = Optimiser(parameters, stage, average=True)
 
-    def train(self, progress: Progress, after_update: AfterUpdate | None = None) -> dict[str, float]:
-        """Runs what is left of the stage and leaves the averages in the model; returns the last reported losses."""
+    def train(
+        self, progress: Progress, after_update: AfterUpdate | None = None, stop_after: int | None = None
+    ) -> dict[str, float]:
+        """Runs what is left of the stage and leaves the averages in the model; returns the last reported losses.
+
+        With `stop_after` it ends early, after so many updates of the stage; the schedule stays that of the whole stage.
+        """
         data, generator = self.data, self.optimiser.generator
+        end = self.stage.steps if stop_after is None else min(stop_after, self.stage.steps)
         cache = cache_prefixes(self.model, data, progress)
         measure = None
         if self.held_out is not None:
@@ -321,7 +327,7 @@ class Expert:
                 return self._measure(held_out_cache)
 
         report = Report(progress, "expert", self.stage.steps, self.optimiser.step)
-        while self.optimiser.step < self.stage.steps:
+        while self.optimiser.step < end:
             rows = torch.randint(len(data), (self.stage.batch,), generator=generator)
             loss = self._loss(data, cache, rows, generator)
             self.optimiser.update(loss)
