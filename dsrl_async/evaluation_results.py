@@ -129,18 +129,18 @@ class ResultDirectory:
         self.outcomes: dict[int, Outcome] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            known = (directory / "settings.json").is_file()
-            if not known and any(path.name not in BEFORE_SETTINGS for path in directory.iterdir()):
+            settings_file = directory / "settings.json"
+            if not settings_file.is_file() and any(path.name not in BEFORE_SETTINGS for path in directory.iterdir()):
                 raise ConfigError(f"--out {directory}: it is not empty and holds no evaluation; choose another one")
             # Opened first: it is the lock.
             self._file = (directory / "episodes.jsonl").open("a+b")
             try:
                 self._lock()
-                if known:
+                if settings_file.is_file():
                     self._check(settings)
                     self._read()
                 else:
-                    _write(directory / "settings.json", settings)
+                    _write(settings_file, settings)
             except BaseException:
                 self._file.close()
                 raise

@@ -68,7 +68,7 @@ def play(environment: LiberoEnvironment, seed: int, number: int, chunks: NDArray
         decide()
         for step in range(len(chunk)):
             outcome = environment.step_chunk(chunk[step : step + 1])
-            episode.simulation.append(environment._domain.sim.get_state().flatten())
+            episode.simulation.append(environment.domain.sim.get_state().flatten())
             episode.success.append(outcome.terminated)
             if outcome.terminated:
                 decide()

@@ -83,7 +83,7 @@ def above_the_plate(environment: LiberoEnvironment) -> NDArray[np.float64]:
     if environment._task is None:
         environment.reset(0)
     address = {
-        name: environment._domain.sim.model.get_joint_qpos_addr(f"{name}_joint0")[0] + 1
+        name: environment.domain.sim.model.get_joint_qpos_addr(f"{name}_joint0")[0] + 1
         for name in ("akita_black_bowl_1", "plate_1")
     }
     bowl, plate = (slice(first, first + 3) for first in address.values())
@@ -123,7 +123,7 @@ def test_success_inside_a_chunk_is_liberos(
 
 
 def forget_the_gripper(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(environment, "_reset_scene", lambda count: environment._domain.reset())
+    patch.setattr(environment, "_reset_scene", lambda count: environment.domain.reset())
 
 
 def draw_the_present(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:
@@ -190,8 +190,8 @@ def test_a_stove_glows_in_the_same_picture_and_goes_out_at_a_reset() -> None:
     environment.reset(0)
     stock = StockEnvironment("libero_goal", 7)
     try:
-        model = environment._domain.sim.model
-        joint = environment._domain.fixtures_dict["flat_stove_1"].joints[0]
+        model = environment.domain.sim.model
+        joint = environment.domain.fixtures_dict["flat_stove_1"].joints[0]
         spun = environment._init_states[7][0].copy()
         spun[1 + model.nq + model.get_joint_qvel_addr(joint)] = 12.0
         states = np.stack([spun, environment._init_states[7][1]])
@@ -230,7 +230,7 @@ def test_whole_episodes_unrendered(suite: str, task: int) -> None:
         environment.reset(1, 1)
         outcomes = [environment.step_chunk(chunk) for chunk in chunks]
         assert sum(outcome.steps for outcome in outcomes) == 220
-        assert np.array_equal(stock.get_sim_state(), environment._domain.sim.get_state().flatten())
+        assert np.array_equal(stock.get_sim_state(), environment.domain.sim.get_state().flatten())
         for name in libero_module.CHANGED_BY_EPISODES:
             assert np.array_equal(getattr(stock.sim.model, name), getattr(environment._model, name)), name
     finally:
@@ -337,7 +337,7 @@ def test_a_reset_that_fails_is_an_error_and_not_an_endless_loop(
         raise RuntimeError("the context is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(environment._domain, "reset", broken)
+        patch.setattr(environment.domain, "reset", broken)
         with pytest.raises(RuntimeError, match="the context is gone"):
             environment.reset(0)
 
@@ -347,7 +347,7 @@ def test_a_reset_that_fails_is_an_error_and_not_an_endless_loop(
         raise RandomizationError("Cannot place all objects")
 
     with monkeypatch.context() as patch:
-        patch.setattr(environment._domain, "reset", crowded)
+        patch.setattr(environment.domain, "reset", crowded)
         with pytest.raises(ValueError, match="no place was found for the objects of task 0 in 100 trials"):
             environment.reset(0)
 

@@ -142,7 +142,7 @@ def synthetic(plan: Plan) -> Episode:
 def request_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     """Two episodes of a task, recorded without a simulator; every second attempt fails."""
     domain = SimpleNamespace(control_freq=20)
-    environment = SimpleNamespace(settling_steps=10, _domain=domain, close=lambda: None)
+    environment = SimpleNamespace(settling_steps=10, domain=domain, close=lambda: None)
     monkeypatch.setattr(libero_demonstrations, "environment_for", lambda *arguments: environment)
     monkeypatch.setattr(libero_demonstrations, "libero_versions", lambda: {"mujoco": "0"})
     monkeypatch.setattr(libero_files, "task_names", lambda suite: ("put_it_there",))
@@ -257,7 +257,7 @@ def test_recorded_episode_is_what_a_policy_would_have_seen() -> None:
     state = np.empty(8, np.float32)
     environment.reset(plan.scene_seed, plan.init_state)
     for frame in range(frames):
-        np.testing.assert_array_equal(environment._domain.sim.get_state().flatten(), fields["states"][frame])
+        np.testing.assert_array_equal(environment.domain.sim.get_state().flatten(), fields["states"][frame])
         if frame % 20 == 0:
             environment.observe(images, sac_image, state)
             np.testing.assert_array_equal(images[0], fields["obs/agentview_rgb"][frame])

@@ -174,7 +174,8 @@ class LiberoEnvironment:
         self._init_state_ids = {task: self._chosen_init_states(task, config["init_states"]) for task in self.tasks}
         self._domains = _import_libero()
         self._task: int | None = None
-        self._domain: Any = None
+        self.domain: Any = None
+        """LIBERO's environment of the present task (`BDDLBaseDomain`); for the scripted expert and the recorder."""
         self._property_samplers: list[Any] = []
         self._compiled: dict[str, NDArray[Any]] = {}
         self._scenes = ()  # type: tuple[mujoco.MjvScene, ...]
@@ -213,7 +214,7 @@ class LiberoEnvironment:
         scene = self.scene(seed, number)
         if scene.task != self._task:
             self._load(scene.task)
-        domain = self._domain
+        domain = self.domain
         np.random.seed(scene.seed)  # noqa: NPY002  robosuite draws from the global generator
         for count in range(1, scene.resets + 1):
             self._reset_scene(count)
@@ -236,9 +237,9 @@ class LiberoEnvironment:
             raise ValueError(
                 f"task {task} of {self.suite} cannot be set up: {type(error).__name__}: {error}"
             ) from error
-        self._domain, self._task = wrapper.env, task
-        self._property_samplers = list(self._domain.object_property_initializers)
-        compiled = mujoco.MjModel.from_xml_string(self._domain.model.get_xml())  # without what the constructor changed
+        self.domain, self._task = wrapper.env, task
+        self._property_samplers = list(self.domain.object_property_initializers)
+        compiled = mujoco.MjModel.from_xml_string(self.domain.model.get_xml())  # without what the constructor changed
         self._compiled = {name: getattr(compiled, name).copy() for name in CHANGED_BY_EPISODES}
         del compiled
         model, context = self._model, self._context
@@ -268,21 +269,22 @@ class LiberoEnvironment:
 
     @property
     def _model(self) -> Any:
-        return self._domain.sim.model._model
+        return self.domain.sim.model._model
 
     @property
-    def _data(self) -> Any:
-        return self._domain.sim.data._data
+    def data(self) -> Any:
+        """MuJoCo's `MjData` of the present task."""
+        return self.domain.sim.data._data
 
     @property
     def _context(self) -> Any:
-        return self._domain.sim._render_context_offscreen
+        return self.domain.sim._render_context_offscreen
 
     def _add_observable(self) -> None:
         """Replaces robosuite's observables with one that keeps all that `observe` needs."""
         from robosuite.utils.observables import Observable, sensor
 
-        domain = self._domain
+        domain = self.domain
         needed = [domain._observables[f"robot0_{name}"]._sensor for name in ("eef_pos", "eef_quat", "gripper_qpos")]
         for name in domain.observation_names:
             domain.modify_observable(name, "enabled", False)
@@ -301,9 +303,9 @@ class LiberoEnvironment:
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         for name, scene in zip(CAMERAS, self._scenes, strict=True):
-            camera.fixedcamid = self._domain.sim.model.camera_name2id(name)
+            camera.fixedcamid = self.domain.sim.model.camera_name2id(name)
             mujoco.mjv_updateScene(
-                self._model, self._data, context.vopt, context.pert, camera, mujoco.mjtCatBit.mjCAT_ALL, scene
+                self._model, self.data, context.vopt, context.pert, camera, mujoco.mjtCatBit.mjCAT_ALL, scene
             )
         self._frames = []
 
@@ -312,7 +314,7 @@ class LiberoEnvironment:
         bounded number of times, where robosuite finds no place for the objects."""
         from robosuite.utils.errors import RandomizationError
 
-        domain = self._domain
+        domain = self.domain
         domain.object_property_initializers = self._property_samplers * (count + 1)
         for _ in range(RESET_TRIALS):
             for name, values in self._compiled.items():
@@ -326,7 +328,7 @@ class LiberoEnvironment:
 
     def _start_from(self, state: NDArray[np.float64]) -> None:
         """As LIBERO's `set_init_state`."""
-        domain = self._domain
+        domain = self.domain
         domain.sim.set_state_from_flattened(state)
         domain.sim.forward()
         domain._check_success()
@@ -335,8 +337,8 @@ class LiberoEnvironment:
 
     def _step(self, action: NDArray[Any]) -> bool:
         """One environment step of 25 substeps, as robosuite's and LIBERO's `step`; returns whether the goal holds."""
-        domain = self._domain
-        sim, model, data = domain.sim, self._model, self._data
+        domain = self.domain
+        sim, model, data = domain.sim, self._model, self.data
         domain.timestep += 1
         # The controller begins with `sim.forward()`; positions and velocities are all that it reads.
         sim.forward = lambda: mujoco.mj_step1(model, data)
@@ -376,7 +378,7 @@ class LiberoEnvironment:
         for camera, image in enumerate(images):
             image[:] = resize_with_pad(self._frame(camera), len(image))
         sac_image[:] = resize_with_pad(self._frame(0), SAC_IMAGE_SIZE)
-        state[:] = self._domain._observables["moment"].obs
+        state[:] = self.domain._observables["moment"].obs
 
     def render(self, size: int = 256, camera: int = 0) -> NDArray[np.uint8]:
         """A picture for people, uint8[size, size, 3], of camera 0 (agentview) or 1 (wrist), upright."""
@@ -398,7 +400,7 @@ class LiberoEnvironment:
 
     def close(self) -> None:
         """Frees the scene, its graphics and their memory."""
-        if self._domain is not None:
+        if self.domain is not None:
             self._scenes, self._frames = (), []
-            self._domain.close()
-            self._domain = self._task = None
+            self.domain.close()
+            self.domain = self._task = None

@@ -108,7 +108,7 @@ def environment_for(suite: str, task: int, image_size: int, render_quality: str)
     environment._load(task)
     # Not among what our policies see, but in LIBERO's files; sampled in the same moment of a step as the pictures.
     for name in ("robot0_eef_quat", "robot0_joint_pos"):
-        environment._domain._observables[name]._enabled = True
+        environment.domain._observables[name]._enabled = True
     return environment
 
 
@@ -117,7 +117,7 @@ def record_episode(environment: LiberoEnvironment, plan: Plan) -> Episode | None
     environment.reset(plan.scene_seed, plan.init_state)
     random = np.random.default_rng(plan.noise_seed)
     expert = LiberoExpert(plan.way, plan.sloppy_offset)
-    domain, size = environment._domain, environment.spec.image_size
+    domain, size = environment.domain, environment.spec.image_size
     sac_image = np.empty((SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3), np.uint8)
     frames: list[dict[str, NDArray[Any]]] = []
     hovered = 0
@@ -271,7 +271,7 @@ def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment
     name = libero_files.task_names(request.suite)[request.task]
     language = libero_files.instruction(name)
     bddl = f"{request.suite}/{name}.bddl"
-    domain_name = type(environment._domain).__name__
+    domain_name = type(environment.domain).__name__
     env_args = {
         "type": 1,
         "env_name": domain_name,
@@ -280,7 +280,7 @@ def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment
         "env_kwargs": {
             "robots": ["Panda"],
             "controller": "OSC_POSE",
-            "control_freq": environment._domain.control_freq,
+            "control_freq": environment.domain.control_freq,
             "camera_names": ["robot0_eye_in_hand", "agentview"],
             "camera_heights": request.image_size,
             "camera_widths": request.image_size,

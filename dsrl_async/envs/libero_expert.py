@@ -103,7 +103,7 @@ def goal_objects(environment: LiberoEnvironment) -> tuple[str, str]:
 
     Raises ValueError if the task's goal is another one.
     """
-    goals = environment._domain.parsed_problem["goal_state"]
+    goals = environment.domain.parsed_problem["goal_state"]
     if len(goals) != 1 or goals[0][0] != "on" or "bowl" not in goals[0][1] or "plate" not in goals[0][2]:
         raise ValueError(f"the scripted expert only puts a bowl on a plate, as in libero_spatial; the goal is {goals}")
     return goals[0][1], goals[0][2]
@@ -111,7 +111,7 @@ def goal_objects(environment: LiberoEnvironment) -> tuple[str, str]:
 
 def situation(environment: LiberoEnvironment) -> Situation:
     """The present one."""
-    domain, data = environment._domain, environment._data
+    domain, data = environment.domain, environment.data
     bowl, plate = (data.body(domain.obj_body_id[name]) for name in goal_objects(environment))
     robot = domain.robots[0]
     site = data.site(robot.gripper.important_sites["grip_site"])
