@@ -27,8 +27,10 @@ from dsrl_async.sac.flat import layout_hash
 from dsrl_async.sampling import source_for
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import LEARNER_PHASES, Counters, Phases
+from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.spans import phases_of
+from dsrl_async.telemetry.stages import ranges_of, stages_of
 from dsrl_async.updates import Updates
 from dsrl_async.weights import WeightPublisher, encode
 
@@ -53,7 +55,8 @@ class Learner:
     ) -> None:
         self.config, self.run_dir, self._publish = config, run_dir, publish
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
-        self.phase = Phases(LEARNER_PHASES, self.counters.learner_phase_s)
+        self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
+        self.stage = stages_of(arena, "learner", device)
         self.agent = SacAgent(config.sac, horizon, device, config.seed)
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = 0.0
@@ -103,7 +106,7 @@ class Learner:
                 drawn = (number or self.updates.refresh()) and self.updates.draw_batch()
             if not drawn:
                 return False
-            with self.phase("update"):
+            with self.phase("update"), self.stage("update"):
                 self.updates.run()
             self.counters.learner_updates[0] += 1
         updates = int(self.counters.learner_updates[0])
