@@ -10,6 +10,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ BUSY = 0.95
 """A device, and a throughput of what is possible, that are this near to all count as all."""
 MOST_STRETCHED = 1e4
 """Factor beyond which a machine is not worth reckoning with."""
-BISECTIONS = 30
+BISECTIONS = 14  # from a factor of two to less than 0.0001
 
 
 class ModelError(ValueError):
@@ -199,6 +200,7 @@ def predict(figures: Figures, actors: int) -> Prediction:
         policy = state.queue.device_busy / factor(stretch, turns)
         return policy + state.updates_per_s * figures.update_s <= 1
 
+    @functools.cache
     def turns_for(stretch: float) -> float:
         return _least(lambda turns: device_fits(stretch, turns))
 

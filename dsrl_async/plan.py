@@ -165,7 +165,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Given:
             raise ConfigError("--env-ms is missing: the mean time of a chunk; or let it be measured, with --measure")
         if not own.device_ms and own.gpu is None:
             raise ConfigError(
-                "the policy's device is missing: --device-ms, --gpu, or let it be measured with --measure"
+                "the policy's device is missing: --device-ms or --gpu; or let it be measured, with --measure"
             )
     model = own.model or ("pi0" if own.gpu else "configured")
     policy = MODELS[model] if model in MODELS else preflight.check_checkpoint(config).config

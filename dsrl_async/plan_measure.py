@@ -71,7 +71,7 @@ class Device(NamedTuple):
 
 
 class Update(NamedTuple):
-    """A gradient update, with its share of a publication."""
+    """A gradient update, with its share of the publications of weights."""
 
     seconds: float
     cores: float
@@ -94,15 +94,20 @@ def _waited() -> float:
 
 
 def _timed(function: Callable[[], object]) -> Took:
-    waited, cpu, begin = _waited(), time.process_time(), time.perf_counter()
+    waited, cpu, of_thread, begin = _waited(), time.process_time(), time.thread_time(), time.perf_counter()
     function()
-    seconds, used = time.perf_counter() - begin, time.process_time() - cpu
-    return Took(max(1e-9, seconds - (_waited() - waited)), used)
+    seconds, of_thread = time.perf_counter() - begin, time.thread_time() - of_thread
+    used = time.process_time() - cpu
+    # Some virtual machines count more waiting than there was time; what this thread computed is certain.
+    return Took(max(1e-9, of_thread, seconds - (_waited() - waited)), used)
 
 
 def _repeat(function: Callable[[], object], seconds: float) -> list[Took]:
-    """Samples of about so many seconds in all, at least `FEWEST`, after one that does not count."""
-    function()
+    """Samples of about so many seconds in all, at least `FEWEST`; the first call, which warms up, counts only if there
+    is no time for another one."""
+    first = _timed(function)
+    if first.seconds > seconds:
+        return [first]
     samples, begin = [], time.monotonic()
     while len(samples) < FEWEST or time.monotonic() - begin < seconds:
         samples.append(_timed(function))
@@ -201,9 +206,11 @@ def _device(server: InferenceServer, sizes: list[int], seconds: float) -> Device
         samples = _repeat(batch, seconds / len(sizes))
         times[size] = statistics.median(took.seconds for took in samples)
         everything += samples
+        if len(times) > 1 and times[size] > seconds:
+            break  # a large policy on a CPU: two sizes tell the slope
     # A larger batch that seems to be quicker is noise.
-    longest = np.maximum.accumulate([times[size] for size in sizes])
-    return Device(dict(zip(sizes, longest.tolist(), strict=True)), _cores(everything))
+    longest = np.maximum.accumulate(list(times.values()))
+    return Device(dict(zip(times, longest.tolist(), strict=True)), _cores(everything))
 
 
 def _fill(learner: Learner, rng: np.random.Generator) -> None:
@@ -219,16 +226,16 @@ def _fill(learner: Learner, rng: np.random.Generator) -> None:
 
 
 def _update(learner: Learner, seconds: float) -> Update:
-    """From one publication of weights to the next, so that a GPU has finished its work when the clock stops."""
-    interval = learner.config.learner.publish_interval
+    """On a GPU from one publication of weights to the next, so that its work is done when the clock stops."""
+    count = 1 if learner.updates.captured is None else learner.config.learner.publish_interval
 
-    def stretch() -> None:
-        for _ in range(interval if learner.updates.captured is None else 1):
-            if not learner.update(1 if learner.updates.captured is None else interval):
-                raise ConfigError("replay.capacity: the measurement's ring is too small for sac.batch_size")
+    def update() -> None:
+        if not learner.update(count):
+            raise ConfigError("replay.capacity: the measurement's ring is too small for sac.batch_size")
 
-    samples = _repeat(stretch, seconds)
-    return Update(statistics.median(took.seconds for took in samples) / interval, _cores(samples))
+    samples = _repeat(update, seconds)
+    # the mean, since now and then there is a publication among them
+    return Update(statistics.fmean(took.seconds for took in samples) / count, _cores(samples))
 
 
 # What a core does: a loop whose rounds are counted, from when a line comes in.

@@ -194,7 +194,7 @@ def equilibrium(
     batches): who is with the environment comes back within a time t with probability 1 - exp(-t / think), independently
     of the others. The chain's stationary distribution gives the mean batch and the mean time from one to the next,
     whose ratio is the throughput. It is exact for exponential times, and hardly depends on the distribution: for
-    chunks with a logarithm's standard deviation of 0.2 to 1, with resets or without, `simulate` is within 10 %
+    chunks with a logarithm's standard deviation of 0.25 to 1, with resets or without, `simulate` is within 10 %
     (tests/test_plan.py). Times without any spread keep actors in step with one another, which no mean can tell.
 
     Args:
