@@ -36,8 +36,8 @@ from dsrl_async.worker import Actor
 RING_ROWS = 4096
 """Rows of the replay ring that is drawn from, random ones: 50 MB, more than a cache holds."""
 FEWEST = 3  # samples of anything
-PATIENCE = 6
-"""How many times its share of the time a part may take until it has the samples that it needs."""
+PATIENCE, LEAST_PATIENCE_S = 6, 60.0
+"""How many times its share of the time the environment may take until an episode ends, and the seconds at least."""
 
 
 class Took(NamedTuple):
@@ -108,7 +108,8 @@ def _repeat(function: Callable[[], object], seconds: float) -> list[Took]:
     first = _timed(function)
     if first.seconds > seconds:
         return [first]
-    samples, begin = [], time.monotonic()
+    samples: list[Took] = []
+    begin = time.monotonic()
     while len(samples) < FEWEST or time.monotonic() - begin < seconds:
         samples.append(_timed(function))
     return samples
@@ -152,9 +153,9 @@ def _environment(actor: Actor, server: InferenceServer, seconds: float) -> Envir
     ending: list[Took] = []  # chunks that ended an episode, with the reset
     finished = 0  # decisions of episodes that have ended
     actor.start()
-    begin = time.monotonic()
-    while (spent := time.monotonic() - begin) < seconds or not ending or len(within) < FEWEST:
-        if spent > PATIENCE * seconds:
+    begin, limit_s = time.monotonic(), max(LEAST_PATIENCE_S, PATIENCE * seconds)
+    while (spent := time.monotonic() - begin) < seconds or not ending or len(within) + len(ending) < FEWEST:
+        if spent > limit_s:
             raise ConfigError(
                 f"no episode ended within {spent:.0f} s; measure longer with --seconds, or lower env.max_episode_steps"
             )
@@ -166,7 +167,7 @@ def _environment(actor: Actor, server: InferenceServer, seconds: float) -> Envir
         else:
             ending.append(took)
             finished = len(within) + len(ending)
-    chunks = [took.seconds for took in within]
+    chunks = [took.seconds for took in within or ending]  # where every decision ends an episode, resets are in them
     chunk_s = statistics.fmean(chunks)
     return Environment(
         chunk_s=chunk_s,
