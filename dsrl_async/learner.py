@@ -182,13 +182,19 @@ def main(argument: str) -> None:
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
     publisher = WeightPublisher(job["weights_address"])
-    transition_ready = job["transition_ready_fd"]
     arena = Arena.attach(job["arena"])
     # Where NVIDIA's MPS lets the processes share a GPU, what the robots wait for goes first (docs/learner.md).
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
     device = resolve_device(config.learner.device or config.device)
     learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
-    counters = learner.counters
+    learn(learner, publisher, job["transition_ready_fd"])
+    learner.checkpoint()
+    publisher.close()
+
+
+def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -> None:
+    """Do the updates that are due, and wait for decisions, until the run stops."""
+    config, counters = learner.config, learner.counters
     while counters.control_stop[0] < 2:
         learner.beat()
         publisher.serve_late_joiners()
@@ -199,8 +205,6 @@ def main(argument: str) -> None:
         warming_up = counters.decisions() < config.replay.warmup_decisions
         with learner.phase("wait_data" if warming_up else "wait_ratio"):
             events.wait(transition_ready, timeout_s=IDLE_POLL_S)
-    learner.checkpoint()
-    publisher.close()
 
 
 if __name__ == "__main__":

@@ -11,19 +11,29 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from launched import SMALL, Launched
+from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dsrl_async import checkpoints, inference, learner, worker
 from dsrl_async.config import Config, validate
-from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.envs import TABLETOP, ChunkOutcome, EnvironmentSpec, environment_spec
+from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.sac.networks import Actor as SacActor
+from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters, Phases
 from dsrl_async.shm.memory import create_memory
+from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import (
     ACTOR_SPANS,
     INFERENCE_STAGES,
@@ -33,11 +43,15 @@ from dsrl_async.shm.spans import (
     phases_of,
     profiled,
 )
+from dsrl_async.steering import SteeredPolicy
 from dsrl_async.telemetry import report
-from dsrl_async.telemetry.bottleneck import OWNERS, WORK, Figures, ProcessFigures, diagnose
+from dsrl_async.telemetry.bottleneck import OWNERS, WORK, Diagnosis, Figures, ProcessFigures, diagnose
 from dsrl_async.telemetry.hardware import CpuWatch, Gpu, Gpus
 from dsrl_async.telemetry.profiler import Profiler, with_stages, with_update
+from dsrl_async.telemetry.stages import DeviceStages, no_stage, stages_of
 from dsrl_async.telemetry.trace import FIRST_ACTOR, INFERENCE, LONGEST_S, MACHINE, chrome_trace
+from dsrl_async.updates import Updates
+from dsrl_async.weights import WeightPublisher
 
 HORIZON = 10
 SECOND = 10**9
@@ -292,6 +306,12 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
         "50% of the run's time",
     ),
     "few decisions": (figures(BUSY_ACTORS, decisions=3), {}, ("nothing", "", ""), "only 3 decisions"),
+    "the run gets no core to start on": (
+        figures({}, decisions=0, cores={"actor": 0.0}, queued={"inference": 0.98}, cpus=2, others=1.9),
+        {},
+        ("other_programs", "", ""),
+        "the inference process's work waits for during 98%",
+    ),
     "a short time": (figures(BUSY_ACTORS, seconds=0.2), {}, ("nothing", "", ""), "in 0.2 s"),
 }
 
@@ -352,8 +372,6 @@ class FakeEvent:
 
 
 def test_device_stages_are_read_when_they_have_ended(profile_memory: Arena) -> None:
-    from dsrl_async.telemetry.stages import DeviceStages
-
     device, sums = FakeDevice(), profile_memory["stage/inference_s"]
     spans = Spans(profile_memory, "inference_stage")
     stage = DeviceStages(INFERENCE_STAGES, sums, spans, device.event)
@@ -378,10 +396,6 @@ def test_device_stages_are_read_when_they_have_ended(profile_memory: Arena) -> N
 
 
 def test_stages_of_the_cpu_are_timed_by_the_host(memory: Arena, profile_memory: Arena) -> None:
-    import torch
-
-    from dsrl_async.telemetry.stages import no_stage, stages_of
-
     assert stages_of(memory, "inference", torch.device("cpu")) is no_stage
     stage = stages_of(profile_memory, "inference", torch.device("cpu"))
     for name in INFERENCE_STAGES:
@@ -447,6 +461,12 @@ def test_gpus_as_the_library_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = figures({}, gpus=gpus)
     assert "GPU 0, H100: 37% busy, 3.0 of 80.0 GB used" in report.text(seen, diagnose(seen, Config()))
     assert report.scalars(seen)["profile/gpu_busy/0"] == 0.37
+
+
+def test_launched_process_does_without_torch() -> None:
+    code = "import sys; from dsrl_async import session; print({'torch', 'matplotlib'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 # ---- report
@@ -590,25 +610,122 @@ def test_profile_starts_anew_when_the_run_has_got_going(
     check_trace(json.loads((tmp_path / "profile" / "trace.json").read_text()))
 
 
-# ---- real runs
+# ---- stages made slow on purpose
 
-WORKER, MODEL = "worker", "inference"
-DELAYS = {
-    "physics": (WORKER, "dsrl_async.envs.tabletop", "TabletopEnvironment.step_chunk", 0.1),
-    "render": (WORKER, "dsrl_async.envs.tabletop", "TabletopEnvironment.observe", 0.1),
-    "reset": (WORKER, "dsrl_async.envs.tabletop", "TabletopEnvironment.reset", 1.5),
-    "replay_write": (WORKER, "dsrl_async.shm.replay", "ReplayRing.append", 0.1),
-    "gather": (MODEL, "numpy", "take", 0.03),
-    "prefix": (MODEL, "dsrl_async.steering", "SteeredPolicy.encode", 0.1),
-    "denoise": (MODEL, "dsrl_async.steering", "SteeredPolicy.denoise", 0.1),
-    "scatter": (MODEL, "dsrl_async.shm.slots", "Slots.answer", 0.1),
-    "weights": (MODEL, "dsrl_async.sac.networks", "Actor.load_flat_", 0.3),
-    "sample": ("learner", "dsrl_async.updates", "Updates.draw_batch", 0.1),
-    "update": ("learner", "dsrl_async.updates", "Updates.run", 0.1),
-    "publish": ("learner", "dsrl_async.weights", "WeightPublisher.publish", 0.3),
-    "checkpoint": ("learner", "dsrl_async.checkpoints", "save", 0.3),
+
+class InstantEnvironment:
+    """Does nothing, in no time; episodes of five decisions."""
+
+    spec = TABLETOP
+
+    def __init__(self) -> None:
+        self._decisions = 0
+
+    def reset(self, seed: int, number: int = 0) -> int:
+        return 0
+
+    def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
+        self._decisions += 1
+        return ChunkOutcome(len(action_chunk), -1, False, truncated=self._decisions % 5 == 0)
+
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+DELAYS: dict[str, tuple[str, Any, str, float]] = {
+    "physics": ("actor", InstantEnvironment, "step_chunk", 0.1),
+    "render": ("actor", InstantEnvironment, "observe", 0.1),
+    "reset": ("actor", InstantEnvironment, "reset", 0.5),
+    "replay_write": ("actor", ReplayRing, "append", 0.1),
+    "gather": ("inference", inference, "gather", 0.03),
+    "prefix": ("inference", SteeredPolicy, "encode", 0.1),
+    "denoise": ("inference", SteeredPolicy, "denoise", 0.1),
+    "scatter": ("inference", Slots, "answer", 0.1),
+    "weights": ("inference", SacActor, "load_flat_", 0.2),
+    "sample": ("learner", Updates, "draw_batch", 0.1),
+    "update": ("learner", Updates, "run", 0.1),
+    "publish": ("learner", WeightPublisher, "publish", 0.2),
+    "checkpoint": ("learner", checkpoints, "save", 0.1),
 }
-"""Phase -> process, module, function in it, and by how many seconds each call of it is delayed."""
+"""Phase -> kind of process, owner and name of what it calls, and by how many seconds each call is delayed."""
+INSTANT = ("prefix", "denoise", "sample", "update")
+"""Computation that is left out, so that the delay stands out also where cores are scarce."""
+
+
+def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
+    """A run whose processes are threads: their own loops, phases and stages, the profile, and no need of many cores."""
+    device, spec = torch.device("cpu"), environment_spec(config.env.model_dump())
+    arena = create_memory(config, spec, HORIZON)
+    counters = Counters(arena)
+    observation_ready, transition_ready, *wake = (events.create() for _ in range(2 + config.actors))
+    address = f"ipc://@dsrl_async-test-{os.getpid()}-{run_dir.name}"
+    (run_dir / "checkpoints").mkdir()
+
+    def act(lane: int) -> None:
+        actor = worker.Actor(lane, 1, config.seed, config.env.model_dump(), arena, InstantEnvironment())
+        worker.play(actor, wake[lane], [observation_ready, transition_ready])
+
+    def infer() -> None:
+        stage = stages_of(arena, "inference", device)
+        policies = inference.load_policies(config, spec, device, "stochastic", EMBEDDED_POLICY, stage)
+        server = inference.InferenceServer(config, arena, policies, inference.notifier(wake))
+        inference.serve(server, {"observation_ready_fd": observation_ready, "weights_address": address})
+
+    def learn() -> None:
+        publisher = WeightPublisher(address)
+        agent = learner.Learner(config, arena, HORIZON, device, run_dir, publisher.publish)
+        learner.learn(agent, publisher, transition_ready)
+        publisher.close()
+
+    handler = signal.getsignal(signal.SIGUSR1)
+    profiler = Profiler(config, run_dir, arena, counters.snapshot())
+    with ThreadPoolExecutor(config.actors + 2) as threads:
+        roles = [threads.submit(infer), threads.submit(learn)]
+        roles += [threads.submit(act, lane) for lane in range(config.actors)]
+        while counters.decisions() < decisions and not any(role.done() for role in roles):
+            time.sleep(0.05)
+            profiler.tick(counters.snapshot(), {})
+        counters.control_stop[0] = 2
+        for fd in (observation_ready, transition_ready, *wake):
+            events.notify(fd)
+    signal.signal(signal.SIGUSR1, handler)
+    events.close([observation_ready, transition_ready, *wake])
+    for role in roles:
+        role.result()
+    return profiler.write({})[0]
+
+
+@pytest.mark.parametrize("phase", DELAYS)
+def test_report_names_the_stage_that_was_made_slow(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    torch.set_num_threads(1)
+    for instant in INSTANT:
+        _, owner, name, _ = DELAYS[instant]
+        monkeypatch.setattr(owner, name, lambda self: True)
+    kind, owner, name, seconds = DELAYS[phase]
+    original = getattr(owner, name)
+
+    def delayed(*arguments: Any, **keywords: Any) -> Any:
+        time.sleep(seconds)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, delayed)
+    settings = small_config.model_dump() | {"profile": True}
+    settings["learner"] |= {"publish_interval": 2}
+    settings["checkpoint"]["interval_minutes"] = 1e-6 if phase == "checkpoint" else 5.0
+    diagnosis = play_in_threads(validate(settings), tmp_path, decisions=52)
+    assert diagnosis[:2] == (kind, phase), (tmp_path / "profile" / "report.txt").read_text()
+    assert diagnosis.setting == SETTING_OF[kind, phase] or diagnosis.setting in ON_FEW_CORES
+    tracks = check_trace(json.loads((tmp_path / "profile" / "trace.json").read_text()))
+    assert phase in {span["name"] for spans in tracks.values() for span in spans}
+
+
+ON_FEW_CORES = {"replay_ratio", "policy.denoise_steps", "policy.compile"}
+"""What is advised where no core is left for more threads."""
 SITECUSTOMIZE = """
 import importlib, sys, time
 if "dsrl_async.{process}" in sys.orig_argv:
@@ -622,31 +739,35 @@ if "dsrl_async.{process}" in sys.orig_argv:
         return original(*arguments, **keywords)
     setattr(owner, name, delayed)
 """
-QUICK = ("render", "denoise", "update")
 
 
 @pytest.mark.parametrize(
-    "phase", [phase if phase in QUICK else pytest.param(phase, marks=pytest.mark.slow) for phase in DELAYS]
+    ("kind", "phase", "function"),
+    [
+        ("actor", "render", "dsrl_async.envs.tabletop:TabletopEnvironment.observe"),
+        ("inference", "denoise", "dsrl_async.steering:SteeredPolicy.denoise"),
+        pytest.param("learner", "update", "dsrl_async.updates:Updates.run", marks=pytest.mark.slow),
+    ],
 )
-def test_report_names_the_stage_that_was_made_slow(tmp_path: Path, phase: str) -> None:
+def test_profile_of_a_real_run_that_was_made_slow(tmp_path: Path, kind: str, phase: str, function: str) -> None:
     """Delays are put into the real processes through Python's sitecustomize hook."""
-    process, module, function, seconds = DELAYS[phase]
-    hook = SITECUSTOMIZE.format(process=process, module=module, function=function, seconds=seconds)
+    program = "worker" if kind == "actor" else kind
+    module, _, name = function.partition(":")
+    hook = SITECUSTOMIZE.format(process=program, module=module, function=name, seconds=0.1)
     (tmp_path / "sitecustomize.py").write_text(hook)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    options = ["--profile", "--max-decisions", "80"]
-    if phase == "checkpoint":
-        options += ["--checkpoint.interval-minutes", "0.004"]
-    run = Launched(tmp_path / "run", *SMALL, *options, environment={"PYTHONPATH": path})
+    run = Launched(tmp_path / "run", *SMALL, "--profile", "--max-decisions", "80", environment={"PYTHONPATH": path})
     result = run.finish(280)
     assert result["exit_reason"] == "max_decisions", result
     content = json.loads((tmp_path / "run" / "profile" / "report.json").read_text())
-    if content["process"] == "other_programs":
+    if content["process"] in ("cpu", "other_programs"):
         pytest.skip(f"the machine is too busy for this: {content['sentence']}")
-    kind = {WORKER: "actor"}.get(process, process)
     assert (content["process"], content["phase"]) == (kind, phase), content["sentence"]
     assert result["bottleneck"] == content["sentence"]
     assert WORK[kind, phase] in result["bottleneck"]
+
+
+# ---- real runs
 
 
 def test_profile_on_demand_and_at_the_end(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ class Diagnosis(NamedTuple):
 def diagnose(figures: Figures, config: Config) -> Diagnosis:
     """What holds the run back."""
     if figures.decisions < FEWEST_DECISIONS or figures.seconds < FEWEST_SECONDS:
+        starved = max(OWNERS, key=lambda kind: figures.processes[kind].queued)
+        if figures.seconds >= FEWEST_SECONDS and figures.processes[starved].queued >= SATURATED:
+            return _of_cpu(starved, figures, config)
         few = f"only {figures.decisions} decisions in {figures.seconds:.1f} s were seen"
         return Diagnosis("nothing", "", "", f"There is nothing to say about a bottleneck yet: {few}.")
     kinds = {kind: figures.processes[kind] for kind in OWNERS}

@@ -185,7 +185,7 @@ def with_stages(phases: dict[str, float], stages: dict[str, float], on_gpu: bool
     rest = max(0.0, phases["compute"] - sum(share for name, share in stages.items() if name != "host_to_device"))
     if not on_gpu:
         stages = {name: stages[name] for name in ("prefix", "denoise")}
-    merged = {}
+    merged: dict[str, float] = {}
     for name, share in phases.items():
         merged |= {**stages, "compute": rest} if name == "compute" else {name: share}
     return merged
