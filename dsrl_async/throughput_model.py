@@ -169,3 +169,85 @@ def simulate_lock_step(
             tally.add(now_s, now_s + service, service, size, requests[:size])
             requests, now_s = requests[size:], now_s + service
     return tally.throughput(now_s)
+
+
+class Equilibrium(NamedTuple):
+    """Figures of a run that goes on for ever."""
+
+    decisions_per_s: float
+    device_busy: float
+    """Share of time that the device computes."""
+    batch_size: float
+    """Mean number of observations in a batch."""
+
+
+def equilibrium(
+    actors: int,
+    think_s: float,
+    service_s: Callable[[int], float],
+    sizes: Sequence[int],
+    batch_wait_s: float = 0.0,
+) -> Equilibrium:
+    """What `simulate` converges to, without simulating, if the time from an answer to the next request is exponential.
+
+    How many observations wait when the device becomes free is then a Markov chain (a machine repairman who serves in
+    batches): who is with the environment comes back within a time t with probability 1 - exp(-t / think), independently
+    of the others. The chain's stationary distribution gives the mean batch and the mean time from one to the next,
+    whose ratio is the throughput. It is exact for exponential times, and hardly depends on the distribution: for
+    chunks with a logarithm's standard deviation of 0.25 to 1, with resets or without, `simulate` is within 10 %
+    (tests/test_plan.py). Times without any spread keep actors in step with one another, which no mean can tell.
+
+    Args:
+        actors: how many environments.
+        think_s: mean seconds from an answer to the next request, not negative.
+        service_s: seconds, positive, that the device needs for a batch of that size.
+        sizes: batch sizes that there are, increasing.
+        batch_wait_s: as in `simulate`, always waited in full.
+    """
+    counts = np.arange(actors + 1)  # of waiting observations
+    thinking = actors - counts
+    waited_s = np.zeros(actors + 1)
+    before = np.eye(actors + 1)  # from who waits when the device becomes free, to who waits when the batch is chosen
+    if batch_wait_s > 0:
+        hurried = (counts >= min(sizes[-1], actors)) | (counts == 0)
+        waited_s[~hurried] = batch_wait_s
+        before = _shifted(counts, _returning(thinking, waited_s, think_s))
+    # An idle device begins with the first observation, and waits as long as for any other batch.
+    before[0], waited_s[0] = before[1], think_s / actors + waited_s[1]
+
+    waiting = np.maximum(counts, 1)
+    chosen = np.array([choose_batch(int(ready), sizes) for ready in waiting])
+    seconds = np.array([service_s(int(size)) for size in chosen[:, 1]])
+    after = _shifted(waiting - chosen[:, 0], _returning(actors - waiting, seconds, think_s))
+
+    balance = (before @ after - np.eye(actors + 1)).T
+    balance[-1] = 1  # the probabilities' sum, in place of an equation that follows from the others
+    stationary = np.linalg.solve(balance, np.eye(actors + 1)[-1])
+    at_batches = stationary @ before
+    cycle_s = stationary @ waited_s + at_batches @ seconds
+    served = at_batches @ chosen[:, 0]
+    return Equilibrium(float(served / cycle_s), float(at_batches @ seconds / cycle_s), float(served))
+
+
+LEAST_LOG_STAY = -20.0
+"""Nobody's return is quite certain, or the chain would never forget how it began, and have no one distribution."""
+
+
+def _returning(thinking: np.ndarray, seconds: np.ndarray, think_s: float) -> np.ndarray:
+    """Binomial probabilities, [M, N + 1], that k of `thinking` int64 [M], at most N, come back within `seconds` [M]."""
+    count, k = thinking[:, None], np.arange(len(thinking))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_stay = -(seconds / think_s if think_s > 0 else np.where(seconds > 0, np.inf, 0.0))[:, None]
+        log_stay = np.maximum(log_stay, LEAST_LOG_STAY)
+        log_return = np.log(-np.expm1(log_stay))
+        log_factorial = np.concatenate(([0.0], np.cumsum(np.log(np.arange(1, len(thinking) + 1)))))
+        log_ways = log_factorial[count] - log_factorial[k] - log_factorial[np.maximum(count - k, 0)]
+        # 0 of an impossible event are certain: the product is 0 there, not a number that is none
+        log_k = np.where(k > 0, k * log_return, 0.0) + np.where(count > k, (count - k) * log_stay, 0.0)
+    return np.where(k <= count, np.exp(log_ways + log_k), 0.0)
+
+
+def _shifted(first: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Row i of `probabilities` moved to the right by `first[i]`; what leaves the row is 0."""
+    columns = np.arange(probabilities.shape[1]) - first[:, None]
+    return np.where(columns >= 0, np.take_along_axis(probabilities, np.maximum(columns, 0), axis=1), 0.0)
