@@ -36,7 +36,7 @@ from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import (
     ACTOR_SPANS,
-    INFERENCE_STAGES,
+    STAGES,
     TRACKS,
     Spans,
     newest_spans,
@@ -122,6 +122,32 @@ def test_ring_keeps_the_newest_whole_spans(profile_memory: Arena) -> None:
     assert newest_spans(profile_memory, "actor")[-2:, 1].tolist() == [3 * ACTOR_SPANS - 1, 10**6]
 
 
+WRITER = """
+import json, sys
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.spans import Spans
+spans = Spans(Arena.attach(json.loads(sys.argv[1])), "actor")
+for number in range(1, 60_000):
+    spans.add(number % 5, number, 2 * number)
+"""
+
+
+def test_spans_are_whole_while_another_process_writes_them(profile_memory: Arena) -> None:
+    arguments = [sys.executable, "-c", WRITER, json.dumps(profile_memory.describe())]
+    writer = subprocess.Popen(arguments, pass_fds=[profile_memory.fd])
+    read_while_written = 0
+    while writer.poll() is None:
+        rows = newest_spans(profile_memory, "actor")
+        read_while_written += len(rows) > 1
+        numbers = rows[:, 1]
+        assert (np.diff(numbers) == 1).all()
+        assert (rows[:, 0] == numbers % 5).all()
+        assert (rows[:, 2] == 2 * numbers).all()
+    assert writer.returncode == 0
+    assert read_while_written
+    assert newest_spans(profile_memory, "actor")[-1, 1] == 59_999
+
+
 # ---- diagnosis
 
 IDLE = {
@@ -184,7 +210,7 @@ SETTING_OF = {
 
 
 def test_all_work_has_a_name_and_advice() -> None:
-    stages = {("inference", stage) for stage in INFERENCE_STAGES}
+    stages = {("inference", stage) for stage in STAGES["inference"]}
     phases = {(kind, phase) for kind in OWNERS for phase in TRACKS[kind] if not phase.startswith("wait_")}
     assert set(WORK) == set(SETTING_OF) == stages | phases
 
@@ -374,7 +400,7 @@ class FakeEvent:
 def test_device_stages_are_read_when_they_have_ended(profile_memory: Arena) -> None:
     device, sums = FakeDevice(), profile_memory["stage/inference_s"]
     spans = Spans(profile_memory, "inference_stage")
-    stage = DeviceStages(INFERENCE_STAGES, sums, spans, device.event)
+    stage = DeviceStages(STAGES["inference"], sums, spans, device.event)
     before = time.monotonic_ns()
     for name, lasts_ms in (("prefix", 20.0), ("denoise", 30.0)):
         with stage(name):
@@ -390,7 +416,7 @@ def test_device_stages_are_read_when_they_have_ended(profile_memory: Arena) -> N
         pass
     assert sums.tolist() == pytest.approx([0, 0.021, 0.03, 0])
     rows = newest_spans(profile_memory, "inference_stage")
-    assert [INFERENCE_STAGES[name] for name in rows[:, 0]] == ["prefix", "denoise", "prefix"]
+    assert [STAGES["inference"][name] for name in rows[:, 0]] == ["prefix", "denoise", "prefix"]
     assert (rows[1:, 1] == rows[:-1, 2]).all()  # one after the other
     assert before <= rows[0, 1] <= time.monotonic_ns()
 
@@ -398,7 +424,7 @@ def test_device_stages_are_read_when_they_have_ended(profile_memory: Arena) -> N
 def test_stages_of_the_cpu_are_timed_by_the_host(memory: Arena, profile_memory: Arena) -> None:
     assert stages_of(memory, "inference", torch.device("cpu")) is no_stage
     stage = stages_of(profile_memory, "inference", torch.device("cpu"))
-    for name in INFERENCE_STAGES:
+    for name in STAGES["inference"]:
         with stage(name):
             time.sleep(0.001)
     assert (profile_memory["stage/inference_s"] > 0).tolist() == [False, True, True, False]
@@ -457,7 +483,7 @@ def test_gpus_as_the_library_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
     gpus = tuple(Gpus().read())
-    assert gpus == (Gpu("H100", 0.37, 3 * 10**9, 80 * 10**9),)
+    assert gpus == (Gpu("H100", 0.37, 3 * 10**9, 80 * 10**9), Gpu("H100", 0.0, 0, 0))
     seen = figures({}, gpus=gpus)
     assert "GPU 0, H100: 37% busy, 3.0 of 80.0 GB used" in report.text(seen, diagnose(seen, Config()))
     assert report.scalars(seen)["profile/gpu_busy/0"] == 0.37
@@ -610,6 +636,25 @@ def test_profile_starts_anew_when_the_run_has_got_going(
     check_trace(json.loads((tmp_path / "profile" / "trace.json").read_text()))
 
 
+def test_gpu_is_as_busy_as_it_was_over_the_run_and_not_when_the_report_is_written(
+    profile_config: Config, profile_memory: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, busy = [1000.0], [0.0]
+    monkeypatch.setattr("dsrl_async.telemetry.profiler.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Gpus, "read", lambda self: [Gpu("H100", busy[0], 3 * 10**9, 80 * 10**9)])
+    handler = signal.getsignal(signal.SIGUSR1)
+    profiler = Profiler(profile_config, tmp_path, profile_memory, Counters(profile_memory).snapshot())
+    signal.signal(signal.SIGUSR1, handler)
+    for share in (0.9, 0.7, 0.8):
+        now[0], busy[0] = now[0] + 1, share
+        profiler.tick(Counters(profile_memory).snapshot(), {})
+    busy[0] = 0.0  # the processes have been stopped
+    profiler.write({})
+    content = json.loads((tmp_path / "profile" / "report.json").read_text())
+    assert [gpu["utilization"] for gpu in content["gpus"]] == [pytest.approx(0.8)]
+    assert content["gpus"][0]["memory_used"] == 3 * 10**9
+
+
 # ---- stages made slow on purpose
 
 
@@ -651,8 +696,8 @@ DELAYS: dict[str, tuple[str, Any, str, float]] = {
     "checkpoint": ("learner", checkpoints, "save", 0.1),
 }
 """Phase -> kind of process, owner and name of what it calls, and by how many seconds each call is delayed."""
-INSTANT = ("prefix", "denoise", "sample", "update")
-"""Computation that is left out, so that the delay stands out also where cores are scarce."""
+INSTANT = ("prefix", "denoise", "sample", "update", "checkpoint")
+"""Work that is left out, so that the delay stands out also where cores and disks are slow."""
 
 
 def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
@@ -705,7 +750,7 @@ def test_report_names_the_stage_that_was_made_slow(
     torch.set_num_threads(1)
     for instant in INSTANT:
         _, owner, name, _ = DELAYS[instant]
-        monkeypatch.setattr(owner, name, lambda self: True)
+        monkeypatch.setattr(owner, name, lambda *arguments: True)
     kind, owner, name, seconds = DELAYS[phase]
     original = getattr(owner, name)
 
@@ -755,17 +800,19 @@ def test_profile_of_a_real_run_that_was_made_slow(tmp_path: Path, kind: str, pha
     """Delays are put into the real processes through Python's sitecustomize hook."""
     program = "worker" if kind == "actor" else kind
     module, _, name = function.partition(":")
-    hook = SITECUSTOMIZE.format(process=program, module=module, function=name, seconds=0.1)
+    hook = SITECUSTOMIZE.format(process=program, module=module, function=name, seconds=0.3)
     (tmp_path / "sitecustomize.py").write_text(hook)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    run = Launched(tmp_path / "run", *SMALL, "--profile", "--max-decisions", "80", environment={"PYTHONPATH": path})
+    run = Launched(tmp_path / "run", *SMALL, "--profile", "--max-decisions", "48", environment={"PYTHONPATH": path})
     result = run.finish(280)
     assert result["exit_reason"] == "max_decisions", result
     content = json.loads((tmp_path / "run" / "profile" / "report.json").read_text())
+    assert result["bottleneck"] == content["sentence"]
+    work = {name: share for name, share in content["processes"][kind]["phases"].items() if "wait" not in name}
+    assert max(work, key=work.__getitem__) == phase, work
     if content["process"] in ("cpu", "other_programs"):
         pytest.skip(f"the machine is too busy for this: {content['sentence']}")
     assert (content["process"], content["phase"]) == (kind, phase), content["sentence"]
-    assert result["bottleneck"] == content["sentence"]
     assert WORK[kind, phase] in result["bottleneck"]
 
 

@@ -14,15 +14,14 @@ import numpy as np
 from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.counters import ACTOR_PHASES, INFERENCE_PHASES, LEARNER_PHASES, Phase, Phases
 
-INFERENCE_STAGES = ("host_to_device", "prefix", "denoise", "device_to_host")
-LEARNER_STAGES = ("update",)
+STAGES = {"inference": ("host_to_device", "prefix", "denoise", "device_to_host"), "learner": ("update",)}
 """Stages are timed by the device's clock, phases by the host's: on CUDA the host has gone on by then."""
 TRACKS = {
     "actor": ACTOR_PHASES,
     "inference": INFERENCE_PHASES,
-    "inference_stage": INFERENCE_STAGES,
+    "inference_stage": STAGES["inference"],
     "learner": LEARNER_PHASES,
-    "learner_stage": LEARNER_STAGES,
+    "learner_stage": STAGES["learner"],
 }
 """Track -> names of its spans; actors have a track each."""
 STEPS = {"actor": "actor/decisions", "inference": "inference/batches", "learner": "learner/updates"}
@@ -37,7 +36,7 @@ def span_fields(actors: int) -> Fields:
         rings, length = (actors, ACTOR_SPANS) if track == "actor" else (1, MODEL_SPANS)
         fields[f"span/{track}"] = ((rings, length, 4), "int64")  # index of the name, start ns, end ns, step
         fields[f"span/{track}_count"] = ((rings,), "int64")
-    for kind, stages in (("inference", INFERENCE_STAGES), ("learner", LEARNER_STAGES)):
+    for kind, stages in STAGES.items():
         fields[f"stage/{kind}_s"] = ((len(stages),), "float64")
         fields[f"stage/{kind}_on_gpu"] = ((1,), "int64")
     return fields

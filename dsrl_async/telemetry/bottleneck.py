@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dsrl_async.config import Config
+from dsrl_async.preflight import cpu_threads
 from dsrl_async.telemetry.hardware import Gpu
 
 SATURATED = 0.75
@@ -42,7 +43,6 @@ WORK = {
     ("learner", "checkpoint"): "writing checkpoints",
 }
 """(kind of process, phase or stage) -> what it does."""
-CHOSEN = "a quarter of the cores"
 OWNERS = {"actor": "the actors'", "inference": "the inference process's", "learner": "the learner's"}
 
 
@@ -142,7 +142,7 @@ def diagnose(figures: Figures, config: Config) -> Diagnosis:
     if waits.get("wait_learner", 0.0) >= NOTICEABLE:
         return _of_stage("learner", figures, config)
     if (share := waits.get("wait_batch", 0.0)) >= NOTICEABLE:
-        advice = f"lower inference.batch_wait_ms (now {config.inference.batch_wait_ms:g})"
+        advice = f"lower inference.batch_wait_ms ({_batch_wait(config)})"
         wait = f"the wait for fuller batches, {share:.0%} of the inference process's time"
         sentence = f"The bottleneck is {wait}; {advice}."
         return Diagnosis("inference", "wait_batch", "inference.batch_wait_ms", sentence)
@@ -203,20 +203,25 @@ def _advice(kind: str, phase: str, figures: Figures, config: Config) -> tuple[st
         return "sac.batch_size", f"lower sac.batch_size (now {config.sac.batch_size})"
     if phase == "update":
         if spare:
-            return "learner.threads", f"raise learner.threads (now {config.learner.threads or CHOSEN})"
+            return "learner.threads", f"raise learner.threads (now {cpu_threads(config.learner.threads)})"
         return "replay_ratio", f"lower replay_ratio (now {config.replay_ratio:g})"
     if phase in ("gather", "scatter"):
-        wait = config.inference.batch_wait_ms
-        return "inference.batch_wait_ms", f"raise inference.batch_wait_ms (now {wait:g}), for fewer and larger batches"
+        advice = f"raise inference.batch_wait_ms ({_batch_wait(config)}), for fewer and larger batches"
+        return "inference.batch_wait_ms", advice
     if phase in ("host_to_device", "device_to_host"):
         return "env.image_size", "install the extra `cuda`, which page-locks the shared memory, or lower env.image_size"
     if spare:
-        return "inference.threads", f"raise inference.threads (now {config.inference.threads or CHOSEN})"
+        return "inference.threads", f"raise inference.threads (now {cpu_threads(config.inference.threads)})"
     if phase == "denoise":
         return "policy.denoise_steps", f"lower policy.denoise_steps (now {config.policy.denoise_steps})"
     if not config.policy.compile:
         return "policy.compile", "set policy.compile, which fuses its kernels"
     return "device", "give it a faster device"
+
+
+def _batch_wait(config: Config) -> str:
+    wait = config.inference.batch_wait_ms
+    return "now its default" if wait is None else f"now {wait:g}"
 
 
 def _more_actors(figures: Figures, config: Config) -> tuple[str, str]:

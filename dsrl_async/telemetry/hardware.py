@@ -83,33 +83,37 @@ def _busy_seconds() -> Iterator[float]:
 class Gpu(NamedTuple):
     name: str
     utilization: float
-    """Share of the last moments in which a kernel ran."""
+    """Share of the time in which a kernel ran: of the last moments as it is read, of a stretch in a report."""
     memory_used: int
     """Bytes, of all programs."""
     memory_total: int
 
 
 class Gpus:
-    """The machine's NVIDIA GPUs; none without their driver, or without `nvidia-ml-py` (extra `cuda`).
+    """The machine's NVIDIA GPUs; none without their driver, or without `nvidia-ml-py` (extra `cuda`). One that stops
+    answering counts as idle.
 
     (Has not run on a GPU yet.)
     """
 
     def __init__(self) -> None:
         self._library: Any = None
-        self._handles: list[Any] = []
+        self._handles: list[tuple[Any, str]] = []  # with names
         with contextlib.suppress(Exception):  # not installed, no driver, no permission: a run goes on without figures
             import pynvml
 
             pynvml.nvmlInit()
-            self._handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            self._handles = [(handle, str(pynvml.nvmlDeviceGetName(handle))) for handle in handles]
             self._library = pynvml
 
     def read(self) -> list[Gpu]:
         library, gpus = self._library, []
-        for handle in self._handles:
-            with contextlib.suppress(library.NVMLError):
+        for handle, name in self._handles:
+            try:
                 memory = library.nvmlDeviceGetMemoryInfo(handle)
                 busy = library.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-                gpus.append(Gpu(str(library.nvmlDeviceGetName(handle)), busy, int(memory.used), int(memory.total)))
+                gpus.append(Gpu(name, busy, int(memory.used), int(memory.total)))
+            except library.NVMLError:
+                gpus.append(Gpu(name, 0.0, 0, 0))
         return gpus

@@ -123,7 +123,7 @@ class RunMonitor:
         self._writer = EventFileWriter(str(run_dir / "tensorboard"), max_queue_size=1000, flush_secs=5)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._start_time = clock()
-        self._start = _totals(start)
+        self._start = totals(start)
         self._ticks = deque([(self._start_time, self._start)])
         self._episodes_seen = start["actor_episodes"].copy()
         self._metrics_update = int(start["learner_metrics_update"][0])
@@ -143,7 +143,7 @@ class RunMonitor:
         `more` are further values for TensorBoard.
         """
         now = self._clock()
-        self._ticks.append((now, _totals(snapshot)))
+        self._ticks.append((now, totals(snapshot)))
         while self._ticks[1][0] <= now - RATE_WINDOW_S and len(self._ticks) > 2:
             self._ticks.popleft()
         episodes = finished_episodes(snapshot, self._episodes_seen)
@@ -279,7 +279,7 @@ def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[Episode]:
 
 
 def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes: int) -> Activity:
-    """Rates and means between two `_totals` that lie `seconds` apart."""
+    """Rates and means between two `totals` that lie `seconds` apart."""
     change = {name: after[name] - before[name] for name in after}
 
     def ratio(numerator: Any, denominator: Any) -> float:
@@ -306,7 +306,7 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes:
     )
 
 
-def _totals(snapshot: Snapshot) -> Snapshot:
+def totals(snapshot: Snapshot) -> Snapshot:
     """Counters that `activity` compares: sums over the actors, and the other processes' own."""
     totals = {name: snapshot[name].sum(axis=0) for name in PER_ACTOR}
     return totals | {name: snapshot[name].squeeze() for name in PER_PROCESS}

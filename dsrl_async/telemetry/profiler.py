@@ -21,28 +21,31 @@ import numpy as np
 from dsrl_async.config import Config
 from dsrl_async.machine import available_cpus
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import ACTOR_PHASES, INFERENCE_PHASES, LEARNER_PHASES
-from dsrl_async.shm.spans import INFERENCE_STAGES, LEARNER_STAGES
+from dsrl_async.shm.spans import STAGES
 from dsrl_async.telemetry import report
 from dsrl_async.telemetry.bottleneck import Diagnosis, Figures, ProcessFigures, diagnose
-from dsrl_async.telemetry.hardware import CpuTime, CpuWatch, Gpus
-from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot
+from dsrl_async.telemetry.hardware import CpuTime, CpuWatch, Gpu, Gpus
+from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot, activity, totals
 from dsrl_async.telemetry.trace import LONGEST_S, chrome_trace
 
 logger = logging.getLogger(__name__)
 
 
 class Moment(NamedTuple):
-    """Everything that only grows, at one time (time.monotonic)."""
+    """Everything that only grows, at one time (time.monotonic), and what the GPUs are doing then."""
 
     time: float
-    counters: Snapshot
+    totals: Snapshot
+    """See `monitor.totals`."""
     stages: dict[str, np.ndarray]
     """inference, learner -> seconds by stage."""
     cpu: dict[str, CpuTime]
     cores: tuple[float, ...]
     cpu_time: float
     """When `cpu` and `cores` were measured."""
+    gpus: tuple[Gpu, ...]
+    gpu_busy_s: tuple[float, ...]
+    """Sum over the ticks of each GPU's utilisation times the tick's length."""
 
 
 class Profiler:
@@ -55,9 +58,9 @@ class Profiler:
         self.config, self.directory, self.requested = config, run_dir / "profile", False
         self._arena = arena
         self._start = start
-        self._cpu, self._gpus = CpuWatch(), Gpus()
+        self._cpu, self._gpus, self._cpus = CpuWatch(), Gpus(), available_cpus()
         self._progress = 0
-        self._base = self._now = self._moment(start)
+        self._base = self._now = self._moment(start, None)
         self._recent = deque([self._base])
         self._samples: deque[tuple[int, str, dict[str, float]]] = deque()
         self._memory_mb: dict[str, float] = {}
@@ -69,7 +72,7 @@ class Profiler:
     def tick(self, counters: Snapshot, pids: dict[str, int]) -> dict[str, float]:
         """Take in a snapshot of the counters and the processes (name -> pid); returns values for TensorBoard."""
         self._cpu.measure(pids)
-        self._now = self._moment(counters)
+        self._now = self._moment(counters, self._now)
         if (progress := self._progress_of(counters)) > self._progress:  # what was before would blur the picture
             self._progress, self._base = progress, self._now
         self._recent.append(self._now)
@@ -79,9 +82,16 @@ class Profiler:
         self._sample(figures)
         return report.scalars(figures)
 
-    def _moment(self, counters: Snapshot) -> Moment:
-        stages = {kind: self._arena[f"stage/{kind}_s"].copy() for kind in ("inference", "learner")}
-        return Moment(time.monotonic(), counters, stages, self._cpu.kinds, self._cpu.cores, self._cpu.measured)
+    def _moment(self, counters: Snapshot, before: Moment | None) -> Moment:
+        now, gpus, cpu = time.monotonic(), tuple(self._gpus.read()), self._cpu
+        stages = {kind: self._arena[f"stage/{kind}_s"].copy() for kind in STAGES}
+        gpu_busy_s = (0.0,) * len(gpus)
+        if before is not None:
+            lasted = now - before.time
+            gpu_busy_s = tuple(
+                busy + gpu.utilization * lasted for busy, gpu in zip(before.gpu_busy_s, gpus, strict=True)
+            )
+        return Moment(now, totals(counters), stages, cpu.kinds, cpu.cores, cpu.measured, gpus, gpu_busy_s)
 
     def _progress_of(self, counters: Snapshot) -> int:
         """0: still starting; 1: every actor has decided; 2: the learner has learned as well."""
@@ -101,52 +111,51 @@ class Profiler:
     def figures(self, since: Moment) -> Figures:
         """From `since` to the last tick."""
         now, config = self._now, self.config
-        seconds = now.time - since.time
-        change = {name: now.counters[name] - since.counters[name] for name in now.counters}
-
-        def ratio(numerator: float, denominator: float) -> float:
-            return float(numerator / denominator) if denominator > 0 else 0.0
-
-        def shares(names: tuple[str, ...], sums: np.ndarray, processes: int) -> dict[str, float]:
-            return {name: min(1.0, ratio(sums[i], seconds * processes)) for i, name in enumerate(names)}
-
+        seconds, watched = now.time - since.time, now.cpu_time - since.cpu_time
         actors = 1 if config.serial else config.actors
-        inference = shares(INFERENCE_PHASES, change["inference_phase_s"], 1)
-        learner = shares(LEARNER_PHASES, change["learner_phase_s"], 1)
-        stages = {kind: now.stages[kind] - since.stages[kind] for kind in now.stages}
-        on_gpu = {kind: bool(self._arena[f"stage/{kind}_on_gpu"][0]) for kind in stages}
-        phases = {
-            "actor": shares(ACTOR_PHASES, change["actor_phase_s"].sum(axis=0), actors),
-            "inference": with_stages(inference, shares(INFERENCE_STAGES, stages["inference"], 1), on_gpu["inference"]),
-            "learner": with_update(learner, shares(LEARNER_STAGES, stages["learner"], 1)),
+        done = activity(since.totals, now.totals, seconds, actors)
+        on_gpu = {kind: bool(self._arena[f"stage/{kind}_on_gpu"][0]) for kind in STAGES}
+        stages = {
+            kind: {
+                name: min(1.0, _ratio(now.stages[kind][index] - since.stages[kind][index], seconds))
+                for index, name in enumerate(names)
+            }
+            for kind, names in STAGES.items()
         }
-        watched = now.cpu_time - since.cpu_time
+        phases = {
+            "actor": done.phases["actor"],
+            "inference": with_stages(done.phases["inference"], stages["inference"], on_gpu["inference"]),
+            "learner": with_update(done.phases["learner"], stages["learner"]),
+        }
         processes = {}
         for kind in ("actor", "inference", "learner", "supervisor"):
             cpu = now.cpu.get(kind, CpuTime()).since(since.cpu.get(kind, CpuTime()))
             processes[kind] = ProcessFigures(
                 count=actors if kind == "actor" else 1,
                 phases=phases.get(kind, {}),
-                cores=max(0.0, ratio(cpu.running, watched)),
-                queued=min(1.0, ratio(cpu.queued, cpu.watched)),
+                cores=max(0.0, _ratio(cpu.running, watched)),
+                queued=min(1.0, _ratio(cpu.queued, cpu.watched)),
                 memory_mb=self._memory_mb.get("actor_mean" if kind == "actor" else kind, 0.0),
             )
         return Figures(
             seconds=seconds,
             warmed_up=self._progress == 2,
-            decisions=int(change["actor_decisions"].sum()),
-            env_steps=int(change["actor_env_steps"].sum()),
-            updates=int(change["learner_updates"][0]),
-            batch_size=ratio(change["inference_rows"][0], change["inference_batches"][0]),
-            batch_fill=ratio(change["inference_rows"][0], change["inference_padded_rows"][0]),
-            queue_wait_ms=1e3 * ratio(change["inference_queue_wait_s"][0], change["inference_rows"][0]),
+            decisions=int(now.totals["actor_decisions"] - since.totals["actor_decisions"]),
+            env_steps=int(now.totals["actor_env_steps"] - since.totals["actor_env_steps"]),
+            updates=int(now.totals["learner_updates"] - since.totals["learner_updates"]),
+            batch_size=done.batch_size,
+            batch_fill=done.batch_fill,
+            queue_wait_ms=done.queue_wait_ms,
             processes=processes,
             core_shares=tuple(
-                min(1.0, ratio(end - begin, watched)) for begin, end in zip(since.cores, now.cores, strict=True)
+                min(1.0, _ratio(end - begin, watched)) for begin, end in zip(since.cores, now.cores, strict=True)
             ),
-            cpus=available_cpus(),
+            cpus=self._cpus,
             on_gpu=on_gpu,
-            gpus=tuple(self._gpus.read()),
+            gpus=tuple(
+                gpu._replace(utilization=_ratio(end - begin, seconds))
+                for gpu, begin, end in zip(now.gpus, since.gpu_busy_s, now.gpu_busy_s, strict=True)
+            ),
         )
 
     def write(self, memory_mb: dict[str, float]) -> tuple[Diagnosis, tuple[bytes, int, int] | None]:
@@ -159,14 +168,14 @@ class Profiler:
         figures = self.figures(self._base)
         diagnosis = diagnose(figures, self.config)
         drawn = None
+        words = report.text(figures, diagnosis)
+        logger.info("profile:\n%s", words)
         try:
             self.directory.mkdir(exist_ok=True)
-            words = report.text(figures, diagnosis)
             (self.directory / "report.txt").write_text(words)
             (self.directory / "report.json").write_text(json.dumps(report.as_json(figures, diagnosis), indent=2) + "\n")
             trace = chrome_trace(self._arena, round(self._now.time * 1e9), self._samples)
             (self.directory / "trace.json").write_text(json.dumps(trace))
-            logger.info("profile:\n%s", words)
             drawn = report.picture(figures, diagnosis)
             (self.directory / "report.png").write_bytes(drawn[0])
         except OSError as error:
@@ -174,6 +183,10 @@ class Profiler:
         except ImportError:
             logger.info("no picture of the profile: it needs matplotlib (pip install 'dsrl_async[plot]')")
         return diagnosis, drawn
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return float(numerator / denominator) if denominator > 0 else 0.0
 
 
 def with_stages(phases: dict[str, float], stages: dict[str, float], on_gpu: bool) -> dict[str, float]:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.spans import TRACKS, Spans, TracedPhases, profiled
+from dsrl_async.shm.spans import STAGES, Spans, TracedPhases, profiled
 
 Stage = Callable[[str], AbstractContextManager[None]]
-"""`with stage("denoise"): ...` adds the time of a stage, one of `TRACKS["inference_stage"]` or `["learner_stage"]`."""
+"""`with stage("denoise"): ...` adds the time of a stage, one of `STAGES["inference"]` or `STAGES["learner"]`."""
 
 HOST_STAGES = ("prefix", "denoise")
 """What there is to time on the CPU: it has no transfers, and the learner's stage is its phase there."""
@@ -45,8 +45,7 @@ def stages_of(arena: Arena, kind: str, device: torch.device) -> Stage:
     `profile`, `no_stage`."""
     if not profiled(arena):
         return no_stage
-    track = f"{kind}_stage"
-    names, sums, spans = TRACKS[track], arena[f"stage/{kind}_s"], Spans(arena, track)
+    names, sums, spans = STAGES[kind], arena[f"stage/{kind}_s"], Spans(arena, f"{kind}_stage")
     arena[f"stage/{kind}_on_gpu"][0] = device.type == "cuda"
     if device.type == "cuda":
         return DeviceStages(names, sums, spans, lambda: torch.cuda.Event(enable_timing=True))

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.spans import TRACKS, newest_spans
 
@@ -27,15 +25,17 @@ def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, 
     `samples` are (time in ns, name, series -> value), drawn as curves. A span's `step` counts the decisions of its
     actor, the batches, or the updates.
     """
+    begin_ns = until_ns - round(LONGEST_S * 1e9)
     tracks = []  # process, thread, name of the process, of the track, of the spans, spans
     for track, names in TRACKS.items():
         for ring in range(len(arena[f"span/{track}"])):
             spans = newest_spans(arena, track, ring)
+            if len(spans) and arena[f"span/{track}_count"][ring] >= arena[f"span/{track}"].shape[1]:
+                begin_ns = max(begin_ns, int(spans[0, 1]))  # what was before has been overwritten
             kind, _, stage = track.partition("_")
             process = FIRST_ACTOR + ring if kind == "actor" else {"inference": INFERENCE, "learner": LEARNER}[kind]
             title = f"actor-{ring:03d}" if kind == "actor" else kind
             tracks.append((process, 1 + bool(stage), title, TITLES.get(track, "phases"), names, spans))
-    begin_ns = _common_begin(arena, [spans for *_, spans in tracks], until_ns)
     events: list[dict[str, Any]] = [_name("process_name", MACHINE, 0, "machine")]
     for process, thread, title, track_title, names, spans in tracks:
         if thread == 1:
@@ -65,13 +65,3 @@ def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, 
 
 def _name(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}
-
-
-def _common_begin(arena: Arena, tracks: list[np.ndarray], until_ns: int) -> int:
-    """Since when no process has overwritten a span."""
-    begins = [until_ns - round(LONGEST_S * 1e9)]
-    rings = [count for track in TRACKS for count in arena[f"span/{track}_count"].tolist()]
-    for spans, count in zip(tracks, rings, strict=True):
-        if count > len(spans) and len(spans):
-            begins.append(int(spans[0, 1]))
-    return max(begins)
