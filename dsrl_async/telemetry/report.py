@@ -14,7 +14,7 @@ from dsrl_async.telemetry.monitor import json_safe
 LEAST_SHARE = 0.005
 """Smaller shares are left out of the text."""
 WAIT_COLOUR = "#d9d9d9"
-LABELLED_SHARE = 0.06
+LABELLED_SHARE = 0.08
 """Wide enough in the picture for a name."""
 
 
