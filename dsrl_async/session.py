@@ -106,8 +106,9 @@ class Session:
 
     def finish(self, reason: str, pids: dict[str, int]) -> dict[str, Any]:
         """Last figures and the summary; the monitor is closed."""
-        # Before the last tick: the processes have ended, and how they did is no part of the profile.
-        profile = {"bottleneck": self._write_profile(self._profiler)} if self._profiler is not None else {}
+        profile = {}
+        if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it
+            profile, self._profiler = {"bottleneck": self._write_profile(self._profiler)}, None
         self.tick(pids)
         summary = self.monitor.summary()
         self.monitor.close()
