@@ -26,7 +26,7 @@ BUSY = 0.95
 MOST_ACTORS = 4096
 """Of a run (`config.Config.actors`)."""
 DECISIONS, DECISIONS_PER_ACTOR = 4000, 20
-"""Of a simulation, and half as many before it counts. Other draws change its throughput by 2 % at most."""
+"""Of a simulation, and half as many before it counts. Other draws change its throughput by up to 3 %."""
 LEVEL = 0.01
 """Relative change of the throughput, for a doubling of the actors, below which more of them change nothing."""
 
