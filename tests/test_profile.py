@@ -333,10 +333,16 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
     ),
     "few decisions": (figures(BUSY_ACTORS, decisions=3), {}, ("nothing", "", ""), "only 3 decisions"),
     "the run gets no core to start on": (
-        figures({}, decisions=0, cores={"actor": 0.0}, queued={"inference": 0.98}, cpus=2, others=1.9),
+        figures({}, decisions=0, cores={"actor": 0.0}, queued={"inference": 0.6}, cpus=2, others=1.9),
         {},
         ("other_programs", "", ""),
-        "the inference process's work waits for during 98%",
+        "the inference process's work waits for during 60%",
+    ),
+    "the run uses all cores to start": (
+        figures({}, decisions=0, cores={"actor": 1.9}, queued={"actor": 0.8}, cpus=2),
+        {},
+        ("nothing", "", ""),
+        "only 0 decisions",
     ),
     "a short time": (figures(BUSY_ACTORS, seconds=0.2), {}, ("nothing", "", ""), "in 0.2 s"),
 }

@@ -19,6 +19,8 @@ CONTENDED = 1 / 3
 """So much of its busy time spent waiting for a core makes the cores the bottleneck, and not the work."""
 CORES_FULL = 0.9
 """The cores count as used up from this share on."""
+STARVED = 0.5
+"""A process that is starting, and waits for a core for this share of its time, is kept from it by those who have them."""
 NOTICEABLE = 0.25
 """A wait is worth naming from this share on."""
 FEWEST_DECISIONS, FEWEST_SECONDS = 20, 1.0
@@ -124,7 +126,8 @@ def diagnose(figures: Figures, config: Config) -> Diagnosis:
     """What holds the run back."""
     if figures.decisions < FEWEST_DECISIONS or figures.seconds < FEWEST_SECONDS:
         starved = max(OWNERS, key=lambda kind: figures.processes[kind].queued)
-        if figures.seconds >= FEWEST_SECONDS and figures.processes[starved].queued >= SATURATED:
+        others_have_cores = figures.cores_of_others > figures.cores and figures.processes[starved].queued >= STARVED
+        if figures.seconds >= FEWEST_SECONDS and others_have_cores:  # why there is so little
             return _of_cpu(starved, figures, config)
         few = f"only {figures.decisions} decisions in {figures.seconds:.1f} s were seen"
         return Diagnosis("nothing", "", "", f"There is nothing to say about a bottleneck yet: {few}.")
