@@ -20,7 +20,7 @@ CONTENDED = 1 / 3
 CORES_FULL = 0.9
 """The cores count as used up from this share on."""
 STARVED = 0.5
-"""A process that is starting, and waits for a core for this share of its time, is kept from it by those who have them."""
+"""A process that waits for a core for this share of its time does not come up because of those who have them."""
 NOTICEABLE = 0.25
 """A wait is worth naming from this share on."""
 FEWEST_DECISIONS, FEWEST_SECONDS = 20, 1.0
