@@ -307,10 +307,16 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
         "use 1.3 of 2 cores while the run gets 0.7",
     ),
     "all cores in use and nobody always busy": (
-        figures(TURNS, cores=FULL, cpus=2),
+        figures(TURNS, cores=FULL, queued={"actor": 0.3}, cpus=2),
         {},
         ("cpu", "actor/physics", "actors"),
         "1.9 of 2 cores",
+    ),
+    "programs of a lower priority fill the cores": (
+        figures(TURNS, cores={"actor": 0.5}, queued={"actor": 0.02}, cpus=2, others=1.3),
+        {},
+        ("turns", "wait_action", "actors"),
+        "Nothing is busy all the time",
     ),
     "turns": (figures(TURNS), {"actors": 2}, ("turns", "wait_action", "actors"), "raise actors (now 2)"),
     "the actors are made to wait though the learner is not always busy": (

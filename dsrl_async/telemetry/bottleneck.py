@@ -124,14 +124,14 @@ class Diagnosis(NamedTuple):
 
 def diagnose(figures: Figures, config: Config) -> Diagnosis:
     """What holds the run back."""
+    kinds = {kind: figures.processes[kind] for kind in OWNERS}
+    starved = max(kinds, key=lambda kind: kinds[kind].queued)
     if figures.decisions < FEWEST_DECISIONS or figures.seconds < FEWEST_SECONDS:
-        starved = max(OWNERS, key=lambda kind: figures.processes[kind].queued)
-        others_have_cores = figures.cores_of_others > figures.cores and figures.processes[starved].queued >= STARVED
+        others_have_cores = figures.cores_of_others > figures.cores and kinds[starved].queued >= STARVED
         if figures.seconds >= FEWEST_SECONDS and others_have_cores:  # why there is so little
             return _of_cpu(starved, figures, config)
         few = f"only {figures.decisions} decisions in {figures.seconds:.1f} s were seen"
         return Diagnosis("nothing", "", "", f"There is nothing to say about a bottleneck yet: {few}.")
-    kinds = {kind: figures.processes[kind] for kind in OWNERS}
     busiest = max(kinds, key=lambda kind: kinds[kind].busy)
     busy, queued = kinds[busiest].busy, kinds[busiest].queued
     if config.serial:  # one process: whatever takes most of its time
@@ -139,8 +139,9 @@ def diagnose(figures: Figures, config: Config) -> Diagnosis:
         return _of_stage(busiest, figures, config)
     if busy >= SATURATED:
         return _of_cpu(busiest, figures, config) if queued >= CONTENDED * busy else _of_stage(busiest, figures, config)
-    if figures.free_cores < (1 - CORES_FULL) * figures.cpus:
-        return _of_cpu(busiest, figures, config)
+    # Cores may also be full of what gives way to the run, such as programs of a lower priority.
+    if figures.free_cores < (1 - CORES_FULL) * figures.cpus and kinds[starved].queued >= NOTICEABLE:
+        return _of_cpu(starved, figures, config)
     waits = kinds["inference"].phases
     if waits.get("wait_learner", 0.0) >= NOTICEABLE:
         return _of_stage("learner", figures, config)
