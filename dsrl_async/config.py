@@ -294,6 +294,9 @@ class Config(Section):
     """Stop after this many minutes (of this launch; a resumed run has as many again)."""
     max_decisions: int | None = Field(None, gt=0)
     """Stop after this many decisions (counted over all resumes)."""
+    profile: bool = False
+    """Find out what holds throughput back: a report and a trace in the run directory's `profile`, at the end and on
+    SIGUSR1 (docs/profiling.md)."""
     stop_at_success: float | None = Field(None, gt=0, le=1)
     """Stop when the success rate of the last 100 episodes reaches this."""
     replay_ratio: float = Field(1.0, gt=0)

@@ -32,9 +32,11 @@ from dsrl_async.sac.flat import layout_hash
 from dsrl_async.sac.networks import Actor
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import INFERENCE_PHASES, Counters, Phases
+from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.slots import Slots
+from dsrl_async.shm.spans import phases_of
 from dsrl_async.steering import Mode, SteeredPolicy
+from dsrl_async.telemetry.stages import Stage, no_stage, ranges_of, stages_of
 from dsrl_async.weights import Weights, WeightSubscriber
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,8 @@ class Policies:
     """int64 [prompts], see `language_lengths`."""
     state_prompts: Callable[[np.ndarray, Tensor], tuple[Tensor, Tensor]] | None = None
     """(task_index [B], state [B, S]) -> tokens and mask; for policies whose prompts hold the state."""
+    stage: Stage = no_stage
+    """Times what the device does, see `telemetry.stages`."""
 
     def fill_prompts(self, policy: BatchPolicy, task_index: np.ndarray, length: int) -> None:
         """Write the first `length` tokens of each row's prompt: a look-up, except where prompts hold the state."""
@@ -86,17 +90,25 @@ class Policies:
         torch.index_select(token_mask[:, :length], 0, rows, out=policy.token_mask[:count])
 
 
-def load_policies(config: Config, spec: EnvironmentSpec, device: torch.device, mode: Mode, directory: Path) -> Policies:
+def load_policies(
+    config: Config,
+    spec: EnvironmentSpec,
+    device: torch.device,
+    mode: Mode,
+    directory: Path,
+    stage: Stage = no_stage,
+) -> Policies:
     """Load the frozen policy in `directory`, ready for every batch size and prompt length that can occur.
 
-    The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`.
+    The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`; `stage`
+    times the policy.
     """
     frozen = load_policy(directory, device, resolve_dtype(config.policy.dtype, device), **config.policy.overrides())
     tokens, token_mask = (table.to(device) for table in frozen.tokenizer(spec.prompts))
     lengths = language_lengths(frozen, spec.prompts)
     actor = Actor(config.sac, frozen.config.action_horizon, device, config.seed)
     steered = {
-        (size, length): SteeredPolicy(frozen, actor, config, size, length, mode)
+        (size, length): SteeredPolicy(frozen, actor, config, size, length, mode, stage)
         for size in reversed(batch_sizes(config))  # the largest first, so that the others fit into its captured memory
         for length in sorted(set(lengths.tolist()), reverse=True)
     }
@@ -114,7 +126,7 @@ def load_policies(config: Config, spec: EnvironmentSpec, device: torch.device, m
         return frozen.tokenizer([spec.prompts[task] for task in task_index], normalised)
 
     in_prompt = state_prompts if frozen.config.state_in_prompt else None
-    return Policies(steered, actor, tokens, token_mask, lengths, in_prompt)
+    return Policies(steered, actor, tokens, token_mask, lengths, in_prompt, stage)
 
 
 def batch_sizes(config: Config) -> list[int]:
@@ -144,7 +156,7 @@ class InferenceServer:
     ) -> None:
         self.config, self.policies, self.training, self._notify = config, policies, training, notify
         self.slots, self.counters = Slots(arena), Counters(arena)
-        self.phase = Phases(INFERENCE_PHASES, self.counters.inference_phase_s)
+        self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.tokens.device))
         self.sizes = batch_sizes(config)
         self.policy_version = -1  # no weights received yet
 
@@ -209,14 +221,16 @@ class InferenceServer:
             policy = policies.batch_policies[size, length]
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
-            for name, buffer in policy.inputs.items():
-                gather(getattr(slots, name), lanes, buffer)
+            with policies.stage("host_to_device"):
+                for name, buffer in policy.inputs.items():
+                    gather(getattr(slots, name), lanes, buffer)
             policies.fill_prompts(policy, task_index, length)
             policy.warmup.fill_(warmup)
         with self.phase("compute"):
             policy.run()
-            action_chunk = policy.actions[:count].cpu().numpy()
-            noise = policy.noise[:count].cpu().numpy()
+            with policies.stage("device_to_host"):
+                action_chunk = policy.actions[:count].cpu().numpy()
+                noise = policy.noise[:count].cpu().numpy()
         with self.phase("scatter"):
             answered = slots.answer(lanes, numbers, action_chunk, noise, max(self.policy_version, 0))
             self._notify(answered)
@@ -262,7 +276,8 @@ def main(argument: str) -> None:
     device = resolve_device(config.device)
     register_memory(arena, device)
     spec = environment_spec(config.env.model_dump())
-    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]))
+    stage = stages_of(arena, "inference", device)
+    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), stage)
     serve(InferenceServer(config, arena, policies, notifier(job["wake_fds"])), job)
 
 
@@ -303,7 +318,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
         now = time.monotonic()
         deadline = deadline or now + batch_wait_s
         if len(ready) < enough and now < deadline:
-            wait(server, poller, "wait_request", deadline - now)
+            wait(server, poller, "wait_batch", deadline - now)
         elif server.serve_ready(ready):
             deadline = None
         else:

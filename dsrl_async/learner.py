@@ -27,8 +27,10 @@ from dsrl_async.sac.flat import layout_hash
 from dsrl_async.sampling import source_for
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import LEARNER_PHASES, Counters, Phases
+from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.spans import phases_of
+from dsrl_async.telemetry.stages import ranges_of, stages_of
 from dsrl_async.updates import Updates
 from dsrl_async.weights import WeightPublisher, encode
 
@@ -53,7 +55,8 @@ class Learner:
     ) -> None:
         self.config, self.run_dir, self._publish = config, run_dir, publish
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
-        self.phase = Phases(LEARNER_PHASES, self.counters.learner_phase_s)
+        self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
+        self.stage = stages_of(arena, "learner", device)
         self.agent = SacAgent(config.sac, horizon, device, config.seed)
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = 0.0
@@ -103,7 +106,7 @@ class Learner:
                 drawn = (number or self.updates.refresh()) and self.updates.draw_batch()
             if not drawn:
                 return False
-            with self.phase("update"):
+            with self.phase("update"), self.stage("update"):
                 self.updates.run()
             self.counters.learner_updates[0] += 1
         updates = int(self.counters.learner_updates[0])
@@ -179,13 +182,19 @@ def main(argument: str) -> None:
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
     publisher = WeightPublisher(job["weights_address"])
-    transition_ready = job["transition_ready_fd"]
     arena = Arena.attach(job["arena"])
     # Where NVIDIA's MPS lets the processes share a GPU, what the robots wait for goes first (docs/learner.md).
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
     device = resolve_device(config.learner.device or config.device)
     learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
-    counters = learner.counters
+    learn(learner, publisher, job["transition_ready_fd"])
+    learner.checkpoint()
+    publisher.close()
+
+
+def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -> None:
+    """Do the updates that are due, and wait for decisions, until the run stops."""
+    config, counters = learner.config, learner.counters
     while counters.control_stop[0] < 2:
         learner.beat()
         publisher.serve_late_joiners()
@@ -196,8 +205,6 @@ def main(argument: str) -> None:
         warming_up = counters.decisions() < config.replay.warmup_decisions
         with learner.phase("wait_data" if warming_up else "wait_ratio"):
             events.wait(transition_ready, timeout_s=IDLE_POLL_S)
-    learner.checkpoint()
-    publisher.close()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dsrl_async.learner import Learner
 from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.session import Session
+from dsrl_async.telemetry.stages import stages_of
 from dsrl_async.weights import decode
 from dsrl_async.worker import Actor
 
@@ -26,7 +27,8 @@ def run_serial(session: Session) -> dict[str, Any]:
     torch.set_num_threads(cpu_threads(config.learner.threads))
     device = torch.device("cpu")
     spec = environment_spec(config.env.model_dump())
-    policies = load_policies(config, spec, device, "stochastic", policy_directory(config))
+    stage = stages_of(arena, "inference", device)
+    policies = load_policies(config, spec, device, "stochastic", policy_directory(config), stage)
     server = InferenceServer(config, arena, policies, lambda lanes: None)
     layout, size = layout_hash(policies.actor), policies.actor.flat.numel()
 

@@ -18,6 +18,7 @@ from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.telemetry.console import Display
 from dsrl_async.telemetry.monitor import SUCCESS_EPISODES, RunMonitor, View
+from dsrl_async.telemetry.profiler import Profiler
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hangup"}
 
@@ -54,7 +55,9 @@ class Session:
         if (checkpoint := checkpoints.find(run_dir)) is not None:
             checkpoints.restore_shared(checkpoint, self.counters, self.ring)
         self._wall_before = float(self.counters.control_wall_s[0])
-        self.monitor = RunMonitor(config, run_dir, self.counters.snapshot(), METRIC_NAMES, self._wall_before)
+        start = self.counters.snapshot()
+        self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
+        self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
         self._begin = time.monotonic()
         self._next_tick = self._begin + config.log.interval_s
         self._view: View | None = None
@@ -65,8 +68,19 @@ class Session:
         self._next_tick = max(self._next_tick + self.config.log.interval_s, now)
         self.counters.control_wall_s[0] = self._wall_before + now - self._begin
         self.counters.learner_replay_size[0] = self.ring.size()
-        self._view = self.monitor.tick(self.counters.snapshot(), {"supervisor": os.getpid(), **pids})
+        snapshot, pids = self.counters.snapshot(), {"supervisor": os.getpid(), **pids}
+        profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
+        self._view = self.monitor.tick(snapshot, pids, profile)
         self._console.update(self._view)
+        if self._profiler is not None and self._profiler.requested:
+            self._write_profile(self._profiler)
+
+    def _write_profile(self, profiler: Profiler) -> str:
+        """Returns the sentence that names the bottleneck."""
+        diagnosis, picture = profiler.write(self._view.memory_mb if self._view is not None else {})
+        if picture is not None:
+            self.monitor.write_image("profile/report", *picture)
+        return diagnosis.sentence
 
     def tick_due(self) -> bool:
         return time.monotonic() >= self._next_tick
@@ -92,7 +106,10 @@ class Session:
 
     def finish(self, reason: str, pids: dict[str, int]) -> dict[str, Any]:
         """Last figures and the summary; the monitor is closed."""
+        profile = {}
+        if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it
+            profile, self._profiler = {"bottleneck": self._write_profile(self._profiler)}, None
         self.tick(pids)
         summary = self.monitor.summary()
         self.monitor.close()
-        return {"run_dir": str(self.run_dir), "exit_reason": reason, **summary}
+        return {"run_dir": str(self.run_dir), "exit_reason": reason, **summary, **profile}

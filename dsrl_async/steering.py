@@ -16,6 +16,7 @@ from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import Sampler
 from dsrl_async.sac.networks import Actor, act, expand_noise
+from dsrl_async.telemetry.stages import Stage, no_stage
 
 Mode = Literal["stochastic", "deterministic", "base"]
 
@@ -31,7 +32,7 @@ class SteeredPolicy:
     Output buffers: `noise` float32 [B, A] and `actions` float32 [B, H, robot_action_dim] in the robot's units.
 
     Modes: `stochastic` samples the actor's distribution, `deterministic` takes its mode, `base` ignores the actor
-    and starts every action slot from independent N(0, I), as the frozen policy was trained.
+    and starts every action slot from independent N(0, I), as the frozen policy was trained. `stage` times the halves.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class SteeredPolicy:
         batch_size: int,
         language_length: int,
         mode: Mode,
+        stage: Stage = no_stage,
     ) -> None:
         sizes, sac, steps = policy.config, config.sac, config.policy.denoise_steps
-        self.actor, self.mode, self.noise_layout = actor, mode, sac.noise_layout
+        self.actor, self.mode, self.noise_layout, self.stage = actor, mode, sac.noise_layout, stage
         self.normaliser = policy.normaliser
         self.horizon = sizes.action_horizon
         self.sampler = Sampler(policy.model, batch_size, language_length, steps, config.policy.compile)
@@ -117,5 +119,8 @@ class SteeredPolicy:
 
     def run(self) -> None:
         """Compute the output buffers from the input buffers (only enqueued, on CUDA)."""
-        for half in self.captured.replays if self.captured else (self.encode, self.denoise):
-            half()
+        encode, denoise = self.captured.replays if self.captured else (self.encode, self.denoise)
+        with self.stage("prefix"):
+            encode()
+        with self.stage("denoise"):
+            denoise()

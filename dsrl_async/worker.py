@@ -20,9 +20,10 @@ from dsrl_async.processes import prepare_child
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
-from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, Counters, Phases
+from dsrl_async.shm.counters import EPISODE_LOG, Counters
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
+from dsrl_async.shm.spans import phases_of
 
 TRAINING, EVALUATION = 0, 1  # first key of an episode's seed, so that evaluation never sees a training episode
 
@@ -60,7 +61,7 @@ class Actor:
         self.reward_rule = env_config["reward_rule"]
         self.use_step_penalty = env_config["use_step_penalty"]
         self.slots, self.ring, self.counters = Slots(arena), ReplayRing(arena), Counters(arena)
-        self.phase = Phases(ACTOR_PHASES, self.counters.actor_phase_s[lane])
+        self.phase = phases_of(arena, "actor", lane)
         self.env = environment or make_environment(env_config)
         self.noise_rng = np.random.default_rng(0)
         self.requests = 0

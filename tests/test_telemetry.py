@@ -100,7 +100,7 @@ def busy(run: FakeRun) -> None:
     c["inference_rows"] += 40
     c["inference_padded_rows"] += 50
     c["inference_queue_wait_s"] += 0.08
-    c["inference_phase_s"] += [0.1, 0, 0, 0.9, 0, 0]
+    c["inference_phase_s"] += [0.1, 0, 0, 0, 0.9, 0, 0]
     c["learner_updates"] += 20
     c["learner_replay_size"][0] = 1000
     c["learner_phase_s"] += [0, 0.25, 0, 0.75, 0, 0]

@@ -6,6 +6,7 @@ All counters only grow. Each element has one writer.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from dsrl_async.shm.arena import Arena, Fields
 
 ACTOR_PHASES = ("physics", "render", "reset", "replay_write", "wait_action")
-INFERENCE_PHASES = ("wait_request", "wait_learner", "gather", "compute", "scatter", "weights")
+INFERENCE_PHASES = ("wait_request", "wait_batch", "wait_learner", "gather", "compute", "scatter", "weights")
 LEARNER_PHASES = ("wait_data", "wait_ratio", "sample", "update", "publish", "checkpoint")
 EPISODE_LOG = 64  # finished episodes kept per actor until the supervisor has read them
 LEARNER_METRICS = 16  # room for the metrics of the last update
@@ -72,13 +73,13 @@ class Phases:
     """Adds wall time to a row of phase sums: `with phases("render"): ...` (seconds)."""
 
     def __init__(self, names: tuple[str, ...], sums: np.ndarray) -> None:
-        self._phases = {name: _Phase(sums, index) for index, name in enumerate(names)}
+        self._phases: Mapping[str, Phase] = {name: Phase(sums, index) for index, name in enumerate(names)}
 
-    def __call__(self, name: str) -> _Phase:
+    def __call__(self, name: str) -> Phase:
         return self._phases[name]
 
 
-class _Phase:
+class Phase:
     """One phase. Not a generator, as `contextmanager` makes them, because actors enter five for every decision."""
 
     __slots__ = ("_index", "_start", "_sums")

@@ -8,6 +8,7 @@ from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.counters import counter_fields
 from dsrl_async.shm.replay import replay_fields
 from dsrl_async.shm.slots import slot_fields
+from dsrl_async.shm.spans import span_fields
 
 
 def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
@@ -17,6 +18,7 @@ def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
         **slot_fields(config.actors, spec, config.env.chunk, noise_width, horizon * config.sac.noise_dim),
         **replay_fields(config.actors, config.replay.capacity // config.actors, spec.state_dim, noise_width),
         **counter_fields(config.actors),
+        **(span_fields(config.actors) if config.profile else {}),
     }
 
 

@@ -26,7 +26,7 @@ PLAIN_INTERVAL_S = 5.0  # between two plain lines, at least
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_CELLS = 16  # width of a bar of phases
 LEGEND_CELLS = 33  # width of the largest phases' names beside it
-COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red")
+COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "white")
 
 
 class Display(Protocol):

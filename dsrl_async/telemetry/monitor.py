@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,7 +123,7 @@ class RunMonitor:
         self._writer = EventFileWriter(str(run_dir / "tensorboard"), max_queue_size=1000, flush_secs=5)
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._start_time = clock()
-        self._start = _totals(start)
+        self._start = totals(start)
         self._ticks = deque([(self._start_time, self._start)])
         self._episodes_seen = start["actor_episodes"].copy()
         self._metrics_update = int(start["learner_metrics_update"][0])
@@ -137,10 +137,13 @@ class RunMonitor:
         restart = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, session_log=restart))
 
-    def tick(self, snapshot: Snapshot, pids: dict[str, int]) -> View:
-        """Take in a snapshot of the counters and the processes (name -> pid, actors named `actor-<lane>`)."""
+    def tick(self, snapshot: Snapshot, pids: dict[str, int], more: Mapping[str, float] | None = None) -> View:
+        """Take in a snapshot of the counters and the processes (name -> pid, actors named `actor-<lane>`).
+
+        `more` are further values for TensorBoard.
+        """
         now = self._clock()
-        self._ticks.append((now, _totals(snapshot)))
+        self._ticks.append((now, totals(snapshot)))
         while self._ticks[1][0] <= now - RATE_WINDOW_S and len(self._ticks) > 2:
             self._ticks.popleft()
         episodes = finished_episodes(snapshot, self._episodes_seen)
@@ -152,7 +155,7 @@ class RunMonitor:
         self._usage.measure(pids, now)
         self._view = self._make_view(snapshot, now)
         try:
-            self._write(scalars(self._view) | episode_scalars(episodes) | new_metrics)
+            self._write(scalars(self._view) | episode_scalars(episodes) | new_metrics | dict(more or {}))
         except OSError as error:  # a full disk is no reason to end the run
             if not self._write_failed:
                 logger.warning("TensorBoard data and metrics.jsonl are incomplete from here on: %s", error)
@@ -181,6 +184,13 @@ class RunMonitor:
                 "memory_mb": view.memory_mb,
             }
         )
+
+    def write_image(self, tag: str, png: bytes, width: int, height: int) -> None:
+        """Add a picture, the contents of a PNG file, to TensorBoard."""
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        with contextlib.suppress(OSError):
+            self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, summary=summary))
 
     def close(self) -> None:
         """Write out everything; may be called twice."""
@@ -269,7 +279,7 @@ def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[Episode]:
 
 
 def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes: int) -> Activity:
-    """Rates and means between two `_totals` that lie `seconds` apart."""
+    """Rates and means between two `totals` that lie `seconds` apart."""
     change = {name: after[name] - before[name] for name in after}
 
     def ratio(numerator: Any, denominator: Any) -> float:
@@ -296,7 +306,7 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes:
     )
 
 
-def _totals(snapshot: Snapshot) -> Snapshot:
+def totals(snapshot: Snapshot) -> Snapshot:
     """Counters that `activity` compares: sums over the actors, and the other processes' own."""
     totals = {name: snapshot[name].sum(axis=0) for name in PER_ACTOR}
     return totals | {name: snapshot[name].squeeze() for name in PER_PROCESS}

@@ -1,0 +1,67 @@
+"""The spans of all processes as one file in Chrome's trace-event format, which Perfetto (ui.perfetto.dev) opens.
+
+The format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+Timestamps are microseconds of CLOCK_MONOTONIC, which all processes of a machine share, and other profilers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.spans import TRACKS, newest_spans
+
+LONGEST_S = 30.0
+"""A trace goes back so far at most."""
+MACHINE, INFERENCE, LEARNER, FIRST_ACTOR = 1, 2, 3, 10
+"""Numbers of the processes in the trace: those that processes really have change when one is replaced."""
+TITLES = {"inference": "phases", "inference_stage": "stages", "learner": "phases", "learner_stage": "stages"}
+
+
+def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, dict[str, float]]]) -> dict[str, Any]:
+    """The last stretch before `until_ns` that the spans of every process cover, LONGEST_S at most, ready for JSON.
+
+    `samples` are (time in ns, name, series -> value), drawn as curves. A span's `step` counts the decisions of its
+    actor, the batches, or the updates.
+    """
+    begin_ns = until_ns - round(LONGEST_S * 1e9)
+    tracks = []  # process, thread, name of the process, of the track, of the spans, spans
+    for track, names in TRACKS.items():
+        for ring in range(len(arena[f"span/{track}"])):
+            spans = newest_spans(arena, track, ring)
+            if len(spans) and arena[f"span/{track}_count"][ring] >= arena[f"span/{track}"].shape[1]:
+                begin_ns = max(begin_ns, int(spans[0, 1]))  # what was before has been overwritten
+            kind, _, stage = track.partition("_")
+            process = FIRST_ACTOR + ring if kind == "actor" else {"inference": INFERENCE, "learner": LEARNER}[kind]
+            title = f"actor-{ring:03d}" if kind == "actor" else kind
+            tracks.append((process, 1 + bool(stage), title, TITLES.get(track, "phases"), names, spans))
+    events: list[dict[str, Any]] = [_name("process_name", MACHINE, 0, "machine")]
+    for process, thread, title, track_title, names, spans in tracks:
+        if thread == 1:
+            events.append(_name("process_name", process, thread, title))
+        events.append(_name("thread_name", process, thread, track_title))
+        inside = spans[(spans[:, 1] >= begin_ns) & (spans[:, 2] <= until_ns)]
+        events += [
+            {
+                "ph": "X",
+                "name": names[name],
+                "cat": title.partition("-")[0],
+                "pid": process,
+                "tid": thread,
+                "ts": start_ns / 1e3,
+                "dur": (end_ns - start_ns) / 1e3,
+                "args": {"step": step},
+            }
+            for name, start_ns, end_ns, step in inside.tolist()
+        ]
+    events += [
+        {"ph": "C", "name": name, "pid": MACHINE, "tid": 0, "ts": time_ns / 1e3, "args": series}
+        for time_ns, name, series in samples
+        if begin_ns <= time_ns <= until_ns
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _name(what: str, process: int, thread: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}
