@@ -11,21 +11,23 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsrl_async import checkpoints, preflight
 from dsrl_async.config import Config, PolicyConfig, load_config, save_yaml
 from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.processes import Program
 from dsrl_async.session import Session, StopRequest
-from dsrl_async.supervisor import Supervisor
+from dsrl_async.supervisor import PROGRAMS, Supervisor
 from dsrl_async.telemetry.console import make_console
 
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], programs: Mapping[str, Program] = PROGRAMS) -> int:
+    """Returns the exit code; for `programs` see `Supervisor`."""
     stop = StopRequest()
     try:
         config = load_config(argv)
@@ -37,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         preflight.check_descriptors(config)
         run_dir, lock = preflight.open_run_directory(config)
         with lock:
-            summary = run(config, run_dir, spec, policy.action_horizon, stop)
+            summary = run(config, run_dir, spec, policy.action_horizon, stop, programs)
     except ValueError as error:  # ConfigError, or a checkpoint that cannot be used
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,7 +58,14 @@ def make_paths_absolute(policy: PolicyConfig) -> None:
             setattr(policy, name, str(Path(path).absolute()))
 
 
-def run(config: Config, run_dir: Path, spec: EnvironmentSpec, horizon: int, stop: StopRequest) -> dict[str, Any]:
+def run(
+    config: Config,
+    run_dir: Path,
+    spec: EnvironmentSpec,
+    horizon: int,
+    stop: StopRequest,
+    programs: Mapping[str, Program] = PROGRAMS,
+) -> dict[str, Any]:
     """Run in an opened run directory; returns the summary, which is also written there.
 
     Raises:
@@ -75,7 +84,7 @@ def run(config: Config, run_dir: Path, spec: EnvironmentSpec, horizon: int, stop
 
             summary = run_serial(session)
         else:
-            summary = Supervisor(session).run()
+            summary = Supervisor(session, programs).run()
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
         if checkpoints.find(run_dir) is not None:
             logger.info("to go on: python -m dsrl_async.launch --resume %s", run_dir)

@@ -6,16 +6,21 @@ action chunk, then the learner does the updates that the replay ratio asks for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from dsrl_async.config import Config
 from dsrl_async.envs import environment_spec
-from dsrl_async.inference import InferenceServer, load_policies
+from dsrl_async.inference import InferenceServer, Policies, load_policies
 from dsrl_async.learner import Learner
 from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.session import Session
+from dsrl_async.shm.arena import Arena
 from dsrl_async.telemetry.stages import stages_of
 from dsrl_async.weights import decode
 from dsrl_async.worker import Actor
@@ -29,13 +34,7 @@ def run_serial(session: Session) -> dict[str, Any]:
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
     policies = load_policies(config, spec, device, "stochastic", policy_directory(config), stage)
-    server = InferenceServer(config, arena, policies, lambda lanes: None)
-    layout, size = layout_hash(policies.actor), policies.actor.flat.numel()
-
-    def publish(frame: bytes) -> None:
-        server.load_weights(decode(frame, layout, size))
-
-    learner = Learner(config, arena, session.horizon, device, session.run_dir, publish)
+    server, learner = join(config, arena, policies, session.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
     actors = [Actor(lane, 1, config.seed, env_config, arena) for lane in range(config.actors)]
     for actor in actors:
@@ -55,3 +54,22 @@ def run_serial(session: Session) -> dict[str, Any]:
     for actor in actors:
         actor.env.close()
     return session.finish(reason, {})
+
+
+def join(
+    config: Config,
+    arena: Arena,
+    policies: Policies,
+    horizon: int,
+    learner_device: torch.device,
+    run_dir: Path,
+    notify: Callable[[np.ndarray], None],
+) -> tuple[InferenceServer, Learner]:
+    """Both in this process: what the learner publishes the server takes in at once."""
+    server = InferenceServer(config, arena, policies, notify)
+    layout, size = layout_hash(policies.actor), policies.actor.flat.numel()
+
+    def publish(frame: bytes) -> None:
+        server.load_weights(decode(frame, layout, size))
+
+    return server, Learner(config, arena, horizon, learner_device, run_dir, publish)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
-from dsrl_async.bench import denoise, env, learner, pipeline, scale, transport
+from dsrl_async.bench import denoise, end_to_end, env, learner, pipeline, scale, transport
 
 BENCHMARKS = {
     "denoise": denoise,
+    "end_to_end": end_to_end,
     "env": env,
     "learner": learner,
     "pipeline": pipeline,
@@ -36,6 +38,9 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

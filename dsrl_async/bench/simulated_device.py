@@ -11,18 +11,17 @@ import sys
 import time
 from array import array
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from dsrl_async.bench.barrier import serve_in_lock_step
 from dsrl_async.bench.simulated_environment import HORIZON, SPEC, sharpen_timers
 from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.envs import SAC_IMAGE_SIZE
 from dsrl_async.inference import InferenceServer, Policies, batch_sizes, notifier, serve
 from dsrl_async.processes import prepare_child
 from dsrl_async.sac.networks import Actor
-from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.slots import Slots
 
@@ -73,21 +72,6 @@ class Recorder:
         np.save(path, np.array(self._records).reshape(-1, 3))
 
 
-def serve_in_lock_step(server: InferenceServer, job: dict[str, Any], lanes: np.ndarray) -> None:
-    """Answer all `lanes` when all are ready, then wake them together, until the run stops."""
-    counters, notify = server.counters, notifier(job["wake_fds"])
-    while counters.control_stop[0] < 2:
-        counters.inference_heartbeat_ns[0] = time.monotonic_ns()
-        ready = server.slots.ready()
-        if len(ready) < len(lanes):
-            with server.phase("wait_request"):
-                events.wait(job["observation_ready_fd"], timeout_s=1.0)
-            continue
-        while len(ready):
-            ready = ready[server.serve_ready(ready) :]
-        notify(lanes)
-
-
 def main(argument: str) -> None:
     """`argument` is the job of `inference.main`, with these beside it:
 
@@ -122,7 +106,7 @@ def main(argument: str) -> None:
     server = InferenceServer(config, arena, policies, notify)
     server.policy_version = 0
     if job["lock_step"]:
-        serve_in_lock_step(server, job, np.arange(config.actors))
+        serve_in_lock_step(server, job)
     else:
         serve(server, job)
     if recorder is not None:
