@@ -365,6 +365,10 @@ def type_name(annotation: Any) -> str:
     return str(annotation.__name__)
 
 
+ALIASES = {"learner.device": "--learner-device"}
+"""Setting -> a second name of its option."""
+
+
 class Parser(argparse.ArgumentParser):
     """What argparse would print before it ends the process is raised as a ConfigError."""
 
@@ -398,6 +402,7 @@ def add_setting_options(parser: argparse._ActionsContainer, fields: Iterable[tup
     for key, field in fields:
         flag = key.replace("_", "-")
         names = [f"--{flag}"] if flag == key else [f"--{flag}", f"--{key}"]
+        names += [ALIASES[key]] if key in ALIASES else []
         default = "null" if field.default is None else str(field.default).replace("%", "%%")
         parser.add_argument(
             *names,

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 from dsrl_async.shm.arena import Arena
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""A thread that waits for others of its team sleeps. By default it spins, on a core that the one it waits for may need:
+other processes want the cores, too (docs/tuning.md has figures)."""
 PR_SET_PDEATHSIG = 1
 REAP_S = 5.0  # a killed process that is still there after this is stuck in the kernel, and left to it
 
@@ -36,9 +39,10 @@ WORKER = Program("dsrl_async.worker")
 def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
     """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches the supervisor only.
 
-    `threads` limits the process's numeric libraries; its output is appended to `log`.
+    `threads` limits the process's numeric libraries, whose `WAIT_POLICY` the user's environment can override; its
+    output is appended to `log`.
     """
-    environment = os.environ | {name: str(threads) for name in THREAD_VARIABLES}
+    environment = WAIT_POLICY | os.environ | {name: str(threads) for name in THREAD_VARIABLES}
     argument = json.dumps({**job, "parent": os.getpid(), "threads": threads})
     with log.open("ab") as output:
         return subprocess.Popen(

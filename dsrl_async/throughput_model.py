@@ -2,7 +2,7 @@
 
 `simulate` lets a batch form whenever the device is free, as the inference process does; `simulate_lock_step` has one
 barrier per decision, as vectorised environments have. Both are pure functions of the times that they are given, so a
-real run with the same times can be compared with them. Nothing but the environments and the device takes time here.
+real run with the same times can be compared with them. Environments and device take time, and the host where asked for.
 """
 
 from __future__ import annotations
@@ -62,6 +62,19 @@ class Throughput(NamedTuple):
     """From an observation to its answer."""
 
 
+class Host(NamedTuple):
+    """What the host does for a batch: seconds for so many observations, in which the device waits."""
+
+    gather_s: Callable[[int], float]
+    """Copying the observations to the device."""
+    launch_s: Callable[[int], float]
+    """Choosing and starting the batch."""
+    scatter_s: Callable[[int], float]
+    """Giving the answers to the environments."""
+    overlap: bool = False
+    """While the device computes, gather who waits; when it is done, launch the next batch before the answers go out."""
+
+
 class _Tally:
     """Sums over the decisions after the first `skip`."""
 
@@ -104,7 +117,7 @@ def simulate(
     decisions: int,
     skip: int = 0,
     batch_wait_s: float = 0.0,
-    overhead_s: float = 0.0,
+    host: Host | None = None,
     choose: Callable[[int, Sequence[int]], tuple[int, int]] = choose_batch,
 ) -> Throughput:
     """Batching by readiness: whenever the device is free it serves who waits, longest waiting first.
@@ -118,7 +131,7 @@ def simulate(
         decisions: to count.
         skip: decisions before those, which are not counted.
         batch_wait_s: how long to wait for more when fewer than the largest batch, or all environments, are ready.
-        overhead_s: of the host, for each batch, while the device waits.
+        host: what it takes for each batch; None: no time.
         choose: (ready, sizes) -> (observations, batch size).
     """
     upcoming = [(next(times), lane) for lane, times in enumerate(environments)]
@@ -140,12 +153,18 @@ def simulate(
             begin_s = deadline_s
         count, size = choose(len(waiting), sizes)
         served, waiting = waiting[:count], waiting[count:]
-        begin_s += overhead_s
         service = service_s(size)
-        free_s = begin_s + service
-        tally.add(begin_s, free_s, service, size, [request for request, _ in served])
+        if host is None:
+            answered_s = free_s = begin_s + service
+        else:
+            gathered = host.overlap and served[0][0] <= free_s
+            begin_s += host.launch_s(count) + (0.0 if gathered else host.gather_s(count))
+            free_s = begin_s + service
+            answered_s = free_s + host.scatter_s(count) + (host.launch_s(count) if host.overlap else 0.0)
+            free_s = free_s if host.overlap else answered_s
+        tally.add(begin_s, answered_s, service, size, [request for request, _ in served])
         for _, lane in served:
-            heapq.heappush(upcoming, (free_s + next(environments[lane]), lane))
+            heapq.heappush(upcoming, (answered_s + next(environments[lane]), lane))
     return tally.throughput(free_s)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsrl_async.config import leaf_fields, type_name
+from dsrl_async.config import ALIASES, leaf_fields, type_name
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -14,6 +14,7 @@ def table() -> str:
         "# Configuration",
         "",
         "Every key can stand in a YAML file (`--config`) and on the command line (`--sac.gamma 0.99`).",
+        *(f"`{alias}` is the same as `--{key}`." for key, alias in ALIASES.items()),
         "Made by `python scripts/write_configuration_table.py`.",
         "",
         "| key | type | default | meaning |",

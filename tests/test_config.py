@@ -55,6 +55,13 @@ def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
     assert config.sac.num_q_heads == Config().sac.num_q_heads
 
 
+def test_learner_device_has_a_second_name() -> None:
+    assert load_config(["--learner-device", "cuda:1"]).learner.device == "cuda:1"
+    assert load_config(["--learner.device", "cpu"]).learner.device == "cpu"
+    with pytest.raises(ConfigError, match=r"learner\.device"):
+        load_config(["--learner-device", "gpu"])
+
+
 def test_every_key_can_be_given_on_the_command_line() -> None:
     for key, _ in leaf_fields():
         value = get_key(Config(), key)

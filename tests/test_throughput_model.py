@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsrl_async.batching import FEWEST_USED_ROWS, choose_batch
-from dsrl_async.throughput_model import EnvironmentTimes, simulate, simulate_lock_step
+from dsrl_async.throughput_model import EnvironmentTimes, Host, simulate, simulate_lock_step
 
 
 def every(seconds: float, first: float | None = None) -> Iterator[float]:
@@ -58,10 +58,30 @@ def test_padding_is_paid_for() -> None:
     assert result.device_busy == pytest.approx(4 / 5)
 
 
-def test_overhead_keeps_the_device_idle() -> None:
-    result = simulate([every(0.0)], lambda size: 3.0, [1], decisions=100, skip=1, overhead_s=1.0)
-    assert result.device_busy == pytest.approx(3 / 4)
-    assert result.decisions_per_s == pytest.approx(1 / 4)
+@pytest.mark.parametrize(
+    ("overlap", "latency_s"), [(False, 0.25 + 0.5 + 4.0 + 1.0), (True, 0.25 + 0.5 + 4.0 + 0.25 + 1.0)]
+)
+def test_the_host_keeps_the_device_idle(overlap: bool, latency_s: float) -> None:
+    """Two that are always ready together: 0.25 to launch, 0.5 to gather, 4 of the device, 1 to scatter.
+
+    With overlap answers wait for a launch, here in vain: there is nobody to be served meanwhile.
+    """
+    host = Host(lambda count: count / 4, lambda count: 0.25, lambda count: count / 2, overlap)
+    result = simulate([every(0.0), every(0.0)], lambda size: 4.0, [2], 100, skip=2, host=host)
+    assert result.latency_s == pytest.approx(latency_s)
+    assert result.decisions_per_s == pytest.approx(2 / latency_s, rel=0.01)
+
+
+def test_overlap_leaves_a_busy_device_the_launch() -> None:
+    """Many that are always ready: 0.25 to launch and 4 of the device, and nothing else, from one batch to the next."""
+    host = Host(lambda count: 0.5, lambda count: 0.25, lambda count: 1.0, overlap=True)
+    environments = [every(0.0, first) for first in (0.0, 0.0, 0.0, 0.0)]
+    result = simulate(environments, lambda size: 4.0, [2], 100, skip=20, host=host)
+    assert result.device_busy == pytest.approx(4 / 4.25, rel=0.01)
+    serial = simulate(
+        [every(0.0) for _ in range(4)], lambda size: 4.0, [2], 100, skip=20, host=host._replace(overlap=False)
+    )
+    assert serial.device_busy == pytest.approx(4 / 5.75, rel=0.01)
 
 
 def test_a_saturated_device_serves_full_batches() -> None:
