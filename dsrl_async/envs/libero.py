@@ -24,7 +24,7 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -230,18 +230,16 @@ class LiberoEnvironment:
         """Compiles a task's scene and readies the graphics."""
         self.close()
         try:
-            wrapper = self._domains.OffScreenRenderEnv(
-                bddl_file_name=str(libero_files.bddl_file(self.suite, task)), use_camera_obs=False, hard_reset=False
-            )
+            with self._noting_compiled():
+                wrapper = self._domains.OffScreenRenderEnv(
+                    bddl_file_name=str(libero_files.bddl_file(self.suite, task)), use_camera_obs=False, hard_reset=False
+                )
         except Exception as error:
             raise ValueError(
                 f"task {task} of {self.suite} cannot be set up: {type(error).__name__}: {error}"
             ) from error
         self.domain, self._task = wrapper.env, task
         self._property_samplers = list(self.domain.object_property_initializers)
-        compiled = mujoco.MjModel.from_xml_string(self.domain.model.get_xml())  # without what the constructor changed
-        self._compiled = {name: getattr(compiled, name).copy() for name in CHANGED_BY_EPISODES}
-        del compiled
         model, context = self._model, self._context
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         try:
@@ -266,6 +264,26 @@ class LiberoEnvironment:
         light_graphics.release_pages(model.tex_data)
         mujoco.mj_clearCache(mujoco.mj_getCache())
         ctypes.CDLL(None).malloc_trim(0)
+
+    @contextlib.contextmanager
+    def _noting_compiled(self) -> Iterator[None]:
+        """Inside of it, what episodes change is noted of a scene as it was compiled: the constructor changes it too,
+        and compiling it a second time takes a tenth of an actor's start."""
+        from robosuite.utils.binding_utils import MjSim
+
+        stock = vars(MjSim)["from_xml_string"]
+
+        def compile_scene(xml: str) -> Any:
+            simulation = stock.__get__(None, MjSim)(xml)
+            model = simulation.model._model
+            self._compiled = {name: getattr(model, name).copy() for name in CHANGED_BY_EPISODES}
+            return simulation
+
+        MjSim.from_xml_string = compile_scene
+        try:
+            yield
+        finally:
+            MjSim.from_xml_string = stock
 
     @property
     def _model(self) -> Any:
