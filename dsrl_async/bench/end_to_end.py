@@ -52,10 +52,11 @@ from dsrl_async.telemetry.monitor import SUCCESS_EPISODES
 
 ASYNCHRONOUS, SERIAL, LOCK_STEP = "asynchronous", "serial", "lock step"
 PROGRAMS = {
-    ASYNCHRONOUS: ["dsrl_async.launch"],
-    SERIAL: ["dsrl_async.launch", "--serial"],
-    LOCK_STEP: ["dsrl_async.bench.lock_step"],
+    ASYNCHRONOUS: ["dsrl_async.launch", "--serial", "false"],
+    SERIAL: ["dsrl_async.launch", "--serial", "true"],
+    LOCK_STEP: ["dsrl_async.bench.lock_step", "--serial", "false"],
 }
+"""Module and options, whatever the configuration says."""
 UNITS = {
     "env_steps_per_s": "env steps/s",
     "decisions_per_s": "decisions/s",
@@ -187,6 +188,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
     config = load_config(options)
     check_policy(config)
+    if arguments.keep is not None and arguments.keep.exists() and any(arguments.keep.iterdir()):
+        raise ValueError(f"--keep {arguments.keep}: it is not empty; choose another directory")
     report = Report("end_to_end", arguments.repeats, arguments.out)
     report.case(f"{name_of(config)} until {arguments.success:.0%}")
     samples: dict[str, list[Figures]] = {system: [] for system in arguments.system}
