@@ -234,9 +234,11 @@ def test_the_configuration_does_not_choose_the_system(tmp_path: Path) -> None:
 
 def test_runs_of_before_are_not_measured_again(tmp_path: Path) -> None:
     (tmp_path / "serial-0").mkdir()
-    result = bench("--keep", str(tmp_path))
-    assert result.returncode == 2
-    assert result.stderr == f"error: --keep {tmp_path}: it is not empty; choose another directory\n"
+    (tmp_path / "file").touch()
+    for keep in (tmp_path, tmp_path / "file"):
+        result = bench("--keep", str(keep))
+        assert result.returncode == 2
+        assert result.stderr == f"error: --keep {keep}: it is there, and is no empty directory; choose another one\n"
 
 
 def test_a_run_that_fails_is_reported(tmp_path: Path) -> None:

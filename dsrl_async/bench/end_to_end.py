@@ -188,14 +188,15 @@ def run(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
     config = load_config(options)
     check_policy(config)
-    if arguments.keep is not None and arguments.keep.exists() and any(arguments.keep.iterdir()):
-        raise ValueError(f"--keep {arguments.keep}: it is not empty; choose another directory")
+    keep: Path | None = arguments.keep
+    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+        raise ValueError(f"--keep {keep}: it is there, and is no empty directory; choose another one")
     report = Report("end_to_end", arguments.repeats, arguments.out)
     report.case(f"{name_of(config)} until {arguments.success:.0%}")
     samples: dict[str, list[Figures]] = {system: [] for system in arguments.system}
     stop = StopRequest()
     with ExitStack() as cleaning:
-        directory = arguments.keep or Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="dsrl_async-")))
+        directory = keep or Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="dsrl_async-")))
         for seed in range(arguments.repeats):
             for system in samples:
                 note(f"{system}, repeat {seed + 1} of {arguments.repeats}")
