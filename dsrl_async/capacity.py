@@ -147,7 +147,7 @@ def judge(figures: Figures, points: Sequence[Prediction]) -> Verdict:
     bound = points[-1].bound
     if bound == "environments":
         # before the most actors, the curve has ended because the device gives no more, though it waits at times
-        most = "memory" if figures.most_actors < MOST_ACTORS else "actors"
+        most: Bound = "memory" if figures.most_actors < MOST_ACTORS else "actors"
         bound = most if points[-1].actors == figures.most_actors else "device"
     return Verdict(fewest, bound)
 

@@ -60,8 +60,8 @@ def _lines(figures: Figures) -> Iterator[str]:
         )
     yield f"  {'other programs':<14}{figures.cores_of_others:>12.2f}"
     cores = " ".join(f"{share:.0%}" for share in figures.core_shares)
-    words = f"{cores} busy; {figures.cpus} of them may be kept busy"
-    yield from textwrap.wrap(words, 118, initial_indent=f"  {'each core':<14}  ", subsequent_indent=" " * 18)
+    busy = f"{cores} busy; {figures.cpus} of them may be kept busy"
+    yield from textwrap.wrap(busy, 118, initial_indent=f"  {'each core':<14}  ", subsequent_indent=" " * 18)
     for index, gpu in enumerate(figures.gpus):
         used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
         yield f"GPU {index}, {gpu.name}: {gpu.utilization:.0%} busy, {used:.1f} of {total:.1f} GB used"
