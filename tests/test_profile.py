@@ -740,10 +740,10 @@ class InstantEnvironment:
 
 
 DELAYS: dict[str, tuple[str, Any, str, float]] = {
-    "physics": ("actor", InstantEnvironment, "step_chunk", 0.1),
-    "render": ("actor", InstantEnvironment, "observe", 0.1),
-    "reset": ("actor", InstantEnvironment, "reset", 0.5),
-    "replay_write": ("actor", ReplayRing, "append", 0.1),
+    "physics": ("actor", InstantEnvironment, "step_chunk", 0.2),
+    "render": ("actor", InstantEnvironment, "observe", 0.2),
+    "reset": ("actor", InstantEnvironment, "reset", 1.0),
+    "replay_write": ("actor", ReplayRing, "append", 0.2),
     "gather": ("inference", inference, "gather", 0.03),
     "prefix": ("inference", SteeredPolicy, "encode", 0.1),
     "denoise": ("inference", SteeredPolicy, "denoise", 0.1),
