@@ -18,13 +18,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dsrl_async.batching import choose_batch
+from dsrl_async.config import MOST_ACTORS
 from dsrl_async.throughput_model import EnvironmentTimes, simulate
 
-Bound = Literal["environments", "device", "cores", "learner", "memory", "machines", "network"]
+Bound = Literal["environments", "device", "cores", "learner", "memory", "actors", "machines", "network"]
 BUSY = 0.95
 """A device, and a throughput of what is possible, that are this near to all count as all."""
-MOST_ACTORS = 4096
-"""Of a run (`config.Config.actors`)."""
 DECISIONS, DECISIONS_PER_ACTOR = 4000, 20
 """Of a simulation, and half as many before it counts. Other draws change its throughput by up to 3 %."""
 LEVEL = 0.01
@@ -56,7 +55,7 @@ class Figures:
     replay_ratio: float = 1.0
     """Updates per decision. The actors wait for the learner."""
     most_actors: int = MOST_ACTORS
-    """That the memory holds."""
+    """That the memory holds; no more than a run may have."""
 
     def service_s(self, size: int) -> float:
         """Seconds of a batch: on a line between the known sizes, and in proportion beyond the largest."""
@@ -135,7 +134,7 @@ class Verdict(NamedTuple):
     enough: Prediction
     """With the fewest actors that reach 95 % of the most that there is."""
     bound: Bound
-    """What more actors would run into; memory, if it ends before anything else does."""
+    """What more actors would run into; memory, or the most actors that a run may have, if those come first."""
 
 
 def judge(figures: Figures, points: Sequence[Prediction]) -> Verdict:
@@ -147,8 +146,9 @@ def judge(figures: Figures, points: Sequence[Prediction]) -> Verdict:
     fewest = predict(figures, between[actors]) if actors < len(between) else points[index]
     bound = points[-1].bound
     if bound == "environments":
-        # where the memory is not full, the curve has ended because the device gives no more, though it waits at times
-        bound = "memory" if points[-1].actors == figures.most_actors else "device"
+        # before the most actors, the curve has ended because the device gives no more, though it waits at times
+        most: Bound = "memory" if figures.most_actors < MOST_ACTORS else "actors"
+        bound = most if points[-1].actors == figures.most_actors else "device"
     return Verdict(fewest, bound)
 
 

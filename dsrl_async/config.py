@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """A setting is wrong; the message is one sentence that says which and how to mend it."""
 
 
+MOST_ACTORS = 4096
+"""Of a run."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
@@ -280,7 +284,7 @@ class LogConfig(Section):
 class Config(Section):
     """A run."""
 
-    actors: int = Field(16, gt=0, le=4096)
+    actors: int = Field(16, gt=0, le=MOST_ACTORS)
     """Environment processes."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""

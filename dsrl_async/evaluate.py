@@ -81,7 +81,7 @@ class Plan(NamedTuple):
     """An evaluation, resolved: what a command line asks for."""
 
     config: Config
-    """With evaluation's own number of actors and seed."""
+    """With evaluation's own number of actors and seed, and without a profile."""
     checkpoint: Path | None
     """Of a run, with the agent that steers; None for a policy without one."""
     mode: Mode
@@ -162,7 +162,8 @@ def resolve(options: argparse.Namespace) -> Plan:
         processes = min(MAX_PROCESSES, available_cpus())
     actors = min(options.processes or processes, len(episodes))
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the actors write it, nobody reads it
-    config = config.model_copy(update={"actors": actors, "seed": options.seed, "replay": replay})
+    own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
+    config = config.model_copy(update=own)
     preflight.check_device("device", config.device)
     _, spec = preflight.check_policy(config)
     mode: Mode = options.noise or config.sac.evaluation_noise

@@ -24,7 +24,6 @@ from rich.table import Table
 from dsrl_async import preflight
 from dsrl_async.capacity import (
     BUSY,
-    MOST_ACTORS,
     Bound,
     Figures,
     Machines,
@@ -35,7 +34,7 @@ from dsrl_async.capacity import (
     judge,
     machines,
 )
-from dsrl_async.config import Config, ConfigError, Parser, load_config
+from dsrl_async.config import MOST_ACTORS, Config, ConfigError, Parser, load_config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import Pi0Config
@@ -68,6 +67,7 @@ MORE: dict[Bound, str] = {
     "device": "a faster device, fewer policy.denoise_steps or policy.compile would give more; more actors would not",
     "cores": "more cores would give more; more actors would not",
     "learner": "a lower replay_ratio or a quicker update would give more; more actors would not",
+    "actors": "more machines would give more",
     "memory": "more memory or a smaller replay.capacity would allow more actors, and they would give more",
 }
 
@@ -255,6 +255,7 @@ def sentence(figures: Figures, verdict: Verdict) -> str:
     what = {
         "cores": f"The {figures.cores:g} CPU cores are the bound",
         "learner": f"The learner is the bound, at a replay ratio of {figures.replay_ratio:g}",
+        "actors": f"The {MOST_ACTORS} actors that a run may have are the bound",
         "memory": f"Memory is the bound: it holds {figures.most_actors} actors",
     }[bound]
     busy = f"The device computes the policy for {at.device_busy:.0%} of the time."
@@ -368,10 +369,7 @@ def main(argv: Sequence[str]) -> int:
         )
         if own.plot:
             plot(own.plot, points, verdict)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ConfigError, what a policy's files say, or a picture that cannot be written
+    except (OSError, ValueError) as error:  # ConfigError, a policy's files, or a picture that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -12,15 +12,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dsrl_async.bench.learner import fill_ring
-from dsrl_async.config import Config, ConfigError
+from dsrl_async.config import Config, ConfigError, SacConfig
 from dsrl_async.device import resolve_device
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.inference import InferenceServer, load_policies
 from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sampling import source_for
+from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
+from dsrl_async.shm.replay import ReplayRing, replay_fields
 from dsrl_async.throughput_model import EnvironmentTimes
 from dsrl_async.updates import Updates
 from dsrl_async.worker import Actor
@@ -169,7 +170,8 @@ def measure_device(
             number += 1
             for lane in lanes.tolist():
                 slots.request(lane, 1, number)
-            assert server.serve_ready(lanes) == len(lanes)
+            served = server.serve_ready(lanes)
+            assert served == len(lanes)
 
         samples = repeat(batch, seconds / len(server.sizes))
         times[size] = statistics.median(took.seconds for took in samples)
@@ -197,3 +199,15 @@ def updating(config: Config, horizon: int) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return update
+
+
+def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
+    """A full lane of random observations, in episodes of ten decisions."""
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim)))
+    rng = np.random.default_rng(0)
+    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
+    for name in ("state", "noise"):
+        ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
+    ring.rows["complete"][:] = np.arange(rows) % 11 != 10
+    ring.head[:] = rows
+    return ring

@@ -72,7 +72,10 @@ def measure_run(profile: bool, decisions: int, options: Sequence[str], directory
         "--run-dir",
         str(directory),
     ]
-    subprocess.run([*command, *options, *(["--profile"] if profile else [])], check=True, capture_output=True)
+    command += [*options, *(["--profile"] if profile else [])]
+    run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if run.returncode != 0:
+        raise SystemExit(f"error: a run failed: {(run.stderr.splitlines() or ['it left no message'])[-1]}")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["updates"]][:-1]  # the last one is of when it was stopped
     if len(lines) < 2:

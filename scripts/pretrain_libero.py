@@ -325,7 +325,9 @@ def main() -> None:
 
 
 def pretrain(args: argparse.Namespace, console: Console) -> None:
-    """Raises ValueError if the demonstrations or what is to be resumed cannot be used."""
+    """Raises ValueError if the options, the demonstrations or what is to be resumed cannot be used."""
+    if args.stop_after is not None and args.stop_after < 1:
+        raise ValueError(f"--stop-after must be at least 1, not {args.stop_after}")
     torch.set_num_threads(args.threads)
     config = libero_small_config()
     frames = read_frames(args.data, config.image_size, args.held_out, console)
@@ -360,6 +362,11 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
         expert = Expert(model, data, stage, held_out)
         if state is not None and name == "expert":
             load_training_state(expert, state)
+        if args.stop_after is not None and args.stop_after < expert.optimiser.step:
+            raise ValueError(
+                f"the interrupted training has done {expert.optimiser.step} updates of the second stage, more than "
+                f"--stop-after {args.stop_after}; give a larger number, or leave it out"
+            )
         losses["expert"] = expert.train(progress, checkpoints.after_update, args.stop_after)
     assert all(bool(tensor.isfinite().all()) for tensor in export_tensors(model).values())
     if expert.optimiser.step == args.expert_steps:

@@ -18,6 +18,10 @@ train() { # RUN DECISIONS [OPTIONS...]
     [ "$(decisions "$run")" -lt "$until" ] || return 0
     [ -d "$run" ] || arguments=("${config[@]}" --env.task-ids "[$task]" --seed "${run##*-}" --run-dir "$run")
     "$python" -m dsrl_async.launch "${arguments[@]}" --max-decisions "$until" "${@:3}" --log.console plain | tail -n 1
+    [ "$(decisions "$run")" -ge "$until" ] || { # Ctrl-C ends a run, and the run ends well
+        echo "error: $run has ended before $until decisions; the same command again goes on" >&2
+        exit 1
+    }
 }
 evaluate() {
     local name=$1

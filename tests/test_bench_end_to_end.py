@@ -20,7 +20,7 @@ import torch
 from dsrl_async.bench import end_to_end
 from dsrl_async.bench.barrier import serve_in_lock_step
 from dsrl_async.bench.lock_step_process import learn_what_is_due
-from dsrl_async.config import Config
+from dsrl_async.config import Config, load_config
 from dsrl_async.device import resolve_device
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.inference import load_policies
@@ -221,6 +221,24 @@ def test_what_no_run_could_be_made_with_is_said_before_anything_starts(tmp_path:
     assert result.returncode == 2
     assert result.stderr.startswith("error: actors: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_configuration_does_not_choose_the_system(tmp_path: Path) -> None:
+    (tmp_path / "serial.yaml").write_text("serial: true")
+    chosen = {
+        system: load_config([*own_options, "--config", str(tmp_path / "serial.yaml")]).serial
+        for system, (_, *own_options) in end_to_end.PROGRAMS.items()
+    }
+    assert chosen == {"asynchronous": False, "serial": True, "lock step": False}
+
+
+def test_runs_of_before_are_not_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "serial-0").mkdir()
+    (tmp_path / "file").touch()
+    for keep in (tmp_path, tmp_path / "file"):
+        result = bench("--keep", str(keep))
+        assert result.returncode == 2
+        assert result.stderr == f"error: --keep {keep}: it is there, and is no empty directory; choose another one\n"
 
 
 def test_a_run_that_fails_is_reported(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ needs_libero = pytest.mark.skipif(
 # Which episodes
 
 
+def test_a_profiled_run_is_evaluated_without_a_profile(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("profile: true")
+    plan = resolve(build_parser().parse_args(["--config", str(tmp_path / "run.yaml")]))
+    assert not plan.config.profile
+
+
 def test_a_suite_is_every_initial_state_of_every_task_once() -> None:
     planned = plan_episodes([50] * 10, range(10), None, None)
     assert planned == [Episode(50 * task + state, task, state) for task in range(10) for state in range(50)]

@@ -235,6 +235,11 @@ def test_a_training_that_was_stopped_early_leaves_its_policy_and_can_go_on(
     assert (said["stage"], said["step"]) == ("expert", 2)
     whole, early = (load_policy(tmp_path / name).model.state_dict() for name in ("whole", "early"))
     assert any(not torch.equal(tensor, early[name]) for name, tensor in whole.items())
+    for stop_after, message in (("1", "has done 2 updates of the second stage"), ("0", "must be at least 1")):
+        with pytest.raises(SystemExit, match=message):
+            run_libero(
+                *(libero, monkeypatch, tmp_path / "data", tmp_path / "early", "--resume", "--stop-after", stop_after)
+            )
     run_libero(libero, monkeypatch, tmp_path / "data", tmp_path / "early", "--resume")
     early = load_policy(tmp_path / "early").model.state_dict()
     assert all(torch.equal(tensor, early[name]) for name, tensor in whole.items())

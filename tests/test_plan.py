@@ -150,6 +150,15 @@ def test_memory_ends_the_curve() -> None:
     assert (enough.actors, bound) == (7, "memory")
 
 
+def test_a_run_may_have_no_more_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 7 in the place of 4096, and memory for more."""
+    monkeypatch.setattr("dsrl_async.capacity.MOST_ACTORS", 7)
+    small = figures(most_actors=7)
+    verdict = judge(small, curve(small))
+    assert (verdict.enough.actors, verdict.bound) == (7, "actors")
+    assert "actors that a run may have are the bound: more machines" in plan.sentence(small, verdict)
+
+
 def test_one_actor_can_be_enough() -> None:
     slow = figures(update_s=10.0)
     enough, bound = judge(slow, curve(slow))

@@ -306,6 +306,20 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
         ("other_programs", "", ""),
         "use 1.3 of 2 cores while the run gets 0.7",
     ),
+    "a quota is used up on a machine where others use more": (
+        figures(
+            BUSY_ACTORS, cores={"actor": 1.8}, queued={"actor": 0.5}, cpus=2, others=20.0, core_shares=(22 / 64,) * 64
+        ),
+        {},
+        ("cpu", "actor/render", "actors"),
+        "2.0 of 2 cores",
+    ),
+    "a quota leaves cores though others use more than that": (
+        figures(BUSY_LEARNER, cores={"learner": 1.0}, cpus=4, core_shares=(20 / 64,) * 64),
+        {},
+        ("learner", "update", "learner.threads"),
+        "raise learner.threads",
+    ),
     "all cores in use and nobody always busy": (
         figures(TURNS, cores=FULL, queued={"actor": 0.3}, cpus=2),
         {},
@@ -469,6 +483,32 @@ def test_cpu_watch_counts_running_processes_only() -> None:
     assert watch.kinds["actor"] == kinds["actor"]
 
 
+def test_cpu_watch_counts_what_this_kernel_counts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without schedstat, and in a container whose /proc/stat lists fewer cores than it may use."""
+
+    def not_counted(pid: int, thread: int) -> Any:
+        raise ValueError("this kernel does not count the CPU time of threads (CONFIG_SCHED_INFO)")
+
+    monkeypatch.setattr("dsrl_async.telemetry.hardware.thread_usage", not_counted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 10_000})
+    watch = CpuWatch()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # changed while it runs
+    begin = time.process_time()
+    for until in (0.0, 0.1):
+        while time.process_time() < begin + until:
+            pass
+        watch._due = 0.0
+        watch.measure({"supervisor": os.getpid()})
+    assert watch.kinds["supervisor"].running >= 0.05
+    assert watch.kinds["supervisor"].queued == 0
+    assert len(watch.cores) == 2
+    assert watch.cores[1] == 0
+    (record,) = caplog.records
+    assert record.message.startswith("waits for a core are not in the profile: this kernel")
+
+
 def test_gpus_are_none_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Gpus().read() == []
@@ -527,6 +567,13 @@ def test_report_has_every_figure() -> None:
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     assert content["process"] == "learner"
     assert content["processes"]["learner"]["phases"]["update"] == 0.9
+
+
+def test_report_of_many_cores_is_no_wider() -> None:
+    seen = figures(BUSY_LEARNER, cpus=64)
+    words = report.text(seen, diagnose(seen, Config()))
+    assert max(map(len, words.splitlines())) <= 120
+    assert "64 of them may be kept busy" in " ".join(words.split())
 
 
 def test_picture_is_drawn() -> None:
@@ -693,10 +740,10 @@ class InstantEnvironment:
 
 
 DELAYS: dict[str, tuple[str, Any, str, float]] = {
-    "physics": ("actor", InstantEnvironment, "step_chunk", 0.1),
-    "render": ("actor", InstantEnvironment, "observe", 0.1),
-    "reset": ("actor", InstantEnvironment, "reset", 0.5),
-    "replay_write": ("actor", ReplayRing, "append", 0.1),
+    "physics": ("actor", InstantEnvironment, "step_chunk", 0.2),
+    "render": ("actor", InstantEnvironment, "observe", 0.2),
+    "reset": ("actor", InstantEnvironment, "reset", 1.0),
+    "replay_write": ("actor", ReplayRing, "append", 0.2),
     "gather": ("inference", inference, "gather", 0.03),
     "prefix": ("inference", SteeredPolicy, "encode", 0.1),
     "denoise": ("inference", SteeredPolicy, "denoise", 0.1),
@@ -873,5 +920,14 @@ def test_serial_runs_are_profiled_too(tmp_path: Path) -> None:
     result = run.finish(200)
     content = json.loads((tmp_path / "run" / "profile" / "report.json").read_text())
     assert content["process"] in OWNERS or content["process"] == "nothing"
+    assert content["processes"]["serial"]["cores"] > 0
+    assert content["processes"]["serial"]["memory_mb"] > 1
+    assert "supervisor" not in content["processes"]
+    words = (tmp_path / "run" / "profile" / "report.txt").read_text()
+    assert [line.split()[0] for line in words.partition("cores used")[2].splitlines()[1:3]] == ["serial", "other"]
+    tags = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()["scalars"]
+    assert {tag for tag in tags if tag.startswith("profile/cores/")} == {
+        *("profile/cores/serial", "profile/cores/other_programs")
+    }
     assert result["bottleneck"] == content["sentence"]
     check_trace(json.loads((tmp_path / "run" / "profile" / "trace.json").read_text()))

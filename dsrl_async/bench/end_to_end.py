@@ -52,10 +52,11 @@ from dsrl_async.telemetry.monitor import SUCCESS_EPISODES
 
 ASYNCHRONOUS, SERIAL, LOCK_STEP = "asynchronous", "serial", "lock step"
 PROGRAMS = {
-    ASYNCHRONOUS: ["dsrl_async.launch"],
-    SERIAL: ["dsrl_async.launch", "--serial"],
-    LOCK_STEP: ["dsrl_async.bench.lock_step"],
+    ASYNCHRONOUS: ["dsrl_async.launch", "--serial", "false"],
+    SERIAL: ["dsrl_async.launch", "--serial", "true"],
+    LOCK_STEP: ["dsrl_async.bench.lock_step", "--serial", "false"],
 }
+"""Module and options, whatever the configuration says."""
 UNITS = {
     "env_steps_per_s": "env steps/s",
     "decisions_per_s": "decisions/s",
@@ -187,12 +188,15 @@ def run(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
     config = load_config(options)
     check_policy(config)
+    keep: Path | None = arguments.keep
+    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+        raise ValueError(f"--keep {keep}: it is there, and is no empty directory; choose another one")
     report = Report("end_to_end", arguments.repeats, arguments.out)
     report.case(f"{name_of(config)} until {arguments.success:.0%}")
     samples: dict[str, list[Figures]] = {system: [] for system in arguments.system}
     stop = StopRequest()
     with ExitStack() as cleaning:
-        directory = arguments.keep or Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="dsrl_async-")))
+        directory = keep or Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="dsrl_async-")))
         for seed in range(arguments.repeats):
             for system in samples:
                 note(f"{system}, repeat {seed + 1} of {arguments.repeats}")

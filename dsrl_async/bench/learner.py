@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsrl_async.bench.report import Report
 from dsrl_async.config import SacConfig, read_yaml, validate
 from dsrl_async.envs import SAC_IMAGE_SIZE
+from dsrl_async.plan_measure import fill_ring
 from dsrl_async.sac.agent import Batch, RandomNumbers, SacAgent, alpha_from_raw
 from dsrl_async.sac.flat import FlatModule
 from dsrl_async.sac.networks import log_prob, preprocess_image
@@ -339,18 +339,6 @@ def compare(agent: SacAgent, plain: Plain, batch: Batch, random: RandomNumbers) 
 def gradient_of(module: FlatModule, parameter: Tensor) -> Tensor:
     """What the module's last update found for one of its parameters."""
     return module.flat_grad[parameter.storage_offset() :][: parameter.numel()].view(parameter.shape)
-
-
-def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
-    """A full lane of random observations, in episodes of ten decisions."""
-    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim)))
-    rng = np.random.default_rng(0)
-    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
-    for name in ("state", "noise"):
-        ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
-    ring.rows["complete"][:] = np.arange(rows) % 11 != 10
-    ring.head[:] = rows
-    return ring
 
 
 def shares(update: Callable[[], object]) -> tuple[float, float]:

@@ -16,13 +16,13 @@ import psutil
 
 from dsrl_async.bench.simulated_device import RECORDS
 from dsrl_async.bench.simulated_environment import CHUNK, HORIZON, SPEC
-from dsrl_async.bench.usage import Usage, thread_usage, usage
 from dsrl_async.config import Config, save_yaml, validate
 from dsrl_async.processes import Program, raise_descriptor_limit
 from dsrl_async.session import Session, StopRequest
 from dsrl_async.shm.counters import INFERENCE_PHASES
 from dsrl_async.supervisor import Supervisor
 from dsrl_async.telemetry.console import NoDisplay
+from dsrl_async.telemetry.usage import Usage, thread_usage, usage
 from dsrl_async.throughput_model import EnvironmentTimes
 
 WARMUP_DECISIONS = 16

@@ -19,10 +19,10 @@ import numpy as np
 
 from dsrl_async.bench import bare_transport
 from dsrl_async.bench.simulated_environment import CHUNK, HORIZON, SPEC, SleepingEnvironment
-from dsrl_async.bench.usage import usage
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.slots import Slots, slot_fields
+from dsrl_async.telemetry.usage import usage
 from dsrl_async.throughput_model import EnvironmentTimes
 
 NOISE_DIM = 32

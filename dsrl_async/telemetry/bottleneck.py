@@ -45,6 +45,8 @@ WORK = {
     ("learner", "checkpoint"): "writing checkpoints",
 }
 """(kind of process, phase or stage) -> what it does."""
+SERIAL = "serial"
+"""The one process of a `--serial` run."""
 OWNERS = {"actor": "the actors'", "inference": "the inference process's", "learner": "the learner's"}
 
 
@@ -87,14 +89,19 @@ class Figures:
     batch_fill: float
     queue_wait_ms: float
     processes: dict[str, ProcessFigures]
-    """actor, inference, learner, and, where it was watched, supervisor."""
+    """actor, inference, learner, supervisor; of a serial run `serial` in the place of the last, with all CPU time."""
     core_shares: tuple[float, ...]
     """Busy share of each core that the run may use, whoever used it."""
     cpus: int
-    """Cores that the run may keep busy."""
+    """Cores that the run may keep busy: fewer than it may use, where it has a quota."""
     on_gpu: dict[str, bool]
     """inference, learner -> whether it computes on a GPU."""
     gpus: tuple[Gpu, ...]
+
+    @property
+    def system_processes(self) -> dict[str, ProcessFigures]:
+        """Those that the system knows: in a serial run one process does everybody's work."""
+        return {SERIAL: self.processes[SERIAL]} if SERIAL in self.processes else self.processes
 
     @property
     def cores(self) -> float:
@@ -108,7 +115,8 @@ class Figures:
 
     @property
     def free_cores(self) -> float:
-        return max(0.0, self.cpus - self.cores - self.cores_of_others)
+        """Cores that nobody uses, and that the run may use beside those that it has."""
+        return max(0.0, min(self.cpus - self.cores, len(self.core_shares) - self.cores - self.cores_of_others))
 
 
 class Diagnosis(NamedTuple):
@@ -173,10 +181,10 @@ def _of_cpu(waiting: str, figures: Figures, config: Config) -> Diagnosis:
     """The cores are; `waiting` is the kind of process that would be the first to gain from more."""
     others, queued = figures.cores_of_others, figures.processes[waiting].queued
     waits = f"a core is what {OWNERS[waiting]} work waits for during {queued:.0%} of the time"
-    if others > figures.cores:
+    if others > figures.cores and figures.cores < CORES_FULL * figures.cpus:  # beyond that its quota holds it back
         sentence = (
-            f"The bottleneck is other programs, which use {others:.1f} of {figures.cpus} cores while the run gets "
-            f"{figures.cores:.1f}: {waits}; end them, or run elsewhere."
+            f"The bottleneck is other programs, which use {others:.1f} of {len(figures.core_shares)} cores while "
+            f"the run gets {figures.cores:.1f}: {waits}; end them, or run elsewhere."
         )
         return Diagnosis("other_programs", "", "", sentence)
     user = max(OWNERS, key=lambda kind: figures.processes[kind].cores)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import psutil
 
-from dsrl_async.bench.usage import thread_usage
 from dsrl_async.telemetry.processes import MEASURING_SHARE, kind_of
+from dsrl_async.telemetry.usage import thread_usage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,7 +27,7 @@ class CpuTime:
     running: float = 0.0
     """On a core; all threads."""
     queued: float = 0.0
-    """Ready to run, while others had the cores; the main thread."""
+    """Ready to run, while others had the cores; the main thread. 0 where the kernel does not count it."""
 
     def plus(self, watched: float, running: float, queued: float) -> CpuTime:
         return CpuTime(self.watched + watched, self.running + running, self.queued + queued)
@@ -38,16 +41,18 @@ class CpuWatch:
 
     Attributes:
         kinds: kind -> `CpuTime`, which only grows; new objects, so that old ones can be kept.
-        cores: per core that this process may use, the seconds for which it was busy, whoever used it.
+        cores: per core that this process may use as it begins, the seconds for which it was busy, whoever used it.
         measured: time.monotonic of the last measurement.
     """
 
     def __init__(self) -> None:
         self.kinds: dict[str, CpuTime] = {}
-        self.cores: tuple[float, ...] = tuple(_busy_seconds())
+        self._allowed = sorted(os.sched_getaffinity(0))
+        self.cores: tuple[float, ...] = tuple(_busy_seconds(self._allowed))
         self.measured = time.monotonic()
         self._last: dict[str, tuple[int, float, float, float]] = {}  # name -> pid, when, running, queued
         self._due = float("-inf")
+        self._counts_waits = True
 
     def measure(self, pids: dict[str, int]) -> None:
         """Take in the processes name -> pid; those that are new, or have ended, count for nothing."""
@@ -59,25 +64,34 @@ class CpuWatch:
         for name, pid in pids.items():
             try:
                 times = psutil.Process(pid).cpu_times()  # of threads that have ended, too
-                running, queued = times.user + times.system, thread_usage(pid, pid).waiting
-            except (psutil.Error, OSError, ValueError):  # it has ended, or this kernel does not count
+                running, queued = times.user + times.system, self._queued_seconds(pid)
+            except (psutil.Error, OSError):  # it has ended
                 continue
             now_last[name] = pid, time.monotonic(), running, queued
             if (before := self._last.get(name)) is not None and before[0] == pid:
                 change = (now - then for now, then in zip(now_last[name][1:], before[1:], strict=True))
                 kinds[kind_of(name)] = kinds[kind_of(name)].plus(*change)
         self.kinds, self._last = dict(kinds), now_last
-        self.cores = tuple(_busy_seconds())
+        self.cores = tuple(_busy_seconds(self._allowed))
         self.measured = time.monotonic()
         self._due = begin + (self.measured - begin) / MEASURING_SHARE
 
+    def _queued_seconds(self, pid: int) -> float:
+        try:
+            return thread_usage(pid, pid).waiting
+        except ValueError as error:
+            if self._counts_waits:
+                logger.warning("waits for a core are not in the profile: %s", error)
+            self._counts_waits = False
+            return 0.0
 
-def _busy_seconds() -> Iterator[float]:
+
+def _busy_seconds(allowed: Iterable[int]) -> Iterator[float]:
+    """Of each of the cores `allowed`; 0 for one that the system does not list, as some containers' do not."""
     cores = psutil.cpu_times(percpu=True)
-    for core in sorted(os.sched_getaffinity(0)):
-        if core < len(cores):
-            times = cores[core]
-            yield sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+    for core in allowed:
+        times = cores[core] if core < len(cores) else None
+        yield sum(times) - times.idle - times.iowait - times.guest - times.guest_nice if times else 0.0
 
 
 class Gpu(NamedTuple):

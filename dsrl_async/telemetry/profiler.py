@@ -23,7 +23,7 @@ from dsrl_async.machine import available_cpus
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.spans import STAGES
 from dsrl_async.telemetry import report
-from dsrl_async.telemetry.bottleneck import Diagnosis, Figures, ProcessFigures, diagnose
+from dsrl_async.telemetry.bottleneck import SERIAL, Diagnosis, Figures, ProcessFigures, diagnose
 from dsrl_async.telemetry.hardware import CpuTime, CpuWatch, Gpu, Gpus
 from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot, activity, totals
 from dsrl_async.telemetry.trace import LONGEST_S, chrome_trace
@@ -71,7 +71,7 @@ class Profiler:
 
     def tick(self, counters: Snapshot, pids: dict[str, int]) -> dict[str, float]:
         """Take in a snapshot of the counters and the processes (name -> pid); returns values for TensorBoard."""
-        self._cpu.measure(pids)
+        self._cpu.measure({SERIAL: pids["supervisor"]} if self.config.serial else pids)
         self._now = self._moment(counters, self._now)
         if (progress := self._progress_of(counters)) > self._progress:  # what was before would blur the picture
             self._progress, self._base = progress, self._now
@@ -101,7 +101,7 @@ class Profiler:
 
     def _sample(self, figures: Figures) -> None:
         now_ns = round(self._now.time * 1e9)
-        cores = {kind: process.cores for kind, process in figures.processes.items()}
+        cores = {kind: process.cores for kind, process in figures.system_processes.items()}
         self._samples.append((now_ns, "cores used", {**cores, "other programs": figures.cores_of_others}))
         for index, gpu in enumerate(figures.gpus):
             self._samples.append((now_ns, f"GPU {index} busy", {"share": gpu.utilization}))
@@ -128,14 +128,14 @@ class Profiler:
             "learner": with_update(done.phases["learner"], stages["learner"]),
         }
         processes = {}
-        for kind in ("actor", "inference", "learner", "supervisor"):
+        for kind in (*phases, SERIAL if config.serial else "supervisor"):
             cpu = now.cpu.get(kind, CpuTime()).since(since.cpu.get(kind, CpuTime()))
             processes[kind] = ProcessFigures(
                 count=actors if kind == "actor" else 1,
                 phases=phases.get(kind, {}),
                 cores=max(0.0, _ratio(cpu.running, watched)),
                 queued=min(1.0, _ratio(cpu.queued, cpu.watched)),
-                memory_mb=self._memory_mb.get("actor_mean" if kind == "actor" else kind, 0.0),
+                memory_mb=self._memory_mb.get({"actor": "actor_mean", SERIAL: "supervisor"}.get(kind, kind), 0.0),
             )
         return Figures(
             seconds=seconds,
@@ -148,7 +148,8 @@ class Profiler:
             queue_wait_ms=done.queue_wait_ms,
             processes=processes,
             core_shares=tuple(
-                min(1.0, _ratio(end - begin, watched)) for begin, end in zip(since.cores, now.cores, strict=True)
+                min(1.0, max(0.0, _ratio(end - begin, watched)))
+                for begin, end in zip(since.cores, now.cores, strict=True)
             ),
             cpus=self._cpus,
             on_gpu=on_gpu,
@@ -181,7 +182,7 @@ class Profiler:
         except OSError as error:
             logger.warning("the profile could not be written: %s", error)
         except ImportError:
-            logger.info("no picture of the profile: it needs matplotlib (pip install 'dsrl_async[plot]')")
+            logger.info("no picture of the profile: it needs matplotlib (pip install -e '.[plot]')")
         return diagnosis, drawn
 
 

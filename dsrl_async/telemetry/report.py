@@ -52,7 +52,7 @@ def _lines(figures: Figures) -> Iterator[str]:
             yield from textwrap.wrap("  ".join(words), 118, initial_indent=title, subsequent_indent=" " * len(title))
     yield ""
     yield f"{'CPU':<16}{'cores used':>12}{'waits for a core':>18}{'memory':>18}"
-    for kind, process in figures.processes.items():
+    for kind, process in figures.system_processes.items():
         each = " each" if process.count > 1 else ""
         yield (
             f"  {_title(kind, process.count):<14}{process.cores:>12.2f}{process.queued:>17.0%} "
@@ -60,7 +60,8 @@ def _lines(figures: Figures) -> Iterator[str]:
         )
     yield f"  {'other programs':<14}{figures.cores_of_others:>12.2f}"
     cores = " ".join(f"{share:.0%}" for share in figures.core_shares)
-    yield f"  {'each core':<14}  {cores} busy; {figures.cpus} of them may be kept busy"
+    busy = f"{cores} busy; {figures.cpus} of them may be kept busy"
+    yield from textwrap.wrap(busy, 118, initial_indent=f"  {'each core':<14}  ", subsequent_indent=" " * 18)
     for index, gpu in enumerate(figures.gpus):
         used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
         yield f"GPU {index}, {gpu.name}: {gpu.utilization:.0%} busy, {used:.1f} of {total:.1f} GB used"
@@ -84,6 +85,7 @@ def scalars(figures: Figures) -> dict[str, float]:
     values = {"profile/cores/other_programs": figures.cores_of_others}
     for kind, process in figures.processes.items():
         values |= {f"profile/{kind}/{name}": share for name, share in process.phases.items()}
+    for kind, process in figures.system_processes.items():
         values |= {f"profile/cores/{kind}": process.cores, f"profile/waits_for_a_core/{kind}": process.queued}
     values |= {f"profile/core_busy/{core}": share for core, share in enumerate(figures.core_shares)}
     for index, gpu in enumerate(figures.gpus):
@@ -116,7 +118,7 @@ def picture(figures: Figures, diagnosis: Diagnosis) -> tuple[bytes, int, int]:
     above.invert_yaxis()
     above.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     left = 0.0
-    used = {kind: process.cores for kind, process in figures.processes.items()}
+    used = {kind: process.cores for kind, process in figures.system_processes.items()}
     for index, (kind, cores) in enumerate({**used, "other programs": figures.cores_of_others}.items()):
         below.barh(0, cores, left=left, color=f"C{index}", edgecolor="white", label=f"{kind} {cores:.2f}")
         left += cores

@@ -16,7 +16,7 @@ from gymnasium.spaces import Box, Dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from dsrl_async.bench.usage import usage
+from dsrl_async.telemetry.usage import usage
 
 
 class NothingEnvironment(gymnasium.Env[Any, Any]):

@@ -21,7 +21,7 @@ from torchrl.modules.inference_server import InferenceServer, ProcessSlotTranspo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from dsrl_async.bench.usage import usage
+from dsrl_async.telemetry.usage import usage
 
 
 def observation() -> dict[str, torch.Tensor]:
