@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async import preflight, processes
-from dsrl_async.bench.usage import usage
 from dsrl_async.config import load_config, save_yaml
 from dsrl_async.machine import available_cpus
 from dsrl_async.session import Session, StopRequest
 from dsrl_async.supervisor import Supervisor
 from dsrl_async.telemetry.console import NoDisplay
+from dsrl_async.telemetry.usage import usage
 
 SYSTEMS = ("default", "actors unlimited", "models, all cores", "models, all cores, spinning", "pinned")
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
