@@ -1,4 +1,7 @@
-"""How many of the waiting observations go into the next batch, and how large the batch is. Imports no torch."""
+"""How many of the waiting observations go into the next batch, how large it is, and how long to wait for more of them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,18 @@ from collections.abc import Sequence
 
 FEWEST_USED_ROWS = 0.9
 """A batch is padded only when so large a share of its rows is used; docs/throughput.md has the figures behind it."""
+
+CPU_BATCH_WAIT_S = 0.001
+
+
+def batch_wait_s(milliseconds: float | None, on_cpu: bool) -> float:
+    """Seconds to wait for a fuller batch, where `inference.batch_wait_ms` is `milliseconds` (null: by the device).
+
+    The actors need a CPU's cores to get ready; a GPU's next batch takes whoever comes meanwhile.
+    """
+    if milliseconds is not None:
+        return milliseconds / 1e3
+    return CPU_BATCH_WAIT_S if on_cpu else 0.0
 
 
 def choose_batch(ready: int, sizes: Sequence[int]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import torch
 import zmq
 from torch import Tensor
 
-from dsrl_async.batching import choose_batch
+from dsrl_async.batching import batch_wait_s, choose_batch
 from dsrl_async.config import Config, read_yaml, validate
 from dsrl_async.device import register_memory, resolve_device
 from dsrl_async.envs import EnvironmentSpec, environment_spec
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
 IDLE_POLL_S = 1.0
-CPU_BATCH_WAIT_S = 0.001  # where `inference.batch_wait_ms` is null
 
 
 class BatchPolicy(Protocol):
@@ -301,9 +300,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
     poller.register(observation_ready, zmq.POLLIN)
     counters = server.counters
     enough = min(server.sizes[-1], config.actors)
-    batch_wait_s = CPU_BATCH_WAIT_S if server.policies.tokens.device.type == "cpu" else 0.0
-    if config.inference.batch_wait_ms is not None:
-        batch_wait_s = config.inference.batch_wait_ms / 1000
+    patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.tokens.device.type == "cpu")
     deadline = None  # until when to wait for a fuller batch
     while counters.control_stop[0] < 2:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
@@ -316,7 +313,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
             wait(server, poller, "wait_request", IDLE_POLL_S)
             continue
         now = time.monotonic()
-        deadline = deadline or now + batch_wait_s
+        deadline = deadline or now + patience_s
         if len(ready) < enough and now < deadline:
             wait(server, poller, "wait_batch", deadline - now)
         elif server.serve_ready(ready):

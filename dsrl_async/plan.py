@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsrl_async import preflight
+from dsrl_async.batching import batch_wait_s
 from dsrl_async.capacity import (
     BUSY,
     Bound,
@@ -183,12 +184,13 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
         known |= {"device_s": curve_s, "device_cores": 1.0}
     if own.update_ms is not None:
         known["update_s"] = own.update_ms / 1e3
+    on_gpu = uses_gpu(planned)
     figures = Figures(
         **known,
         batch_sizes=config.inference.buckets,
-        batch_wait_s=batch_wait_s(planned),
+        batch_wait_s=batch_wait_s(config.inference.batch_wait_ms, not on_gpu),
         cores=own.cores or available_cpus(),
-        learner_shares_device=uses_gpu(planned) and config.learner.device is None,
+        learner_shares_device=on_gpu and config.learner.device is None,
         replay_ratio=config.replay_ratio,
         most_actors=min(most_actors, MOST_ACTORS),
     )
@@ -199,15 +201,6 @@ def uses_gpu(config: Config) -> bool:
     import torch  # only here, as below: it takes seconds, and mistakes should be told before
 
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
-
-
-def batch_wait_s(config: Config) -> float:
-    """As the inference process chooses it."""
-    from dsrl_async.inference import CPU_BATCH_WAIT_S
-
-    if config.inference.batch_wait_ms is not None:
-        return config.inference.batch_wait_ms / 1e3
-    return 0.0 if uses_gpu(config) else CPU_BATCH_WAIT_S
 
 
 def measured(config: Config, seconds: float) -> dict[str, Any]:
