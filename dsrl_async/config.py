@@ -232,7 +232,7 @@ class ReplayConfig(Section):
     """The shared-memory ring that holds transitions."""
 
     capacity: int = Field(40_000, ge=64)
-    """Rows over all actors; a row is 12.5 kB."""
+    """Rows over all environments; a row is 12.5 kB."""
     warmup_decisions: int = Field(400, ge=1)
     """Decisions taken with unsquashed N(0, I) noise before learning starts."""
 
@@ -286,6 +286,10 @@ class Config(Section):
 
     actors: int = Field(16, gt=0, le=MOST_ACTORS)
     """Environment processes."""
+    envs_per_actor: int = Field(1, gt=0)
+    """Environments in each of these processes, taking turns: while one of them waits for its action chunk, another
+    executes its own. Takes less memory than as many more processes, but a slow reset holds up all environments of its
+    process (docs/throughput.md)."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     run_dir: str | None = None
@@ -323,14 +327,27 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def lanes(self) -> int:
+        """Environments of the run. Each has a slot, a lane of the replay ring, and counters of its own."""
+        return self.actors * self.envs_per_actor
+
+    def lanes_of(self, actor: int) -> range:
+        """Of the environments of process number `actor`."""
+        first = actor * self.envs_per_actor
+        return range(first, first + self.envs_per_actor)
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.serial and (self.device == "cuda" or (self.learner.device or "cpu") != "cpu"):
             raise ValueError("serial mode runs on the CPU; drop --serial or set device and learner.device to cpu")
-        if self.replay.capacity < self.actors * MIN_LANE_ROWS:
+        if self.replay.capacity < self.lanes * MIN_LANE_ROWS:
+            whose, lower = f"{self.actors} actors", "actors"
+            if self.envs_per_actor > 1:
+                whose, lower = f"{self.lanes} environments", "actors or envs_per_actor"
             raise ValueError(
-                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {self.actors} actors "
-                f"({self.actors * MIN_LANE_ROWS}); raise it or lower actors"
+                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {whose} "
+                f"({self.lanes * MIN_LANE_ROWS}); raise it or lower {lower}"
             )
         if self.replay.capacity < self.replay.warmup_decisions:
             raise ValueError("replay.capacity must not be below replay.warmup_decisions")
@@ -342,7 +359,7 @@ class Config(Section):
 
 
 MIN_LANE_ROWS = 16
-"""Fewest replay rows of one actor: below this, a reader loses most races with the writer."""
+"""Fewest replay rows of one environment: below this, a reader loses most races with the writer."""
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

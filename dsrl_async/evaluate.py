@@ -162,7 +162,7 @@ def resolve(options: argparse.Namespace) -> Plan:
         processes = min(MAX_PROCESSES, available_cpus())
     actors = min(options.processes or processes, len(episodes))
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the actors write it, nobody reads it
-    own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
+    own = {"actors": actors, "envs_per_actor": 1, "seed": options.seed, "replay": replay, "profile": False}
     config = config.model_copy(update=own)
     preflight.check_device("device", config.device)
     _, spec = preflight.check_policy(config)
@@ -363,7 +363,7 @@ def play(
                 env_config, notify_fds = config.env.model_dump(), [observation_ready]
                 actors.append(
                     processes.start_actor(
-                        arena, lane, 1, config.seed, env_config, wake[lane], notify_fds, log, evaluation
+                        arena, [lane], 1, config.seed, env_config, wake[lane], notify_fds, log, evaluation
                     )
                 )
                 give(lane)

@@ -129,9 +129,9 @@ def load_policies(
 
 
 def batch_sizes(config: Config) -> list[int]:
-    """Sizes of `inference.buckets` up to the first that holds all actors."""
+    """Sizes of `inference.buckets` up to the first that holds all environments."""
     buckets = config.inference.buckets
-    return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]
+    return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.lanes]
 
 
 class InferenceServer:
@@ -195,7 +195,7 @@ class InferenceServer:
             config.replay_ratio,
             warmup,
             config.replay_ratio_tolerance,
-            config.actors,
+            config.lanes,
         )
         return wanted if not config.throttle_actors or handed_out + wanted <= limit else 0
 
@@ -281,7 +281,7 @@ def main(argument: str) -> None:
 
 
 def notifier(wake_fds: Sequence[int]) -> Callable[[np.ndarray], None]:
-    """Wakes the processes of the given lanes."""
+    """Wakes the processes of the given lanes; `wake_fds` has one for each lane."""
 
     def notify(lanes: np.ndarray) -> None:
         for lane in lanes.tolist():
@@ -299,7 +299,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(observation_ready, zmq.POLLIN)
     counters = server.counters
-    enough = min(server.sizes[-1], config.actors)
+    enough = min(server.sizes[-1], config.lanes)
     patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.tokens.device.type == "cpu")
     deadline = None  # until when to wait for a fuller batch
     while counters.control_stop[0] < 2:

@@ -82,7 +82,7 @@ def measuring_config(config: Config) -> Config:
     """The run as it is measured: every batch size, a small ring, a warm-up that never ends."""
     sizes = config.inference.buckets
     replay = config.replay.model_copy(update={"capacity": 16 * sizes[-1], "warmup_decisions": 2**31})
-    return config.model_copy(update={"actors": sizes[-1], "replay": replay, "max_decisions": None})
+    return config.model_copy(update={"actors": sizes[-1], "envs_per_actor": 1, "replay": replay, "max_decisions": None})
 
 
 def measure(

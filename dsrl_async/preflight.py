@@ -145,7 +145,7 @@ def policy_bytes(config: Config, horizon: int) -> int:
     policy = dataclasses.replace(read_config(directory, find_tensors(directory)), action_horizon=horizon)
     bytes_per_value = 2 if config.policy.dtype == "bfloat16" else 4
     buckets = config.inference.buckets
-    sizes = [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]
+    sizes = [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.lanes]
     of_one = (policy, 1, policy.max_token_len, bytes_per_value)
     return (
         parameter_count(policy) * bytes_per_value

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,7 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
 
 def start_actor(
     arena: Arena,
-    lane: int,
+    lanes: Sequence[int],
     incarnation: int,
     seed: int,
     env_config: dict[str, Any],
@@ -68,14 +68,14 @@ def start_actor(
     evaluation: dict[str, Any] | None = None,
     program: Program = WORKER,
 ) -> subprocess.Popen[bytes]:
-    """Start the environment process of a lane.
+    """Start the process that plays the environments of `lanes`.
 
     It waits for answers on `wake_fd` and announces observations on `notify_fds`. `evaluation` makes it play the
     episodes that it is given (`shm.assignments`) and end: {"video_dir": str or None, "rate_hz": int, of the films}.
     """
     job = {
         "arena": arena.describe(),
-        "lane": lane,
+        "lanes": list(lanes),
         "incarnation": incarnation,
         "seed": seed,
         "env": env_config,

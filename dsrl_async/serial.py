@@ -36,7 +36,7 @@ def run_serial(session: Session) -> dict[str, Any]:
     policies = load_policies(config, spec, device, "stochastic", policy_directory(config), stage)
     server, learner = join(config, arena, policies, session.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
-    actors = [Actor(lane, 1, config.seed, env_config, arena) for lane in range(config.actors)]
+    actors = [Actor(lane, 1, config.seed, env_config, arena) for lane in range(config.lanes)]
     for actor in actors:
         actor.start()
     while (reason := session.reason_to_stop()) is None:

@@ -38,7 +38,7 @@ PROGRAMS = {
 
 @dataclass
 class Child:
-    """A process and its history; an actor's name is `actor-LANE`."""
+    """A process and its history; an actor's name is `actor-NUMBER`."""
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -47,15 +47,16 @@ class Child:
     log_start: int = 0  # size of the log when this incarnation was started
     incarnation: int = 1
     quick_failures: int = 0
-    episodes: int = 0  # of this actor's lane, when this incarnation was started
+    lanes: range = range(0)  # of an actor's environments
+    episodes: int = 0  # of these, when this incarnation was started
 
     @property
     def is_actor(self) -> bool:
         return self.name.startswith("actor-")
 
-    @property
-    def lane(self) -> int:
-        return int(self.name.removeprefix("actor-"))
+
+def number_of(actor: str) -> int:
+    return int(actor.removeprefix("actor-"))
 
 
 class Supervisor:
@@ -73,7 +74,7 @@ class Supervisor:
         self.weights_address = f"ipc://@dsrl_async-{os.getpid()}-{secrets.token_hex(4)}"
         self.children: dict[str, Child] = {}
         self.slots = Slots(self.arena)
-        self.waiting = [f"actor-{lane:03d}" for lane in range(self.config.actors)]  # to be started
+        self.waiting = [f"actor-{number:03d}" for number in range(self.config.actors)]  # to be started
         self.starting = max(STARTING_ACTORS, available_cpus())
         self.restarts = {"actor": 0, "inference": 0, "learner": 0}
 
@@ -88,7 +89,8 @@ class Supervisor:
         popen = self._start_actor(name, incarnation, log) if name.startswith("actor") else self._start_model(name, log)
         child = Child(name, popen, log, time.monotonic(), log_start, incarnation, old.quick_failures if old else 0)
         if child.is_actor:
-            child.episodes = int(self.counters.actor_episodes[child.lane])
+            child.lanes = self.config.lanes_of(number_of(name))
+            child.episodes = self._episodes(child)
         self.children[name] = child
 
     def _start_model(self, name: str, log: Path) -> subprocess.Popen[bytes]:
@@ -101,7 +103,7 @@ class Supervisor:
             job |= {
                 "policy": str(policy_directory(self.config)),
                 "observation_ready_fd": self.observation_ready,
-                "wake_fds": self.wake,
+                "wake_fds": [fd for fd in self.wake for _ in range(self.config.envs_per_actor)],
             }
             fds = [self.arena.fd, self.observation_ready, *self.wake]
             threads = cpu_threads(self.config.inference.threads)
@@ -113,14 +115,14 @@ class Supervisor:
         return processes.start(program.module, {**job, **program.settings}, fds, log, threads)
 
     def _start_actor(self, name: str, incarnation: int, log: Path) -> subprocess.Popen[bytes]:
-        lane = int(name.removeprefix("actor-"))
+        number = number_of(name)
         return processes.start_actor(
             self.arena,
-            lane,
+            self.config.lanes_of(number),
             incarnation,
             self.config.seed,
             self.config.env.model_dump(),
-            self.wake[lane],
+            self.wake[number],
             [self.observation_ready, self.transition_ready],
             log,
             program=self.programs["actor"],
@@ -137,8 +139,8 @@ class Supervisor:
             self._start(self.waiting.pop(0))
 
     def _coming_up(self, child: Child) -> bool:
-        """Whether an actor has not asked for its first action chunk yet."""
-        return child.is_actor and int(self.slots.request_id[child.lane]) >> 32 != child.incarnation
+        """Whether an actor has not asked for the first action chunk of its last environment yet."""
+        return child.is_actor and int(self.slots.request_id[child.lanes[-1]]) >> 32 != child.incarnation
 
     # ---- watching
 
@@ -182,7 +184,7 @@ class Supervisor:
     def _last_beat(self, child: Child) -> float | None:
         """When this incarnation last gave a sign of life, time.monotonic; None: not yet."""
         if child.is_actor:
-            beat_ns = self.counters.actor_heartbeat_ns[child.lane]
+            beat_ns = self.counters.actor_heartbeat_ns[child.lanes[0]]
         else:
             beat_ns = getattr(self.counters, f"{child.name}_heartbeat_ns")[0]
         beat = int(beat_ns) * 1e-9
@@ -217,10 +219,13 @@ class Supervisor:
             self._start(name)
         return None
 
+    def _episodes(self, actor: Child) -> int:
+        return int(self.counters.actor_episodes[actor.lanes].sum())
+
     def _got_somewhere(self, child: Child) -> bool:
         """Whether it did what it is for: an actor has ended an episode, another process has given a sign of life."""
         if child.is_actor:
-            return int(self.counters.actor_episodes[child.lane]) > child.episodes
+            return self._episodes(child) > child.episodes
         return self._last_beat(child) is not None
 
     # ---- stopping

@@ -1,7 +1,7 @@
 """The environment process: executes action chunks, writes observations and transitions. Imports no torch.
 
-`Actor` is one environment with its slot and its replay lane; `main` runs one in a process of its own, and serial mode
-calls `Actor` directly.
+`Actor` is one environment with its slot and its replay lane; `main` runs one, or some that take turns, in a process of
+its own, and serial mode calls `Actor` directly.
 """
 
 from __future__ import annotations
@@ -146,45 +146,63 @@ class Actor:
 
 
 def main(argument: str) -> None:
-    """Run an actor as a process; `argument` is the JSON of `processes.start_actor`."""
+    """Run actors as a process; `argument` is the JSON of `processes.start_actor`."""
     job = json.loads(argument)
     prepare_child(job["parent"])
     arena = Arena.attach(job["arena"])
-    lane, wake = job["lane"], job["wake_fd"]
+    lanes, wake = job["lanes"], job["wake_fd"]
     counters = Counters(arena)
     # From here on: a simulator or an OpenGL driver that hangs while the scene is made is found out like any other.
-    counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
-    actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
-    counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
+    counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
+    actors = []
+    for lane in lanes:
+        actors.append(Actor(lane, job["incarnation"], job["seed"], job["env"], arena))
+        counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
     if (evaluation := job["evaluation"]) is not None:
-        assignments = Assignments(arena)
-        actor.evaluation = assignments.take(lane, wake, job["notify_fds"])
+        assignments, (actor,) = Assignments(arena), actors
+        actor.evaluation = assignments.take(actor.lane, wake, job["notify_fds"])
         if evaluation["video_dir"] is not None:
             from dsrl_async.envs.recording import RecordingEnvironment
 
             actor.env = RecordingEnvironment(
-                actor.env, lambda: bool(assignments.film[lane]), Path(evaluation["video_dir"]), evaluation["rate_hz"]
+                actor.env, lambda: bool(assignments.film[actor.lane]), Path(evaluation["video_dir"]), evaluation["rate_hz"]
             )
-    play(actor, wake, job["notify_fds"])
+    play(actors, wake, job["notify_fds"])
 
 
-def play(actor: Actor, wake_fd: int, notify_fds: Sequence[int]) -> None:
-    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environment."""
-    lane, counters = actor.lane, actor.counters
+def play(actors: Sequence[Actor], wake_fd: int, notify_fds: Sequence[int]) -> None:
+    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environments.
+
+    Whoever has its action chunk executes it, in turns. The process beats, and waits when nobody has one, as its first
+    actor. An evaluation has one actor.
+    """
+    first, counters = actors[0], actors[0].counters
+
+    def beat() -> None:
+        counters.actor_heartbeat_ns[first.lane] = time.monotonic_ns()
+
+    def announce() -> None:
+        for fd in notify_fds:
+            events.notify(fd)
+        beat()
+
     try:
-        actor.start()
-        while not (counters.control_stop[0] or actor.finished):
-            for fd in notify_fds:
-                events.notify(fd)
-            counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
-            while not (actor.ready() or counters.control_stop[0]):
-                with actor.phase("wait_action"):
+        for actor in actors:
+            actor.start()
+            announce()
+        while not (counters.control_stop[0] or first.finished):
+            ready = [actor for actor in actors if actor.ready()]
+            for actor in ready:
+                if not counters.control_stop[0]:
+                    actor.advance()
+                    announce()
+            if not ready:
+                with first.phase("wait_action"):
                     events.wait(wake_fd, timeout_s=1.0)
-                counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
-            if not counters.control_stop[0]:
-                actor.advance()
+                beat()
     finally:
-        actor.env.close()
+        for actor in actors:
+            actor.env.close()
 
 
 if __name__ == "__main__":

@@ -74,10 +74,12 @@ def main(argument: str) -> None:
     job = json.loads(argument)
     prepare_child(job["parent"])
     sharpen_timers()
-    arena, lane = Arena.attach(job["arena"]), job["lane"]
-    environment = SleepingEnvironment(EnvironmentTimes(**job["times"]), job["seed"], lane)
-    actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena, environment)
-    play(actor, job["wake_fd"], job["notify_fds"])
+    arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
+    actors = [
+        Actor(lane, job["incarnation"], job["seed"], job["env"], arena, SleepingEnvironment(times, job["seed"], lane))
+        for lane in job["lanes"]
+    ]
+    play(actors, job["wake_fd"], job["notify_fds"])
 
 
 if __name__ == "__main__":

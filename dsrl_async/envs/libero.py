@@ -420,5 +420,6 @@ class LiberoEnvironment:
         """Frees the scene, its graphics and their memory."""
         if self.domain is not None:
             self._scenes, self._frames = (), []
+            self._context.gl_ctx.make_current()  # what is freed lies in it, not in that of another environment
             self.domain.close()
             self.domain = self._task = None
