@@ -2,7 +2,8 @@
 
 Predicts decisions, environment steps and gradient updates per second against the number of actors, says how many are
 enough and what bounds them, and what many machines would do. The times come from a short measurement of this machine
-(--measure), from the options below, or from both: an option goes before what was measured.
+(--measure), from the options below, or from both: an option goes before what was measured. Each actor is supposed to
+have one environment, whatever `envs_per_actor` says.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def roofline(gpu: str, policy: Pi0Config, denoise_steps: int, sizes: Sequence[in
 def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
     """Everything that is asked for, measured if need be. Raises ValueError, of which ConfigError is one."""
     check_options(own)
-    config = load_config(rest)
+    config = load_config(rest).model_copy(update={"envs_per_actor": 1})
     curve_s = device_curve(own.device_ms) if own.device_ms else None
     planned = config.model_copy(update={"device": "cuda"}) if own.gpu else config
     policy = Pi0Config() if own.gpu else preflight.check_checkpoint(config).config

@@ -31,9 +31,11 @@ TRAINING = "training.json"
 """A file that a checkpoint of this project may hold: what it was trained on, such as {"render_quality": "fast"}."""
 SPARE_DESCRIPTORS = 64
 ACTOR_BYTES = 80 << 20
-"""Private memory of an actor."""
+"""Private memory of an actor with one environment."""
 LIBERO_ACTOR_BYTES = 1300 << 20
 """The same in LIBERO, with room for what compiling a scene takes for a moment."""
+ENVIRONMENT_BYTES, LIBERO_ENVIRONMENT_BYTES = 2 << 20, 700 << 20
+"""Of each further environment in an actor."""
 MODEL_PROCESS_BYTES = 500 << 20
 """Private memory of the inference process without the policy, and of the learner."""
 
@@ -155,7 +157,10 @@ def policy_bytes(config: Config, horizon: int) -> int:
 
 
 def actor_bytes(config: Config) -> int:
-    return ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES
+    """Private memory of an actor with its environments."""
+    tabletop = config.env.name == "tabletop"
+    first, further = (ACTOR_BYTES, ENVIRONMENT_BYTES) if tabletop else (LIBERO_ACTOR_BYTES, LIBERO_ENVIRONMENT_BYTES)
+    return first + (config.envs_per_actor - 1) * further
 
 
 class MemoryNeed(NamedTuple):
@@ -166,7 +171,7 @@ class MemoryNeed(NamedTuple):
     policy: int
     """Weights, buffers and activations, where they are not on a GPU."""
     actor: int
-    """Private memory of one actor."""
+    """Private memory of one actor with its environments."""
     actors: int
     """How many actors."""
 

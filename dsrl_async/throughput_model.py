@@ -3,6 +3,7 @@
 `simulate` lets a batch form whenever the device is free, as the inference process does; `simulate_lock_step` has one
 barrier per decision, as vectorised environments have. Both are pure functions of the times that they are given, so a
 real run with the same times can be compared with them. Environments and device take time, and the host where asked for.
+Each environment has a process and a core of its own.
 """
 
 from __future__ import annotations

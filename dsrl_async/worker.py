@@ -159,13 +159,17 @@ def main(argument: str) -> None:
         actors.append(Actor(lane, job["incarnation"], job["seed"], job["env"], arena))
         counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
     if (evaluation := job["evaluation"]) is not None:
-        assignments, (actor,) = Assignments(arena), actors
+        (actor,) = actors
+        assignments = Assignments(arena)
         actor.evaluation = assignments.take(actor.lane, wake, job["notify_fds"])
         if evaluation["video_dir"] is not None:
             from dsrl_async.envs.recording import RecordingEnvironment
 
             actor.env = RecordingEnvironment(
-                actor.env, lambda: bool(assignments.film[actor.lane]), Path(evaluation["video_dir"]), evaluation["rate_hz"]
+                actor.env,
+                lambda: bool(assignments.film[actor.lane]),
+                Path(evaluation["video_dir"]),
+                evaluation["rate_hz"],
             )
     play(actors, wake, job["notify_fds"])
 

@@ -77,7 +77,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
     classes = (Actor, SlowActor, Actor)
     actors = [make(lane, 1, 0, config.env.model_dump(), arena) for lane, make in enumerate(classes)]
     threads = [
-        threading.Thread(target=play, args=(actor, wake[actor.lane], [observation_ready]), daemon=True)
+        threading.Thread(target=play, args=([actor], wake[actor.lane], [observation_ready]), daemon=True)
         for actor in actors
     ]
     done: list[list[int]] = []

@@ -770,7 +770,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
 
     def act(lane: int) -> None:
         actor = worker.Actor(lane, 1, config.seed, config.env.model_dump(), arena, InstantEnvironment())
-        worker.play(actor, wake[lane], [observation_ready, transition_ready])
+        worker.play([actor], wake[lane], [observation_ready, transition_ready])
 
     def infer() -> None:
         stage = stages_of(arena, "inference", device)

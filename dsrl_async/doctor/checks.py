@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 from dsrl_async import preflight, processes
-from dsrl_async.config import Config, ConfigError
+from dsrl_async.config import MIN_LANE_ROWS, Config, ConfigError
 from dsrl_async.doctor.probes import Unanswered, ask
 from dsrl_async.envs import libero_files
 from dsrl_async.machine import available_cpus, available_memory
@@ -211,20 +211,22 @@ def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def check_actor(config: Config, options: Options) -> Iterator[Finding]:
-    """Start an actor of this configuration and look at it when it has its first observation."""
+    """Start an actor of this configuration and look at it when it has the first observation of each environment."""
     if not options.measure:
         return
     spec = preflight.check_environment(config)
-    replay = config.replay.model_copy(update={"capacity": 64})
+    replay = config.replay.model_copy(update={"capacity": MIN_LANE_ROWS * config.envs_per_actor})
     config = config.model_copy(update={"actors": 1, "replay": replay})
     arena = create_memory(config, spec, config.env.chunk)
     wake, notify = events.create(), events.create()
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "actor.log"
-        actor = processes.start_actor(arena, 0, 1, config.seed, config.env.model_dump(), wake, [notify], log)
+        actor = processes.start_actor(
+            arena, config.lanes_of(0), 1, config.seed, config.env.model_dump(), wake, [notify], log
+        )
         try:
-            while not Slots(arena).request_id[0]:
+            while not Slots(arena).request_id.all():
                 if (code := actor.poll()) is not None:
                     said = f": {processes.last_line(log)}" if code > 0 else ""
                     raise ConfigError(f"an actor ended in its start ({processes.how_ended(code)}){said}")

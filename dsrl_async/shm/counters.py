@@ -1,6 +1,7 @@
 """What every process counts and times, in shared memory: a few stores per decision, read by the supervisor.
 
-All counters only grow. Each element has one writer.
+All counters only grow. Each element has one writer. An actor here is an environment, with its lane; where a process has
+several, its heartbeat and its waits are noted in the first one's.
 """
 
 from __future__ import annotations

@@ -23,17 +23,17 @@ TRACKS = {
     "learner": LEARNER_PHASES,
     "learner_stage": STAGES["learner"],
 }
-"""Track -> names of its spans; actors have a track each."""
+"""Track -> names of its spans; environments have a track each."""
 STEPS = {"actor": "actor/decisions", "inference": "inference/batches", "learner": "learner/updates"}
 """Kind of process -> the counter that numbers its steps."""
 ACTOR_SPANS, MODEL_SPANS = 1024, 4096
-"""Spans that are kept of an actor, about 200 decisions, and of each track of the other processes."""
+"""Spans that are kept of an environment, about 200 decisions, and of each track of the other processes."""
 
 
-def span_fields(actors: int) -> Fields:
+def span_fields(lanes: int) -> Fields:
     fields: Fields = {}
     for track in TRACKS:
-        rings, length = (actors, ACTOR_SPANS) if track == "actor" else (1, MODEL_SPANS)
+        rings, length = (lanes, ACTOR_SPANS) if track == "actor" else (1, MODEL_SPANS)
         fields[f"span/{track}"] = ((rings, length, 4), "int64")  # index of the name, start ns, end ns, step
         fields[f"span/{track}_count"] = ((rings,), "int64")
     for kind, stages in STAGES.items():

@@ -263,9 +263,9 @@ class RunMonitor:
 
 
 def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[Episode]:
-    """Episodes finished since each actor's count was `seen`, int64 [actors], oldest first and actors in turn.
+    """Episodes finished since each lane's count was `seen`, int64 [lanes], oldest first and lanes in turn.
 
-    An actor's log keeps EPISODE_LOG episodes; what was overwritten before it was read is lost.
+    A lane's log keeps EPISODE_LOG episodes; what was overwritten before it was read is lost.
     """
     count = snapshot["actor_episodes"]
     new = np.minimum(count - seen, EPISODE_LOG)
@@ -307,7 +307,7 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes:
 
 
 def totals(snapshot: Snapshot) -> Snapshot:
-    """Counters that `activity` compares: sums over the actors, and the other processes' own."""
+    """Counters that `activity` compares: sums over the lanes, and the other processes' own."""
     totals = {name: snapshot[name].sum(axis=0) for name in PER_ACTOR}
     return totals | {name: snapshot[name].squeeze() for name in PER_PROCESS}
 
