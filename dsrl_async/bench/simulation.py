@@ -26,7 +26,7 @@ from dsrl_async.telemetry.usage import Usage, thread_usage, usage
 from dsrl_async.throughput_model import EnvironmentTimes
 
 WARMUP_DECISIONS = 16
-LANE_ROWS = 64  # replay rows of an actor: a small ring, so that all its memory is soon in use
+LANE_ROWS = 64  # replay rows of an environment: a small ring, so that all its memory is soon in use
 FAR_AHEAD = 2**32  # gradient updates: the actors never wait for a learner that there is not
 MEASURED = "measured"
 MEMORY_ACTORS = 8  # actors are alike: the mean of a few stands for all
@@ -38,6 +38,7 @@ class Simulation:
     """What is run."""
 
     actors: int
+    """Environment processes."""
     times: EnvironmentTimes
     service_s: Mapping[int, float]
     """Batch size -> seconds that the device takes; these are the run's batch sizes."""
@@ -47,6 +48,7 @@ class Simulation:
     """Copy the images into the batch."""
     record: bool = True
     """Note when each request was made and answered."""
+    envs_per_actor: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ class Measurement:
 def run_config(simulation: Simulation) -> Config:
     settings = {
         "actors": simulation.actors,
+        "envs_per_actor": simulation.envs_per_actor,
         "env": {"chunk": CHUNK},
-        "replay": {"capacity": simulation.actors * LANE_ROWS, "warmup_decisions": WARMUP_DECISIONS},
+        "replay": {
+            "capacity": simulation.actors * simulation.envs_per_actor * LANE_ROWS,
+            "warmup_decisions": WARMUP_DECISIONS,
+        },
         "sac": {"batch_size": WARMUP_DECISIONS},
         "inference": {
             "buckets": sorted(simulation.service_s),
