@@ -238,6 +238,34 @@ def test_whole_episodes_unrendered(suite: str, task: int) -> None:
         environment.close()
 
 
+def test_environments_of_one_process_leave_each_other_alone(environment: LiberoEnvironment) -> None:
+    """Two that take turns do, to the last bit, what each of them does alone; the one that stays can still draw."""
+
+    def turns(playing: dict[LiberoEnvironment, int]) -> list[list[NDArray[Any]]]:
+        for one, number in playing.items():
+            one.reset(number, number)
+        seen: list[list[NDArray[Any]]] = [[] for _ in playing]
+        for chunk in smooth_chunks(3):
+            for found, one in zip(seen, playing, strict=True):
+                one.step_chunk(chunk)
+                images, state = np.empty((2, 224, 224, 3), np.uint8), np.empty(8, np.float32)
+                one.observe(images, np.empty((64, 64, 3), np.uint8), state)
+                found += [images, state, one.domain.sim.get_state().flatten()]
+        return seen
+
+    other = environment_of("libero_spatial", task_ids=[1])
+    try:
+        alone = turns({environment: 0}) + turns({other: 1})
+        together = turns({environment: 0, other: 1})
+        for one, both in zip(alone, together, strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(one, both, strict=True))
+        environment.reset(0)
+        environment.render()  # in its own graphics context, in which what the other one has must not be freed
+    finally:
+        other.close()
+    assert all(np.array_equal(*pair) for pair in zip(alone[0], turns({environment: 0})[0], strict=True))
+
+
 def test_an_episode_is_truncated_at_its_limit(environment: LiberoEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.max_episode_steps == 220
     monkeypatch.setattr(environment, "max_episode_steps", 7)

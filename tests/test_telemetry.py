@@ -382,6 +382,13 @@ def test_live_display_fits_80_columns(tmp_path: Path, actors: int, make: Callabl
     assert "…" not in text
 
 
+def test_live_display_says_how_many_environments_an_actor_has(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "run", 2, envs_per_actor=3).start()
+    console = Console(file=io.StringIO(), width=80, record=True, force_terminal=True)
+    console.print(render(run.config, run.tick()))
+    assert "2 actors of 3 environments" in console.export_text()
+
+
 def test_live_display_shows_the_figures(run: FakeRun) -> None:
     busy(run)
     console = Console(file=io.StringIO(), width=80, record=True, force_terminal=True)
