@@ -1,22 +1,19 @@
 """The environment process: executes action chunks, writes observations and transitions. Imports no torch.
 
-`Actor` is one environment with its slot and its replay lane; `main` runs one in a process of its own, and serial mode
-calls `Actor` directly.
+`Actor` is one environment with its slot and its replay lane; `main` runs one in a process of its own, which is forked
+from the `template`, and serial mode calls `Actor` directly.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsrl_async.envs import ChunkOutcome, Environment, make_environment
-from dsrl_async.processes import prepare_child
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
@@ -145,16 +142,20 @@ class Actor:
         self.request_number = self.slots.request(self.lane, self.incarnation, self.requests)
 
 
-def main(argument: str) -> None:
-    """Run an actor as a process; `argument` is the JSON of `processes.start_actor`."""
-    job = json.loads(argument)
-    prepare_child(job["parent"])
+def prepare(job: Mapping[str, Any]) -> Environment:
+    """What every actor of a run needs before its first episode, as far as it survives a fork (`template`)."""
+    return make_environment(job["env"])
+
+
+def main(job: Mapping[str, Any], environment: Environment | None) -> None:
+    """Run an actor in a process of its own, forked from one that has the `environment` of `prepare`, or has failed to
+    make it; `job` is told by `template.Template`."""
     arena = Arena.attach(job["arena"])
     lane, wake = job["lane"], job["wake_fd"]
     counters = Counters(arena)
     # From here on: a simulator or an OpenGL driver that hangs while the scene is made is found out like any other.
     counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
-    actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena)
+    actor = Actor(lane, job["incarnation"], job["seed"], job["env"], arena, environment)
     counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
     if (evaluation := job["evaluation"]) is not None:
         assignments = Assignments(arena)
@@ -185,7 +186,3 @@ def play(actor: Actor, wake_fd: int, notify_fds: Sequence[int]) -> None:
                 actor.advance()
     finally:
         actor.env.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
