@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -67,6 +66,7 @@ from dsrl_async.shm.assignments import NONE_LEFT, Assignments, assignment_fields
 from dsrl_async.shm.counters import EPISODE_LOG, Counters
 from dsrl_async.shm.memory import run_fields
 from dsrl_async.steering import Mode
+from dsrl_async.template import Template
 from dsrl_async.worker import EVALUATION, episode_seed
 
 SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
@@ -352,20 +352,32 @@ def play(
             wall_s=round(time.monotonic() - given, 3),
         )
 
-    actors: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory() as logs:
+    actors: list[processes.Process] = []
+    with tempfile.TemporaryDirectory() as directory:
+        logs = Path(directory)
+        rate_hz = TABLETOP_RATE_HZ if config.env.name == "tabletop" else LIBERO_RATE_HZ
+        evaluation = {"video_dir": str(films.directory.absolute()) if films else None, "rate_hz": rate_hz}
+        env_config, notify_fds = config.env.model_dump(), [observation_ready]
+        template = Template(
+            arena, config.seed, env_config, wake, notify_fds, logs / "template.log", evaluation=evaluation
+        )
         try:
-            rate_hz = TABLETOP_RATE_HZ if config.env.name == "tabletop" else LIBERO_RATE_HZ
-            evaluation = {"video_dir": str(films.directory.absolute()) if films else None, "rate_hz": rate_hz}
+            begin_ns = time.monotonic_ns()
+            while not template.prepared:
+                if stop.reason:
+                    raise KeyboardInterrupt
+                check_alive(
+                    "the environments' template",
+                    template.popen,
+                    max(begin_ns, int(counters.template_heartbeat_ns[0])),
+                    config.heartbeat_timeout_s,
+                    logs / "template.log",
+                )
+                update()
+                time.sleep(0.02)
             begin_ns = time.monotonic_ns()
             for lane in range(config.actors):
-                log = Path(logs) / f"actor-{lane:03d}.log"
-                env_config, notify_fds = config.env.model_dump(), [observation_ready]
-                actors.append(
-                    processes.start_actor(
-                        arena, [lane], 1, config.seed, env_config, wake[lane], notify_fds, log, evaluation
-                    )
-                )
+                actors.append(template.fork(lane, [lane], 1, logs / f"actor-{lane:03d}.log"))
                 give(lane)
             episodes_ended = [0] * config.actors
             while playing:
@@ -381,7 +393,13 @@ def play(
                         finish(outcome)
                         give(lane)
                     elif lane in playing:
-                        check_alive(lane, actor, counters, begin_ns, config.heartbeat_timeout_s, Path(logs))
+                        check_alive(
+                            f"environment process {lane}",
+                            actor,
+                            max(begin_ns, int(counters.actor_heartbeat_ns[lane])),
+                            config.heartbeat_timeout_s,
+                            logs / f"actor-{lane:03d}.log",
+                        )
                 update()
                 ready = server.slots.ready()
                 if len(ready):
@@ -390,22 +408,21 @@ def play(
                     events.wait(observation_ready, timeout_s=0.1)
             processes.wait_all(actors, time.monotonic() + processes.REAP_S)  # they close their environments
         finally:
+            template.close()
             processes.kill_all(actors)
             events.close([observation_ready, *wake])
             arena.close()
 
 
-def check_alive(
-    lane: int, actor: subprocess.Popen[bytes], counters: Counters, begin_ns: int, timeout_s: float, logs: Path
-) -> None:
-    """Raises RuntimeError if the lane's process has ended or gives no sign of life."""
+def check_alive(name: str, process: processes.Process, alive_ns: int, timeout_s: float, log: Path) -> None:
+    """Raises RuntimeError if a process, whose last sign of life was at `alive_ns`, has ended or hangs."""
     doctor = "python -m dsrl_async.doctor looks for the reason"
-    if (code := actor.poll()) is not None:
-        message = doctor if code < 0 else processes.last_line(logs / f"actor-{lane:03d}.log")
-        raise RuntimeError(f"environment process {lane} ended ({processes.how_ended(code)}): {message}")
-    silent_s = (time.monotonic_ns() - max(begin_ns, int(counters.actor_heartbeat_ns[lane]))) * 1e-9
+    if (code := process.poll()) is not None:
+        message = doctor if code < 0 else processes.last_line(log)
+        raise RuntimeError(f"{name} ended ({processes.how_ended(code)}): {message}")
+    silent_s = (time.monotonic_ns() - alive_ns) * 1e-9
     if silent_s > timeout_s:
-        raise RuntimeError(f"environment process {lane} has given no sign of life for {silent_s:.0f} s: {doctor}")
+        raise RuntimeError(f"{name} has given no sign of life for {silent_s:.0f} s: {doctor}")
 
 
 def writable_directory(option: str, path: Path) -> Path:

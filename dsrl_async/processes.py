@@ -11,11 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from dsrl_async.shm.arena import Arena
+from typing import Any, NamedTuple, Protocol
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -36,6 +34,17 @@ class Program(NamedTuple):
 WORKER = Program("dsrl_async.worker")
 
 
+class Process(Protocol):
+    """A child process: a `subprocess.Popen`, or one that was forked (`template.Forked`)."""
+
+    pid: int
+    returncode: Any  # int | None; a protocol's attribute has to be of the very same type as theirs
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
 def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
     """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches the supervisor only.
 
@@ -54,37 +63,6 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
             start_new_session=True,
             env=environment,
         )
-
-
-def start_actor(
-    arena: Arena,
-    lanes: Sequence[int],
-    incarnation: int,
-    seed: int,
-    env_config: dict[str, Any],
-    wake_fd: int,
-    notify_fds: list[int],
-    log: Path,
-    evaluation: dict[str, Any] | None = None,
-    program: Program = WORKER,
-) -> subprocess.Popen[bytes]:
-    """Start the process that plays the environments of `lanes`.
-
-    It waits for answers on `wake_fd` and announces observations on `notify_fds`. `evaluation` makes it play the
-    episodes that it is given (`shm.assignments`) and end: {"video_dir": str or None, "rate_hz": int, of the films}.
-    """
-    job = {
-        "arena": arena.describe(),
-        "lanes": list(lanes),
-        "incarnation": incarnation,
-        "seed": seed,
-        "env": env_config,
-        "wake_fd": wake_fd,
-        "notify_fds": notify_fds,
-        "evaluation": evaluation,
-        **program.settings,
-    }
-    return start(program.module, job, [arena.fd, wake_fd, *notify_fds], log, threads=1)
 
 
 def prepare_child(parent: int) -> None:
@@ -108,7 +86,7 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
-def wait_all(children: Iterable[subprocess.Popen[bytes]], deadline: float) -> bool:
+def wait_all(children: Iterable[Process], deadline: float) -> bool:
     """Wait until all have ended; False if some still ran at `deadline` (of time.monotonic)."""
     for child in children:
         try:
@@ -118,7 +96,7 @@ def wait_all(children: Iterable[subprocess.Popen[bytes]], deadline: float) -> bo
     return True
 
 
-def kill_all(children: Iterable[subprocess.Popen[bytes]]) -> None:
+def kill_all(children: Iterable[Process]) -> None:
     """SIGKILL and reap; at once."""
     children = list(children)
     for child in children:

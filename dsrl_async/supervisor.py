@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.session import Session
 from dsrl_async.shm import events
 from dsrl_async.shm.slots import Slots
+from dsrl_async.template import Template
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Child:
     """A process and its history; an actor's name is `actor-NUMBER`."""
 
     name: str
-    popen: subprocess.Popen[bytes]
+    popen: processes.Process
     log: Path
     started: float = 0.0
     log_start: int = 0  # size of the log when this incarnation was started
@@ -53,10 +53,6 @@ class Child:
     @property
     def is_actor(self) -> bool:
         return self.name.startswith("actor-")
-
-
-def number_of(actor: str) -> int:
-    return int(actor.removeprefix("actor-"))
 
 
 class Supervisor:
@@ -74,9 +70,10 @@ class Supervisor:
         self.weights_address = f"ipc://@dsrl_async-{os.getpid()}-{secrets.token_hex(4)}"
         self.children: dict[str, Child] = {}
         self.slots = Slots(self.arena)
-        self.waiting = [f"actor-{number:03d}" for number in range(self.config.actors)]  # to be started
+        self.waiting = [f"actor-{number:03d}" for number in range(self.config.actors)]  # to be started, maybe again
+        self.template: Template | None = None
         self.starting = max(STARTING_ACTORS, available_cpus())
-        self.restarts = {"actor": 0, "inference": 0, "learner": 0}
+        self.restarts = {"actor": 0, "inference": 0, "learner": 0, "template": 0}
 
     # ---- starting
 
@@ -86,14 +83,25 @@ class Supervisor:
         log_start = log.stat().st_size if log.is_file() else 0
         old = self.children.get(name)
         incarnation = old.incarnation + 1 if old else 1
-        popen = self._start_actor(name, incarnation, log) if name.startswith("actor") else self._start_model(name, log)
-        child = Child(name, popen, log, time.monotonic(), log_start, incarnation, old.quick_failures if old else 0)
+        popen: processes.Process
+        lanes = range(0)
+        if name == "template":
+            popen = self._start_template(incarnation, log)
+        elif name.startswith("actor"):
+            assert self.template is not None
+            number = int(name.removeprefix("actor-"))
+            lanes = self.config.lanes_of(number)
+            popen = self.template.fork(number, lanes, incarnation, log)
+        else:
+            popen = self._start_model(name, log)
+        child = Child(
+            name, popen, log, time.monotonic(), log_start, incarnation, old.quick_failures if old else 0, lanes
+        )
         if child.is_actor:
-            child.lanes = self.config.lanes_of(number_of(name))
             child.episodes = self._episodes(child)
         self.children[name] = child
 
-    def _start_model(self, name: str, log: Path) -> subprocess.Popen[bytes]:
+    def _start_model(self, name: str, log: Path) -> processes.Process:
         job: dict[str, Any] = {
             "arena": self.arena.describe(),
             "run_dir": str(self.run_dir),
@@ -114,29 +122,41 @@ class Supervisor:
         program = self.programs[name]
         return processes.start(program.module, {**job, **program.settings}, fds, log, threads)
 
-    def _start_actor(self, name: str, incarnation: int, log: Path) -> subprocess.Popen[bytes]:
-        number = number_of(name)
-        return processes.start_actor(
+    def _start_template(self, incarnation: int, log: Path) -> processes.Process:
+        if self.template is not None:
+            self.template.close()
+        self.template = Template(
             self.arena,
-            self.config.lanes_of(number),
-            incarnation,
             self.config.seed,
             self.config.env.model_dump(),
-            self.wake[number],
+            self.wake,
             [self.observation_ready, self.transition_ready],
             log,
+            self.config.envs_per_actor,
+            incarnation,
             program=self.programs["actor"],
         )
+        return self.template.popen
 
     def _start_actors(self) -> None:
-        """Start as many of the waiting actors as may come up at once.
+        """Start as many of the waiting actors as may come up at once, if the template is there to fork them.
 
         All share the cores, so no one is kept waiting by this; the first ones decide while the last ones start, one
         that hangs is found out after the same time however many there are, and the memory that a start takes beyond
         what it leaves is taken a few times over, not N times.
         """
-        while self.waiting and sum(self._coming_up(child) for child in self.children.values()) < self.starting:
-            self._start(self.waiting.pop(0))
+        template = self.template
+        while self.waiting and template is not None and template.prepared:
+            running = (child for name, child in self.children.items() if name not in self.waiting)
+            if sum(map(self._coming_up, running)) >= self.starting:
+                return
+            try:
+                self._start(self.waiting[0])
+            except RuntimeError as error:
+                logger.warning("%s", error)
+                processes.kill_all([template.popen])
+                return  # `_replace_dead` starts it again
+            del self.waiting[0]
 
     def _coming_up(self, child: Child) -> bool:
         """Whether an actor has not asked for the first action chunk of its last environment yet."""
@@ -147,8 +167,8 @@ class Supervisor:
     def run(self) -> dict[str, Any]:
         """Run until a limit, a signal or a failure; returns the summary when no child is left."""
         try:
-            for name in ("inference", "learner"):  # before the actors: they take longest to come up
-                if name in self.programs:
+            for name in ("inference", "learner", "template"):
+                if name in self.programs or name == "template":
                     self._start(name)
             reason = self._watch()
         except Exception as error:
@@ -179,7 +199,7 @@ class Supervisor:
         return reason
 
     def _pids(self) -> dict[str, int]:
-        return {name: child.popen.pid for name, child in self.children.items()}
+        return {name: child.popen.pid for name, child in self.children.items() if name not in self.waiting}
 
     def _last_beat(self, child: Child) -> float | None:
         """When this incarnation last gave a sign of life, time.monotonic; None: not yet."""
@@ -193,10 +213,13 @@ class Supervisor:
     def _replace_dead(self) -> str | None:
         """Start a successor for every process that died or hangs; returns why the run must end, if it must."""
         for name, child in list(self.children.items()):
+            if name in self.waiting:  # it has ended already
+                continue
             beat, now = self._last_beat(child), time.monotonic()
             silent_s = now - (beat or child.started)
             how = ""
-            if silent_s > (self.config.heartbeat_timeout_s if beat or child.is_actor else START_S):
+            loading = beat is None and name in ("inference", "learner")
+            if silent_s > (START_S if loading else self.config.heartbeat_timeout_s):
                 how = f"no sign of life for {silent_s:.0f} s"
                 processes.kill_all([child.popen])
             code = child.popen.poll()
@@ -216,16 +239,22 @@ class Supervisor:
                 )
             logger.warning("%s ended (%s) after %.0f s; starting it again, see %s", name, how, lived, child.log)
             self.restarts[name.split("-")[0]] += 1
-            self._start(name)
+            if child.is_actor:
+                self.waiting.insert(0, name)
+            else:
+                self._start(name)
         return None
 
     def _episodes(self, actor: Child) -> int:
         return int(self.counters.actor_episodes[actor.lanes].sum())
 
     def _got_somewhere(self, child: Child) -> bool:
-        """Whether it did what it is for: an actor has ended an episode, another process has given a sign of life."""
+        """Whether it did what it is for: an actor has ended an episode, the template can fork some, another process has
+        given a sign of life."""
         if child.is_actor:
             return self._episodes(child) > child.episodes
+        if child.name == "template":
+            return self.template is not None and self.template.prepared
         return self._last_beat(child) is not None
 
     # ---- stopping
@@ -234,7 +263,9 @@ class Supervisor:
         """End the actors, then the others, so that the last checkpoint holds all transitions; False if it failed."""
         children = self.children.values()
         actors = [child.popen for child in children if child.is_actor]
-        models = [child.popen for child in children if not child.is_actor]
+        models = [child.popen for child in children if child.name in ("inference", "learner")]
+        if self.template is not None:
+            self.template.close()
         self._set_stop(1)
         if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S + ACTOR_STOP_S * len(actors)):
             processes.kill_all(actors)

@@ -1,22 +1,19 @@
 """The environment process: executes action chunks, writes observations and transitions. Imports no torch.
 
 `Actor` is one environment with its slot and its replay lane; `main` runs one, or some that take turns, in a process of
-its own, and serial mode calls `Actor` directly.
+its own, which is forked from the `template`, and serial mode calls `Actor` directly.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsrl_async.envs import ChunkOutcome, Environment, make_environment
-from dsrl_async.processes import prepare_child
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
@@ -145,18 +142,27 @@ class Actor:
         self.request_number = self.slots.request(self.lane, self.incarnation, self.requests)
 
 
-def main(argument: str) -> None:
-    """Run actors as a process; `argument` is the JSON of `processes.start_actor`."""
-    job = json.loads(argument)
-    prepare_child(job["parent"])
+def prepare(job: Mapping[str, Any]) -> list[Environment]:
+    """What every actor process of a run needs before its first episode, as far as it survives a fork (`template`)."""
+    counters, environments = Counters(Arena.attach(job["arena"])), []
+    for _ in range(job["envs_per_actor"]):
+        environments.append(make_environment(job["env"]))
+        counters.template_heartbeat_ns[0] = time.monotonic_ns()
+    return environments
+
+
+def main(job: Mapping[str, Any], environments: list[Environment] | None) -> None:
+    """Run actors in a process of their own, forked from one that has the `environments` of `prepare`, or has failed to
+    make them; `job` is told by `template.Template`."""
     arena = Arena.attach(job["arena"])
     lanes, wake = job["lanes"], job["wake_fd"]
     counters = Counters(arena)
     # From here on: a simulator or an OpenGL driver that hangs while the scene is made is found out like any other.
     counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
     actors = []
-    for lane in lanes:
-        actors.append(Actor(lane, job["incarnation"], job["seed"], job["env"], arena))
+    for index, lane in enumerate(lanes):
+        environment = environments[index] if environments is not None else None
+        actors.append(Actor(lane, job["incarnation"], job["seed"], job["env"], arena, environment))
         counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
     if (evaluation := job["evaluation"]) is not None:
         (actor,) = actors
@@ -207,7 +213,3 @@ def play(actors: Sequence[Actor], wake_fd: int, notify_fds: Sequence[int]) -> No
     finally:
         for actor in actors:
             actor.env.close()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -48,12 +48,12 @@ def start_as(system: str) -> None:
         os.environ |= SPINNING
 
     def start_child(module: str, job: dict[str, Any], fds: Any, log: Path, threads: int) -> subprocess.Popen[bytes]:
-        actor = "lanes" in job
+        actor = "lane" in job
         if system.startswith("actors" if actor else "models"):
             threads = available_cpus()
         child = start(module, job, fds, log, threads)
         if system == "pinned":
-            core = cores[job["lanes"][0] % len(cores)] if actor else cores[0 if module.endswith("inference") else -1]
+            core = cores[job["lane"] % len(cores)] if actor else cores[0 if module.endswith("inference") else -1]
             os.sched_setaffinity(child.pid, {core})
         return child
 

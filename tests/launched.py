@@ -43,14 +43,15 @@ class Launched:
         self.seen: dict[int, psutil.Process] = {}
 
     def children(self, module: str | None = None) -> list[psutil.Process]:
-        """Living children, all or those that run `dsrl_async.<module>`."""
+        """Living children, all or those that run `dsrl_async.<module>`; actors, which are forked, run the `worker`."""
         found = []
         for child in self.process.children():
             try:
-                line = " ".join(child.cmdline()[:3])
+                line, actor = " ".join(child.cmdline()[:3]), child.name().startswith("actor-")
             except psutil.Error:
                 continue
-            if child.status() != psutil.STATUS_ZOMBIE and f"-m dsrl_async.{module or ''}" in line:
+            runs = "worker" if actor else line.rpartition("-m dsrl_async.")[2]
+            if child.status() != psutil.STATUS_ZOMBIE and "-m dsrl_async." in line and module in (None, runs):
                 found.append(child)
                 self.seen[child.pid] = child
         return found

@@ -131,7 +131,7 @@ def test_all_environments_learn_and_come_back_with_their_process(tmp_path: Path)
     run.signal(signal.SIGINT)
     result = run.finish()
     assert result["exit_reason"] == "interrupted"
-    assert result["restarts"] == {"actor": 1, "inference": 0, "learner": 0}
+    assert result["restarts"] == {"actor": 1, "inference": 0, "learner": 0, "template": 0}
     assert result["replay_ratio"] == pytest.approx(1.0, abs=0.15)
     assert result["batch_size_mean"] > 2
     assert run.left_over() == []

@@ -33,13 +33,19 @@ def configuration(suite: str = "libero_spatial", **settings: Any) -> dict[str, A
     return validate({"env": {"name": suite, "scene_order": "cycled", **settings}}).env.model_dump()
 
 
-def environment_of(suite: str, **settings: Any) -> LiberoEnvironment:
+@pytest.fixture(scope="module", autouse=True)
+def opengl() -> None:
+    """Skips where OpenGL cannot be had."""
     try:
-        environment = make_environment(configuration(suite, **settings))
-    except ValueError as error:
-        if "cannot render" not in str(error):
-            raise
-        pytest.skip(str(error))
+        from robosuite.utils.binding_utils import GLContext
+
+        GLContext(max_width=64, max_height=64).make_current()
+    except Exception as error:
+        pytest.skip(f"OpenGL cannot be had: {error}")
+
+
+def environment_of(suite: str, **settings: Any) -> LiberoEnvironment:
+    environment = make_environment(configuration(suite, **settings))
     assert isinstance(environment, LiberoEnvironment)
     return environment
 
@@ -130,7 +136,7 @@ def draw_the_present(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) 
     observe = environment.observe
 
     def late(*arrays: Any) -> None:
-        environment._capture()
+        environment._cameras.capture(environment.data)
         observe(*arrays)
 
     patch.setattr(environment, "observe", late)
@@ -382,17 +388,32 @@ def test_a_reset_that_fails_is_an_error_and_not_an_endless_loop(
 
 def test_graphics_that_cannot_be_set_up_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = environment_of("libero_spatial", task_ids=[0])
+    environment.reset(0)
 
     def broken(*arguments: Any) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("mujoco.MjrContext", broken)
+    with pytest.raises(ValueError, match=r"LIBERO cannot render with MUJOCO_GL=\w+ \(RuntimeError: out of memory\)"):
+        environment.render()
+
+
+def test_a_scene_that_cannot_be_compiled_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("mujoco.MjModel.from_xml_string", broken)
     with pytest.raises(ValueError, match="task 0 of libero_spatial cannot be set up: RuntimeError: out of memory"):
-        environment.reset(0)
+        environment_of("libero_spatial", task_ids=[0])
 
 
 def test_missing_opengl_is_the_last_line_that_an_actor_leaves() -> None:
-    program = f"from dsrl_async.envs import make_environment\nmake_environment({configuration()})\n"
+    program = (
+        "from dsrl_async.envs import make_environment\n"
+        f"environment = make_environment({configuration(task_ids=[0])})\n"
+        "environment.reset(0)\n"
+        "environment.render()\n"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": "99"},

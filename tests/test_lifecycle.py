@@ -81,7 +81,7 @@ def test_signal_to_all_processes_at_once_as_batch_systems_send_it(tmp_path: Path
     run.signal(signal.SIGTERM)
     result = run.finish()
     assert result["exit_reason"] == "terminated"
-    assert result["restarts"] == {"actor": 0, "inference": 0, "learner": 0}
+    assert result["restarts"] == {"actor": 0, "inference": 0, "learner": 0, "template": 0}
     checkpoint_of(run.run_dir)
     assert run.left_over() == []
 
@@ -113,15 +113,15 @@ def test_interrupt_while_starting_stops_cleanly(tmp_path: Path) -> None:
 def test_kill_of_the_supervisor_leaves_nothing(tmp_path: Path) -> None:
     run = Launched(tmp_path / "run", *SMALL)
     run.wait_learning()
-    assert len(run.children()) == 4
+    assert len(run.children()) == 5
     run.signal(signal.SIGKILL)
     run.finish()
     assert run.left_over() == []
     assert not any("dsrl" in name for name in os.listdir("/dev/shm"))
-    assert len(run.seen) >= 4
+    assert len(run.seen) >= 5
 
 
-@pytest.mark.parametrize("module", ["worker", "inference", "learner"])
+@pytest.mark.parametrize("module", ["worker", "inference", "learner", "template"])
 def test_killed_process_is_replaced_and_the_run_goes_on(tmp_path: Path, module: str) -> None:
     run = Launched(tmp_path / "run", *SMALL, "--checkpoint.interval-minutes", "0.02")
     run.wait_learning(updates=20)

@@ -6,15 +6,14 @@ Everything but the environment is the run's own: `worker.Actor`, its slot, its r
 from __future__ import annotations
 
 import ctypes
-import json
-import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
-from dsrl_async.processes import prepare_child
 from dsrl_async.shm.arena import Arena
 from dsrl_async.throughput_model import EnvironmentTimes
 from dsrl_async.worker import Actor, play
@@ -69,10 +68,12 @@ def _sleep(seconds: float) -> None:
         time.sleep(seconds)
 
 
-def main(argument: str) -> None:
-    """`argument` is the JSON of `processes.start_actor`, with `times`, the fields of `EnvironmentTimes`, beside it."""
-    job = json.loads(argument)
-    prepare_child(job["parent"])
+def prepare(job: Mapping[str, Any]) -> None:
+    """There is nothing that all actors share."""
+
+
+def main(job: Mapping[str, Any], prepared: None) -> None:
+    """`job` is told by `template.Template`, with `times`, the fields of `EnvironmentTimes`, beside it."""
     sharpen_timers()
     arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
     actors = [
@@ -80,7 +81,3 @@ def main(argument: str) -> None:
         for lane in job["lanes"]
     ]
     play(actors, job["wake_fd"], job["notify_fds"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -29,6 +29,8 @@ from dsrl_async.shm.arena import layout
 from dsrl_async.shm.counters import ACTOR_PHASES, Counters
 from dsrl_async.shm.memory import create_memory, run_fields
 from dsrl_async.shm.slots import Slots
+from dsrl_async.telemetry.processes import template_bytes
+from dsrl_async.template import Template
 
 Status = Literal["ok", "warning", "problem"]
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
@@ -220,31 +222,42 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
     arena = create_memory(config, spec, config.env.chunk)
     wake, notify = events.create(), events.create()
     begin = time.monotonic()
+
+    def wait(process: processes.Process, what: str, done: Callable[[], bool], log: Path) -> float:
+        """Until `done`; returns the seconds since the check's begin."""
+        while not done():
+            if (code := process.poll()) is not None:
+                said = f": {processes.last_line(log)}" if code > 0 else ""
+                raise ConfigError(f"{what} ended in its start ({processes.how_ended(code)}){said}")
+            if time.monotonic() - begin > options.time_limit_s:
+                raise ConfigError(f"{what} was not ready within {options.time_limit_s:g} s")
+            events.wait(notify, timeout_s=0.05)
+        return time.monotonic() - begin
+
+    actor = None
     with tempfile.TemporaryDirectory() as directory:
-        log = Path(directory) / "actor.log"
-        actor = processes.start_actor(
-            arena, config.lanes_of(0), 1, config.seed, config.env.model_dump(), wake, [notify], log
+        log, of_template = Path(directory) / "actor.log", Path(directory) / "template.log"
+        template = Template(
+            arena, config.seed, config.env.model_dump(), [wake], [notify], of_template, config.envs_per_actor
         )
         try:
-            while not Slots(arena).request_id.all():
-                if (code := actor.poll()) is not None:
-                    said = f": {processes.last_line(log)}" if code > 0 else ""
-                    raise ConfigError(f"an actor ended in its start ({processes.how_ended(code)}){said}")
-                if time.monotonic() - begin > options.time_limit_s:
-                    raise ConfigError(f"an actor made no observation within {options.time_limit_s:g} s")
-                events.wait(notify, timeout_s=0.1)
-            started = time.monotonic() - begin
+            prepared = wait(template.popen, "the actors' template", lambda: template.prepared, of_template)
+            actor = template.fork(0, config.lanes_of(0), 1, log)
+            started = wait(actor, "an actor", lambda: bool(Slots(arena).request_id.all()), log) - prepared
             memory = psutil.Process(actor.pid).memory_full_info()
+            shared = template_bytes(psutil.Process(template.popen.pid))
         finally:
-            processes.kill_all([actor])
+            template.close()
+            processes.kill_all([actor] if actor is not None else [])
             events.close([wake, notify])
     phases = {name: float(value) for name, value in zip(ACTOR_PHASES, Counters(arena).actor_phase_s[0], strict=True)}
     arena.close()
     estimate = preflight.actor_bytes(config)
     message = (
-        f"starts in {started:.1f} s (first reset {phases['reset']:.1f} s, pictures {phases['render']:.2f} s); memory "
-        f"{memory.uss / 1e6:,.0f} MB private, {memory.pss / 1e6:,.0f} MB with its share of libraries; "
-        f"{max(0, available_memory() // memory.uss)} such actors fit beside nothing else"
+        f"what all share is ready after {prepared:.1f} s, an actor {started:.1f} s later (first reset "
+        f"{phases['reset']:.1f} s, pictures {phases['render']:.2f} s); memory {memory.uss / 1e6:,.0f} MB private and "
+        f"{shared / 1e6:,.0f} MB that all share; {max(0, (available_memory() - shared) // memory.uss)} such actors fit "
+        "beside nothing else"
     )
     if memory.uss > estimate:
         message += f"; that is more than the {estimate / 1e6:,.0f} MB that are reckoned with: start fewer of them"

@@ -23,7 +23,6 @@ import contextlib
 import ctypes
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -32,21 +31,16 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, check_chunk, environment_spec, libero_files, light_graphics
+from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, check_chunk, environment_spec, libero_files
 from dsrl_async.envs.images import resize_with_pad
+from dsrl_async.envs.libero_cameras import Cameras, no_rendering
 
 logger = logging.getLogger(__name__)
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")
 IDLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """The action while objects settle: stay, with the gripper open."""
-MAX_SCENE_GEOMS = 1000  # robosuite's
 CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
 """What LIBERO changes in a compiled scene."""
-FAST_MESH_FACES = 600
-"""Faces that a mesh with more of them keeps where `render_quality` is fast."""
-FAST_TEXTURE_SIZE = 512
-"""Pixels along the longer side of a texture there."""
 RESET_TRIALS = 100  # each of them 5000 attempts of robosuite to place the objects
 
 
@@ -111,32 +105,18 @@ def versions() -> dict[str, str]:
 
 
 def _import_libero() -> Any:
-    """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL cannot be had."""
+    """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL's library cannot be had."""
     libero_files.prepare_import()
     logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
-    problem = None
     try:
-        from robosuite.utils.binding_utils import GLContext
-
-        GLContext(max_width=64, max_height=64).make_current()
+        import robosuite.utils.binding_utils  # noqa: F401  loads OpenGL's library
     except Exception as error:
-        # Raised below, when what is left of the context is gone: it complains on stderr, and would have the last word.
-        problem = _no_rendering(error)
-    if problem is not None:
-        raise ValueError(problem)
+        raise ValueError(no_rendering(error)) from error
     try:
         import libero.libero.envs as envs
     except ImportError as error:
         raise ValueError(f"LIBERO cannot be imported: {error}; see docs/libero.md for what to install") from error
     return envs
-
-
-def _no_rendering(error: Exception) -> str:
-    return (
-        f"LIBERO cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')} "
-        f"({type(error).__name__}: {' '.join(str(error).split())}); without a GPU install libegl1, libegl-mesa0 and "
-        "libgl1-mesa-dri, or libosmesa6 and set MUJOCO_GL=osmesa"
-    )
 
 
 def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -153,9 +133,11 @@ class LiberoEnvironment:
 
     An action is float32[7]: translation (3) and rotation (3) of the hand, clipped to [-1, 1], and the gripper command,
     -1 to open and 1 to close. The state is float32[8]: hand position (m), hand orientation (`axis_angle`), the two
-    finger positions (m). Only one task's scene is in memory at a time; another one is compiled when it is drawn.
+    finger positions (m). Only one task's scene is in memory at a time; another one is compiled when it is drawn. If
+    there is but one task, that is done at once, so that a process which then forks has done it for all: OpenGL, which
+    does not survive a fork, is not used before the first picture.
 
-    Raises ValueError if LIBERO or OpenGL cannot be had, or if a setting does not fit them.
+    Raises ValueError if LIBERO cannot be had, or if a setting does not fit it.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -178,13 +160,14 @@ class LiberoEnvironment:
         """LIBERO's environment of the present task (`BDDLBaseDomain`); for the scripted expert and the recorder."""
         self._property_samplers: list[Any] = []
         self._compiled: dict[str, NDArray[Any]] = {}
-        self._scenes = ()  # type: tuple[mujoco.MjvScene, ...]
-        self._frames: list[NDArray[np.uint8]] = []
+        self._cameras: Cameras
         self._steps = 0
         self._ended = True
         logger.info("LIBERO with %s", ", ".join(f"{name} {number}" for name, number in versions().items()))
         if self._fast:
             logger.warning("env.render_quality is fast: pictures differ from those of published checkpoints")
+        if len(self.tasks) == 1:
+            self._load(self.tasks[0])
 
     def _chosen_init_states(self, task: int, chosen: list[int] | None) -> list[int]:
         count = len(self._init_states[task])
@@ -227,12 +210,15 @@ class LiberoEnvironment:
         return self.tasks.index(scene.task)
 
     def _load(self, task: int) -> None:
-        """Compiles a task's scene and readies the graphics."""
+        """Compiles a task's scene."""
         self.close()
         try:
             with self._noting_compiled():
-                wrapper = self._domains.OffScreenRenderEnv(
-                    bddl_file_name=str(libero_files.bddl_file(self.suite, task)), use_camera_obs=False, hard_reset=False
+                wrapper = self._domains.env_wrapper.ControlEnv(
+                    bddl_file_name=str(libero_files.bddl_file(self.suite, task)),
+                    has_offscreen_renderer=False,  # `Cameras` draws
+                    use_camera_obs=False,
+                    hard_reset=False,
                 )
         except Exception as error:
             raise ValueError(
@@ -240,29 +226,14 @@ class LiberoEnvironment:
             ) from error
         self.domain, self._task = wrapper.env, task
         self._property_samplers = list(self.domain.object_property_initializers)
-        model, context = self._model, self._context
+        model = self._model
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
-        try:
-            too_small = self._render_size > min(context.con.offWidth, context.con.offHeight)
-            if too_small:
-                model.vis.global_.offwidth = max(self._render_size, context.con.offWidth)
-                model.vis.global_.offheight = max(self._render_size, context.con.offHeight)
-            if self._fast:
-                model.vis.quality.offsamples = 0
-            if self._fast or too_small:
-                context.con.free()
-                light = light_graphics.lighter(model, FAST_MESH_FACES, FAST_TEXTURE_SIZE)
-                with light if self._fast else contextlib.nullcontext():
-                    context._set_mujoco_context_and_buffers()
-        except Exception as error:
-            raise ValueError(_no_rendering(error)) from error
-        self._scenes = tuple(mujoco.MjvScene(model, maxgeom=MAX_SCENE_GEOMS) for _ in CAMERAS)
-        for scene in self._scenes:
-            scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] &= not self._fast
+        self._cameras = Cameras(model, self._render_size, self._fast)
         self._add_observable()
-        # The graphics have their own copy of the textures; the compiler's cache of them is not needed again either.
-        light_graphics.release_pages(model.tex_data)
-        mujoco.mj_clearCache(mujoco.mj_getCache())
+        # A first reset and step compile what robosuite has numba compile, or load it; later ones do not depend on them.
+        self._reset_scene(1)
+        self._step(np.array(IDLE_ACTION))
+        mujoco.mj_clearCache(mujoco.mj_getCache())  # what the compiler read from files is not needed again
         ctypes.CDLL(None).malloc_trim(0)
 
     @contextlib.contextmanager
@@ -294,10 +265,6 @@ class LiberoEnvironment:
         """MuJoCo's `MjData` of the present task."""
         return self.domain.sim.data._data
 
-    @property
-    def _context(self) -> Any:
-        return self.domain.sim._render_context_offscreen
-
     def _add_observable(self) -> None:
         """Replaces robosuite's observables with one that keeps all that `observe` needs."""
         from robosuite.utils.observables import Observable, sensor
@@ -309,23 +276,11 @@ class LiberoEnvironment:
 
         @sensor(modality="proprio")
         def moment(cache: dict[str, Any]) -> NDArray[np.float64]:
-            self._capture()
+            self._cameras.capture(self.data)
             position, orientation, fingers = (read(cache) for read in needed)
             return np.concatenate((position, axis_angle(orientation), fingers))
 
         domain.add_observable(Observable("moment", moment, sampling_rate=domain.control_freq))
-
-    def _capture(self) -> None:
-        """Keeps what the cameras would show now."""
-        context = self._context
-        camera = mujoco.MjvCamera()
-        camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        for name, scene in zip(CAMERAS, self._scenes, strict=True):
-            camera.fixedcamid = self.domain.sim.model.camera_name2id(name)
-            mujoco.mjv_updateScene(
-                self._model, self.data, context.vopt, context.pert, camera, mujoco.mjtCatBit.mjCAT_ALL, scene
-            )
-        self._frames = []
 
     def _reset_scene(self, count: int) -> None:
         """As LIBERO's reset number `count` (from 1) after the scene was made, without compiling it; tried again, a
@@ -392,7 +347,10 @@ class LiberoEnvironment:
 
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         """Draws what LIBERO's observation after the last step shows: images uint8[2, size, size, 3] (agentview, wrist),
-        sac_image uint8[64, 64, 3] (agentview), state float32[8]."""
+        sac_image uint8[64, 64, 3] (agentview), state float32[8].
+
+        Raises ValueError, in one sentence, if OpenGL cannot be had.
+        """
         for camera, image in enumerate(images):
             image[:] = resize_with_pad(self._frame(camera), len(image))
         sac_image[:] = resize_with_pad(self._frame(0), SAC_IMAGE_SIZE)
@@ -403,23 +361,13 @@ class LiberoEnvironment:
         return resize_with_pad(self._frame(camera), size)
 
     def _frame(self, camera: int) -> NDArray[np.uint8]:
-        """The camera's picture uint8[render_size, render_size, 3], drawn at most once after a step."""
-        if not self._frames:
-            context = self._context
-            context.gl_ctx.make_current()
-            viewport = mujoco.MjrRect(0, 0, self._render_size, self._render_size)
-            for scene in self._scenes:
-                frame = np.empty((self._render_size, self._render_size, 3), np.uint8)
-                mujoco.mjr_render(viewport, scene, context.con)
-                mujoco.mjr_readPixels(frame, None, viewport, context.con)
-                # OpenGL's rows go from bottom to top, and LIBERO leaves them so; its policies see them turned.
-                self._frames.append(np.ascontiguousarray(frame[::-1, ::-1]) if self._rotate else frame)
-        return self._frames[camera]
+        frame = self._cameras.frame(camera)
+        # OpenGL's rows go from bottom to top, and LIBERO leaves them so; its policies see them turned.
+        return np.ascontiguousarray(frame[::-1, ::-1]) if self._rotate else frame
 
     def close(self) -> None:
         """Frees the scene, its graphics and their memory."""
         if self.domain is not None:
-            self._scenes, self._frames = (), []
-            self._context.gl_ctx.make_current()  # what is freed lies in it, not in that of another environment
+            self._cameras.close()
             self.domain.close()
             self.domain = self._task = None

@@ -105,7 +105,6 @@ def environment_for(suite: str, task: int, image_size: int, render_quality: str)
         "rotate_images": False,
     }
     environment = LiberoEnvironment(validate({"env": settings}).env.model_dump())
-    environment._load(task)
     # Not among what our policies see, but in LIBERO's files; sampled in the same moment of a step as the pictures.
     for name in ("robot0_eef_quat", "robot0_joint_pos"):
         environment.domain._observables[name]._enabled = True

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator
 from typing import Any
 
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-MESH_FIELDS = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
 CANDIDATES = 12
 """How many old corners near a new one are looked at."""
-TEXTURE_FIELDS = ("tex_data", "tex_width", "tex_height")
 
 
-@contextlib.contextmanager
-def lighter(model: Any, faces: int, texture_size: int) -> Iterator[None]:
-    """Inside of it, each mesh of the `MjModel` has about `faces` faces at most, and each two-dimensional texture
-    `texture_size` pixels at most along its longer side; behind it the model is as before, bit for bit.
-
-    To be left as soon as the model's graphics context is made, which copies both.
-    """
-    saved = {name: getattr(model, name).copy() for name in (*MESH_FIELDS, *TEXTURE_FIELDS)}
-    try:
-        for mesh in np.flatnonzero(model.mesh_facenum > faces).tolist():
-            _simplify_mesh(model, mesh, faces)
-        for texture in np.flatnonzero(np.maximum(model.tex_width, model.tex_height) > texture_size).tolist():
-            if model.tex_type[texture] == 0:  # mjTEXTURE_2D; a cube's six sides are one above the other
-                _shrink_texture(model, texture, texture_size)
-        yield
-    finally:
-        for name, values in saved.items():
-            getattr(model, name)[:] = values
+def lighter(model: mujoco.MjModel, faces: int, texture_size: int) -> mujoco.MjModel:
+    """A copy to make the graphics of: each mesh has about `faces` faces at most, and each two-dimensional texture
+    `texture_size` pixels at most along its longer side."""
+    light = copy.copy(model)
+    for mesh in np.flatnonzero(light.mesh_facenum > faces).tolist():
+        _simplify_mesh(light, mesh, faces)
+    for texture in np.flatnonzero(np.maximum(light.tex_width, light.tex_height) > texture_size).tolist():
+        if light.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D:  # a cube's six sides are one above the other
+            _shrink_texture(light, texture, texture_size)
+    return light
 
 
 def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:

@@ -26,6 +26,8 @@ def counter_fields(actors: int) -> Fields:
     return {
         "control/stop": (scalar, "int64"),  # 1: actors finish, 2: everyone
         "control/wall_s": (scalar, "float64"),  # of this run so far, over all resumes
+        "template/heartbeat_ns": (scalar, "int64"),
+        "template/prepared": (scalar, "int64"),  # the incarnation that is ready to fork actors
         "actor/decisions": (per_actor, "int64"),
         "actor/env_steps": (per_actor, "int64"),
         "actor/episodes": (per_actor, "int64"),

@@ -95,7 +95,7 @@ class View:
     replay_size: int
     replay_utilization: float
     cpu_percent: dict[str, float]  # kind of process -> percent of one core
-    memory_mb: dict[str, float]  # supervisor, inference, learner, actor_mean: private memory; 0 if there is none
+    memory_mb: dict[str, float]  # supervisor, inference, learner, template, actor_mean: private; 0 if there is none
     processes: dict[str, int]
     metrics: dict[str, float]  # the agent's last ones; empty before the first update
 
@@ -234,7 +234,7 @@ class RunMonitor:
             replay_size=replay_size,
             replay_utilization=replay_size / config.replay.capacity,
             cpu_percent=dict(self._usage.cpu_percent),
-            memory_mb={kind: memory.get(kind, 0.0) for kind in ("supervisor", "inference", "learner")}
+            memory_mb={kind: memory.get(kind, 0.0) for kind in ("supervisor", "inference", "learner", "template")}
             | {"actor_mean": memory.get("actor", 0.0)},
             processes=dict(self._usage.processes),
             metrics=self._metrics,

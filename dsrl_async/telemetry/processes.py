@@ -17,13 +17,20 @@ def kind_of(name: str) -> str:
     return name.partition("-")[0]
 
 
+def template_bytes(template: psutil.Process) -> int:
+    """Memory of the template, what it shares with its actors included, but neither files nor the run's memory."""
+    memory = template.memory_info()
+    return int(memory.rss - memory.shared)
+
+
 class ProcessUsage:
     """What the run's processes use. A process that has ended counts as using nothing.
 
     Attributes:
         cpu_percent: kind -> percent of one core, summed over its processes, since the previous measurement.
         memory_mb: kind -> mean private memory (USS, 10^6 bytes) of its processes, as last seen alive. What is
-            shared, such as the replay ring and library code, is in nobody's figure.
+            shared, such as the replay ring and library code, is in nobody's figure; but what the template's memory
+            shares with the actors that were forked from it counts as the template's.
         processes: kind -> number of processes.
     """
 
@@ -73,7 +80,10 @@ class ProcessUsage:
             if len(uss[kind]) == MEMORY_ACTORS:
                 continue
             try:
-                uss[kind].append(handle.memory_full_info().uss / 1e6)
+                if kind == "template":
+                    uss[kind].append(template_bytes(handle) / 1e6)
+                else:
+                    uss[kind].append(handle.memory_full_info().uss / 1e6)
             except psutil.Error:
                 continue
         alive = {kind: [value for value in values if value > 0] for kind, values in uss.items()}  # not zombies

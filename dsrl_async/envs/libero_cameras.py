@@ -1,0 +1,115 @@
+"""What LIBERO's two cameras show: kept at the moment when LIBERO would draw it, drawn when somebody looks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+
+from dsrl_async.envs import light_graphics
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+CONTEXT_SIZE = {"max_width": 640, "max_height": 480}  # robosuite's; what is drawn has a buffer of its own
+MAX_SCENE_GEOMS = 1000  # robosuite's
+FAST_MESH_FACES = 600
+"""Faces that a mesh with more of them keeps where `render_quality` is fast."""
+FAST_TEXTURE_SIZE = 512
+"""Pixels along the longer side of a texture there."""
+
+
+def no_rendering(error: Exception) -> str:
+    """One sentence about OpenGL that cannot be had."""
+    return (
+        f"LIBERO cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')} "
+        f"({type(error).__name__}: {' '.join(str(error).split())}); without a GPU install libegl1, libegl-mesa0 and "
+        "libgl1-mesa-dri, or libosmesa6 and set MUJOCO_GL=osmesa"
+    )
+
+
+class Cameras:
+    """The cameras of a compiled scene, whose pictures are square with `render_size` pixels; `fast` is
+    `render_quality: fast`.
+
+    OpenGL, which does not survive a fork, is first used when the first picture is drawn.
+    """
+
+    def __init__(self, model: mujoco.MjModel, render_size: int, fast: bool) -> None:
+        self._model, self._size = model, render_size
+        buffer = model.vis.global_
+        buffer.offwidth, buffer.offheight = max(render_size, buffer.offwidth), max(render_size, buffer.offheight)
+        self._drawn: mujoco.MjModel | None = model  # until the graphics have their own copy of meshes and textures
+        if fast:
+            model.vis.quality.offsamples = 0
+            self._drawn = light_graphics.lighter(model, FAST_MESH_FACES, FAST_TEXTURE_SIZE)
+            light_graphics.release_pages(model.tex_data)
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[:2] = 0, 1  # not the shapes for collisions, but those for the eye
+        self._perturbation = mujoco.MjvPerturb()
+        self._scenes = [mujoco.MjvScene(model, maxgeom=MAX_SCENE_GEOMS) for _ in CAMERAS]
+        for scene in self._scenes:
+            scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] &= not fast
+        self._frames: list[NDArray[np.uint8]] = []
+        self._opengl: Any = None
+        self._context: Any = None
+
+    def capture(self, data: mujoco.MjData) -> None:
+        """Keeps what the cameras would show now, which takes microseconds."""
+        camera = mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        for name, scene in zip(CAMERAS, self._scenes, strict=True):
+            camera.fixedcamid = self._model.camera(name).id
+            mujoco.mjv_updateScene(
+                self._model, data, self._options, self._perturbation, camera, mujoco.mjtCatBit.mjCAT_ALL, scene
+            )
+        self._frames = []
+
+    def frame(self, camera: int) -> NDArray[np.uint8]:
+        """The captured picture of camera 0 (agentview) or 1 (wrist), uint8[render_size, render_size, 3], its rows from
+        bottom to top as OpenGL and LIBERO have them; drawn at most once.
+
+        Raises ValueError, in one sentence, if OpenGL cannot be had.
+        """
+        if not self._frames:
+            if self._context is None:
+                self._start_opengl()
+            self._opengl.make_current()
+            viewport = mujoco.MjrRect(0, 0, self._size, self._size)
+            for scene in self._scenes:
+                frame = np.empty((self._size, self._size, 3), np.uint8)
+                mujoco.mjr_render(viewport, scene, self._context)
+                mujoco.mjr_readPixels(frame, None, viewport, self._context)
+                self._frames.append(frame)
+        return self._frames[camera]
+
+    def _start_opengl(self) -> None:
+        problem = None
+        try:
+            from robosuite.utils.binding_utils import GLContext
+
+            self._opengl = GLContext(**CONTEXT_SIZE)
+            self._opengl.make_current()
+            self._context = mujoco.MjrContext(self._drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        except Exception as error:
+            # Raised below, when what is left of the context is gone: it complains, and would have the last word.
+            problem = no_rendering(error)
+        if problem is not None:
+            raise ValueError(problem)
+        assert self._drawn is not None
+        # The graphics have their own copy of the textures.
+        light_graphics.release_pages(self._drawn.tex_data)
+        self._drawn = None
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def close(self) -> None:
+        """Frees the graphics; nothing can be drawn afterwards."""
+        if self._context is not None:
+            self._opengl.make_current()
+            self._context.free()
+            self._opengl.free()
+        self._opengl = self._context = self._drawn = None
+        self._scenes, self._frames = [], []

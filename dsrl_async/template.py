@@ -1,0 +1,218 @@
+"""The process that actors are forked from: what all of them would do when they start is done in it, once.
+
+That is imports, and compiling the scene of a run's only task (`worker.prepare`): seconds and hundreds of megabytes with
+LIBERO. A forked actor shares that memory with the others, as far as nobody writes to it, and takes the time that
+OpenGL takes, which does not survive a fork.
+
+An actor is a child of the launched process, as if that had started it: the template forks twice, the process in between
+ends, and the kernel gives the orphan to its nearest ancestor that asked for such (`PR_SET_CHILD_SUBREAPER`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsrl_async import processes
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
+
+PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+FORK_S = 60.0  # until a forked actor has told its number: no longer, even where memory is large and cores are few
+BEAT_S = 1.0
+CLOSE_S = 1.0  # a template that waits for requests ends at once
+REQUEST_BYTES = 1 << 16
+
+
+class Forked:
+    """A child that was forked by the template, with what is used of a `subprocess.Popen`."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        """As of a Popen: None while it runs, negative for a signal."""
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired if it still runs after `timeout` seconds."""
+        if self.poll() is None:
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                ended = select.poll()
+                ended.register(descriptor, select.POLLIN)
+                ended.poll(None if timeout is None else timeout * 1000)
+            finally:
+                os.close(descriptor)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+        return code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class Template:
+    """The template of a run's actors, in the process that owns them.
+
+    Args:
+        arena: the run's shared memory.
+        seed: of the run.
+        env_config: as from `EnvConfig.model_dump()`.
+        wake_fds: of each actor, on which it waits for answers.
+        notify_fds: on which the actors announce observations.
+        log: to which the template's output is appended.
+        envs_per_actor: how many environments an actor has.
+        incarnation: which template of this run it is, from 1.
+        evaluation: makes actors play the episodes that they are given (`shm.assignments`) and end:
+            {"video_dir": str or None, "rate_hz": int, of the films}.
+        program: what an actor runs: a module with `prepare` and `main` as in `worker`.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        seed: int,
+        env_config: Mapping[str, Any],
+        wake_fds: Iterable[int],
+        notify_fds: Iterable[int],
+        log: Path,
+        envs_per_actor: int = 1,
+        incarnation: int = 1,
+        evaluation: Mapping[str, Any] | None = None,
+        program: processes.Program = processes.WORKER,
+    ) -> None:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self._counters, self._incarnation, self._wake_fds = Counters(arena), incarnation, list(wake_fds)
+        self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        job = {
+            "program": program.module,
+            "arena": arena.describe(),
+            "seed": seed,
+            "env": env_config,
+            "envs_per_actor": envs_per_actor,
+            "notify_fds": list(notify_fds),
+            "evaluation": evaluation,
+            "socket_fd": child.fileno(),
+            "incarnation": incarnation,
+            **program.settings,
+        }
+        fds = [arena.fd, child.fileno(), *self._wake_fds, *notify_fds]
+        with child:
+            self.popen = processes.start("dsrl_async.template", job, fds, log, threads=1)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether it is ready to fork actors."""
+        return int(self._counters.template_prepared[0]) == self._incarnation
+
+    def fork(self, number: int, lanes: Sequence[int], incarnation: int, log: Path) -> Forked:
+        """Start actor `number`, which plays the environments of `lanes`; its output is appended to `log`.
+
+        Raises RuntimeError if the template does not answer.
+        """
+        request = {"number": number, "lanes": list(lanes), "incarnation": incarnation}
+        request |= {"wake_fd": self._wake_fds[number], "log": str(log)}
+        try:
+            self._connection.send(json.dumps(request).encode())
+            self._connection.settimeout(FORK_S)
+            answer = self._connection.recv(REQUEST_BYTES)
+        except OSError as error:
+            raise RuntimeError(f"the template of the actors does not answer: {error}") from error
+        if not answer:
+            raise RuntimeError("the template of the actors has ended")
+        return Forked(int(answer))
+
+    def close(self) -> None:
+        """End the template; its actors live on."""
+        self._connection.close()
+        if not self.prepared or not processes.wait_all([self.popen], time.monotonic() + CLOSE_S):
+            processes.kill_all([self.popen])
+
+
+def main(argument: str) -> None:
+    """Run the template as a process; `argument` is the JSON of `Template`."""
+    job = json.loads(argument)
+    processes.prepare_child(job["parent"])
+    counters = Counters(Arena.attach(job["arena"]))
+    counters.template_heartbeat_ns[0] = time.monotonic_ns()  # a scene that hangs while it is made is found out
+    program = importlib.import_module(job["program"])
+    prepared = None
+    try:
+        prepared = program.prepare(job)
+    except Exception:
+        traceback.print_exc()  # each actor will meet the same, and end with it
+    gc.collect()
+    gc.freeze()  # a later collection would write to memory that the actors share
+    connection = socket.socket(fileno=job["socket_fd"])
+    counters.template_prepared[0] = job["incarnation"]
+    asked = select.poll()
+    asked.register(connection, select.POLLIN)
+    while True:
+        counters.template_heartbeat_ns[0] = time.monotonic_ns()
+        if not asked.poll(BEAT_S * 1000):
+            continue
+        asking = connection.recv(REQUEST_BYTES)
+        if not asking:  # closed
+            return
+        request = json.loads(asking)
+        between = os.fork()
+        if between == 0:
+            between = os.getpid()
+            if os.fork() == 0:
+                _be_actor(program.main, job | request, prepared, connection, between)
+            os._exit(0)
+        os.waitpid(between, 0)
+
+
+def _be_actor(
+    run: Callable[[dict[str, Any], Any], None],
+    job: dict[str, Any],
+    prepared: Any,
+    connection: socket.socket,
+    between: int,
+) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        while os.getppid() == between:
+            time.sleep(0.001)
+        processes.prepare_child(job["parent"])
+        output = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
+        connection.send(str(os.getpid()).encode())
+        connection.close()
+        run(job, prepared)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
