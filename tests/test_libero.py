@@ -395,6 +395,18 @@ def test_missing_opengl_is_the_last_line_that_an_actor_leaves() -> None:
     assert "libegl1" in last
 
 
+def test_a_module_that_is_missing_is_not_blamed_on_opengl() -> None:
+    """robosuite imports termcolor and does not require it."""
+    program = (
+        "import sys\n"
+        "sys.modules['termcolor'] = None\n"
+        "from dsrl_async.envs import make_environment\n"
+        f"make_environment({configuration()})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ValueError: LIBERO cannot be imported: import of termcolor halted" in result.stderr
+
+
 def test_no_torch_in_an_actor() -> None:
     program = (
         "import sys\n"

@@ -117,14 +117,17 @@ def _import_libero() -> Any:
     """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL's library cannot be had."""
     libero_files.prepare_import()
     logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
+    not_imported = "LIBERO cannot be imported: {}; see docs/libero.md for what to install"
     try:
         import robosuite.utils.binding_utils  # noqa: F401  loads OpenGL's library
+    except ModuleNotFoundError as error:
+        raise ValueError(not_imported.format(error)) from error
     except Exception as error:
         raise ValueError(no_rendering(error)) from error
     try:
         import libero.libero.envs as envs
     except ImportError as error:
-        raise ValueError(f"LIBERO cannot be imported: {error}; see docs/libero.md for what to install") from error
+        raise ValueError(not_imported.format(error)) from error
     return envs
 
 
