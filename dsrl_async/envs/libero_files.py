@@ -165,6 +165,12 @@ def bddl_file(suite: str, task: int) -> Path:
     return directories()["bddl_files"] / suite / f"{task_names(suite)[task]}.bddl"
 
 
+def has_furniture(suite: str, task: int) -> bool:
+    """Whether more than a table or floor stands in a task's scene that its initial states do not place."""
+    fixtures = re.search(r"\(:fixtures(.*?)\)", bddl_file(suite, task).read_text(), re.DOTALL)
+    return fixtures is not None and fixtures[1].count(" - ") > 1
+
+
 def init_states(suite: str, task: int) -> NDArray[np.float64]:
     """The simulator states float64[N, 1 + nq + nv] (time, positions, velocities) that a task's episodes start from."""
     path = directories()["init_states"] / suite / f"{task_names(suite)[task]}.pruned_init"
