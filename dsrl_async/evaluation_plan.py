@@ -93,9 +93,9 @@ def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> No
     furniture = all(libero_files.has_furniture(suite, task) for task in {task for task, _ in scenes})
     if not (furniture and seeding == "episode"):
         raise ConfigError(
-            f"--episodes: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others would "
-            f"only repeat these; give --noise stochastic{', or --env.seeding episode' if furniture else ''}, or at most "
-            f"--episodes {len(scenes)}"
+            f"--episodes: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others "
+            f"would only repeat these; give --noise stochastic{', or --env.seeding episode' if furniture else ''}, "
+            f"or at most --episodes {len(scenes)}"
         )
 
 
