@@ -358,7 +358,10 @@ def play(
     with tempfile.TemporaryDirectory() as directory:
         logs = Path(directory)
         rate_hz = TABLETOP_RATE_HZ if config.env.name == "tabletop" else LIBERO_RATE_HZ
-        evaluation = {"video_dir": str(films.directory.absolute()) if films else None, "rate_hz": rate_hz}
+        video_dir = str(films.directory.absolute()) if films else None
+        one_task = len({episode.task for episode in episodes}) == 1
+        begin_with = episodes[0].number if one_task else None  # of several, a process compiles what it is given
+        evaluation = {"video_dir": video_dir, "rate_hz": rate_hz, "begin_with": begin_with}
         env_config, notify_fds = config.env.model_dump(), [observation_ready]
         template = Template(
             arena, config.seed, env_config, wake, notify_fds, logs / "template.log", evaluation=evaluation

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -634,10 +635,25 @@ def libero_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+COUNTED = """
+import sys
+if "dsrl_async.template" in sys.orig_argv:
+    from dsrl_async.envs.libero import LiberoEnvironment
+    load = LiberoEnvironment._load
+    def counted(environment, task):
+        with open({file!r}, "a") as file:
+            print(task, file=file)
+        load(environment, task)
+    LiberoEnvironment._load = counted
+"""
+
+
 @pytest.mark.libero
 @pytest.mark.slow
 @needs_libero
-def test_tasks_and_initial_states_of_libero(tmp_path: Path, libero_policy: Path) -> None:
+def test_tasks_and_initial_states_of_libero(
+    tmp_path: Path, libero_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["--suite", "libero_spatial", "--tasks", "0,3", "--init-states", "0-1", "--env.image-size", "64"]
     arguments += ["--policy.checkpoint", str(libero_policy), "--policy.denoise-steps", "2"]
     arguments += ["--env.max-episode-steps", "10", "--env.render-quality", "exact"]
@@ -665,5 +681,11 @@ def test_tasks_and_initial_states_of_libero(tmp_path: Path, libero_policy: Path)
     names = {path.name for path in (tmp_path / "films").iterdir()}
     assert "episode-0151-task-3-init-1-failure.mp4" in names
     assert len(names) == 4
-    run(*arguments, "--processes", "1", "--tasks", "3", "--init-states", "1", "--out", str(tmp_path / "one"))
-    assert episodes_in(tmp_path / "one") == {151: episodes_in(tmp_path / "two")[151]}
+    # Again with one task only, whose scene is compiled once for both processes.
+    compiled = tmp_path / "compiled"
+    (tmp_path / "sitecustomize.py").write_text(COUNTED.format(file=str(compiled)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    run(*arguments, "--processes", "2", "--tasks", "3", "--out", str(tmp_path / "one"))
+    before = episodes_in(tmp_path / "two")
+    assert episodes_in(tmp_path / "one") == {number: before[number] for number in (150, 151)}
+    assert compiled.read_text() == "3\n"
