@@ -166,8 +166,8 @@ class LiberoEnvironment:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        config = with_preset(config)
         self.spec = environment_spec(config)
+        config = with_preset(config)
         self.suite: str = config["name"]
         self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])
         self.max_episode_steps: int = config["max_episode_steps"]
