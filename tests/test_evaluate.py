@@ -551,11 +551,12 @@ def playing(processes: int) -> Iterator[tuple[subprocess.Popen[str], list[psutil
     arguments = command("--episodes", "5000", "--processes", str(processes))
     evaluation = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        process = psutil.Process(evaluation.pid)
+        process, workers = psutil.Process(evaluation.pid), list[psutil.Process]()
         deadline = time.monotonic() + 200
-        while len(workers := process.children()) < processes or workers[-1].cpu_times().user < 1.0:
+        while len(workers) < processes or workers[-1].cpu_times().user < 1.0:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+            workers = [child for child in process.children() if child.name().startswith("actor-")]  # not the template
         yield evaluation, workers
     finally:
         evaluation.kill()
