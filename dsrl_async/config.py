@@ -70,8 +70,11 @@ class EnvConfig(Section):
     what `preset` says."""
     image_size: int = Field(224, gt=0)
     """LIBERO: height and width of the images for the policy."""
-    render_size: int = Field(256, gt=0)
-    """LIBERO: height and width that the cameras are rendered with, before resizing."""
+    render_size: int | None = Field(None, gt=0)
+    """LIBERO: height and width that the cameras are rendered with, before resizing; null means what `preset` says."""
+    antialias: bool | None = None
+    """LIBERO: average over what a new pixel covers when the policy's images are resized, as openpi's client does; null
+    means what `preset` says."""
     rotate_images: bool = True
     """LIBERO: turn the images by 180 degrees, as published policies were trained."""
     render_quality: Literal["exact", "fast"] = "exact"
@@ -92,7 +95,7 @@ class PolicyConfig(Section):
 
     checkpoint: str | None = None
     """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project
-    (docs/pi0.md); null means the embedded tabletop policy."""
+    (docs/pi0.md); null means the embedded tabletop policy, which LIBERO cannot use."""
     tokenizer: str | None = None
     """A `tokenizer.json` or sentencepiece `.model`, or a directory with one; null means the checkpoint's own."""
     norm_stats: str | None = None
@@ -288,8 +291,7 @@ class Config(Section):
     """Environment processes."""
     envs_per_actor: int = Field(1, gt=0)
     """Environments in each of these processes, taking turns: while one of them waits for its action chunk, another
-    executes its own. Takes less memory than as many more processes, but a slow reset holds up all environments of its
-    process (docs/throughput.md)."""
+    executes its own; but while one executes or resets, the others of its process cannot (docs/throughput.md)."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     run_dir: str | None = None
@@ -331,11 +333,6 @@ class Config(Section):
     def lanes(self) -> int:
         """Environments of the run. Each has a slot, a lane of the replay ring, and counters of its own."""
         return self.actors * self.envs_per_actor
-
-    def lanes_of(self, actor: int) -> range:
-        """Of the environments of process number `actor`."""
-        first = actor * self.envs_per_actor
-        return range(first, first + self.envs_per_actor)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import fcntl
 import itertools
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from dsrl_async import checkpoints, processes
-from dsrl_async.config import Config, ConfigError, get_key, read_yaml, validate
+from dsrl_async.config import MOST_ACTORS, Config, ConfigError, get_key, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, Pi0Config
@@ -30,12 +31,17 @@ FIXED_BY_RUN = (
 TRAINING = "training.json"
 """A file that a checkpoint of this project may hold: what it was trained on, such as {"render_quality": "fast"}."""
 SPARE_DESCRIPTORS = 64
-ACTOR_BYTES = 80 << 20
-"""Private memory of an actor with one environment."""
-LIBERO_ACTOR_BYTES = 1300 << 20
-"""The same in LIBERO, with room for what compiling a scene takes for a moment."""
-ENVIRONMENT_BYTES, LIBERO_ENVIRONMENT_BYTES = 2 << 20, 700 << 20
-"""Of each further environment in an actor."""
+ACTOR_BYTES = 20 << 20
+"""Private memory of an actor of the tabletop, beside what it shares with the template."""
+ENVIRONMENT_BYTES = 2 << 20
+"""Of each further environment in such an actor."""
+LIBERO_ACTOR_BYTES = {"exact": 700 << 20, "fast": 300 << 20}
+"""Private memory of an environment of LIBERO, by `env.render_quality`: mostly what the graphics keep."""
+TEMPLATE_BYTES = 100 << 20
+"""What the template and its actors share: imported modules."""
+LIBERO_SCENE_BYTES = 700 << 20
+"""A compiled scene of LIBERO, with room for what compiling it takes for a moment. It is the template's if there is but
+one task, and else each environment's own."""
 MODEL_PROCESS_BYTES = 500 << 20
 """Private memory of the inference process without the policy, and of the learner."""
 
@@ -72,7 +78,12 @@ def check_checkpoint(config: Config) -> PolicyFiles:
 
 def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
     """Raises ConfigError unless policy, environment and agent have the same shapes."""
-    directory = policy_directory(config)
+    directory, suite = policy_directory(config), config.env.name
+    if config.policy.checkpoint is None and suite != "tabletop":
+        ours = ", or --config configs/libero_spatial_small.yaml" if suite == "libero_spatial" else ""
+        raise ConfigError(
+            f"policy.checkpoint: null means the tabletop's policy; for {suite} give --policy.checkpoint DIR{ours}"
+        )
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),
@@ -82,7 +93,7 @@ def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
         if of_policy != of_env:
             raise ConfigError(
                 f"policy.checkpoint: the {what} of {directory} is {of_policy}, "
-                f"that of the environment {config.env.name} is {of_env}"
+                f"that of the environment {suite} is {of_env}"
             )
     if config.env.chunk > policy.action_horizon:
         raise ConfigError(
@@ -156,11 +167,23 @@ def policy_bytes(config: Config, horizon: int) -> int:
     )
 
 
+def one_scene(config: Config) -> bool:
+    """Whether all actors have the same compiled scene of LIBERO, which is then the template's."""
+    return config.env.name != "tabletop" and len(config.env.task_ids or ()) == 1
+
+
 def actor_bytes(config: Config) -> int:
-    """Private memory of an actor with its environments."""
-    tabletop = config.env.name == "tabletop"
-    first, further = (ACTOR_BYTES, ENVIRONMENT_BYTES) if tabletop else (LIBERO_ACTOR_BYTES, LIBERO_ENVIRONMENT_BYTES)
-    return first + (config.envs_per_actor - 1) * further
+    """Estimated private memory of one actor with its environments."""
+    if config.env.name == "tabletop":
+        return ACTOR_BYTES + (config.envs_per_actor - 1) * ENVIRONMENT_BYTES
+    own_scene = 0 if one_scene(config) else LIBERO_SCENE_BYTES
+    return config.envs_per_actor * (LIBERO_ACTOR_BYTES[config.env.render_quality] + own_scene)
+
+
+def template_bytes(config: Config) -> int:
+    """Estimated memory of the actors' template, which they share; it has compiled the scene of each of an actor's
+    environments."""
+    return TEMPLATE_BYTES + (config.envs_per_actor * LIBERO_SCENE_BYTES if one_scene(config) else 0)
 
 
 class MemoryNeed(NamedTuple):
@@ -170,6 +193,8 @@ class MemoryNeed(NamedTuple):
     """The run's shared memory, mostly the replay ring."""
     policy: int
     """Weights, buffers and activations, where they are not on a GPU."""
+    template: int
+    """What all actors share."""
     actor: int
     """Private memory of one actor with its environments."""
     actors: int
@@ -177,7 +202,7 @@ class MemoryNeed(NamedTuple):
 
     @property
     def without_actors(self) -> int:
-        return self.shared + self.policy + 2 * MODEL_PROCESS_BYTES
+        return self.shared + self.policy + self.template + 2 * MODEL_PROCESS_BYTES
 
     @property
     def total(self) -> int:
@@ -188,9 +213,19 @@ def memory_needed(config: Config, spec: EnvironmentSpec, horizon: int) -> Memory
     return MemoryNeed(
         shared=layout(run_fields(config, spec, horizon))[1],
         policy=policy_bytes(config, horizon),
+        template=template_bytes(config),
         actor=actor_bytes(config),
         actors=config.actors,
     )
+
+
+def actors_that_fit(config: Config, spec: EnvironmentSpec, horizon: int, memory: float) -> int:
+    """The most actors with which the run needs no more than `memory` bytes; 0 if not even one fits."""
+
+    def need(actors: int) -> int:
+        return memory_needed(config.model_copy(update={"actors": actors}), spec, horizon).total
+
+    return bisect.bisect_right(range(1, MOST_ACTORS + 1), memory, key=need)
 
 
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int, lower: str = "replay.capacity or actors") -> None:

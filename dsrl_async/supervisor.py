@@ -17,7 +17,7 @@ from dsrl_async.preflight import cpu_threads, policy_directory
 from dsrl_async.session import Session
 from dsrl_async.shm import events
 from dsrl_async.shm.slots import Slots
-from dsrl_async.template import Template
+from dsrl_async.template import Template, lanes_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ class Supervisor:
         elif name.startswith("actor"):
             assert self.template is not None
             number = int(name.removeprefix("actor-"))
-            lanes = self.config.lanes_of(number)
-            popen = self.template.fork(number, lanes, incarnation, log)
+            lanes = lanes_of(number, self.config.envs_per_actor)
+            popen = self.template.fork(number, incarnation, log)
         else:
             popen = self._start_model(name, log)
         child = Child(

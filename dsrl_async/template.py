@@ -1,8 +1,8 @@
 """The process that actors are forked from: what all of them would do when they start is done in it, once.
 
-That is imports, and compiling the scene of a run's only task (`worker.prepare`): seconds and hundreds of megabytes with
-LIBERO. A forked actor shares that memory with the others, as far as nobody writes to it, and takes the time that
-OpenGL takes, which does not survive a fork.
+That is imports, and compiling the scene of the only task of a run or an evaluation (`worker.prepare`): seconds and
+hundreds of megabytes with LIBERO. A forked actor shares that memory with the others, as far as nobody writes to it, and
+takes the time that OpenGL takes, which does not survive a fork.
 
 An actor is a child of the launched process, as if that had started it: the template forks twice, the process in between
 ends, and the kernel gives the orphan to its nearest ancestor that asked for such (`PR_SET_CHILD_SUBREAPER`).
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
+def lanes_of(actor: int, envs_per_actor: int) -> range:
+    """The lanes of an actor's environments, by its number."""
+    return range(actor * envs_per_actor, (actor + 1) * envs_per_actor)
+
+
 class Template:
     """The template of a run's actors, in the process that owns them.
 
@@ -85,7 +90,8 @@ class Template:
         envs_per_actor: how many environments an actor has.
         incarnation: which template of this run it is, from 1.
         evaluation: makes actors play the episodes that they are given (`shm.assignments`) and end:
-            {"video_dir": str or None, "rate_hz": int, of the films}.
+            {"video_dir": str or None, "rate_hz": int, of the films, "begin_with": int or None, the number of an episode
+            whose scene is made before any actor is forked}.
         program: what an actor runs: a module with `prepare` and `main` as in `worker`.
     """
 
@@ -104,6 +110,7 @@ class Template:
     ) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._counters, self._incarnation, self._wake_fds = Counters(arena), incarnation, list(wake_fds)
+        self._envs_per_actor = envs_per_actor
         self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         job = {
             "program": program.module,
@@ -126,12 +133,13 @@ class Template:
         """Whether it is ready to fork actors."""
         return int(self._counters.template_prepared[0]) == self._incarnation
 
-    def fork(self, number: int, lanes: Sequence[int], incarnation: int, log: Path) -> Forked:
-        """Start actor `number`, which plays the environments of `lanes`; its output is appended to `log`.
+    def fork(self, number: int, incarnation: int, log: Path) -> Forked:
+        """Start actor `number`; its output is appended to `log`.
 
         Raises RuntimeError if the template does not answer.
         """
-        request = {"number": number, "lanes": list(lanes), "incarnation": incarnation}
+        lanes = list(lanes_of(number, self._envs_per_actor))
+        request = {"number": number, "lanes": lanes, "incarnation": incarnation}
         request |= {"wake_fd": self._wake_fds[number], "log": str(log)}
         try:
             self._connection.send(json.dumps(request).encode())

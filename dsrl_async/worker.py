@@ -148,6 +148,8 @@ def prepare(job: Mapping[str, Any]) -> list[Environment]:
     for _ in range(job["envs_per_actor"]):
         environments.append(make_environment(job["env"]))
         counters.template_heartbeat_ns[0] = time.monotonic_ns()
+    if (evaluation := job["evaluation"]) is not None and (number := evaluation["begin_with"]) is not None:
+        environments[0].reset(0, number)  # compiles the scene; each episode begins with a reset of its own
     return environments
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import time
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from dsrl_async.inference import batch_sizes
 from dsrl_async.shm.counters import ACTOR_PHASES
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.telemetry.trace import FIRST_ACTOR
+from dsrl_async.template import lanes_of
 
 HORIZON = 10
 SEVERAL = ("--actors", "2", "--envs-per-actor", "2")
@@ -115,9 +117,9 @@ def test_whoever_has_an_answer_acts_and_the_process_waits_only_when_nobody_has(c
 def test_each_lane_is_of_one_process(actors: int, envs_per_actor: int) -> None:
     rows = actors * envs_per_actor * MIN_LANE_ROWS
     config = validate({"actors": actors, "envs_per_actor": envs_per_actor, "replay": {"capacity": max(400, rows)}})
-    lanes = [lane for actor in range(actors) for lane in config.lanes_of(actor)]
-    assert lanes == list(range(config.lanes))
-    assert {len(config.lanes_of(actor)) for actor in range(actors)} == {envs_per_actor}
+    lanes = [list(lanes_of(actor, envs_per_actor)) for actor in range(actors)]
+    assert list(chain.from_iterable(lanes)) == list(range(config.lanes))
+    assert {len(of_one) for of_one in lanes} == {envs_per_actor}
 
 
 def test_all_environments_learn_and_come_back_with_their_process(tmp_path: Path) -> None:
@@ -201,17 +203,18 @@ def test_every_environment_has_its_replay_rows() -> None:
     assert batch_sizes(config.model_copy(update={"envs_per_actor": 1}))[-1] == 12
 
 
-@pytest.mark.parametrize("name", ["tabletop", "libero_spatial"])
-def test_memory_is_reckoned_by_environment_and_by_process(name: str) -> None:
-    def needed(actors: int, envs_per_actor: int) -> int:
-        settings = {"actors": actors, "envs_per_actor": envs_per_actor, "env": {"name": name}}
-        config = validate(settings | {"replay": {"capacity": 4000}})
-        need = preflight.memory_needed(config, TABLETOP, HORIZON)
-        return need.actors * need.actor
+def test_memory_is_reckoned_by_environment_and_by_process() -> None:
+    def needed(actors: int, envs_per_actor: int, **env: Any) -> preflight.MemoryNeed:
+        config = validate({"actors": actors, "envs_per_actor": envs_per_actor, "env": env})
+        return preflight.memory_needed(config, TABLETOP, HORIZON)
 
-    one, two = needed(2, 1), needed(4, 1)
-    shared_by_two = needed(2, 2)
-    assert one < shared_by_two < two
+    one, shared, apart = (needed(*shape).total for shape in ((2, 1), (2, 2), (4, 1)))
+    assert one < shared < apart
+    for tasks in (None, [0]):  # of LIBERO, each environment has its own scene and graphics
+        suite = {"name": "libero_spatial", "task_ids": tasks}
+        single, double = needed(2, 1, **suite), needed(2, 2, **suite)
+        assert double.actor == 2 * single.actor
+        assert (double.template > single.template) == (tasks is not None)
 
 
 def test_evaluation_and_plan_have_one_environment_in_each_process(

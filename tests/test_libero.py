@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from launched import Launched, checkpoint_of
 from numpy.typing import NDArray
 
 from dsrl_async.bench.env import StockEnvironment
@@ -215,32 +217,20 @@ def test_a_stove_glows_in_the_same_picture_and_goes_out_at_a_reset() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_10", 9)])
-def test_whole_episodes_unrendered(suite: str, task: int) -> None:
-    """220 steps of LIBERO without cameras, after two resets, in tasks with a drawer and with a door."""
-    environment = environment_of(suite, task_ids=[task])
-    from libero.libero.envs.env_wrapper import ControlEnv
-
-    file = str(libero_files.bddl_file(suite, task))
-    stock = ControlEnv(file, use_camera_obs=False, has_offscreen_renderer=False)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_goal", 0), ("libero_10", 9)])
+def test_whole_episodes(suite: str, task: int) -> None:
+    """220 steps, after two resets and another episode, in tasks with a drawer, a stove and a microwave."""
+    environment, stock = environment_of(suite, task_ids=[task]), StockEnvironment(suite, task)
     try:
-        scene, chunks = environment.scene(1, 1), smooth_chunks(44)
-        assert scene.resets == 2
-        stock.seed(scene.seed)
-        for _ in range(scene.resets):
-            stock.reset()
-        stock.set_init_state(environment._init_states[task][scene.init_state])
-        for action in np.concatenate((np.tile(libero_module.IDLE_ACTION, (10, 1)), chunks.reshape(-1, 7))):
-            stock.step(action)
-        play(environment, 0, 0, chunks[:2])
-        environment.reset(1, 1)
-        outcomes = [environment.step_chunk(chunk) for chunk in chunks]
-        assert sum(outcome.steps for outcome in outcomes) == 220
-        assert np.array_equal(stock.get_sim_state(), environment.domain.sim.get_state().flatten())
+        play(environment, 0, 0, smooth_chunks(2))
+        different, expected = compare(environment, stock, 1, smooth_chunks(44))
+        assert different == []
+        assert (len(expected.images), len(expected.simulation)) == (45, 220)
         for name in libero_module.CHANGED_BY_EPISODES:
-            assert np.array_equal(getattr(stock.sim.model, name), getattr(environment._model, name)), name
+            assert np.array_equal(getattr(stock.env.sim.model, name), getattr(environment._model, name)), name
     finally:
-        stock.close()
+        stock.env.close()
         environment.close()
 
 
@@ -297,12 +287,19 @@ def test_the_sac_image_is_the_agents_view(environment: LiberoEnvironment) -> Non
 
 
 @pytest.mark.parametrize(
-    ("preset", "settling", "steps", "seeds", "resets"),
-    [("openpi", 10, 220, {7}, {1, 2, 3}), ("rlinf", 15, 240, {0}, {1}), ("lerobot", 10, 280, None, {1})],
+    ("preset", "settling", "steps", "pictures", "seeds", "resets"),
+    [
+        ("openpi", 10, 220, (256, True), {7}, {1, 2, 3}),
+        ("rlinf", 15, 240, (256, True), {0}, {1}),
+        ("lerobot", 10, 280, (360, False), None, {1}),
+    ],
 )
-def test_presets(preset: str, settling: int, steps: int, seeds: set[int] | None, resets: set[int]) -> None:
+def test_presets(
+    preset: str, settling: int, steps: int, pictures: tuple[int, bool], seeds: set[int] | None, resets: set[int]
+) -> None:
     environment = environment_of("libero_spatial", preset=preset, task_ids=[2, 5], init_states=[0, 1, 2])
     assert (environment.settling_steps, environment.max_episode_steps) == (settling, steps)
+    assert (environment._render_size, environment._antialias) == pictures
     scenes = [environment.scene(100 + number, number) for number in range(7)]
     assert [scene[:2] for scene in scenes] == [(2, 0), (2, 1), (2, 2), (5, 0), (5, 1), (5, 2), (2, 0)]
     assert {scene.resets for scene in scenes} == resets
@@ -428,6 +425,18 @@ def test_missing_opengl_is_the_last_line_that_an_actor_leaves() -> None:
     assert "libegl1" in last
 
 
+def test_a_module_that_is_missing_is_not_blamed_on_opengl() -> None:
+    """robosuite imports termcolor and does not require it."""
+    program = (
+        "import sys\n"
+        "sys.modules['termcolor'] = None\n"
+        "from dsrl_async.envs import make_environment\n"
+        f"make_environment({configuration()})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ValueError: LIBERO cannot be imported: import of termcolor halted" in result.stderr
+
+
 def test_no_torch_in_an_actor() -> None:
     program = (
         "import sys\n"
@@ -439,3 +448,21 @@ def test_no_torch_in_an_actor() -> None:
     if "cannot render" in result.stderr:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, result.stderr
+
+
+def test_a_run_with_the_small_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of docs/libero_policy.md, until it has learned a little."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    limits = "--max-decisions", "24", "--replay.warmup-decisions", "16", "--sac.batch-size", "16"
+    arguments = "--config", "configs/libero_spatial_small.yaml", "--actors", "2", "--log.console", "off", *limits
+    run = Launched(tmp_path / "run", *arguments)
+    run.wait_for(lambda _: len(run.children("worker")) == 2, timeout_s=150)
+    result = run.finish(timeout_s=100)
+    assert result["returncode"] == 0, result["stderr"]
+    assert result["exit_reason"] == "max_decisions"
+    assert result["decisions"] == 24
+    assert result["env_steps"] > 0
+    assert result["updates"] > 0
+    assert not any(result["restarts"].values())
+    checkpoint_of(run.run_dir)
+    assert run.left_over() == []

@@ -310,7 +310,7 @@ def test_summary_has_exactly_its_keys_and_is_json(run: FakeRun) -> None:
         assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert set(result) == set(expected.split())
         assert set(result["phases"]) == {"actor", "inference", "learner"}
-        assert set(result["memory_mb"]) == {"supervisor", "inference", "learner", "actor_mean"}
+        assert set(result["memory_mb"]) == {"supervisor", "inference", "learner", "template", "actor_mean"}
     assert summary["batch_size_mean"] == 4.0
     assert summary["phases"]["actor"]["physics"] == pytest.approx(0.6)
 

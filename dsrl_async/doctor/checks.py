@@ -188,7 +188,7 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
     try:
         policy, spec = preflight.check_policy(config)
     except ConfigError:
-        actors = config.actors * preflight.actor_bytes(config)
+        actors = preflight.template_bytes(config) + config.actors * preflight.actor_bytes(config)
         yield Finding(
             "memory",
             "ok" if actors < available else "problem",
@@ -197,13 +197,14 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         )
         return
     need = preflight.memory_needed(config, spec, policy.action_horizon)
-    fit = max(0, (available - need.without_actors) // need.actor)
+    fit = preflight.actors_that_fit(config, spec, policy.action_horizon, available)
     preflight.check_memory(config, spec, policy.action_horizon)
     yield Finding(
         "memory",
         "ok",
         f"{available / GIB:.1f} GiB available, about {need.total / GIB:.1f} needed ({need.shared / GIB:.1f} shared, "
-        f"{need.policy / GIB:.1f} the policy, {need.actor / GIB:.2f} each of {need.actors} actors); {fit} actors fit",
+        f"{need.policy / GIB:.1f} the policy, {need.template / GIB:.1f} of all actors, {need.actor / GIB:.2f} "
+        f"each of {need.actors}); {fit} actors fit",
     )
 
 
@@ -242,7 +243,7 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
         )
         try:
             prepared = wait(template.popen, "the actors' template", lambda: template.prepared, of_template)
-            actor = template.fork(0, config.lanes_of(0), 1, log)
+            actor = template.fork(0, 1, log)
             started = wait(actor, "an actor", lambda: bool(Slots(arena).request_id.all()), log) - prepared
             memory = psutil.Process(actor.pid).memory_full_info()
             shared = template_bytes(psutil.Process(template.popen.pid))

@@ -54,6 +54,9 @@ class Preset(NamedTuple):
     """See `EnvConfig.seeding`."""
     seed: int
     """Of the fixtures' places, where `seeding` is not by episode."""
+    render_size: int
+    antialias: bool
+    """See `EnvConfig`."""
 
 
 PRESETS = {
@@ -63,20 +66,26 @@ PRESETS = {
         settling_steps=10,
         seeding="task",
         seed=7,
+        render_size=256,
+        antialias=True,
     ),
-    # RLinf: rlinf/envs/libero/libero_env.py, and its configurations
+    # RLinf: rlinf/envs/libero/libero_env.py, and its configurations; images by openpi's transforms
     "rlinf": Preset(
         {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
         settling_steps=15,
         seeding="fixed",
         seed=0,
+        render_size=256,
+        antialias=True,
     ),
-    # LeRobot: src/lerobot/envs/libero.py
+    # LeRobot: src/lerobot/envs/libero.py and configs.py; images by policies/common/vla_utils.py
     "lerobot": Preset(
         {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
         settling_steps=10,
         seeding="episode",
         seed=0,
+        render_size=360,
+        antialias=False,
     ),
 }
 
@@ -94,6 +103,19 @@ class Scene(NamedTuple):
     """How many resets come after the seed, in a scene that was just made; the last one counts."""
 
 
+def with_preset(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings (as from `EnvConfig.model_dump()`), with the values of `preset` where they are null."""
+    preset = PRESETS[config["preset"]]
+    values = {
+        "max_episode_steps": preset.max_episode_steps[config["name"]],
+        "settling_steps": preset.settling_steps,
+        "seeding": preset.seeding,
+        "render_size": preset.render_size,
+        "antialias": preset.antialias,
+    }
+    return {**config, **{name: value for name, value in values.items() if config[name] is None}}
+
+
 def versions() -> dict[str, str]:
     """What success rates depend on: the versions of the simulator and of whatever provides LIBERO."""
     found = {}
@@ -108,14 +130,17 @@ def _import_libero() -> Any:
     """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL's library cannot be had."""
     libero_files.prepare_import()
     logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
+    not_imported = "LIBERO cannot be imported: {}; see docs/libero.md for what to install"
     try:
         import robosuite.utils.binding_utils  # noqa: F401  loads OpenGL's library
+    except ModuleNotFoundError as error:
+        raise ValueError(not_imported.format(error)) from error
     except Exception as error:
         raise ValueError(no_rendering(error)) from error
     try:
         import libero.libero.envs as envs
     except ImportError as error:
-        raise ValueError(f"LIBERO cannot be imported: {error}; see docs/libero.md for what to install") from error
+        raise ValueError(not_imported.format(error)) from error
     return envs
 
 
@@ -142,16 +167,17 @@ class LiberoEnvironment:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.spec = environment_spec(config)
+        config = with_preset(config)
         self.suite: str = config["name"]
         self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])
-        preset = PRESETS[config["preset"]]
-        self.max_episode_steps: int = config["max_episode_steps"] or preset.max_episode_steps[self.suite]
-        settling = config["settling_steps"]
-        self.settling_steps: int = preset.settling_steps if settling is None else settling
-        self.seeding: str = config["seeding"] or preset.seeding
-        self._preset_seed = preset.seed
+        self.max_episode_steps: int = config["max_episode_steps"]
+        self.settling_steps: int = config["settling_steps"]
+        self.seeding: str = config["seeding"]
+        self._preset_seed = PRESETS[config["preset"]].seed
         self._order, self._rotate = config["scene_order"], config["rotate_images"]
-        self._render_size, self._fast = config["render_size"], config["render_quality"] == "fast"
+        self._render_size: int = config["render_size"]
+        self._antialias: bool = config["antialias"]
+        self._fast = config["render_quality"] == "fast"
         self._init_states = {task: libero_files.init_states(self.suite, task) for task in self.tasks}
         self._init_state_ids = {task: self._chosen_init_states(task, config["init_states"]) for task in self.tasks}
         self._domains = _import_libero()
@@ -352,7 +378,7 @@ class LiberoEnvironment:
         Raises ValueError, in one sentence, if OpenGL cannot be had.
         """
         for camera, image in enumerate(images):
-            image[:] = resize_with_pad(self._frame(camera), len(image))
+            image[:] = resize_with_pad(self._frame(camera), len(image), self._antialias)
         sac_image[:] = resize_with_pad(self._frame(0), SAC_IMAGE_SIZE)
         state[:] = self.domain._observables["moment"].obs
 
