@@ -299,9 +299,10 @@ def show(
     console.print(table_of(["actors", "decisions/s", "", "env steps/s", "updates/s", "device", "cores", "bound"], rows))
     console.print(f"\n{sentence(figures, verdict)}")
 
+    each = network[0].actors // network[0].nodes
     console.print(
-        f"\nMany machines, each with a policy and the {network[0].actors // network[0].nodes} actors that are enough "
-        f"there, and one with the learner ({payload.transition:,} bytes per decision to it, {payload.weights:,} per machine and publication from it):"
+        f"\nMany machines, each with a policy and {each} actors, and one with the learner "
+        f"({payload.transition:,} bytes per decision to it, {payload.weights:,} per machine and publication from it):"
     )
     rows_of_machines = [
         (
