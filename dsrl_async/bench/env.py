@@ -20,8 +20,8 @@ With --together N, also
 LIBERO's are N programs. This project's are the actors of a run, which are forked from one process that has imported and
 compiled what all of them need (template.py); that process counts.
 
-Not measured: anything on a GPU, rendering included; settling steps; changes between tasks; what carries observations,
-the policy, learning.
+Not measured: the policy, learning, and what carries observations; settling steps; changes between tasks; the time of a
+GPU, where one draws (none has yet).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=5, help="environment steps per decision (default: 5)")
     parser.add_argument("--decisions", type=int, default=8, help="of each repeat's episode (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="episodes of each system (default: 5)")
-    parser.add_argument("--starts", type=int, default=1, help="of each system, and of --together (default: 1)")
+    parser.add_argument("--starts", type=int, default=1, help="of each system, alone and together (default: 1)")
     parser.add_argument("--together", type=int, default=0, help="also start so many processes at once (default: none)")
     parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
 
