@@ -70,8 +70,11 @@ class EnvConfig(Section):
     what `preset` says."""
     image_size: int = Field(224, gt=0)
     """LIBERO: height and width of the images for the policy."""
-    render_size: int = Field(256, gt=0)
-    """LIBERO: height and width that the cameras are rendered with, before resizing."""
+    render_size: int | None = Field(None, gt=0)
+    """LIBERO: height and width that the cameras are rendered with, before resizing; null means what `preset` says."""
+    antialias: bool | None = None
+    """LIBERO: average over what a new pixel covers when the policy's images are resized, as openpi's client does; null
+    means what `preset` says."""
     rotate_images: bool = True
     """LIBERO: turn the images by 180 degrees, as published policies were trained."""
     render_quality: Literal["exact", "fast"] = "exact"

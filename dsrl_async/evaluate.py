@@ -196,6 +196,8 @@ def identity(plan: Plan) -> dict[str, Any]:
         env["max_episode_steps"] = env["max_episode_steps"] or preset.max_episode_steps[env["name"]]
         env["settling_steps"] = preset.settling_steps if env["settling_steps"] is None else env["settling_steps"]
         env["seeding"] = env["seeding"] or preset.seeding
+        env["render_size"] = env["render_size"] or preset.render_size
+        env["antialias"] = preset.antialias if env["antialias"] is None else env["antialias"]
     directory = policy_directory(config)
     device = resolve_device(config.device)
     steering = {}

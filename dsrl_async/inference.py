@@ -256,9 +256,9 @@ def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:
 
     On CUDA that is a transfer per row, asynchronous if the memory is registered (`device.register_memory`).
     """
-    if buffer.device.type == "cpu":
+    if buffer.is_cpu:
         # `clip`: with another mode numpy gathers into memory of its own first, and copies that to `out`
-        np.take(rows, lanes, axis=0, out=buffer.numpy()[: len(lanes)], mode="clip")
+        rows.take(lanes, axis=0, out=buffer.numpy()[: len(lanes)], mode="clip")
     else:
         for index, lane in enumerate(lanes):
             buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)

@@ -163,7 +163,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
     spec = EnvironmentSpec(policy.cameras, policy.image_size, policy.robot_state_dim, policy.robot_action_dim, ("",))
     need = preflight.memory_needed(planned, spec, policy.action_horizon)
     memory = available_memory() if own.memory_gib is None else own.memory_gib * 2**30
-    most_actors = int((memory - need.without_actors) // need.actor)
+    most_actors = preflight.actors_that_fit(planned, spec, policy.action_horizon, memory)
     if most_actors < 1:
         raise ConfigError(
             f"the memory of {memory / 2**30:.3g} GiB holds no actor beside replay, policy and learner, which need "
@@ -192,7 +192,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
         cores=own.cores or available_cpus(),
         learner_shares_device=on_gpu and config.learner.device is None,
         replay_ratio=config.replay_ratio,
-        most_actors=min(most_actors, MOST_ACTORS),
+        most_actors=most_actors,
     )
     return Plan(config, figures, payload_of(config, spec, policy.action_horizon))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import fcntl
 import itertools
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from dsrl_async import checkpoints, processes
-from dsrl_async.config import Config, ConfigError, get_key, read_yaml, validate
+from dsrl_async.config import MOST_ACTORS, Config, ConfigError, get_key, read_yaml, validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, Pi0Config
@@ -30,10 +31,15 @@ FIXED_BY_RUN = (
 TRAINING = "training.json"
 """A file that a checkpoint of this project may hold: what it was trained on, such as {"render_quality": "fast"}."""
 SPARE_DESCRIPTORS = 64
-ACTOR_BYTES = 80 << 20
-"""Private memory of an actor."""
-LIBERO_ACTOR_BYTES = 1300 << 20
-"""The same in LIBERO, with room for what compiling a scene takes for a moment."""
+ACTOR_BYTES = 20 << 20
+"""Private memory of an actor of the tabletop, beside what it shares with the template."""
+LIBERO_ACTOR_BYTES = {"exact": 700 << 20, "fast": 300 << 20}
+"""The same in LIBERO, by `env.render_quality`: mostly what the graphics keep."""
+TEMPLATE_BYTES = 100 << 20
+"""What the template and its actors share: imported modules."""
+LIBERO_SCENE_BYTES = 700 << 20
+"""A compiled scene of LIBERO, with room for what compiling it takes for a moment. It is the template's if there is but
+one task, and else each actor's own."""
 MODEL_PROCESS_BYTES = 500 << 20
 """Private memory of the inference process without the policy, and of the learner."""
 
@@ -154,8 +160,21 @@ def policy_bytes(config: Config, horizon: int) -> int:
     )
 
 
+def one_scene(config: Config) -> bool:
+    """Whether all actors have the same compiled scene of LIBERO, which is then the template's."""
+    return config.env.name != "tabletop" and len(config.env.task_ids or ()) == 1
+
+
 def actor_bytes(config: Config) -> int:
-    return ACTOR_BYTES if config.env.name == "tabletop" else LIBERO_ACTOR_BYTES
+    """Estimated private memory of one actor."""
+    if config.env.name == "tabletop":
+        return ACTOR_BYTES
+    return LIBERO_ACTOR_BYTES[config.env.render_quality] + (0 if one_scene(config) else LIBERO_SCENE_BYTES)
+
+
+def template_bytes(config: Config) -> int:
+    """Estimated memory of the actors' template, which they share."""
+    return TEMPLATE_BYTES + (LIBERO_SCENE_BYTES if one_scene(config) else 0)
 
 
 class MemoryNeed(NamedTuple):
@@ -165,6 +184,8 @@ class MemoryNeed(NamedTuple):
     """The run's shared memory, mostly the replay ring."""
     policy: int
     """Weights, buffers and activations, where they are not on a GPU."""
+    template: int
+    """What all actors share."""
     actor: int
     """Private memory of one actor."""
     actors: int
@@ -172,7 +193,7 @@ class MemoryNeed(NamedTuple):
 
     @property
     def without_actors(self) -> int:
-        return self.shared + self.policy + 2 * MODEL_PROCESS_BYTES
+        return self.shared + self.policy + self.template + 2 * MODEL_PROCESS_BYTES
 
     @property
     def total(self) -> int:
@@ -183,9 +204,19 @@ def memory_needed(config: Config, spec: EnvironmentSpec, horizon: int) -> Memory
     return MemoryNeed(
         shared=layout(run_fields(config, spec, horizon))[1],
         policy=policy_bytes(config, horizon),
+        template=template_bytes(config),
         actor=actor_bytes(config),
         actors=config.actors,
     )
+
+
+def actors_that_fit(config: Config, spec: EnvironmentSpec, horizon: int, memory: float) -> int:
+    """The most actors with which the run needs no more than `memory` bytes; 0 if not even one fits."""
+
+    def need(actors: int) -> int:
+        return memory_needed(config.model_copy(update={"actors": actors}), spec, horizon).total
+
+    return bisect.bisect_right(range(1, MOST_ACTORS + 1), memory, key=need)
 
 
 def check_memory(config: Config, spec: EnvironmentSpec, horizon: int, lower: str = "replay.capacity or actors") -> None:

@@ -32,6 +32,7 @@ from dsrl_async.session import Session, StopRequest
 from dsrl_async.supervisor import Supervisor
 from dsrl_async.telemetry.console import NoDisplay
 from dsrl_async.telemetry.usage import usage
+from dsrl_async.template import Forked, Template
 
 SYSTEMS = ("default", "actors unlimited", "models, all cores", "models, all cores, spinning", "pinned")
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
@@ -43,21 +44,26 @@ KINDS = ("actor", "inference", "learner")
 
 def start_as(system: str) -> None:
     """Have this process start its children as the system says."""
-    start, cores = processes.start, sorted(os.sched_getaffinity(0))
+    start, fork, cores = processes.start, Template.fork, sorted(os.sched_getaffinity(0))
     if system.endswith("spinning"):
         os.environ |= SPINNING
 
     def start_child(module: str, job: dict[str, Any], fds: Any, log: Path, threads: int) -> subprocess.Popen[bytes]:
-        actor = "lane" in job
-        if system.startswith("actors" if actor else "models"):
+        of_actors = module == "dsrl_async.template"  # which are forked from it, and have its threads
+        if system.startswith("actors" if of_actors else "models"):
             threads = available_cpus()
         child = start(module, job, fds, log, threads)
-        if system == "pinned":
-            core = cores[job["lane"] % len(cores)] if actor else cores[0 if module.endswith("inference") else -1]
-            os.sched_setaffinity(child.pid, {core})
+        if system == "pinned" and not of_actors:
+            os.sched_setaffinity(child.pid, {cores[0 if module.endswith("inference") else -1]})
         return child
 
-    processes.start = start_child  # type: ignore[assignment]
+    def fork_actor(template: Template, lane: int, incarnation: int, log: Path) -> Forked:
+        child = fork(template, lane, incarnation, log)
+        if system == "pinned":
+            os.sched_setaffinity(child.pid, {cores[lane % len(cores)]})
+        return child
+
+    processes.start, Template.fork = start_child, fork_actor  # type: ignore[assignment, method-assign]
 
 
 def measure(supervisor: Supervisor, stop: StopRequest, seconds: float, figures: dict[str, float]) -> None:

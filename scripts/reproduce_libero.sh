@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the figures of docs/libero_policy.md for one task of LIBERO-Spatial: base success from its 50 initial states, and
 # for each seed a run on initial states 0 to 39, whose learning rates are a fifth for the last 4,000 of 19,000 decisions,
-# its evaluation from all 50 initial states, and the picture. What was interrupted is continued, what is there is kept.
+# its evaluation from all 50 initial states, and the picture. The ten states that no training saw are evaluated once more,
+# five times each with other places of the fixtures. What was interrupted is continued, what is there is kept.
 # Usage: bash scripts/reproduce_libero.sh [OUT [TASK [SEEDS...]]]
 source "$(dirname "$0")/setup.sh" libero,plot
 out=${1:-runs/reproduce_libero} task=${2:-2}
@@ -23,7 +24,11 @@ train() { # RUN DECISIONS [OPTIONS...]
         exit 1
     }
 }
-evaluate() {
+evaluate() { # NAME OPTIONS...
+    play "$1" "${@:2}"
+    play "$1-held-out" "${@:2}" --init-states 40-49 --episodes 50 --env.seeding episode
+}
+play() {
     local name=$1
     "$python" -m dsrl_async.evaluate "${@:2}" --suite libero_spatial --tasks "$task" --seed 1000 --processes 2 \
         --out "$out/evaluation/$name" | tail -n 1 >"$out/evaluation/$name.json"

@@ -36,7 +36,7 @@ METHODS = {"template": "__init__", "actor": "reset"}
 
 
 def launched(directory: Path, where: str, fault: str, always: bool, *arguments: str) -> Launched:
-    """A run whose actors or template meet the fault (through Python's sitecustomize hook), all or only the first one."""
+    """A run whose actors or template meet the fault (through Python's sitecustomize hook), all or the first one."""
     code = FAULT.format(first=str(directory / "first"), always=always, fault=FAULTS[fault], method=METHODS[where])
     (directory / "sitecustomize.py").write_text(code)
     path = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))

@@ -187,12 +187,13 @@ def test_an_actor_is_measured_and_gone(tmp_path: Path) -> None:
     (finding,) = found(checks.check_actor, {}, measure=True)
     assert finding.status == "ok"
     assert "MB private" in finding.message
+    assert "MB that all share" in finding.message
     assert psutil.Process().children() == []
     assert found(checks.check_actor, {}) == []
 
 
 def test_actor_that_takes_too_long_is_ended() -> None:
-    with pytest.raises(ConfigError, match=r"no observation within 0\.01 s"):
+    with pytest.raises(ConfigError, match=r"the actors' template was not ready within 0\.01 s"):
         found(checks.check_actor, {}, measure=True, time_limit_s=0.01)
     assert psutil.Process().children() == []
 

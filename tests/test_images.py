@@ -28,6 +28,21 @@ def test_shrinking_averages_over_what_a_pixel_covers() -> None:
     assert np.abs(resize_with_pad(image, 224) - expected).max() <= 1
 
 
+@pytest.mark.parametrize(("height", "width"), [(360, 360), (256, 256), (100, 200), (37, 30)])
+def test_without_antialias_it_is_torchs_bilinear_filter(height: int, width: int) -> None:
+    image = random_image(height, width)
+    channels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    scale = 64 / max(height, width)
+    size = int(height * scale), int(width * scale)
+    expected = F.interpolate(channels, size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
+    top, left = ((64 - side) // 2 for side in size)
+    out = resize_with_pad(image, 64, antialias=False)[top : top + size[0], left : left + size[1]]
+    assert np.abs(out - expected).max() <= 0.501
+    assert np.abs(resize_with_pad(image, 64)[top : top + size[0], left : left + size[1]] - expected).max() > 5 or (
+        height < 64
+    )
+
+
 @pytest.mark.parametrize(
     ("height", "width", "box"),
     [(120, 240, (16, 48, 0, 64)), (240, 120, (0, 64, 16, 48)), (30, 31, (1, 62, 0, 64)), (64, 64, (0, 64, 0, 64))],

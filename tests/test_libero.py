@@ -215,32 +215,20 @@ def test_a_stove_glows_in_the_same_picture_and_goes_out_at_a_reset() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_10", 9)])
-def test_whole_episodes_unrendered(suite: str, task: int) -> None:
-    """220 steps of LIBERO without cameras, after two resets, in tasks with a drawer and with a door."""
-    environment = environment_of(suite, task_ids=[task])
-    from libero.libero.envs.env_wrapper import ControlEnv
-
-    file = str(libero_files.bddl_file(suite, task))
-    stock = ControlEnv(file, use_camera_obs=False, has_offscreen_renderer=False)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("suite", "task"), [("libero_spatial", 4), ("libero_goal", 0), ("libero_10", 9)])
+def test_whole_episodes(suite: str, task: int) -> None:
+    """220 steps, after two resets and another episode, in tasks with a drawer, a stove and a microwave."""
+    environment, stock = environment_of(suite, task_ids=[task]), StockEnvironment(suite, task)
     try:
-        scene, chunks = environment.scene(1, 1), smooth_chunks(44)
-        assert scene.resets == 2
-        stock.seed(scene.seed)
-        for _ in range(scene.resets):
-            stock.reset()
-        stock.set_init_state(environment._init_states[task][scene.init_state])
-        for action in np.concatenate((np.tile(libero_module.IDLE_ACTION, (10, 1)), chunks.reshape(-1, 7))):
-            stock.step(action)
-        play(environment, 0, 0, chunks[:2])
-        environment.reset(1, 1)
-        outcomes = [environment.step_chunk(chunk) for chunk in chunks]
-        assert sum(outcome.steps for outcome in outcomes) == 220
-        assert np.array_equal(stock.get_sim_state(), environment.domain.sim.get_state().flatten())
+        play(environment, 0, 0, smooth_chunks(2))
+        different, expected = compare(environment, stock, 1, smooth_chunks(44))
+        assert different == []
+        assert (len(expected.images), len(expected.simulation)) == (45, 220)
         for name in libero_module.CHANGED_BY_EPISODES:
-            assert np.array_equal(getattr(stock.sim.model, name), getattr(environment._model, name)), name
+            assert np.array_equal(getattr(stock.env.sim.model, name), getattr(environment._model, name)), name
     finally:
-        stock.close()
+        stock.env.close()
         environment.close()
 
 
@@ -269,12 +257,19 @@ def test_the_sac_image_is_the_agents_view(environment: LiberoEnvironment) -> Non
 
 
 @pytest.mark.parametrize(
-    ("preset", "settling", "steps", "seeds", "resets"),
-    [("openpi", 10, 220, {7}, {1, 2, 3}), ("rlinf", 15, 240, {0}, {1}), ("lerobot", 10, 280, None, {1})],
+    ("preset", "settling", "steps", "pictures", "seeds", "resets"),
+    [
+        ("openpi", 10, 220, (256, True), {7}, {1, 2, 3}),
+        ("rlinf", 15, 240, (256, True), {0}, {1}),
+        ("lerobot", 10, 280, (360, False), None, {1}),
+    ],
 )
-def test_presets(preset: str, settling: int, steps: int, seeds: set[int] | None, resets: set[int]) -> None:
+def test_presets(
+    preset: str, settling: int, steps: int, pictures: tuple[int, bool], seeds: set[int] | None, resets: set[int]
+) -> None:
     environment = environment_of("libero_spatial", preset=preset, task_ids=[2, 5], init_states=[0, 1, 2])
     assert (environment.settling_steps, environment.max_episode_steps) == (settling, steps)
+    assert (environment._render_size, environment._antialias) == pictures
     scenes = [environment.scene(100 + number, number) for number in range(7)]
     assert [scene[:2] for scene in scenes] == [(2, 0), (2, 1), (2, 2), (5, 0), (5, 1), (5, 2), (2, 0)]
     assert {scene.resets for scene in scenes} == resets

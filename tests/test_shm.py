@@ -111,6 +111,21 @@ def test_answer_for_a_dead_incarnation_is_dropped(memory: Arena) -> None:
     assert slots.ready().tolist() == [0]
 
 
+def test_the_others_of_a_batch_get_their_own_answers_when_one_has_died(memory: Arena) -> None:
+    slots = Slots(memory)
+    old, wanted = request(slots, 0, 1, incarnation=1), request(slots, 1, 2)
+    new = request(slots, 0, 3, incarnation=2)
+    actions = np.stack([np.full((10, 7), value, np.float32) for value in (1, 2)])
+    noise = np.stack([np.full(32, value, np.float32) for value in (1, 2)])
+    assert slots.answer(np.array([0, 1]), np.array([old, wanted]), actions, noise, 5).tolist() == [1]
+    assert not slots.answered(0, new)
+    assert slots.answered(1, wanted)
+    assert (slots.action_chunk[0] == 0).all()
+    assert (slots.action_chunk[1] == 2).all()
+    assert (slots.noise[1] == 2).all()
+    assert slots.policy_version.tolist() == [0, 5]
+
+
 def test_counters_have_no_shared_elements_and_snapshots_are_copies(memory: Arena) -> None:
     counters = Counters(memory)
     counters.actor_decisions[:] = [3, 4]

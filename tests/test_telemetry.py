@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ def test_summary_has_exactly_its_keys_and_is_json(run: FakeRun) -> None:
         assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert set(result) == set(expected.split())
         assert set(result["phases"]) == {"actor", "inference", "learner"}
-        assert set(result["memory_mb"]) == {"supervisor", "inference", "learner", "actor_mean"}
+        assert set(result["memory_mb"]) == {"supervisor", "inference", "learner", "template", "actor_mean"}
     assert summary["batch_size_mean"] == 4.0
     assert summary["phases"]["actor"]["physics"] == pytest.approx(0.6)
 
@@ -362,7 +363,9 @@ def huge(run: FakeRun) -> View:
         run.counters[name] += 10**9 // run.config.actors
     run.counters["inference_phase_s"] += 50.0
     busy_kinds = {f"actor-{lane:03d}": os.getpid() for lane in range(run.config.actors)}
-    return run.tick(pids={"supervisor": os.getpid(), "inference": os.getpid(), **busy_kinds})
+    view = run.tick(pids={"supervisor": os.getpid(), "inference": os.getpid(), **busy_kinds})
+    cpu_percent = {"actor": 100.0 * run.config.actors, "inference": 9_999.0, "supervisor": 107.0}
+    return replace(view, cpu_percent=cpu_percent, memory_mb=dict.fromkeys(view.memory_mb, 123_456.0))
 
 
 @pytest.mark.parametrize("actors", [2, 2000])

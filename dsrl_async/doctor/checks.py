@@ -188,7 +188,7 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
     try:
         policy, spec = preflight.check_policy(config)
     except ConfigError:
-        actors = config.actors * preflight.actor_bytes(config)
+        actors = preflight.template_bytes(config) + config.actors * preflight.actor_bytes(config)
         yield Finding(
             "memory",
             "ok" if actors < available else "problem",
@@ -197,13 +197,14 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         )
         return
     need = preflight.memory_needed(config, spec, policy.action_horizon)
-    fit = max(0, (available - need.without_actors) // need.actor)
+    fit = preflight.actors_that_fit(config, spec, policy.action_horizon, available)
     preflight.check_memory(config, spec, policy.action_horizon)
     yield Finding(
         "memory",
         "ok",
         f"{available / GIB:.1f} GiB available, about {need.total / GIB:.1f} needed ({need.shared / GIB:.1f} shared, "
-        f"{need.policy / GIB:.1f} the policy, {need.actor / GIB:.2f} each of {need.actors} actors); {fit} actors fit",
+        f"{need.policy / GIB:.1f} the policy, {need.template / GIB:.1f} of all actors, {need.actor / GIB:.2f} "
+        f"each of {need.actors}); {fit} actors fit",
     )
 
 

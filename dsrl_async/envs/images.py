@@ -1,4 +1,4 @@
-"""Camera images as openpi's LIBERO evaluation prepares them, with PIL itself. No torch here."""
+"""Camera images as published LIBERO evaluations prepare them. No torch here."""
 
 from __future__ import annotations
 
@@ -7,22 +7,37 @@ from numpy.typing import NDArray
 from PIL import Image
 
 
-def resize_with_pad(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def resize_with_pad(image: NDArray[np.uint8], size: int, antialias: bool = True) -> NDArray[np.uint8]:
     """uint8 [height, width, 3] -> [size, size, 3]: scaled to fit, centred on black.
 
-    The filter is PIL's bilinear one, which averages over what a new pixel covers. An image that has the size already
-    is returned as it is.
+    The filter is PIL's bilinear one, which averages over what a new pixel covers, as in openpi's client. Without
+    `antialias` it is that of openpi's PyTorch model and of LeRobot (`resize_with_pad_torch`), which looks at four
+    pixels; they leave the result as a float, here it is rounded. An image that has the size already is returned as it
+    is.
     """
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
     ratio = max(width, height) / size
     new_width, new_height = int(width / ratio), int(height / ratio)
-    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    if antialias:
+        resized = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR))
+    else:
+        rows = _between(image.astype(np.float32), new_height)
+        resized = np.rint(_between(rows.swapaxes(0, 1), new_width).swapaxes(0, 1)).astype(np.uint8)
     canvas = np.zeros((size, size, 3), dtype=np.uint8)
     top, left = (size - new_height) // 2, (size - new_width) // 2
-    canvas[top : top + new_height, left : left + new_width] = np.asarray(resized)
+    canvas[top : top + new_height, left : left + new_width] = resized
     return canvas
+
+
+def _between(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """[n, ...] -> [count, ...]: each a mix of the two rows on either side of its centre."""
+    centres = np.clip((np.arange(count) + 0.5) * len(rows) / count - 0.5, 0, len(rows) - 1)
+    before = centres.astype(np.int64)
+    share = (centres - before).astype(np.float32)[:, None, None]
+    mixed: NDArray[np.float32] = rows[before] * (1 - share) + rows[np.minimum(before + 1, len(rows) - 1)] * share
+    return mixed
 
 
 def libero_image(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -54,6 +54,9 @@ class Preset(NamedTuple):
     """See `EnvConfig.seeding`."""
     seed: int
     """Of the fixtures' places, where `seeding` is not by episode."""
+    render_size: int
+    antialias: bool
+    """See `EnvConfig`."""
 
 
 PRESETS = {
@@ -63,20 +66,26 @@ PRESETS = {
         settling_steps=10,
         seeding="task",
         seed=7,
+        render_size=256,
+        antialias=True,
     ),
-    # RLinf: rlinf/envs/libero/libero_env.py, and its configurations
+    # RLinf: rlinf/envs/libero/libero_env.py, and its configurations; images by openpi's transforms
     "rlinf": Preset(
         {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
         settling_steps=15,
         seeding="fixed",
         seed=0,
+        render_size=256,
+        antialias=True,
     ),
-    # LeRobot: src/lerobot/envs/libero.py
+    # LeRobot: src/lerobot/envs/libero.py and configs.py; images by policies/common/vla_utils.py
     "lerobot": Preset(
         {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
         settling_steps=10,
         seeding="episode",
         seed=0,
+        render_size=360,
+        antialias=False,
     ),
 }
 
@@ -151,7 +160,9 @@ class LiberoEnvironment:
         self.seeding: str = config["seeding"] or preset.seeding
         self._preset_seed = preset.seed
         self._order, self._rotate = config["scene_order"], config["rotate_images"]
-        self._render_size, self._fast = config["render_size"], config["render_quality"] == "fast"
+        self._render_size: int = config["render_size"] or preset.render_size
+        self._antialias: bool = preset.antialias if config["antialias"] is None else config["antialias"]
+        self._fast = config["render_quality"] == "fast"
         self._init_states = {task: libero_files.init_states(self.suite, task) for task in self.tasks}
         self._init_state_ids = {task: self._chosen_init_states(task, config["init_states"]) for task in self.tasks}
         self._domains = _import_libero()
@@ -352,7 +363,7 @@ class LiberoEnvironment:
         Raises ValueError, in one sentence, if OpenGL cannot be had.
         """
         for camera, image in enumerate(images):
-            image[:] = resize_with_pad(self._frame(camera), len(image))
+            image[:] = resize_with_pad(self._frame(camera), len(image), self._antialias)
         sac_image[:] = resize_with_pad(self._frame(0), SAC_IMAGE_SIZE)
         state[:] = self.domain._observables["moment"].obs
 

@@ -69,9 +69,8 @@ class Slots:
 
     def ready(self) -> np.ndarray:
         """Lanes with an unanswered request, longest waiting first, int64 [n]."""
-        # Copies: other processes write these arrays while this looks at them.
-        pending = np.flatnonzero(self.request_id.copy() != self.response_id.copy())
-        return pending[np.argsort(self.request_ns[pending], kind="stable")]
+        pending = (self.request_id != self.response_id).nonzero()[0]  # each number is read once
+        return pending[self.request_ns[pending].argsort(kind="stable")]
 
     def answer(
         self,
@@ -86,9 +85,10 @@ class Slots:
         An actor that was replaced after its request was gathered gets nothing.
         """
         current = self.request_id[lanes] == numbers
-        lanes = lanes[current]
-        self.action_chunk[lanes] = action_chunk[current, : self.action_chunk.shape[1]]
-        self.noise[lanes] = noise[current]
+        if not current.all():
+            lanes, numbers, action_chunk, noise = (rows[current] for rows in (lanes, numbers, action_chunk, noise))
+        self.action_chunk[lanes] = action_chunk[:, : self.action_chunk.shape[1]]
+        self.noise[lanes] = noise
         self.policy_version[lanes] = policy_version
-        self.response_id[lanes] = numbers[current]
+        self.response_id[lanes] = numbers
         return lanes

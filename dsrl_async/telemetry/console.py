@@ -25,7 +25,7 @@ from dsrl_async.telemetry.monitor import View
 PLAIN_INTERVAL_S = 5.0  # between two plain lines, at least
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_CELLS = 16  # width of a bar of phases
-LEGEND_CELLS = 33  # width of the largest phases' names beside it
+LEGEND_CELLS = 28  # width of the largest phases' names beside it
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "white")
 
 
@@ -206,7 +206,7 @@ def _processes(view: View) -> Table:
         table.add_row(
             Text(f"{kind} ×{count}" if kind == "actor" else kind),
             f"{view.cpu_percent[kind]:.0f}%" if kind in view.cpu_percent else "–",
-            f"{megabytes:,.0f} MB" if megabytes else "–",
+            _memory(megabytes),
             bar,
             legend,
         )
@@ -248,6 +248,13 @@ def _ratio(config: Config, view: View, of: str) -> str:
 def _duration(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _memory(megabytes: float) -> str:
+    """At most eight characters."""
+    if megabytes >= 10_000:
+        return f"{megabytes / 1000:,.1f} GB"
+    return f"{megabytes:,.0f} MB" if megabytes else "–"
 
 
 def _percent(share: float | None) -> str:
