@@ -95,7 +95,7 @@ class PolicyConfig(Section):
 
     checkpoint: str | None = None
     """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project
-    (docs/pi0.md); null means the embedded tabletop policy."""
+    (docs/pi0.md); null means the embedded tabletop policy, which LIBERO cannot use."""
     tokenizer: str | None = None
     """A `tokenizer.json` or sentencepiece `.model`, or a directory with one; null means the checkpoint's own."""
     norm_stats: str | None = None

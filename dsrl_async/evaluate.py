@@ -40,10 +40,10 @@ from dsrl_async.config import (
 )
 from dsrl_async.device import resolve_device
 from dsrl_async.envs import libero_files
-from dsrl_async.envs.libero import PRESETS
 from dsrl_async.envs.libero import versions as simulator_versions
+from dsrl_async.envs.libero import with_preset
 from dsrl_async.envs.recording import Films
-from dsrl_async.evaluation_plan import Episode, Schedule, across_tasks, parse_numbers, plan_suite
+from dsrl_async.evaluation_plan import Episode, Schedule, across_tasks, check_repeats, parse_numbers, plan_suite
 from dsrl_async.evaluation_results import (
     Outcome,
     ResultDirectory,
@@ -140,7 +140,10 @@ def resolve(options: argparse.Namespace) -> Plan:
         if given.get("env.name", options.suite) != options.suite:
             raise ConfigError("--env.name cannot be combined with --suite, which names the environment")
         env = settings.get("env") or {}
-        settings["env"] = {key: value for key, value in env.items() if key not in ("task_ids", "init_states")}
+        left_out = {"task_ids", "init_states"}
+        if env.get("name") != options.suite:
+            left_out.add("max_episode_steps")  # how long an episode may take is a matter of the suite
+        settings["env"] = {key: value for key, value in env.items() if key not in left_out}
         given["env.name"] = options.suite
     override(settings, given)
     config = validate(settings)
@@ -169,6 +172,8 @@ def resolve(options: argparse.Namespace) -> Plan:
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
         mode = "base"
+    if mode == "deterministic" and config.env.name != "tabletop":
+        check_repeats(config.env.name, episodes, with_preset(config.env.model_dump())["seeding"])
     return Plan(config, checkpoint, mode, episodes, spec.prompts)
 
 
@@ -190,14 +195,9 @@ def identity(plan: Plan) -> dict[str, Any]:
     config, mode = plan.config, plan.mode
     env = config.env.model_dump()
     if env["name"] != "tabletop":
-        preset = PRESETS[env["preset"]]
+        env = with_preset(env)
         env["task_ids"] = sorted({episode.task for episode in plan.episodes})
         env["init_states"] = sorted({episode.init_state for episode in plan.episodes if episode.init_state is not None})
-        env["max_episode_steps"] = env["max_episode_steps"] or preset.max_episode_steps[env["name"]]
-        env["settling_steps"] = preset.settling_steps if env["settling_steps"] is None else env["settling_steps"]
-        env["seeding"] = env["seeding"] or preset.seeding
-        env["render_size"] = env["render_size"] or preset.render_size
-        env["antialias"] = preset.antialias if env["antialias"] is None else env["antialias"]
     directory = policy_directory(config)
     device = resolve_device(config.device)
     steering = {}
@@ -358,7 +358,10 @@ def play(
     with tempfile.TemporaryDirectory() as directory:
         logs = Path(directory)
         rate_hz = TABLETOP_RATE_HZ if config.env.name == "tabletop" else LIBERO_RATE_HZ
-        evaluation = {"video_dir": str(films.directory.absolute()) if films else None, "rate_hz": rate_hz}
+        video_dir = str(films.directory.absolute()) if films else None
+        one_task = len({episode.task for episode in episodes}) == 1
+        begin_with = episodes[0].number if one_task else None  # of several, a process compiles what it is given
+        evaluation = {"video_dir": video_dir, "rate_hz": rate_hz, "begin_with": begin_with}
         env_config, notify_fds = config.env.model_dump(), [observation_ready]
         template = Template(
             arena, config.seed, env_config, wake, notify_fds, logs / "template.log", evaluation=evaluation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from dsrl_async.config import ConfigError
@@ -62,7 +62,7 @@ def plan_episodes(
         tasks: the tasks to play.
         init_states: those to start from, None meaning all.
         episodes: how many in all, None meaning each initial state once. Where there are more than initial states,
-            these are gone through again, with other noise.
+            these are gone through again (see `check_repeats`).
 
     An episode's number counts through all initial states of all tasks of the suite, which is what `env.scene_order`
     `cycled` does; so it is the same scene with the same noise whichever tasks and initial states are chosen.
@@ -79,6 +79,24 @@ def plan_episodes(
             state = states[task][place]
             planned.append(Episode(repeat * sum(counts) + sum(counts[:task]) + state, task, state))
     return planned
+
+
+def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> None:
+    """Raises ConfigError where deterministic episodes of a LIBERO suite would be played again, to the same end.
+
+    Without noise, two episodes from one initial state differ if `env.seeding` is `episode` and furniture stands in the
+    scene, and else in nothing. Counting such would only make the interval of the success rate too narrow.
+    """
+    scenes = {(episode.task, episode.init_state) for episode in episodes}
+    if len(scenes) == len(episodes):
+        return
+    furniture = all(libero_files.has_furniture(suite, task) for task in {task for task, _ in scenes})
+    if not (furniture and seeding == "episode"):
+        raise ConfigError(
+            f"--episodes: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others "
+            f"would only repeat these; give --noise stochastic{', or --env.seeding episode' if furniture else ''}, "
+            f"or at most --episodes {len(scenes)}"
+        )
 
 
 def across_tasks(episodes: Iterable[Episode]) -> list[Episode]:

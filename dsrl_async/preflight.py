@@ -76,7 +76,12 @@ def check_checkpoint(config: Config) -> PolicyFiles:
 
 def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
     """Raises ConfigError unless policy, environment and agent have the same shapes."""
-    directory = policy_directory(config)
+    directory, suite = policy_directory(config), config.env.name
+    if config.policy.checkpoint is None and suite != "tabletop":
+        ours = ", or --config configs/libero_spatial_small.yaml" if suite == "libero_spatial" else ""
+        raise ConfigError(
+            f"policy.checkpoint: null means the tabletop's policy; for {suite} give --policy.checkpoint DIR{ours}"
+        )
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
         ("image size", policy.image_size, spec.image_size),
@@ -86,7 +91,7 @@ def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
         if of_policy != of_env:
             raise ConfigError(
                 f"policy.checkpoint: the {what} of {directory} is {of_policy}, "
-                f"that of the environment {config.env.name} is {of_env}"
+                f"that of the environment {suite} is {of_env}"
             )
     if config.env.chunk > policy.action_horizon:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """The process that actors are forked from: what all of them would do when they start is done in it, once.
 
-That is imports, and compiling the scene of a run's only task (`worker.prepare`): seconds and hundreds of megabytes with
-LIBERO. A forked actor shares that memory with the others, as far as nobody writes to it, and takes the time that
-OpenGL takes, which does not survive a fork.
+That is imports, and compiling the scene of the only task of a run or an evaluation (`worker.prepare`): seconds and
+hundreds of megabytes with LIBERO. A forked actor shares that memory with the others, as far as nobody writes to it, and
+takes the time that OpenGL takes, which does not survive a fork.
 
 An actor is a child of the launched process, as if that had started it: the template forks twice, the process in between
 ends, and the kernel gives the orphan to its nearest ancestor that asked for such (`PR_SET_CHILD_SUBREAPER`).
@@ -84,7 +84,8 @@ class Template:
         log: to which the template's output is appended.
         incarnation: which template of this run it is, from 1.
         evaluation: makes actors play the episodes that they are given (`shm.assignments`) and end:
-            {"video_dir": str or None, "rate_hz": int, of the films}.
+            {"video_dir": str or None, "rate_hz": int, of the films, "begin_with": int or None, the number of an episode
+            whose scene is made before any actor is forked}.
         program: what an actor runs: a module with `prepare` and `main` as in `worker`.
     """
 

@@ -144,7 +144,10 @@ class Actor:
 
 def prepare(job: Mapping[str, Any]) -> Environment:
     """What every actor of a run needs before its first episode, as far as it survives a fork (`template`)."""
-    return make_environment(job["env"])
+    environment = make_environment(job["env"])
+    if (evaluation := job["evaluation"]) is not None and (number := evaluation["begin_with"]) is not None:
+        environment.reset(0, number)  # compiles the scene; each episode begins with a reset of its own
+    return environment
 
 
 def main(job: Mapping[str, Any], environment: Environment | None) -> None:

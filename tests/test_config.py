@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 
 from dsrl_async import checkpoints, preflight
 from dsrl_async.config import Config, ConfigError, get_key, leaf_fields, load_config, save_yaml, validate
-from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+needs_libero = pytest.mark.skipif(find_spec("libero") is None, reason="pip install -e '.[libero]'")
 
 
 def test_defaults_are_the_tabletop_file_and_it_names_every_key() -> None:
@@ -42,6 +44,28 @@ def test_libero_file_has_the_values_of_the_guide() -> None:
     assert sac.hidden_dims == [128, 128, 128]
     decisions = 16 * 240 // config.env.chunk
     assert config.replay_ratio * decisions == pytest.approx(200, rel=0.01)
+
+
+@needs_libero
+def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_config(["--config", "configs/libero_spatial_small.yaml"])
+    policy, spec = preflight.check_policy(config)
+    assert policy.image_size == spec.image_size == 96
+    assert spec.prompts == ("pick up the black bowl from table center and place it on the plate",)
+
+
+@needs_libero
+def test_libero_file_fits_a_policy_of_openpi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far as that can be said without its weights: of openpi's sizes, trained on LIBERO's own pictures."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["--config", str(CONFIGS / "libero_spatial_pi0.yaml")])
+    spec = preflight.check_environment(config)
+    assert len(spec.prompts) == 10
+    preflight.check_fit(config, Pi0Config(), spec)
+    preflight.check_render_quality(config)
+    with pytest.raises(ConfigError, match=r"^policy\.checkpoint: .*checkpoints/pi0_libero_spatial"):
+        preflight.check_policy(config)
 
 
 def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
@@ -163,7 +187,11 @@ def test_saved_configuration_reads_back(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"env": {"name": "libero_spatial"}}, "LIBERO is not installed|libero_spatial is 224"),
+        (
+            {"env": {"name": "libero_spatial"}},
+            "LIBERO is not installed|--policy.checkpoint DIR, or --config configs/libero_spatial_small.yaml",
+        ),
+        ({"env": {"name": "libero_goal", "image_size": 64}}, r"LIBERO is not installed|--policy.checkpoint DIR$"),
         ({"policy": {"checkpoint": "nowhere"}}, "no directory or safetensors file .*nowhere"),
         ({"env": {"chunk": 11}}, "env.chunk"),
         ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),

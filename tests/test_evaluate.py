@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,11 +26,12 @@ from hypothesis import strategies as st
 from launched import SMALL, Launched
 from rich.console import Console
 
-from dsrl_async import evaluation_results
+import dsrl_async
+from dsrl_async import checkpoints, evaluation_results
 from dsrl_async.config import ConfigError
 from dsrl_async.envs import ChunkOutcome, libero_files
 from dsrl_async.envs.recording import FILMED_PER_VIDEO, Films, RecordingEnvironment, choose_films, unsorted_film
-from dsrl_async.evaluate import build_parser, check_alive, main, resolve
+from dsrl_async.evaluate import Plan, build_parser, check_alive, identity, main, resolve
 from dsrl_async.evaluation_plan import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 from dsrl_async.evaluation_results import Outcome, ResultDirectory, identify_files, summarise, summarise_tasks, table
 from dsrl_async.session import SIGNALS
@@ -37,6 +39,14 @@ from dsrl_async.session import SIGNALS
 needs_libero = pytest.mark.skipif(
     find_spec("libero") is None or find_spec("robosuite") is None, reason="pip install -e '.[libero]'"
 )
+
+SMALL_LIBERO = Path(__file__).parent.parent / "configs" / "libero_spatial_small.yaml"
+SMALL_LIBERO_POLICY = Path(dsrl_async.__file__).parent / "assets" / "libero_spatial_pi0_small"
+
+
+def resolved(*options: str) -> Plan:
+    return resolve(build_parser().parse_args(options))
+
 
 # Which episodes
 
@@ -378,7 +388,11 @@ def test_settings_of_a_run_are_options_here_too() -> None:
 @needs_libero
 def test_what_a_suite_plays_and_what_its_configuration_plays(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("env: {name: libero_goal, task_ids: [3], init_states: [1, 2], image_size: 64, preset: rlinf}")
+    config.write_text(
+        "env: {name: libero_goal, task_ids: [3], init_states: [1, 2], preset: rlinf, max_episode_steps: 99, "
+        "image_size: 96, render_quality: fast}\n"
+        f"policy: {{checkpoint: {SMALL_LIBERO_POLICY}}}\n"
+    )
 
     def planned(*options: str) -> tuple[str, set[int], set[int | None], int]:
         plan = resolve(build_parser().parse_args(["--config", str(config), *options]))
@@ -400,6 +414,46 @@ def test_what_a_suite_plays_and_what_its_configuration_plays(tmp_path: Path) -> 
     ):
         with pytest.raises(ValueError, match=words):
             planned(*options)
+
+
+@needs_libero
+def test_another_suite_has_the_preset_s_number_of_steps() -> None:
+    def steps(*options: str) -> int:
+        policy = "--policy.checkpoint", str(SMALL_LIBERO_POLICY)
+        settings: dict[str, Any] = identity(resolved("--config", str(SMALL_LIBERO), *policy, *options))
+        number: int = settings["env"]["max_episode_steps"]
+        return number
+
+    assert steps("--env.preset", "lerobot") == 220  # the file's
+    assert steps("--env.preset", "lerobot", "--suite", "libero_spatial") == 220
+    assert steps("--suite", "libero_10") == 520
+    assert steps("--suite", "libero_10", "--env.max-episode-steps", "30") == 30
+
+
+@needs_libero
+def test_episodes_that_would_only_be_repeated_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs between two episodes from one initial state: the noise, or the furniture's places."""
+    (tmp_path / "config.yaml").write_text(SMALL_LIBERO.read_text())
+    saved = tmp_path / "checkpoints" / "1-1"
+    monkeypatch.setattr(checkpoints, "find", lambda path: saved)
+    one_state = ["--checkpoint", str(tmp_path), "--init-states", "40", "--policy.checkpoint", str(SMALL_LIBERO_POLICY)]
+
+    for options in (
+        ["--episodes", "1"],
+        ["--episodes", "3", "--noise", "stochastic"],
+        ["--episodes", "3", "--base"],
+        ["--episodes", "3", "--env.seeding", "episode"],
+        ["--episodes", "3", "--env.preset", "lerobot"],
+    ):
+        resolved(*one_state, *options)
+    for options, advice in (
+        ([], "--noise stochastic, or --env.seeding episode, or at most --episodes 1$"),
+        (["--env.preset", "rlinf"], "--env.seeding episode"),
+        # Nothing stands in these scenes but what the initial states place.
+        (["--suite", "libero_object", "--env.seeding", "episode"], "--noise stochastic, or at most --episodes 10$"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--episodes: 11 are more than the 1?[01] scenes.*{advice}"):
+            resolved(*one_state, "--episodes", "11", *options)
 
 
 @pytest.fixture
@@ -497,11 +551,12 @@ def playing(processes: int) -> Iterator[tuple[subprocess.Popen[str], list[psutil
     arguments = command("--episodes", "5000", "--processes", str(processes))
     evaluation = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        process = psutil.Process(evaluation.pid)
+        process, workers = psutil.Process(evaluation.pid), list[psutil.Process]()
         deadline = time.monotonic() + 200
-        while len(workers := process.children()) < processes or workers[-1].cpu_times().user < 1.0:
+        while len(workers) < processes or workers[-1].cpu_times().user < 1.0:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+            workers = [child for child in process.children() if child.name().startswith("actor-")]  # not the template
         yield evaluation, workers
     finally:
         evaluation.kill()
@@ -581,10 +636,25 @@ def libero_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+COUNTED = """
+import sys
+if "dsrl_async.template" in sys.orig_argv:
+    from dsrl_async.envs.libero import LiberoEnvironment
+    load = LiberoEnvironment._load
+    def counted(environment, task):
+        with open({file!r}, "a") as file:
+            print(task, file=file)
+        load(environment, task)
+    LiberoEnvironment._load = counted
+"""
+
+
 @pytest.mark.libero
 @pytest.mark.slow
 @needs_libero
-def test_tasks_and_initial_states_of_libero(tmp_path: Path, libero_policy: Path) -> None:
+def test_tasks_and_initial_states_of_libero(
+    tmp_path: Path, libero_policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["--suite", "libero_spatial", "--tasks", "0,3", "--init-states", "0-1", "--env.image-size", "64"]
     arguments += ["--policy.checkpoint", str(libero_policy), "--policy.denoise-steps", "2"]
     arguments += ["--env.max-episode-steps", "10", "--env.render-quality", "exact"]
@@ -612,5 +682,11 @@ def test_tasks_and_initial_states_of_libero(tmp_path: Path, libero_policy: Path)
     names = {path.name for path in (tmp_path / "films").iterdir()}
     assert "episode-0151-task-3-init-1-failure.mp4" in names
     assert len(names) == 4
-    run(*arguments, "--processes", "1", "--tasks", "3", "--init-states", "1", "--out", str(tmp_path / "one"))
-    assert episodes_in(tmp_path / "one") == {151: episodes_in(tmp_path / "two")[151]}
+    # Again with one task only, whose scene is compiled once for both processes.
+    compiled = tmp_path / "compiled"
+    (tmp_path / "sitecustomize.py").write_text(COUNTED.format(file=str(compiled)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    run(*arguments, "--processes", "2", "--tasks", "3", "--out", str(tmp_path / "one"))
+    before = episodes_in(tmp_path / "two")
+    assert episodes_in(tmp_path / "one") == {number: before[number] for number in (150, 151)}
+    assert compiled.read_text() == "3\n"

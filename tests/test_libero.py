@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from launched import Launched, checkpoint_of
 from numpy.typing import NDArray
 
 from dsrl_async.bench.env import StockEnvironment
@@ -397,6 +399,18 @@ def test_missing_opengl_is_the_last_line_that_an_actor_leaves() -> None:
     assert "libegl1" in last
 
 
+def test_a_module_that_is_missing_is_not_blamed_on_opengl() -> None:
+    """robosuite imports termcolor and does not require it."""
+    program = (
+        "import sys\n"
+        "sys.modules['termcolor'] = None\n"
+        "from dsrl_async.envs import make_environment\n"
+        f"make_environment({configuration()})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "ValueError: LIBERO cannot be imported: import of termcolor halted" in result.stderr
+
+
 def test_no_torch_in_an_actor() -> None:
     program = (
         "import sys\n"
@@ -408,3 +422,21 @@ def test_no_torch_in_an_actor() -> None:
     if "cannot render" in result.stderr:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, result.stderr
+
+
+def test_a_run_with_the_small_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of docs/libero_policy.md, until it has learned a little."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    limits = "--max-decisions", "24", "--replay.warmup-decisions", "16", "--sac.batch-size", "16"
+    arguments = "--config", "configs/libero_spatial_small.yaml", "--actors", "2", "--log.console", "off", *limits
+    run = Launched(tmp_path / "run", *arguments)
+    run.wait_for(lambda _: len(run.children("worker")) == 2, timeout_s=150)
+    result = run.finish(timeout_s=100)
+    assert result["returncode"] == 0, result["stderr"]
+    assert result["exit_reason"] == "max_decisions"
+    assert result["decisions"] == 24
+    assert result["env_steps"] > 0
+    assert result["updates"] > 0
+    assert not any(result["restarts"].values())
+    checkpoint_of(run.run_dir)
+    assert run.left_over() == []

@@ -103,6 +103,19 @@ class Scene(NamedTuple):
     """How many resets come after the seed, in a scene that was just made; the last one counts."""
 
 
+def with_preset(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings (as from `EnvConfig.model_dump()`), with the values of `preset` where they are null."""
+    preset = PRESETS[config["preset"]]
+    values = {
+        "max_episode_steps": preset.max_episode_steps[config["name"]],
+        "settling_steps": preset.settling_steps,
+        "seeding": preset.seeding,
+        "render_size": preset.render_size,
+        "antialias": preset.antialias,
+    }
+    return {**config, **{name: value for name, value in values.items() if config[name] is None}}
+
+
 def versions() -> dict[str, str]:
     """What success rates depend on: the versions of the simulator and of whatever provides LIBERO."""
     found = {}
@@ -117,14 +130,17 @@ def _import_libero() -> Any:
     """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL's library cannot be had."""
     libero_files.prepare_import()
     logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
+    not_imported = "LIBERO cannot be imported: {}; see docs/libero.md for what to install"
     try:
         import robosuite.utils.binding_utils  # noqa: F401  loads OpenGL's library
+    except ModuleNotFoundError as error:
+        raise ValueError(not_imported.format(error)) from error
     except Exception as error:
         raise ValueError(no_rendering(error)) from error
     try:
         import libero.libero.envs as envs
     except ImportError as error:
-        raise ValueError(f"LIBERO cannot be imported: {error}; see docs/libero.md for what to install") from error
+        raise ValueError(not_imported.format(error)) from error
     return envs
 
 
@@ -151,17 +167,16 @@ class LiberoEnvironment:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.spec = environment_spec(config)
+        config = with_preset(config)
         self.suite: str = config["name"]
         self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])
-        preset = PRESETS[config["preset"]]
-        self.max_episode_steps: int = config["max_episode_steps"] or preset.max_episode_steps[self.suite]
-        settling = config["settling_steps"]
-        self.settling_steps: int = preset.settling_steps if settling is None else settling
-        self.seeding: str = config["seeding"] or preset.seeding
-        self._preset_seed = preset.seed
+        self.max_episode_steps: int = config["max_episode_steps"]
+        self.settling_steps: int = config["settling_steps"]
+        self.seeding: str = config["seeding"]
+        self._preset_seed = PRESETS[config["preset"]].seed
         self._order, self._rotate = config["scene_order"], config["rotate_images"]
-        self._render_size: int = config["render_size"] or preset.render_size
-        self._antialias: bool = preset.antialias if config["antialias"] is None else config["antialias"]
+        self._render_size: int = config["render_size"]
+        self._antialias: bool = config["antialias"]
         self._fast = config["render_quality"] == "fast"
         self._init_states = {task: libero_files.init_states(self.suite, task) for task in self.tasks}
         self._init_state_ids = {task: self._chosen_init_states(task, config["init_states"]) for task in self.tasks}

