@@ -181,18 +181,15 @@ class Machines(NamedTuple):
 
 
 def machines(
-    figures: Figures,
-    actors: int,
-    nodes: Sequence[int],
-    payload: Payload,
-    publish_interval: int,
-    network_bytes_per_s: float,
+    figures: Figures, nodes: Sequence[int], payload: Payload, publish_interval: int, network_bytes_per_s: float
 ) -> list[Machines]:
-    """For each of `nodes`: that many times what `actors` do without the learner, as far as its machine keeps up.
+    """For each of `nodes`: that many times what one machine does without the learner, as far as the learner's keeps up.
 
+    Each has as many actors as are enough there: more than beside a learner, which takes cores and the device from them.
     `network_bytes_per_s` is the link of the learner's machine, in each direction.
     """
-    acting = predict(replace(figures, update_s=0.0, learner_shares_device=False), actors)
+    without_learner = replace(figures, update_s=0.0, learner_shares_device=False)
+    acting = judge(without_learner, curve(without_learner)).enough
     update_s = figures.replay_ratio * figures.update_s
     found = []
     for count in nodes:
@@ -205,5 +202,5 @@ def machines(
         bound = min(rates, key=rates.__getitem__)
         rate = rates[bound]
         updates, transitions = rate * figures.replay_ratio, rate * payload.transition
-        found.append(Machines(count, count * actors, rate, updates, transitions, rate * weights, bound))
+        found.append(Machines(count, count * acting.actors, rate, updates, transitions, rate * weights, bound))
     return found

@@ -300,8 +300,9 @@ def show(
     console.print(table_of(["actors", "decisions/s", "", "env steps/s", "updates/s", "device", "cores", "bound"], rows))
     console.print(f"\n{sentence(figures, verdict)}")
 
+    each = network[0].actors // network[0].nodes
     console.print(
-        f"\nMany machines, each with a policy and {verdict.enough.actors} of the actors, and one with the learner "
+        f"\nMany machines, each with a policy and {each} actors, and one with the learner "
         f"({payload.transition:,} bytes per decision to it, {payload.weights:,} per machine and publication from it):"
     )
     rows_of_machines = [
@@ -353,14 +354,8 @@ def main(argv: Sequence[str]) -> int:
         config, figures = plan.config, plan.figures
         points = curve(figures)
         verdict = judge(figures, points)
-        network = machines(
-            figures,
-            verdict.enough.actors,
-            own.nodes,
-            plan.payload,
-            config.learner.publish_interval,
-            own.network_gbit * GIGABIT,
-        )
+        link = own.network_gbit * GIGABIT
+        network = machines(figures, own.nodes, plan.payload, config.learner.publish_interval, link)
         if own.plot:
             plot(own.plot, points, verdict)
     except (OSError, ValueError) as error:  # ConfigError, a policy's files, or a picture that cannot be written

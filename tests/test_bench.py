@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsrl_async.bench import denoise, synthetic
+from dsrl_async.bench import denoise, scale, synthetic
 from dsrl_async.bench.policy import language_length, load
 from dsrl_async.bench.report import Report
 from dsrl_async.bench.serving import Stages, _count, _time
@@ -187,9 +187,27 @@ def test_a_report_prints_and_writes_the_same_lines(tmp_path: Path, capsys: pytes
     report = Report("denoise", 3, tmp_path / "lines.jsonl")
     report.case("toy")
     report.add("ours", "total", 1 / 3, "ms")
-    report.add("theirs", "total", 2.0, "ms")
+    report.add("theirs", "total", 2.0, "ms", repeats=1)
     printed = capsys.readouterr().out
     assert (tmp_path / "lines.jsonl").read_text() == printed
-    first = json.loads(printed.splitlines()[0])
+    first, second = map(json.loads, printed.splitlines())
     assert list(first) == ["benchmark", "case", "system", "metric", "value", "unit", "repeats", "load"]
     assert first["value"] == 0.333333
+    assert (first["repeats"], second["repeats"]) == (3, 1)
+
+
+def test_scale_notes_the_load_before_each_case_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[int] = []
+
+    def measure(actors: int, arguments: argparse.Namespace) -> dict[str, float]:
+        measured.append(actors)
+        return {**dict.fromkeys(scale.UNITS, 0.0), "start": float(len(measured))}
+
+    monkeypatch.setattr(scale, "measure", measure)
+    monkeypatch.setattr("os.getloadavg", lambda: (float(len(measured)), 0.0, 0.0))
+    scale.run(argparse.Namespace(actors=[8, 16], decisions=0, compression=1.0, repeats=3, out=None))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    starts = [(line["case"].split()[0], line["value"], line["load"]) for line in lines if line["metric"] == "start"]
+    assert starts == [("8", 2.0, 0.0), ("16", 5.0, 3.0)]

@@ -344,7 +344,7 @@ def test_fast_pictures_differ_and_it_is_said(environment: LiberoEnvironment, cap
 
 
 def test_the_benchmark_prints_a_line_per_figure() -> None:
-    options = ["--system", "dsrl_async", "--decisions", "1", "--repeats", "1"]
+    options = ["--system", "dsrl_async", "--decisions", "1", "--repeats", "1", "--together", "2"]
     command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if "cannot render" in result.stderr:
@@ -354,6 +354,8 @@ def test_the_benchmark_prints_a_line_per_figure() -> None:
     assert value["steps_per_second"] == pytest.approx(1000 / value["step"], rel=1e-3)
     assert value["memory"] > 200
     assert value["start"] > 1
+    assert value["start_together"] > 1
+    assert 200 < value["memory_together"] < 2 * value["memory"]
 
 
 # What goes wrong

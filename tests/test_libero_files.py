@@ -233,7 +233,7 @@ def test_a_specification_imports_neither_simulator_nor_libero() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("options", [["--repeats", "0"], ["--together", "-1"]])
+@pytest.mark.parametrize("options", [["--repeats", "0"], ["--starts", "0"], ["--together", "-1"]])
 def test_impossible_options_of_the_benchmark_are_refused(options: list[str]) -> None:
     command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -169,12 +169,12 @@ def test_one_actor_can_be_enough() -> None:
 
 
 def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
-    """A machine with one actor does 1 / 1.1 decisions per second."""
-    basis = figures(update_s=0.1, replay_ratio=2.0)
+    """A machine, whose memory holds one actor, does 1 / 1.1 decisions per second."""
+    basis = figures(update_s=0.1, replay_ratio=2.0, most_actors=1)
     payload = Payload(observation=1000, action_chunk=10, transition=100, weights=5000)
 
     def at(nodes: Sequence[int], network_bytes_per_s: float = 1e9) -> Any:
-        return machines(basis, 1, nodes, payload, publish_interval=10, network_bytes_per_s=network_bytes_per_s)
+        return machines(basis, nodes, payload, publish_interval=10, network_bytes_per_s=network_bytes_per_s)
 
     few, many = at([3, 100])
     assert few.decisions_per_s == pytest.approx(3 / 1.1)
@@ -264,6 +264,22 @@ def test_json_has_the_curve_the_verdict_and_the_machines(capsys: pytest.CaptureF
     assert content["payload"]["action_chunk"] == 10 * 7 * 4
     assert [one["nodes"] for one in content["machines"]] == [1, 3]
     assert content["figures"]["device_s"] == {"1": 0.007, "32": 0.153}
+
+
+def test_many_machines_have_the_actors_that_are_enough_without_a_learner(capsys: pytest.CaptureFixture[str]) -> None:
+    """On one GPU, updates of 20 ms take the time of more decisions than are left. A machine that has its GPU to itself
+    needs more actors to use it up; how many, a plan without the learner says as well."""
+    given = ["--env-ms", "150", "--gpu", "h100", "--cores", "64", "--memory-gib", "64", "--json", "--nodes", "1", "3"]
+    alone = json.loads(run(capsys, *given))["enough"]
+    content = json.loads(run(capsys, *given, "--update-ms", "20"))
+    assert content["figures"]["learner_shares_device"]
+    assert content["enough"]["actors"] < 0.5 * alone["actors"]
+    one, three = content["machines"]
+    assert (one["actors"], three["actors"]) == (alone["actors"], 3 * alone["actors"])
+    assert one["bound"] == three["bound"] == "learner"  # 50 updates a second
+    (free,) = json.loads(run(capsys, *given, "--update-ms", "20", "--replay-ratio", "0.05", "--nodes", "1"))["machines"]
+    assert free["bound"] == "machines"
+    assert free["decisions_per_s"] == pytest.approx(alone["decisions_per_s"])
 
 
 def test_a_gpu_is_its_roofline(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,16 +6,19 @@ import io
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from launched import SMALL, Launched
@@ -192,6 +195,7 @@ def figures(
         **{"seconds": 100.0, "warmed_up": True, "decisions": 1000, "env_steps": 5000, "updates": 1000},
         **{"batch_size": 4.0, "batch_fill": 0.9, "queue_wait_ms": 1.0, "processes": processes, "cpus": cpus},
         **{"core_shares": (used / cpus,) * cpus, "on_gpu": {"inference": False, "learner": False}, "gpus": ()},
+        "cupy": False,
     }
     return Figures(**(known | changes))
 
@@ -199,7 +203,7 @@ def figures(
 SETTING_OF = {
     **{("actor", phase): "actors" for phase in ("physics", "render", "reset", "replay_write")},
     **{("inference", phase): "inference.batch_wait_ms" for phase in ("gather", "scatter")},
-    **{("inference", phase): "env.image_size" for phase in ("host_to_device", "device_to_host")},
+    **{("inference", phase): "" for phase in ("host_to_device", "device_to_host")},
     **{("inference", phase): "inference.threads" for phase in ("prefix", "denoise", "compute")},
     ("inference", "weights"): "learner.publish_interval",
     ("learner", "sample"): "sac.batch_size",
@@ -230,6 +234,7 @@ def test_whoever_is_always_busy_is_the_bottleneck(kind: str, phase: str) -> None
 
 BUSY_LEARNER = {"learner": {"update": 0.9, "wait_ratio": 0.0}, "inference": {"wait_learner": 0.85, "wait_request": 0.0}}
 BUSY_POLICY = {"inference": {"denoise": 0.85, "wait_request": 0.05}}
+BUSY_COPIES = {"inference": {"host_to_device": 0.85, "wait_request": 0.05}}
 BUSY_ACTORS = {"actor": {"render": 0.9, "wait_action": 0.05}}
 TURNS = {"actor": {"physics": 0.4, "wait_action": 0.55}, "inference": {"denoise": 0.5, "wait_request": 0.4}}
 FULL = {"actor": 1.0, "inference": 0.5, "learner": 0.4}
@@ -258,6 +263,18 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
         {"policy": {"compile": True}},
         ("inference", "prefix", "device"),
         "faster device",
+    ),
+    "copies are slow because the shared memory is not page-locked": (
+        figures(BUSY_COPIES, on_gpu={"inference": True}),
+        {},
+        ("inference", "host_to_device", ""),
+        "install the extra `cuda`",
+    ),
+    "copies are slow although it is": (
+        figures(BUSY_COPIES, on_gpu={"inference": True}, cupy=True),
+        {},
+        ("inference", "host_to_device", ""),
+        "a faster link to the GPU",
     ),
     "pictures of LIBERO can be cheaper": (
         figures(BUSY_ACTORS),
@@ -748,13 +765,15 @@ DELAYS: dict[str, tuple[str, Any, str, float]] = {
     "prefix": ("inference", SteeredPolicy, "encode", 0.1),
     "denoise": ("inference", SteeredPolicy, "denoise", 0.1),
     "scatter": ("inference", Slots, "answer", 0.1),
+    "wait_batch": ("inference", worker.Actor, "advance", 0.2),
     "weights": ("inference", SacActor, "load_flat_", 0.2),
     "sample": ("learner", Updates, "draw_batch", 0.1),
     "update": ("learner", Updates, "run", 0.1),
     "publish": ("learner", WeightPublisher, "publish", 0.2),
     "checkpoint": ("learner", checkpoints, "save", 0.1),
 }
-"""Phase -> kind of process, owner and name of what it calls, and by how many seconds each call is delayed."""
+"""Phase -> kind of process, owner and name of what it calls, and by how many seconds each call is delayed. The batch
+waits where only one of two actors is."""
 INSTANT = ("prefix", "denoise", "sample", "update", "checkpoint")
 """Work that is left out, so that the delay stands out also where cores and disks are slow."""
 
@@ -814,16 +833,19 @@ def test_report_names_the_stage_that_was_made_slow(
     original = getattr(owner, name)
 
     def delayed(*arguments: Any, **keywords: Any) -> Any:
-        time.sleep(seconds)
+        if phase != "wait_batch" or arguments[0].lane == 1:
+            time.sleep(seconds)
         return original(*arguments, **keywords)
 
     monkeypatch.setattr(owner, name, delayed)
     settings = small_config.model_dump() | {"profile": True}
     settings["learner"] |= {"publish_interval": 2}
+    settings["inference"]["batch_wait_ms"] = 1000.0 if phase == "wait_batch" else None
     settings["checkpoint"]["interval_minutes"] = 1e-6 if phase == "checkpoint" else 5.0
     diagnosis = play_in_threads(validate(settings), tmp_path, decisions=52)
     assert diagnosis[:2] == (kind, phase), (tmp_path / "profile" / "report.txt").read_text()
-    assert diagnosis.setting == SETTING_OF[kind, phase] or diagnosis.setting in ON_FEW_CORES
+    advised = SETTING_OF.get((kind, phase), "inference.batch_wait_ms")
+    assert diagnosis.setting == advised or diagnosis.setting in ON_FEW_CORES
     tracks = check_trace(json.loads((tmp_path / "profile" / "trace.json").read_text()))
     assert phase in {span["name"] for spans in tracks.values() for span in spans}
 
@@ -839,40 +861,67 @@ if "dsrl_async.{process}" in sys.orig_argv:
         owner = getattr(owner, part)
     original = getattr(owner, name)
     def delayed(*arguments, **keywords):
-        time.sleep({seconds})
+        if {condition}:
+            time.sleep({seconds})
         return original(*arguments, **keywords)
     setattr(owner, name, delayed)
 """
 
 
+def cpu_seconds() -> tuple[float, float, float]:
+    """Seconds that the cores that this process may use were busy, another machine on the same hardware included, that
+    this process and its children that have ended used, and of the clock."""
+    allowed = os.sched_getaffinity(0)
+    cores = [times for core, times in enumerate(psutil.cpu_times(percpu=True)) if core in allowed]
+    busy = sum(core.user + core.nice + core.system + core.irq + core.softirq + core.steal for core in cores)
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy, sum(usage.ru_utime + usage.ru_stime for usage in own), time.monotonic()
+
+
+BUSY_MACHINE = 0.25
+"""Of each core that the run may use. Where other programs take so much of them, processes may wait for a core."""
+
+
 @pytest.mark.parametrize(
-    ("kind", "phase", "function"),
+    ("kind", "phase", "program", "function", "condition", "options"),
     [
-        ("inference", "denoise", "dsrl_async.steering:SteeredPolicy.denoise"),
-        pytest.param(
-            *("actor", "render", "dsrl_async.envs.tabletop:TabletopEnvironment.observe"), marks=pytest.mark.slow
+        ("inference", "denoise", "inference", "dsrl_async.steering:SteeredPolicy.denoise", "True", ()),
+        (
+            *("inference", "wait_batch", "template", "dsrl_async.worker:Actor.advance", "arguments[0].lane == 1"),
+            ("--inference.batch-wait-ms", "1000"),
         ),
-        pytest.param("learner", "update", "dsrl_async.updates:Updates.run", marks=pytest.mark.slow),
+        pytest.param(
+            *("actor", "render", "template", "dsrl_async.envs.tabletop:TabletopEnvironment.observe", "True", ()),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("learner", "update", "learner", "dsrl_async.updates:Updates.run", "True", ()), marks=pytest.mark.slow
+        ),
     ],
 )
-def test_profile_of_a_real_run_that_was_made_slow(tmp_path: Path, kind: str, phase: str, function: str) -> None:
+def test_profile_of_a_real_run_that_was_made_slow(
+    tmp_path: Path, kind: str, phase: str, program: str, function: str, condition: str, options: Sequence[str]
+) -> None:
     """Delays are put into the real processes through Python's sitecustomize hook."""
-    program = "worker" if kind == "actor" else kind
     module, _, name = function.partition(":")
-    hook = SITECUSTOMIZE.format(process=program, module=module, function=name, seconds=0.3)
+    hook = SITECUSTOMIZE.format(process=program, module=module, function=name, condition=condition, seconds=0.3)
     (tmp_path / "sitecustomize.py").write_text(hook)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    run = Launched(tmp_path / "run", *SMALL, "--profile", "--max-decisions", "48", environment={"PYTHONPATH": path})
-    result = run.finish(280)
+    arguments = [*SMALL, "--profile", "--max-decisions", "48", *options]
+    begin = cpu_seconds()
+    result = Launched(tmp_path / "run", *arguments, environment={"PYTHONPATH": path}).finish(280)
+    busy, own, seconds = (end - start for start, end in zip(begin, cpu_seconds(), strict=True))
+    others = (busy - own) / seconds
     assert result["exit_reason"] == "max_decisions", result
     content = json.loads((tmp_path / "run" / "profile" / "report.json").read_text())
     assert result["bottleneck"] == content["sentence"]
-    work = {name: share for name, share in content["processes"][kind]["phases"].items() if "wait" not in name}
+    phases: dict[str, float] = content["processes"][kind]["phases"]
+    work = {name: share for name, share in phases.items() if name == phase or "wait" not in name}
     assert max(work, key=work.__getitem__) == phase, work
-    if content["process"] in ("cpu", "other_programs"):
-        pytest.skip(f"the machine is too busy for this: {content['sentence']}")
+    if content["process"] in ("cpu", "other_programs") and others > BUSY_MACHINE * len(os.sched_getaffinity(0)):
+        pytest.skip(f"other programs took {others:.1f} cores: {content['sentence']}")
     assert (content["process"], content["phase"]) == (kind, phase), content["sentence"]
-    assert WORK[kind, phase] in result["bottleneck"]
+    assert WORK.get((kind, phase), "the wait for fuller batches") in result["bottleneck"]
 
 
 # ---- real runs

@@ -339,6 +339,13 @@ def test_dead_process_is_tolerated_and_its_last_memory_kept() -> None:
     ProcessUsage().measure(pids, 0.0)  # never seen alive
 
 
+def test_memory_of_a_kind_that_comes_later_is_not_waited_for() -> None:
+    usage, pids = ProcessUsage(), {"supervisor": os.getpid()}
+    usage.measure(pids, 0.0)
+    usage.measure(pids | {"actor-000": os.getpid()}, 9.9)
+    assert usage.memory_mb["actor"] == pytest.approx(usage.memory_mb["supervisor"], rel=0.2)
+
+
 def test_actors_are_added_for_cpu_and_averaged_for_memory(run: FakeRun) -> None:
     pids = {"supervisor": os.getpid(), "actor-000": os.getpid(), "actor-001": os.getpid()}
     view = run.tick(pids=pids)

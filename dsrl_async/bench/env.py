@@ -11,10 +11,17 @@ system, the medians of
   memory              MB of memory at the end: private, and a share of what is shared (PSS)
 and the ratio of each system to LIBERO (below 1: it is smaller), and how far pixels and robot states are from LIBERO's:
 the largest difference of any of them. `dsrl_async fast` is render_quality: fast, whose pixels may differ. CPU-seconds
-are of all threads of a process, those of a software renderer included.
+are of all threads of a process, those of a software renderer included. `repeats` of a figure is how many samples it is
+the median of: --starts of the starts, --repeats of the others.
 
 With --together N, also
   start_together      seconds until N processes, started at once, all have their first observation
+  memory_together     MB of memory of all these processes then (sum of their PSS)
+LIBERO's are N programs. This project's are the actors of a run, which are forked from one process that has imported and
+compiled what all of them need (template.py); that process counts.
+
+Not measured: the policy, learning, and what carries observations; settling steps; changes between tasks; the time of a
+GPU, where one draws (none has yet).
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +47,22 @@ from dsrl_async.envs.libero_files import SUITES
 STOCK, OWN, FAST = "libero", "dsrl_async", "dsrl_async fast"
 IMAGE_SIZE = 224
 SEED = 0
+QUALITIES = {OWN: "exact", FAST: "fast"}
+UNITS = {
+    "start": "CPU-s",
+    "start_wall": "s",
+    "reset": "CPU-s",
+    "step": "CPU-ms",
+    "steps_per_second": "steps per CPU-s",
+    "memory": "MB",
+    "start_together": "s",
+    "memory_together": "MB",
+}
+
+Samples = dict[str, dict[str, list[float]]]
+"""System -> metric -> values in its unit."""
+Figure = tuple[str, str, float, str, int]
+"""(system, metric, value, unit, samples that it is made of)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=5, help="environment steps per decision (default: 5)")
     parser.add_argument("--decisions", type=int, default=8, help="of each repeat's episode (default: 8)")
     parser.add_argument("--repeats", type=int, default=5, help="episodes of each system (default: 5)")
-    parser.add_argument("--together", type=int, default=0, help="also time the start of so many processes at once")
+    parser.add_argument("--starts", type=int, default=1, help="of each system, alone and together (default: 1)")
+    parser.add_argument("--together", type=int, default=0, help="also start so many processes at once (default: none)")
     parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
 
 
@@ -96,6 +121,19 @@ class StockEnvironment:
         self.env.close()
 
 
+def own_settings(suite: str, task: int, render_quality: str) -> dict[str, Any]:
+    """`env` of a configuration that plays what `StockEnvironment` does."""
+    return {
+        "name": suite,
+        "task_ids": [task],
+        "seeding": "fixed",
+        "scene_order": "cycled",
+        "settling_steps": 0,
+        "max_episode_steps": 10**6,
+        "render_quality": render_quality,
+    }
+
+
 class _OwnEnvironment:
     """This project's environment, driven as `StockEnvironment` is."""
 
@@ -103,15 +141,7 @@ class _OwnEnvironment:
         from dsrl_async.config import validate
         from dsrl_async.envs import make_environment
 
-        settings = {
-            "name": suite,
-            "task_ids": [task],
-            "seeding": "fixed",
-            "scene_order": "cycled",
-            "settling_steps": 0,
-            "max_episode_steps": 10**6,
-            "render_quality": render_quality,
-        }
+        settings = own_settings(suite, task, render_quality)
         self._environment: Any = make_environment(validate({"env": settings}).env.model_dump())
 
     def reset(self, seed: int, init_state: int) -> None:
@@ -130,10 +160,10 @@ class _OwnEnvironment:
         self._environment.close()
 
 
-def _memory() -> int:
-    """Proportional set size of this process in bytes."""
-    text = Path("/proc/self/smaps_rollup").read_text()
-    return int(text.split("Pss:")[1].split()[0]) * 1024
+def memory_mb(pid: int) -> float:
+    """Proportional set size of a process."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(text.split("Pss:")[1].split()[0]) * 1024 / 1e6
 
 
 def _serve(settings: dict[str, Any]) -> None:
@@ -147,9 +177,7 @@ def _serve(settings: dict[str, Any]) -> None:
 
     system, suite, task = settings["system"], settings["suite"], settings["task"]
     environment: Any = (
-        StockEnvironment(suite, task)
-        if system == STOCK
-        else _OwnEnvironment(suite, task, "fast" if system == FAST else "exact")
+        StockEnvironment(suite, task) if system == STOCK else _OwnEnvironment(suite, task, QUALITIES[system])
     )
     environment.reset(SEED, 0)
     environment.observe(IMAGE_SIZE)
@@ -168,7 +196,7 @@ def _serve(settings: dict[str, Any]) -> None:
         steps = (time.process_time() - begin - reset) / chunks[..., 0].size
         images, states = (np.stack(arrays) for arrays in zip(*seen, strict=True))
         np.savez(settings["seen"], images=images, states=states)
-        answer(reset=reset, step=steps, memory=_memory())
+        answer(reset=reset, step=1000 * steps, memory=memory_mb(os.getpid()))
     environment.close()
 
 
@@ -193,6 +221,10 @@ class _Process:
             stderr=subprocess.DEVNULL if system == STOCK else None,
             text=True,
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def started(self) -> dict[str, float]:
         """Waits for the first observation."""
@@ -220,9 +252,9 @@ class _Process:
         self._process.wait()
 
 
-def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[tuple[str, str, float, str]]:
-    """(system, metric, value, unit); files of what was seen go to `directory`."""
-    samples: dict[str, dict[str, list[float]]] = {system: {} for system in arguments.system}
+def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[Figure]:
+    """Figures of the systems; files of what was seen go to `directory`."""
+    samples: Samples = {system: {} for system in arguments.system}
     distance = {system: {"images": 0.0, "states": 0.0} for system in arguments.system if system != STOCK}
 
     def note(system: str, figures: dict[str, float]) -> None:
@@ -231,9 +263,12 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[tuple[st
 
     processes: list[_Process] = []
     try:
-        for system in arguments.system:  # one after the other, so that each starts alone
-            processes.append(_Process(arguments, system, directory))
-            note(system, processes[-1].started())
+        for _ in range(arguments.starts):
+            while processes:
+                processes.pop().end()
+            for system in arguments.system:  # one after the other, so that each starts alone
+                processes.append(_Process(arguments, system, directory))
+                note(system, processes[-1].started())
         for episode in range(arguments.repeats):
             for process in processes:
                 note(process.system, process.play(episode))
@@ -243,46 +278,55 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[tuple[st
                     for name in greatest:
                         difference = np.abs(seen[system][name].astype(float) - seen[STOCK][name].astype(float)).max()
                         greatest[name] = max(greatest[name], float(difference))
-        for process in processes:
-            process.end()
-        processes.clear()
-        for system in arguments.system if arguments.together else ():
-            begin = time.monotonic()
-            processes += [_Process(arguments, system, directory) for _ in range(arguments.together)]
-            for process in processes:
-                process.started()
-            note(system, {"start_together": time.monotonic() - begin})
-            for process in processes:
-                process.end()
-            processes.clear()
+        while processes:
+            processes.pop().end()
     finally:
         for process in processes:
             process.kill()
-    yield from _summarise(samples, distance)
+    for _ in range(arguments.starts if arguments.together else 0):
+        for system in arguments.system:
+            note(system, start_together(arguments, system, directory))
+    yield from summarise(samples, distance)
 
 
-def _summarise(
-    samples: dict[str, dict[str, list[float]]], distance: dict[str, dict[str, float]]
-) -> Iterator[tuple[str, str, float, str]]:
-    units = {"start": "CPU-s", "start_wall": "s", "reset": "CPU-s", "start_together": "s"}
-    figures: dict[str, dict[str, tuple[float, str]]] = {}
+def start_together(arguments: argparse.Namespace, system: str, directory: Path) -> dict[str, float]:
+    """`start_together` and `memory_together` of a system, each in the way that it is run in."""
+    from dsrl_async.bench.forked_actors import forked_actors
+
+    begin = time.monotonic()
+    with ExitStack() as started:
+        if system == STOCK:
+            programs: list[_Process] = []
+            for _ in range(arguments.together):
+                programs.append(_Process(arguments, system, directory))
+                started.callback(programs[-1].kill)
+            for program in programs:
+                program.started()
+            pids = [program.pid for program in programs]
+        else:
+            settings = own_settings(arguments.suite, arguments.task, QUALITIES[system])
+            pids = started.enter_context(forked_actors(settings, arguments.together, directory))
+        seconds = time.monotonic() - begin
+        return {"start_together": seconds, "memory_together": sum(map(memory_mb, pids))}
+
+
+def summarise(samples: Samples, distance: dict[str, dict[str, float]]) -> Iterator[Figure]:
+    """Medians, and against LIBERO, where it is among the systems, ratios and the largest differences (`distance`)."""
+    figures: dict[str, dict[str, tuple[float, int]]] = {}
     for system, metrics in samples.items():
-        medians = {metric: statistics.median(values) for metric, values in metrics.items()}
-        figures[system] = {metric: (medians[metric], units[metric]) for metric in units if metric in medians}
-        figures[system] |= {
-            "step": (1000 * medians["step"], "CPU-ms"),
-            "steps_per_second": (1 / medians["step"], "steps per CPU-s"),
-            "memory": (medians["memory"] / 1e6, "MB"),
-        }
-        for metric, (value, unit) in figures[system].items():
-            yield system, metric, value, unit
+        figures[system] = {metric: (statistics.median(values), len(values)) for metric, values in metrics.items()}
+        step, episodes = figures[system]["step"]
+        figures[system]["steps_per_second"] = 1000 / step, episodes
+        for metric, (value, repeats) in figures[system].items():
+            yield system, metric, value, UNITS[metric], repeats
     if STOCK not in samples:
         return
     for system, greatest in distance.items():
-        for metric, (value, _) in figures[system].items():
-            yield f"{system}/{STOCK}", metric, value / figures[STOCK][metric][0], "ratio"
-        yield f"{system}-{STOCK}", "pixels", greatest["images"], "of 255"
-        yield f"{system}-{STOCK}", "robot_state", greatest["states"], "m or rad"
+        for metric, (value, repeats) in figures[system].items():
+            yield f"{system}/{STOCK}", metric, value / figures[STOCK][metric][0], "ratio", repeats
+        episodes = len(samples[system]["step"])
+        yield f"{system}-{STOCK}", "pixels", greatest["images"], "of 255", episodes
+        yield f"{system}-{STOCK}", "robot_state", greatest["states"], "m or rad", episodes
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -291,8 +335,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from dsrl_async.envs import libero_files
 
-    if min(arguments.chunk, arguments.decisions, arguments.repeats) < 1 or arguments.together < 0:
-        raise ValueError("--chunk, --decisions and --repeats must be positive, --together not negative")
+    if min(arguments.chunk, arguments.decisions, arguments.repeats, arguments.starts) < 1 or arguments.together < 0:
+        raise ValueError("--chunk, --decisions, --repeats and --starts must be positive, --together not negative")
     libero_files.selected_tasks(arguments.suite, [arguments.task])
     report = Report("env", arguments.repeats, arguments.out)
     case = f"{arguments.suite} task {arguments.task} chunk {arguments.chunk}"

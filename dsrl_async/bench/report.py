@@ -11,8 +11,9 @@ from typing import Any
 class Report:
     """Prints figures as JSON lines with `benchmark, case, system, metric, value, unit, repeats, load`.
 
-    `load` is the machine's 1-minute average when `case` was called, before its measurement. With `out`, the lines go to
-    that file as well. Raises ValueError if it cannot be written.
+    `load` is the machine's 1-minute average when `case` was called, before its measurement. `repeats` is how many
+    samples a figure is the median of, where `add` is not told otherwise. With `out`, the lines go to that file as well.
+    Raises ValueError if it cannot be written.
     """
 
     def __init__(self, benchmark: str, repeats: int, out: Path | None) -> None:
@@ -28,9 +29,10 @@ class Report:
         """What the figures from now on are about."""
         self._fields["case"], self._load = name, round(os.getloadavg()[0], 2)
 
-    def add(self, system: str, metric: str, value: float, unit: str) -> None:
-        figure = {"system": system, "metric": metric, "value": float(f"{value:.6g}"), "unit": unit}
-        line = json.dumps(self._fields | figure | {"repeats": self._repeats, "load": self._load})
+    def add(self, system: str, metric: str, value: float, unit: str, repeats: int | None = None) -> None:
+        figure: dict[str, Any] = {"system": system, "metric": metric, "value": float(f"{value:.6g}"), "unit": unit}
+        figure |= {"repeats": self._repeats if repeats is None else repeats, "load": self._load}
+        line = json.dumps(self._fields | figure)
         print(line, flush=True)
         if self._out is not None:
             with self._out.open("a") as file:

@@ -10,6 +10,9 @@ actors, the medians of
   inference_cpu, actor_cpu  CPU-microseconds per decision
   stop                      seconds from the wish to end until no process is left
   killed, left_over         processes that did not end by themselves, or not at all: 0
+
+Not measured: simulation, rendering, policies, learning, anything on a GPU; an actor of a real environment has its
+simulator's memory as well.
 """
 
 from __future__ import annotations
@@ -87,11 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     if min(*arguments.actors, arguments.repeats) < 1 or arguments.decisions < 0 or arguments.compression <= 0:
         raise ValueError("--actors, --repeats and --compression must be positive, --decisions not negative")
     report = Report("scale", arguments.repeats, arguments.out)
-    samples: dict[int, list[dict[str, float]]] = {actors: [] for actors in arguments.actors}
-    for _ in range(arguments.repeats):
-        for actors in arguments.actors:
-            samples[actors].append(measure(actors, arguments))
     for actors in arguments.actors:
         report.case(f"{actors} actors, time compressed {arguments.compression:g} times")
-        for figure in summarise(samples[actors]):
+        for figure in summarise([measure(actors, arguments) for _ in range(arguments.repeats)]):
             report.add(*figure)

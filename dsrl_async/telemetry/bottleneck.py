@@ -97,6 +97,8 @@ class Figures:
     on_gpu: dict[str, bool]
     """inference, learner -> whether it computes on a GPU."""
     gpus: tuple[Gpu, ...]
+    cupy: bool
+    """It is installed, and page-locks the shared memory where a GPU is used."""
 
     @property
     def system_processes(self) -> dict[str, ProcessFigures]:
@@ -221,7 +223,9 @@ def _advice(kind: str, phase: str, figures: Figures, config: Config) -> tuple[st
         advice = f"raise inference.batch_wait_ms ({_batch_wait(config)}), for fewer and larger batches"
         return "inference.batch_wait_ms", advice
     if phase in ("host_to_device", "device_to_host"):
-        return "env.image_size", "install the extra `cuda`, which page-locks the shared memory, or lower env.image_size"
+        if figures.cupy:
+            return "", "only a faster link to the GPU would help"
+        return "", "install the extra `cuda`, which page-locks the shared memory"
     if spare:
         return "inference.threads", f"raise inference.threads (now {cpu_threads(config.inference.threads)})"
     if phase == "denoise":

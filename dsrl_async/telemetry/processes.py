@@ -39,7 +39,7 @@ class ProcessUsage:
         self.memory_mb: dict[str, float] = {}
         self.processes: dict[str, int] = {}
         self._handles: dict[str, psutil.Process] = {}
-        self._next_cpu = self._next_memory = float("-inf")
+        self._next_cpu = self._next_memory = self._memory_rested = float("-inf")
 
     def measure(self, pids: dict[str, int], now: float) -> None:
         """Refresh what is due at time `now` (seconds) for the processes name -> pid."""
@@ -48,10 +48,12 @@ class ProcessUsage:
             self._open(pids)
             self._measure_cpu()
             self._next_cpu = now + (time.perf_counter() - start) / MEASURING_SHARE
-        if now >= self._next_memory:
+        unknown = self.processes.keys() - self.memory_mb.keys()  # actors come after the others
+        if now >= self._next_memory or (unknown and now >= self._memory_rested):
             start = time.perf_counter()
             self._measure_memory()
-            self._next_memory = now + max(MEMORY_INTERVAL_S, (time.perf_counter() - start) / MEASURING_SHARE)
+            self._memory_rested = now + (time.perf_counter() - start) / MEASURING_SHARE
+            self._next_memory = max(now + MEMORY_INTERVAL_S, self._memory_rested)
 
     def _open(self, pids: dict[str, int]) -> None:
         handles = {}

@@ -12,6 +12,7 @@ import logging
 import signal
 import time
 from collections import deque
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -157,6 +158,7 @@ class Profiler:
                 gpu._replace(utilization=_ratio(end - begin, seconds))
                 for gpu, begin, end in zip(now.gpus, since.gpu_busy_s, now.gpu_busy_s, strict=True)
             ),
+            cupy=find_spec("cupy") is not None,
         )
 
     def write(self, memory_mb: dict[str, float]) -> tuple[Diagnosis, tuple[bytes, int, int] | None]:
