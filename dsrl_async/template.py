@@ -108,7 +108,6 @@ class Template:
         evaluation: Mapping[str, Any] | None = None,
         program: processes.Program = processes.WORKER,
     ) -> None:
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._counters, self._incarnation, self._wake_fds = Counters(arena), incarnation, list(wake_fds)
         self._envs_per_actor = envs_per_actor
         self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -141,12 +140,16 @@ class Template:
         lanes = list(lanes_of(number, self._envs_per_actor))
         request = {"number": number, "lanes": lanes, "incarnation": incarnation}
         request |= {"wake_fd": self._wake_fds[number], "log": str(log)}
+        process = ctypes.CDLL(None)
+        process.prctl(PR_SET_CHILD_SUBREAPER, 1)
         try:
             self._connection.send(json.dumps(request).encode())
             self._connection.settimeout(FORK_S)
             answer = self._connection.recv(REQUEST_BYTES)
         except OSError as error:
             raise RuntimeError(f"the template of the actors does not answer: {error}") from error
+        finally:
+            process.prctl(PR_SET_CHILD_SUBREAPER, 0)  # other orphans are not ours
         if not answer:
             raise RuntimeError("the template of the actors has ended")
         return Forked(int(answer))
@@ -183,23 +186,34 @@ def main(argument: str) -> None:
         asking = connection.recv(REQUEST_BYTES)
         if not asking:  # closed
             return
-        request = json.loads(asking)
-        between = os.fork()
-        if between == 0:
+        connection.send(str(_fork_actor(program.main, job | json.loads(asking), prepared, connection)).encode())
+
+
+def _fork_actor(
+    run: Callable[[dict[str, Any], Any], None], job: dict[str, Any], prepared: Any, connection: socket.socket
+) -> int:
+    """Returns the number of a process that runs the actor, and is the launched process's child by now."""
+    reading, writing = os.pipe()
+    between = os.fork()
+    if between == 0:
+        try:
             between = os.getpid()
-            if os.fork() == 0:
-                _be_actor(program.main, job | request, prepared, connection, between)
+            actor = os.fork()
+            if actor == 0:
+                for descriptor in (reading, writing, connection.detach()):
+                    os.close(descriptor)
+                _be_actor(run, job, prepared, between)
+            os.write(writing, str(actor).encode())
+        finally:
             os._exit(0)
-        os.waitpid(between, 0)
+    os.close(writing)
+    number = int(os.read(reading, REQUEST_BYTES))
+    os.close(reading)
+    os.waitpid(between, 0)
+    return number
 
 
-def _be_actor(
-    run: Callable[[dict[str, Any], Any], None],
-    job: dict[str, Any],
-    prepared: Any,
-    connection: socket.socket,
-    between: int,
-) -> None:
+def _be_actor(run: Callable[[dict[str, Any], Any], None], job: dict[str, Any], prepared: Any, between: int) -> None:
     """Never returns."""
     code = 1
     try:
@@ -210,8 +224,6 @@ def _be_actor(
         os.dup2(output, 1)
         os.dup2(output, 2)
         ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
-        connection.send(str(os.getpid()).encode())
-        connection.close()
         run(job, prepared)
         code = 0
     except BaseException:
