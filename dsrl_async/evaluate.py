@@ -368,22 +368,26 @@ def play(
         )
         try:
             begin_ns = time.monotonic_ns()
-            while not template.prepared:
+
+            def look_after_template() -> None:
                 if stop.reason:
                     raise KeyboardInterrupt
-                check_alive(
-                    "the environments' template",
-                    template.popen,
-                    max(begin_ns, int(counters.template_heartbeat_ns[0])),
-                    config.heartbeat_timeout_s,
-                    logs / "template.log",
-                )
+                alive_ns = max(begin_ns, int(counters.template_heartbeat_ns[0]))
+                name, log = "the environments' template", logs / "template.log"
+                check_alive(name, template.popen, alive_ns, config.heartbeat_timeout_s, log)
                 update()
+
+            while not template.prepared:
+                look_after_template()
                 time.sleep(0.02)
-            begin_ns = time.monotonic_ns()
             for lane in range(config.actors):
-                actors.append(template.fork(lane, 1, logs / f"actor-{lane:03d}.log"))
+                try:
+                    actors.append(template.fork(lane, 1, logs / f"actor-{lane:03d}.log", look_after_template))
+                except RuntimeError as error:
+                    raise RuntimeError(f"{error}: {processes.last_line(logs / 'template.log')}") from error
                 give(lane)
+            template.close()
+            begin_ns = time.monotonic_ns()
             episodes_ended = [0] * config.actors
             while playing:
                 if stop.reason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import io
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -71,12 +72,15 @@ def prepare_child(parent: int) -> None:
     The kernel kills it when the parent ends, however that happens. Signals that a terminal or a batch system sends to
     all processes of a job are left to the parent.
     """
+    for output in (sys.stdout, sys.stderr):  # what one process prints is not printed again by those forked from it
+        cast(io.TextIOWrapper, output).reconfigure(line_buffering=True)
     faulthandler.enable()  # what crashes in C code leaves the Python lines that led there
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def raise_descriptor_limit() -> int:

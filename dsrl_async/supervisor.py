@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ class Child:
     """A process and its history; an actor's name is `actor-NUMBER`."""
 
     name: str
-    popen: processes.Process
     log: Path
-    started: float = 0.0
-    log_start: int = 0  # size of the log when this incarnation was started
+    started: float
+    log_start: int  # size of the log when this incarnation was started
+    popen: processes.Process = field(init=False)
     incarnation: int = 1
     quick_failures: int = 0
     lanes: range = range(0)  # of an actor's environments
@@ -53,6 +54,11 @@ class Child:
     @property
     def is_actor(self) -> bool:
         return self.name.startswith("actor-")
+
+    @property
+    def number(self) -> int:
+        """Of an actor."""
+        return int(self.name.removeprefix("actor-"))
 
 
 class Supervisor:
@@ -72,42 +78,36 @@ class Supervisor:
         self.slots = Slots(self.arena)
         self.waiting = [f"actor-{number:03d}" for number in range(self.config.actors)]  # to be started, maybe again
         self.template: Template | None = None
+        self.asked: Child | None = None  # an actor that the template is to start
         self.starting = max(STARTING_ACTORS, available_cpus())
         self.restarts = {"actor": 0, "inference": 0, "learner": 0, "template": 0}
 
     # ---- starting
 
-    def _start(self, name: str) -> None:
-        """Start a process, or its successor."""
+    def _next(self, name: str) -> Child:
+        """The first process of a name, or the next one's successor; it is to be started."""
         log = self.run_dir / "logs" / f"{name}.log"
-        log_start = log.stat().st_size if log.is_file() else 0
-        old = self.children.get(name)
-        incarnation = old.incarnation + 1 if old else 1
-        popen: processes.Process
-        lanes = range(0)
-        if name == "template":
-            popen = self._start_template(incarnation, log)
-        elif name.startswith("actor"):
-            assert self.template is not None
-            number = int(name.removeprefix("actor-"))
-            lanes = lanes_of(number, self.config.envs_per_actor)
-            popen = self.template.fork(number, incarnation, log)
-        else:
-            popen = self._start_model(name, log)
-        child = Child(
-            name, popen, log, time.monotonic(), log_start, incarnation, old.quick_failures if old else 0, lanes
-        )
+        child = Child(name, log, time.monotonic(), log.stat().st_size if log.is_file() else 0)
+        if (old := self.children.get(name)) is not None:
+            child.incarnation, child.quick_failures = old.incarnation + 1, old.quick_failures
         if child.is_actor:
+            child.lanes = lanes_of(child.number, self.config.envs_per_actor)
             child.episodes = self._episodes(child)
+        return child
+
+    def _start(self, name: str) -> None:
+        """Start the template, the inference process or the learner, or its successor."""
+        child = self._next(name)
+        child.popen = self._start_template(child) if name == "template" else self._start_model(child)
         self.children[name] = child
 
-    def _start_model(self, name: str, log: Path) -> processes.Process:
+    def _start_model(self, child: Child) -> processes.Process:
         job: dict[str, Any] = {
             "arena": self.arena.describe(),
             "run_dir": str(self.run_dir),
             "weights_address": self.weights_address,
         }
-        if name == "inference":
+        if child.name == "inference":
             job |= {
                 "policy": str(policy_directory(self.config)),
                 "observation_ready_fd": self.observation_ready,
@@ -119,21 +119,20 @@ class Supervisor:
             job |= {"horizon": self.session.horizon, "transition_ready_fd": self.transition_ready}
             fds = [self.arena.fd, self.transition_ready]
             threads = cpu_threads(self.config.learner.threads)
-        program = self.programs[name]
-        return processes.start(program.module, {**job, **program.settings}, fds, log, threads)
+        program = self.programs[child.name]
+        return processes.start(program.module, {**job, **program.settings}, fds, child.log, threads)
 
-    def _start_template(self, incarnation: int, log: Path) -> processes.Process:
-        if self.template is not None:
-            self.template.close()
+    def _start_template(self, child: Child) -> processes.Process:
+        self._end_template()
         self.template = Template(
             self.arena,
             self.config.seed,
             self.config.env.model_dump(),
             self.wake,
             [self.observation_ready, self.transition_ready],
-            log,
+            child.log,
             self.config.envs_per_actor,
-            incarnation,
+            child.incarnation,
             program=self.programs["actor"],
         )
         return self.template.popen
@@ -147,16 +146,41 @@ class Supervisor:
         """
         template = self.template
         while self.waiting and template is not None and template.prepared:
-            running = (child for name, child in self.children.items() if name not in self.waiting)
-            if sum(map(self._coming_up, running)) >= self.starting:
-                return
             try:
-                self._start(self.waiting[0])
+                if self.asked is None:
+                    running = (child for name, child in self.children.items() if name not in self.waiting)
+                    if sum(map(self._coming_up, running)) >= self.starting:
+                        return
+                    child = self._next(self.waiting[0])
+                    template.ask(child.number, child.incarnation, child.log)
+                    self.asked = child
+                if not self._take_answer(template, WATCH_INTERVAL_S):
+                    return
             except RuntimeError as error:
                 logger.warning("%s", error)
                 processes.kill_all([template.popen])
+                self.asked = None
                 return  # `_replace_dead` starts it again
-            del self.waiting[0]
+
+    def _take_answer(self, template: Template, wait_s: float = 0.0) -> bool:
+        """Whether the actor that was asked for is there; if so, it is one of the children."""
+        assert self.asked is not None
+        popen = template.answer(wait_s)
+        if popen is None:
+            return False
+        child, self.asked = self.asked, None
+        child.popen = popen
+        self.children[child.name] = child
+        self.waiting.remove(child.name)
+        return True
+
+    def _end_template(self) -> None:
+        if self.template is not None:
+            if self.asked is not None:  # it may have started the actor before it died
+                with contextlib.suppress(RuntimeError):
+                    self._take_answer(self.template)
+                self.asked = None
+            self.template.close()
 
     def _coming_up(self, child: Child) -> bool:
         """Whether an actor has not asked for the first action chunk of its last environment yet."""
@@ -225,6 +249,8 @@ class Supervisor:
             code = child.popen.poll()
             if code is None:
                 continue
+            if name == "template" and self.template is not None and self.template.problem is not None:
+                how = self.template.problem
             message = "python -m dsrl_async.doctor looks for the reason"
             if not how and code >= 0:
                 message = processes.last_line(child.log, child.log_start)
@@ -254,18 +280,18 @@ class Supervisor:
         if child.is_actor:
             return self._episodes(child) > child.episodes
         if child.name == "template":
-            return self.template is not None and self.template.prepared
+            template = self.template
+            return template is not None and template.prepared and (template.forked > 0 or template.problem is None)
         return self._last_beat(child) is not None
 
     # ---- stopping
 
     def _stop_children(self) -> bool:
         """End the actors, then the others, so that the last checkpoint holds all transitions; False if it failed."""
+        self._end_template()
         children = self.children.values()
         actors = [child.popen for child in children if child.is_actor]
         models = [child.popen for child in children if child.name in ("inference", "learner")]
-        if self.template is not None:
-            self.template.close()
         self._set_stop(1)
         if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S + ACTOR_STOP_S * len(actors)):
             processes.kill_all(actors)

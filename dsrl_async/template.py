@@ -14,6 +14,7 @@ import ctypes
 import gc
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -24,15 +25,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dsrl_async import processes
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
-FORK_S = 60.0  # until a forked actor has told its number: no longer, even where memory is large and cores are few
+FORK_S = 30.0  # until a forked actor has told its number; an actor that died before that never will
 BEAT_S = 1.0
+WAIT_POLL_S, FORK_POLL_S = 0.005, 0.05
 CLOSE_S = 1.0  # a template that waits for requests ends at once
 REQUEST_BYTES = 1 << 16
 
@@ -54,17 +56,11 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired if it still runs after `timeout` seconds."""
-        if self.poll() is None:
-            descriptor = os.pidfd_open(self.pid)
-            try:
-                ended = select.poll()
-                ended.register(descriptor, select.POLLIN)
-                ended.poll(None if timeout is None else timeout * 1000)
-            finally:
-                os.close(descriptor)
-        code = self.poll()
-        if code is None:
-            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+            time.sleep(WAIT_POLL_S)
         return code
 
     def kill(self) -> None:
@@ -78,7 +74,7 @@ def lanes_of(actor: int, envs_per_actor: int) -> range:
 
 
 class Template:
-    """The template of a run's actors, in the process that owns them.
+    """The template of a run's actors, in the process that owns them. One actor is asked for at a time.
 
     Args:
         arena: the run's shared memory.
@@ -108,6 +104,12 @@ class Template:
         evaluation: Mapping[str, Any] | None = None,
         program: processes.Program = processes.WORKER,
     ) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was inherited as ignored, nobody could be waited for
+        self.forked = 0
+        """Actors so far."""
+        self.problem: str | None = None
+        """Why it is of no use any more, if it is not."""
+        self._asked: float | None = None  # time.monotonic of the request that is not answered yet
         self._counters, self._incarnation, self._wake_fds = Counters(arena), incarnation, list(wake_fds)
         self._envs_per_actor = envs_per_actor
         self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -132,27 +134,55 @@ class Template:
         """Whether it is ready to fork actors."""
         return int(self._counters.template_prepared[0]) == self._incarnation
 
-    def fork(self, number: int, incarnation: int, log: Path) -> Forked:
-        """Start actor `number`; its output is appended to `log`.
-
-        Raises RuntimeError if the template does not answer.
-        """
+    def ask(self, number: int, incarnation: int, log: Path) -> None:
+        """Have actor `number` started, its output appended to `log`; `answer` is to be called until it gives it."""
+        assert self._asked is None
         lanes = list(lanes_of(number, self._envs_per_actor))
         request = {"number": number, "lanes": lanes, "incarnation": incarnation}
         request |= {"wake_fd": self._wake_fds[number], "log": str(log)}
-        process = ctypes.CDLL(None)
-        process.prctl(PR_SET_CHILD_SUBREAPER, 1)
+        if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
+            self._fail("this system gives no process its orphaned descendants (PR_SET_CHILD_SUBREAPER)")
         try:
             self._connection.send(json.dumps(request).encode())
-            self._connection.settimeout(FORK_S)
-            answer = self._connection.recv(REQUEST_BYTES)
         except OSError as error:
-            raise RuntimeError(f"the template of the actors does not answer: {error}") from error
-        finally:
-            process.prctl(PR_SET_CHILD_SUBREAPER, 0)  # other orphans are not ours
-        if not answer:
-            raise RuntimeError("the template of the actors has ended")
+            self._fail(f"it takes no request: {error}")
+        self._asked = time.monotonic()
+
+    def answer(self, wait_s: float = 0.0) -> Forked | None:
+        """The actor that was asked for, None if it is not there yet after `wait_s`.
+
+        Raises RuntimeError if there will be none; the template is of no use then.
+        """
+        assert self._asked is not None
+        self._connection.settimeout(max(wait_s, 0.001))
+        try:
+            answer = self._connection.recv(REQUEST_BYTES)
+        except TimeoutError:
+            if time.monotonic() - self._asked < FORK_S:
+                return None
+            self._connection.shutdown(socket.SHUT_RD)  # an actor that would answer later ends with that
+            answer = self._connection.recv(REQUEST_BYTES) or f"no answer within {FORK_S:g} s".encode()
+        except OSError as error:
+            self._fail(str(error))
+        if not answer.isdigit():
+            self._fail(answer.decode() or "it has ended")
+        self._asked = None
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)  # other orphans are not ours
+        self.forked += 1
         return Forked(int(answer))
+
+    def fork(self, number: int, incarnation: int, log: Path, meanwhile: Callable[[], object]) -> Forked:
+        """`ask` and `answer` in one; `meanwhile` is called now and then, and may raise."""
+        self.ask(number, incarnation, log)
+        while (actor := self.answer(FORK_POLL_S)) is None:
+            meanwhile()
+        return actor
+
+    def _fail(self, problem: str) -> NoReturn:
+        self._connection.close()
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+        self.problem = f"it could not start an actor: {problem}"
+        raise RuntimeError(f"the template of the actors is of no use: {problem}")
 
     def close(self) -> None:
         """End the template; its actors live on."""
@@ -186,43 +216,39 @@ def main(argument: str) -> None:
         asking = connection.recv(REQUEST_BYTES)
         if not asking:  # closed
             return
-        connection.send(str(_fork_actor(program.main, job | json.loads(asking), prepared, connection)).encode())
+        between = os.fork()
+        if between == 0:
+            code = 1
+            try:
+                between = os.getpid()
+                if os.fork() == 0:
+                    _be_actor(program.main, job | json.loads(asking), prepared, connection, between)
+                code = 0
+            finally:
+                os._exit(code)
+        if os.waitpid(between, 0)[1] != 0:
+            connection.send(b"no process could be made; is there memory, and is the limit of processes reached?")
 
 
-def _fork_actor(
-    run: Callable[[dict[str, Any], Any], None], job: dict[str, Any], prepared: Any, connection: socket.socket
-) -> int:
-    """Returns the number of a process that runs the actor, and is the launched process's child by now."""
-    reading, writing = os.pipe()
-    between = os.fork()
-    if between == 0:
-        try:
-            between = os.getpid()
-            actor = os.fork()
-            if actor == 0:
-                for descriptor in (reading, writing, connection.detach()):
-                    os.close(descriptor)
-                _be_actor(run, job, prepared, between)
-            os.write(writing, str(actor).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    number = int(os.read(reading, REQUEST_BYTES))
-    os.close(reading)
-    os.waitpid(between, 0)
-    return number
-
-
-def _be_actor(run: Callable[[dict[str, Any], Any], None], job: dict[str, Any], prepared: Any, between: int) -> None:
+def _be_actor(
+    run: Callable[[dict[str, Any], Any], None],
+    job: dict[str, Any],
+    prepared: Any,
+    connection: socket.socket,
+    between: int,
+) -> None:
     """Never returns."""
     code = 1
     try:
         while os.getppid() == between:
             time.sleep(0.001)
         processes.prepare_child(job["parent"])
+        connection.send(str(os.getpid()).encode())  # before anything that may fail, and by the only one who knows
+        connection.close()
         output = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        os.close(output)
         ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
         run(job, prepared)
         code = 0

@@ -32,7 +32,6 @@ from dsrl_async.session import Session, StopRequest
 from dsrl_async.supervisor import Supervisor
 from dsrl_async.telemetry.console import NoDisplay
 from dsrl_async.telemetry.usage import usage
-from dsrl_async.template import Forked, Template
 
 SYSTEMS = ("default", "actors unlimited", "models, all cores", "models, all cores, spinning", "pinned")
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
@@ -44,7 +43,7 @@ KINDS = ("actor", "inference", "learner")
 
 def start_as(system: str) -> None:
     """Have this process start its children as the system says."""
-    start, fork, cores = processes.start, Template.fork, sorted(os.sched_getaffinity(0))
+    start = processes.start
     if system.endswith("spinning"):
         os.environ |= SPINNING
 
@@ -52,21 +51,21 @@ def start_as(system: str) -> None:
         of_actors = module == "dsrl_async.template"  # which are forked from it, and have its threads
         if system.startswith("actors" if of_actors else "models"):
             threads = available_cpus()
-        child = start(module, job, fds, log, threads)
-        if system == "pinned" and not of_actors:
-            os.sched_setaffinity(child.pid, {cores[0 if module.endswith("inference") else -1]})
-        return child
+        return start(module, job, fds, log, threads)
 
-    def fork_actor(template: Template, lane: int, incarnation: int, log: Path) -> Forked:
-        child = fork(template, lane, incarnation, log)
-        if system == "pinned":
-            os.sched_setaffinity(child.pid, {cores[lane % len(cores)]})
-        return child
-
-    processes.start, Template.fork = start_child, fork_actor  # type: ignore[assignment, method-assign]
+    processes.start = start_child  # type: ignore[assignment]
 
 
-def measure(supervisor: Supervisor, stop: StopRequest, seconds: float, figures: dict[str, float]) -> None:
+def pin(pids: dict[str, list[int]]) -> None:
+    """The actors to the cores in turn, the inference process to the first one, the learner to the last."""
+    cores = sorted(os.sched_getaffinity(0))
+    for number, pid in enumerate(pids["actor"]):
+        os.sched_setaffinity(pid, {cores[number % len(cores)]})
+    for kind, core in (("inference", cores[0]), ("learner", cores[-1])):
+        os.sched_setaffinity(pids[kind][0], {core})
+
+
+def measure(system: str, supervisor: Supervisor, stop: StopRequest, seconds: float, figures: dict[str, float]) -> None:
     """Fill `figures` once the run learns, then end it."""
     counters = supervisor.counters
     patience_ends = time.monotonic() + PATIENCE_S
@@ -76,6 +75,8 @@ def measure(supervisor: Supervisor, stop: StopRequest, seconds: float, figures: 
         kind: [child.popen.pid for name, child in supervisor.children.items() if name.startswith(kind)]
         for kind in KINDS
     }
+    if system == "pinned":
+        pin(pids)
     moments = []
     for wait_s in (seconds, 0.0):
         used = {kind: usage(pids[kind]) for kind in KINDS}
@@ -103,7 +104,7 @@ def run(system: str, seconds: float, options: list[str]) -> dict[str, float]:
         save_yaml(config, Path(directory) / "config.yaml")
         session = Session(config, Path(directory), spec, policy.action_horizon, stop, NoDisplay())
         supervisor = Supervisor(session)
-        watch = threading.Thread(target=measure, args=(supervisor, stop, seconds, figures), daemon=True)
+        watch = threading.Thread(target=measure, args=(system, supervisor, stop, seconds, figures), daemon=True)
         watch.start()
         summary = supervisor.run()
         if stop.reason != "measured":

@@ -155,6 +155,32 @@ def test_frozen_process_is_replaced(tmp_path: Path) -> None:
     assert run.left_over() == []
 
 
+def test_a_silent_template_holds_up_neither_the_run_nor_its_end(tmp_path: Path) -> None:
+    run = Launched(tmp_path / "run", *SMALL)
+    run.wait_learning()
+    run.children("template")[0].suspend()
+    victim = run.children("worker")[0]
+    victim.kill()
+    decisions = run.figures()["decisions"]
+    run.wait_for(lambda figures: figures["decisions"] > decisions + 50)
+    begin = time.monotonic()
+    run.signal(signal.SIGINT)
+    result = run.finish()
+    assert time.monotonic() - begin < 8
+    assert result["exit_reason"] == "interrupted"
+    assert result["restarts"]["actor"] == 1
+    assert run.left_over() == []
+    checkpoint_of(run.run_dir)
+
+
+def test_child_signals_that_were_ignored_before_do_no_harm(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dsrl_async.launch", *SMALL, "--run-dir", str(tmp_path / "run")]
+    command = ["sh", "-c", 'trap "" CHLD; exec "$@"', "sh", *command, "--max-decisions", "60"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["exit_reason"] == "max_decisions"
+
+
 def test_process_that_cannot_start_ends_the_run_with_its_reason_and_a_checkpoint(tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     shutil.copytree(EMBEDDED_POLICY, policy)

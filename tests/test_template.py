@@ -23,6 +23,14 @@ memory = []
 def prepare(job):
     if job["fault"] == "prepare":
         raise RuntimeError("no scene")
+    if job["fault"] == "fork":
+        fork, calls = os.fork, []
+        def once():
+            calls.append(1)
+            if len(calls) == 2:
+                raise BlockingIOError("the limit of processes is reached")
+            return fork()
+        os.fork = once
     print("preparing")
     memory.append(bytearray(os.urandom(1 << 20) * 100))
     return "prepared"
@@ -41,6 +49,7 @@ def main(job, prepared):
 def template_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Template]]:
     (tmp_path / "acts.py").write_text(PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered must not be printed by every actor
     arena, found = Arena.create(counter_fields(3)), []
     wake, notify = [events.create() for _ in range(3)], events.create()
 
@@ -68,7 +77,7 @@ def test_actors_are_our_children_and_share_what_was_prepared(
 ) -> None:
     template = template_of()
     logs = [tmp_path / f"{lane}.log" for lane in range(3)]
-    actors = [template.fork(lane, 5, log) for lane, log in enumerate(logs)]
+    actors = [template.fork(lane, 5, log, lambda: None) for lane, log in enumerate(logs)]
     assert {child.pid for child in psutil.Process().children()} >= {actor.pid for actor in actors[2:]}
     assert [actor.wait(20) for actor in actors[:2]] == [1, 0]
     assert template_of.notified()  # type: ignore[attr-defined]
@@ -89,7 +98,7 @@ def test_actors_are_our_children_and_share_what_was_prepared(
 
 
 def test_actors_meet_what_the_template_could_not_prepare(template_of: Callable[..., Template], tmp_path: Path) -> None:
-    assert template_of("prepare").fork(1, 1, tmp_path / "log").wait(20) == 0
+    assert template_of("prepare").fork(1, 1, tmp_path / "log", lambda: None).wait(20) == 0
     assert (tmp_path / "log").read_text() == "actor 1 1 None\n"
     assert "no scene" in (tmp_path / "template.log").read_text()
 
@@ -99,7 +108,19 @@ def test_a_dead_template_is_an_error(template_of: Callable[..., Template], tmp_p
     template.popen.kill()
     template.popen.wait()
     with pytest.raises(RuntimeError, match="template of the actors"):
-        template.fork(1, 1, tmp_path / "log")
+        template.fork(1, 1, tmp_path / "log", lambda: None)
+
+
+def test_a_process_that_cannot_be_made_is_an_error_at_once(
+    template_of: Callable[..., Template], tmp_path: Path
+) -> None:
+    template = template_of("fork")
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="no process could be made"):
+        template.fork(1, 1, tmp_path / "log", lambda: None)
+    assert time.monotonic() - begin < 20
+    assert template.problem is not None
+    assert template.forked == 0
 
 
 def test_actors_end_with_the_process_that_asked_for_them(tmp_path: Path) -> None:
@@ -120,7 +141,7 @@ program = Program("acts", {{"fault": ""}})
 template = Template(Arena.create(counter_fields(3)), 0, {{}}, wake, [events.create()], log, program=program)
 while not template.prepared:
     time.sleep(0.01)
-print(template.fork(2, 1, log).pid, template.popen.pid, flush=True)
+print(template.fork(2, 1, log, lambda: None).pid, template.popen.pid, flush=True)
 time.sleep(1000)
 """
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

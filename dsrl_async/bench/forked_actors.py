@@ -35,12 +35,15 @@ def forked_actors(env: Mapping[str, Any], actors: int, directory: Path) -> Itera
     template = Template(arena, config.seed, env_config, wake, [notify], directory / "template.log")
     children: dict[str, processes.Process] = {"template": template.popen}
 
+    def check_alive() -> None:
+        for name, child in children.items():
+            if (code := child.poll()) is not None:
+                said = processes.last_line(directory / f"{name}.log")
+                raise ValueError(f"{name} ended in its start ({processes.how_ended(code)}): {said}")
+
     def wait(done: Callable[[], bool]) -> None:
         while not done():
-            for name, child in children.items():
-                if (code := child.poll()) is not None:
-                    said = processes.last_line(directory / f"{name}.log")
-                    raise ValueError(f"{name} ended in its start ({processes.how_ended(code)}): {said}")
+            check_alive()
             events.wait(notify, POLL_S)
 
     try:
@@ -48,7 +51,7 @@ def forked_actors(env: Mapping[str, Any], actors: int, directory: Path) -> Itera
         for lane in range(actors):
             name = f"actor-{lane:03d}"
             try:
-                children[name] = template.fork(lane, 1, directory / f"{name}.log")
+                children[name] = template.fork(lane, 1, directory / f"{name}.log", check_alive)
             except RuntimeError as error:
                 raise ValueError(str(error)) from error
         wait(lambda: bool(slots.request_id.all()))

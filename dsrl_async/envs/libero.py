@@ -186,7 +186,7 @@ class LiberoEnvironment:
         """LIBERO's environment of the present task (`BDDLBaseDomain`); for the scripted expert and the recorder."""
         self._property_samplers: list[Any] = []
         self._compiled: dict[str, NDArray[Any]] = {}
-        self._cameras: Cameras
+        self._cameras: Cameras | None = None
         self._steps = 0
         self._ended = True
         logger.info("LIBERO with %s", ", ".join(f"{name} {number}" for name, number in versions().items()))
@@ -250,15 +250,16 @@ class LiberoEnvironment:
             raise ValueError(
                 f"task {task} of {self.suite} cannot be set up: {type(error).__name__}: {error}"
             ) from error
-        self.domain, self._task = wrapper.env, task
+        self.domain = wrapper.env
         self._property_samplers = list(self.domain.object_property_initializers)
         model = self._model
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         self._cameras = Cameras(model, self._render_size, self._fast)
-        self._add_observable()
+        self._add_observable(self._cameras)
         # A first reset and step compile what robosuite has numba compile, or load it; later ones do not depend on them.
         self._reset_scene(1)
         self._step(np.array(IDLE_ACTION))
+        self._task = task
         mujoco.mj_clearCache(mujoco.mj_getCache())  # what the compiler read from files is not needed again
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -291,7 +292,7 @@ class LiberoEnvironment:
         """MuJoCo's `MjData` of the present task."""
         return self.domain.sim.data._data
 
-    def _add_observable(self) -> None:
+    def _add_observable(self, cameras: Cameras) -> None:
         """Replaces robosuite's observables with one that keeps all that `observe` needs."""
         from robosuite.utils.observables import Observable, sensor
 
@@ -302,7 +303,7 @@ class LiberoEnvironment:
 
         @sensor(modality="proprio")
         def moment(cache: dict[str, Any]) -> NDArray[np.float64]:
-            self._cameras.capture(self.data)
+            cameras.capture(self.data)
             position, orientation, fingers = (read(cache) for read in needed)
             return np.concatenate((position, axis_angle(orientation), fingers))
 
@@ -387,13 +388,15 @@ class LiberoEnvironment:
         return resize_with_pad(self._frame(camera), size)
 
     def _frame(self, camera: int) -> NDArray[np.uint8]:
+        assert self._cameras is not None, "reset comes before the first picture"
         frame = self._cameras.frame(camera)
         # OpenGL's rows go from bottom to top, and LIBERO leaves them so; its policies see them turned.
         return np.ascontiguousarray(frame[::-1, ::-1]) if self._rotate else frame
 
     def close(self) -> None:
         """Frees the scene, its graphics and their memory."""
-        if self.domain is not None:
+        if self._cameras is not None:
             self._cameras.close()
+        if self.domain is not None:
             self.domain.close()
-            self.domain = self._task = None
+        self.domain = self._cameras = self._task = None

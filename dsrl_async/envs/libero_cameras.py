@@ -90,10 +90,11 @@ class Cameras:
         try:
             from robosuite.utils.binding_utils import GLContext
 
-            self._opengl = GLContext(**CONTEXT_SIZE)
-            self._opengl.make_current()
-            self._context = mujoco.MjrContext(self._drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+            opengl = GLContext(**CONTEXT_SIZE)
+            opengl.make_current()
+            context = mujoco.MjrContext(self._drawn, mujoco.mjtFontScale.mjFONTSCALE_150)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
+            self._opengl, self._context = opengl, context
         except Exception as error:
             # Raised below, when what is left of the context is gone: it complains, and would have the last word.
             problem = no_rendering(error)
