@@ -162,10 +162,10 @@ class Supervisor:
                 self.asked = None
                 return  # `_replace_dead` starts it again
 
-    def _take_answer(self, template: Template, wait_s: float = 0.0) -> bool:
+    def _take_answer(self, template: Template, wait_s: float = 0.0, last: bool = False) -> bool:
         """Whether the actor that was asked for is there; if so, it is one of the children."""
         assert self.asked is not None
-        popen = template.answer(wait_s)
+        popen = template.answer(wait_s, last)
         if popen is None:
             return False
         child, self.asked = self.asked, None
@@ -178,7 +178,7 @@ class Supervisor:
         if self.template is not None:
             if self.asked is not None:  # it may have started the actor before it died
                 with contextlib.suppress(RuntimeError):
-                    self._take_answer(self.template)
+                    self._take_answer(self.template, last=True)
                 self.asked = None
             self.template.close()
 

@@ -148,24 +148,26 @@ class Template:
             self._fail(f"it takes no request: {error}")
         self._asked = time.monotonic()
 
-    def answer(self, wait_s: float = 0.0) -> Forked | None:
+    def answer(self, wait_s: float = 0.0, last: bool = False) -> Forked | None:
         """The actor that was asked for, None if it is not there yet after `wait_s`.
+
+        `last`: this is not called again; an actor that is not there by now will end by itself.
 
         Raises RuntimeError if there will be none; the template is of no use then.
         """
         assert self._asked is not None
+        if last or time.monotonic() - self._asked > FORK_S:
+            last = True
+            self._connection.shutdown(socket.SHUT_RD)  # what is sent from now on is an error there
         self._connection.settimeout(max(wait_s, 0.001))
         try:
             answer = self._connection.recv(REQUEST_BYTES)
         except TimeoutError:
-            if time.monotonic() - self._asked < FORK_S:
-                return None
-            self._connection.shutdown(socket.SHUT_RD)  # an actor that would answer later ends with that
-            answer = self._connection.recv(REQUEST_BYTES) or f"no answer within {FORK_S:g} s".encode()
+            return None
         except OSError as error:
             self._fail(str(error))
         if not answer.isdigit():
-            self._fail(answer.decode() or "it has ended")
+            self._fail(answer.decode() or (f"no answer within {FORK_S:g} s" if last else "it has ended"))
         self._asked = None
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)  # other orphans are not ours
         self.forked += 1
