@@ -318,8 +318,8 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of policy and learner."""
     heartbeat_timeout_s: float = Field(120.0, gt=0)
-    """A process that gives no sign of life for this long is taken for dead and replaced; so is an actor, or the template
-    of all actors, for which making an environment or resetting it takes this long."""
+    """A process that gives no sign of life for this long is taken for dead and replaced; so is an actor, or the
+    template of all actors, for which making an environment or resetting it takes this long."""
     env: EnvConfig = EnvConfig()
     policy: PolicyConfig = PolicyConfig()
     sac: SacConfig = SacConfig()
