@@ -290,7 +290,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.1)
     started = psutil.Process(process.pid).children(recursive=True)
-    assert len(started) == 4  # the run, its process in lock step, two actors
+    assert len(started) == 5  # the run, its process in lock step, the template, two actors
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
