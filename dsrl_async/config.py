@@ -297,7 +297,8 @@ class Config(Section):
     run_dir: str | None = None
     """Where the run is written; null means `runs/<date>-<time>-<environment>`."""
     resume: str | None = None
-    """A run directory to continue; its configuration is used, command-line options override it."""
+    """A run directory to continue; its configuration is used. Command-line options override it, also for later
+    resumes; `--serial false` takes back `--serial`."""
     serial: bool = False
     """One process, fixed order: bit-for-bit reproducible by seed, and friendly to a debugger."""
     max_minutes: float | None = Field(None, gt=0)
@@ -399,7 +400,7 @@ class Parser(argparse.ArgumentParser):
 
 def _suggestion(unknown: str, known: Iterable[str], what: str) -> str:
     """The end of a sentence about a name that nobody knows: the nearest of the `known` ones, which are `what`."""
-    near = difflib.get_close_matches(unknown, list(known), n=1)
+    near = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else f"; --help lists all {what}"
 
 

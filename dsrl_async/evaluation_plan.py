@@ -44,11 +44,7 @@ def plan_suite(
     counts = [len(libero_files.init_states(suite, task)) for task in range(len(libero_files.task_names(suite)))]
     chosen = libero_files.selected_tasks(suite, tasks)
     for task in chosen:
-        for state in init_states or ():
-            if not 0 <= state < counts[task]:
-                raise ValueError(
-                    f"env.init_states: task {task} has initial states 0 to {counts[task] - 1}, not {state}"
-                )
+        libero_files.selected_init_states(suite, task, init_states)
     return plan_episodes(counts, chosen, init_states, episodes)
 
 

@@ -86,9 +86,11 @@ def run(
         else:
             summary = Supervisor(session, programs).run()
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
-        if checkpoints.find(run_dir) is not None:
-            logger.info("to go on: python -m dsrl_async.launch --resume %s", run_dir)
-            logger.info("to see how good it is: python -m dsrl_async.evaluate --checkpoint %s", run_dir)
+        if checkpoints.find(run_dir) is not None and not summary["exit_reason"].startswith("failed"):
+            more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""
+            logger.info("to go on: python -m dsrl_async.launch --resume %s%s", run_dir, more)
+            if summary["updates"]:
+                logger.info("to see how good it is: python -m dsrl_async.evaluate --checkpoint %s", run_dir)
     with contextlib.suppress(OSError):
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary

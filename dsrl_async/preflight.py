@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 from dsrl_async import checkpoints, processes
 from dsrl_async.config import MOST_ACTORS, Config, ConfigError, get_key, read_yaml, validate
-from dsrl_async.envs import EnvironmentSpec, environment_spec
+from dsrl_async.envs import EnvironmentSpec, environment_spec, libero_files
 from dsrl_async.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.files import PolicyFiles, find_policy, read_config
@@ -59,9 +59,14 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
 
 
 def check_environment(config: Config) -> EnvironmentSpec:
-    """The environment's shapes; raises ConfigError when it is not installed, or has no such task."""
+    """The environment's shapes; raises ConfigError when it is not installed, or has no such task or initial state."""
+    env = config.env
     try:
-        return environment_spec(config.env.model_dump())
+        spec = environment_spec(env.model_dump())
+        if env.name != "tabletop" and env.init_states is not None:
+            for task in libero_files.selected_tasks(env.name, env.task_ids):
+                libero_files.selected_init_states(env.name, task, env.init_states)
+        return spec
     except ValueError as error:
         key = "" if str(error).startswith("env.") else "env.name: "
         raise ConfigError(f"{key}{error}") from error
@@ -94,6 +99,7 @@ def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
             raise ConfigError(
                 f"policy.checkpoint: the {what} of {directory} is {of_policy}, "
                 f"that of the environment {suite} is {of_env}"
+                f"{f'; set env.image_size to {of_policy}' if what == 'image size' and suite != 'tabletop' else ''}"
             )
     if config.env.chunk > policy.action_horizon:
         raise ConfigError(

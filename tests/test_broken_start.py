@@ -53,6 +53,7 @@ def test_what_never_starts_ends_the_run_and_names_its_log(
     reason: str = result["exit_reason"]
     assert result["returncode"] == 1
     assert reason.startswith(f"failed: {name} ended 3 times soon after its start ({how})")
+    assert "to go on" not in result["stderr"]
     assert "python -m dsrl_async.doctor" in reason
     log = run.run_dir / "logs" / f"{name}.log"
     assert str(log) in reason

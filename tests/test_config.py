@@ -56,6 +56,14 @@ def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypat
 
 
 @needs_libero
+def test_initial_states_that_are_not_there_are_refused_before_anything_is_started() -> None:
+    env = {"name": "libero_spatial", "task_ids": [2], "init_states": [49]}
+    preflight.check_environment(validate({"env": env}))
+    with pytest.raises(ConfigError, match=r"^env\.init_states: task 2 has initial states 0 to 49, not 50$"):
+        preflight.check_environment(validate({"env": {**env, "init_states": [0, 50]}}))
+
+
+@needs_libero
 def test_libero_file_fits_a_policy_of_openpi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As far as that can be said without its weights: of openpi's sizes, trained on LIBERO's own pictures."""
     monkeypatch.chdir(tmp_path)

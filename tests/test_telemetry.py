@@ -28,7 +28,7 @@ from dsrl_async.shm.counters import (
     LEARNER_PHASES,
     counter_fields,
 )
-from dsrl_async.telemetry.console import LiveDisplay, make_console, plain_line, render, sparkline
+from dsrl_async.telemetry.console import LiveDisplay, make_console, phase_bar, plain_line, render, sparkline
 from dsrl_async.telemetry.monitor import HISTORY_POINTS, RunMonitor, View, finished_episodes
 from dsrl_async.telemetry.processes import ProcessUsage
 
@@ -397,6 +397,13 @@ def test_live_display_says_how_many_environments_an_actor_has(tmp_path: Path) ->
     console = Console(file=io.StringIO(), width=80, record=True, force_terminal=True)
     console.print(render(run.config, run.tick()))
     assert "2 actors of 3 environments" in console.export_text()
+
+
+def test_a_smaller_share_is_not_named_in_the_place_of_a_larger_one() -> None:
+    _, legend = phase_bar({"compute": 0.21, "wait_learner": 0.46, "gather": 0.04, "scatter": 0.02})
+    assert legend.plain == "wait learner 46%  compute 21%"
+    _, legend = phase_bar({"wait_request": 0.46, "a_phase_with_a_long_name": 0.21, "scatter": 0.2})
+    assert legend.plain == "wait request 46%"
 
 
 def test_live_display_shows_the_figures(run: FakeRun) -> None:

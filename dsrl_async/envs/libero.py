@@ -179,7 +179,10 @@ class LiberoEnvironment:
         self._antialias: bool = config["antialias"]
         self._fast = config["render_quality"] == "fast"
         self._init_states = {task: libero_files.init_states(self.suite, task) for task in self.tasks}
-        self._init_state_ids = {task: self._chosen_init_states(task, config["init_states"]) for task in self.tasks}
+        chosen = config["init_states"]
+        self._init_state_ids = {
+            task: libero_files.selected_init_states(self.suite, task, chosen) for task in self.tasks
+        }
         self._domains = _import_libero()
         self._task: int | None = None
         self.domain: Any = None
@@ -194,15 +197,6 @@ class LiberoEnvironment:
             logger.warning("env.render_quality is fast: pictures differ from those of published checkpoints")
         if len(self.tasks) == 1:
             self._load(self.tasks[0])
-
-    def _chosen_init_states(self, task: int, chosen: list[int] | None) -> list[int]:
-        count = len(self._init_states[task])
-        if chosen is None:
-            return list(range(count))
-        for number in chosen:
-            if not 0 <= number < count:
-                raise ValueError(f"env.init_states: task {task} has initial states 0 to {count - 1}, not {number}")
-        return chosen
 
     # The episode
 

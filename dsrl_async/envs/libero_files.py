@@ -160,6 +160,18 @@ def selected_tasks(suite: str, task_ids: Sequence[int] | None) -> list[int]:
     return chosen
 
 
+def selected_init_states(suite: str, task: int, chosen: Sequence[int] | None) -> list[int]:
+    """The numbers of the task's initial states to start from, None meaning all; raises ValueError if one is out of
+    range."""
+    count = len(init_states(suite, task))
+    if chosen is None:
+        return list(range(count))
+    for number in chosen:
+        if not 0 <= number < count:
+            raise ValueError(f"env.init_states: task {task} has initial states 0 to {count - 1}, not {number}")
+    return list(chosen)
+
+
 def bddl_file(suite: str, task: int) -> Path:
     """The file that describes a task's scene and goal."""
     return directories()["bddl_files"] / suite / f"{task_names(suite)[task]}.bddl"

@@ -25,7 +25,7 @@ from dsrl_async.telemetry.monitor import View
 PLAIN_INTERVAL_S = 5.0  # between two plain lines, at least
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_CELLS = 16  # width of a bar of phases
-LEGEND_CELLS = 28  # width of the largest phases' names beside it
+LEGEND_CELLS = 30  # width of the largest phases' names beside it
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "white")
 
 
@@ -201,7 +201,10 @@ def _processes(view: View) -> Table:
     table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("time", no_wrap=True)
     table.add_column(no_wrap=True)
-    for kind in ("actor", "inference", "learner", "supervisor"):
+    kinds = ["actor", "inference", "learner", "supervisor"]
+    if "template" in view.processes:
+        kinds.insert(1, "template")
+    for kind in kinds:
         count = view.processes.get(kind, 0)
         megabytes = view.memory_mb["actor_mean" if kind == "actor" else kind]
         bar, legend = phase_bar(view.recent.phases.get(kind, {}))
@@ -229,8 +232,10 @@ def phase_bar(phases: dict[str, float]) -> tuple[Text, Text]:
         edge += share * scale
     for name, share in sorted(phases.items(), key=lambda item: -item[1]):
         words = f"{name.replace('_', ' ')} {share:.0%}"
-        if share >= 0.005 and len(legend) + len(words) <= LEGEND_CELLS:
-            legend.append(words, styles[name]).append("  ")
+        gap = "  " if legend else ""
+        if share < 0.005 or len(legend) + len(gap) + len(words) > LEGEND_CELLS:
+            break  # and nothing smaller in its place
+        legend.append(gap).append(words, styles[name])
     return bar, legend
 
 
