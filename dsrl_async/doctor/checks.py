@@ -243,7 +243,10 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
         )
         try:
             prepared = wait(template.popen, "the actors' template", lambda: template.prepared, of_template)
-            actor = template.fork(0, 1, log, lambda: None)
+            try:
+                actor = template.fork(0, 1, log, lambda: None)
+            except RuntimeError as error:
+                raise ConfigError(f"no actor can be started: {error}") from error
             started = wait(actor, "an actor", lambda: bool(Slots(arena).request_id.all()), log) - prepared
             memory = psutil.Process(actor.pid).memory_full_info()
             shared = template_bytes(psutil.Process(template.popen.pid))
