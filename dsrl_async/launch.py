@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsrl_async import checkpoints, preflight
-from dsrl_async.config import Config, PolicyConfig, load_config, save_yaml
+from dsrl_async.config.command_line import load_config, make_paths_absolute
+from dsrl_async.config.load import save_yaml
+from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
-from dsrl_async.processes import Program
-from dsrl_async.session import Session, StopRequest
-from dsrl_async.supervisor import PROGRAMS, Supervisor
+from dsrl_async.host.processes import Program
+from dsrl_async.host.signals import StopRequest
+from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.supervisor.session import Session
+from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
 from dsrl_async.telemetry.console import make_console
 
 logger = logging.getLogger(__name__)
@@ -51,13 +54,6 @@ def main(argv: Sequence[str], programs: Mapping[str, Program] = PROGRAMS) -> int
     return 1 if summary["exit_reason"].startswith("failed") else 0
 
 
-def make_paths_absolute(policy: PolicyConfig) -> None:
-    """So that the run can be resumed and evaluated from elsewhere."""
-    for name in ("checkpoint", "tokenizer", "norm_stats"):
-        if (path := getattr(policy, name)) is not None:
-            setattr(policy, name, str(Path(path).absolute()))
-
-
 def run(
     config: Config,
     run_dir: Path,
@@ -80,7 +76,7 @@ def run(
         save_yaml(config, run_dir / "config.yaml")
         logger.info("run directory: %s", run_dir)
         if config.serial:
-            from dsrl_async.serial import run_serial  # imports torch, which the supervisor does without
+            from dsrl_async.run.supervisor.serial import run_serial
 
             summary = run_serial(session)
         else:

@@ -26,17 +26,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsrl_async.config import SacConfig, read_yaml, validate
-from dsrl_async.graphs import capture
+from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.config.settings import SacConfig
+from dsrl_async.host.graphs import capture
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.run.learner.sampling import Mirror
+from dsrl_async.run.learner.updates import Updates
 from dsrl_async.sac.agent import SacAgent
-from dsrl_async.sampling import Mirror
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.replay import ReplayRing, replay_fields
-from dsrl_async.updates import Updates
 
 MODELS = {
     "full": {"pi0": Pi0Config(), "pi0.5": Pi0Config(pi05=True, action_horizon=10, max_token_len=200)},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsrl_async.config import ALIASES, leaf_fields, type_name
+from dsrl_async.config.command_line import ALIASES, type_name
+from dsrl_async.config.load import leaf_fields
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsrl_async.config import Config, validate
+from dsrl_async.config.load import validate
+from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import Launched
+from support.launched import Launched
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ import psutil
 
 from dsrl_async.bench import synthetic
 from dsrl_async.bench.report import Report
-from dsrl_async.bench.serving import STAGES
+from dsrl_async.bench.systems.serving import STAGES
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.tensors import parameter_count
 
@@ -78,13 +78,13 @@ class Worker:
         """Raises ValueError when the environment of the reference is not there, or the process ends."""
         settings = {"config": config, "dtype": dtype, "seed": SEED, "threads": threads}
         if system == OWN:
-            command = [sys.executable, "-m", "dsrl_async.bench.policy"]
+            command = [sys.executable, "-m", "dsrl_async.bench.systems.policy"]
         else:
-            command = [str(ENVIRONMENT / "bin" / "python"), str(ROOT / "scripts" / "openpi_reference" / "worker.py")]
+            command = [str(ENVIRONMENT / "bin" / "python"), str(ROOT / "scripts" / "references" / "openpi_worker.py")]
             if not (ENVIRONMENT / "complete").exists():
                 raise ValueError(
                     f"openpi's environment {ENVIRONMENT} is not there; make it with "
-                    f"'bash {ROOT}/scripts/openpi_reference/setup.sh', or measure this project alone with "
+                    f"'bash {ROOT}/scripts/references/setup.sh', or measure this project alone with "
                     f"'--system {OWN}'"
                 )
         self.system = system

@@ -44,17 +44,18 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async.bench.report import Report
-from dsrl_async.config import Config, load_config
-from dsrl_async.preflight import check_policy
-from dsrl_async.processes import PR_SET_PDEATHSIG
-from dsrl_async.session import SIGNALS, StopRequest
+from dsrl_async.config.command_line import load_config
+from dsrl_async.config.settings import Config
+from dsrl_async.host.processes import PR_SET_PDEATHSIG
+from dsrl_async.host.signals import SIGNALS, StopRequest
+from dsrl_async.run.preflight.policy import check_policy
 from dsrl_async.telemetry.monitor import SUCCESS_EPISODES
 
 ASYNCHRONOUS, SERIAL, LOCK_STEP = "asynchronous", "serial", "lock step"
 PROGRAMS = {
     ASYNCHRONOUS: ["dsrl_async.launch", "--serial", "false"],
     SERIAL: ["dsrl_async.launch", "--serial", "true"],
-    LOCK_STEP: ["dsrl_async.bench.lock_step", "--serial", "false"],
+    LOCK_STEP: ["dsrl_async.bench.systems.lock_step", "--serial", "false"],
 }
 """Module and options, whatever the configuration says."""
 UNITS = {

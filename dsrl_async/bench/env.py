@@ -42,6 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.bench.report import Report
+from dsrl_async.bench.systems.stock_libero import StockEnvironment
 from dsrl_async.envs.libero_files import SUITES
 
 STOCK, OWN, FAST = "libero", "dsrl_async", "dsrl_async fast"
@@ -77,50 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
 
 
-class StockEnvironment:
-    """A task in LIBERO's own wrapper, as published: a reset compiles the scene anew, and every step renders."""
-
-    def __init__(self, suite: str, task: int, render_size: int = 256) -> None:
-        from dsrl_async.envs import libero_files
-
-        libero_files.prepare_import()
-        from libero.libero.envs import OffScreenRenderEnv
-
-        self.init_states = libero_files.init_states(suite, task)
-        self.env = OffScreenRenderEnv(
-            bddl_file_name=str(libero_files.bddl_file(suite, task)),
-            camera_heights=render_size,
-            camera_widths=render_size,
-        )
-        self.observation: dict[str, Any] = {}
-
-    def reset(self, seed: int, init_state: int, resets: int = 1) -> None:
-        """Starts from a numbered initial state, after so many resets that follow the seed; without settling."""
-        self.env.seed(seed)
-        for _ in range(resets):
-            self.env.reset()
-        self.observation = self.env.set_init_state(self.init_states[init_state])
-
-    def step(self, action: NDArray[np.float32]) -> tuple[float, bool]:
-        """Reward and whether the goal holds."""
-        self.observation, reward, done, _ = self.env.step(action)
-        return reward, done
-
-    def observe(self, size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """What a policy sees of the last step: images uint8[2, size, size, 3] and state float32[8]."""
-        from dsrl_async.envs.images import libero_image
-        from dsrl_async.envs.libero import axis_angle
-
-        parts = ("eef_pos", "eef_quat", "gripper_qpos")
-        position, orientation, fingers = (self.observation[f"robot0_{part}"] for part in parts)
-        state = np.concatenate((position, axis_angle(orientation), fingers)).astype(np.float32)
-        cameras = ("agentview_image", "robot0_eye_in_hand_image")
-        return np.stack([libero_image(self.observation[name], size) for name in cameras]), state
-
-    def close(self) -> None:
-        self.env.close()
-
-
 def own_settings(suite: str, task: int, render_quality: str) -> dict[str, Any]:
     """`env` of a configuration that plays what `StockEnvironment` does."""
     return {
@@ -138,7 +95,7 @@ class _OwnEnvironment:
     """This project's environment, driven as `StockEnvironment` is."""
 
     def __init__(self, suite: str, task: int, render_quality: str) -> None:
-        from dsrl_async.config import validate
+        from dsrl_async.config.load import validate
         from dsrl_async.envs import make_environment
 
         settings = own_settings(suite, task, render_quality)

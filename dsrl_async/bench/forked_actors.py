@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsrl_async import processes
-from dsrl_async.config import validate
+from dsrl_async.config.load import validate
 from dsrl_async.envs import environment_spec
-from dsrl_async.preflight import check_descriptors
+from dsrl_async.host import processes
+from dsrl_async.run.preflight.host import check_descriptors
+from dsrl_async.run.worker.template import Template
 from dsrl_async.shm import events
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.slots import Slots
-from dsrl_async.template import Template
 
 POLL_S = 0.05
 

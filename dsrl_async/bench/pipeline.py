@@ -34,23 +34,15 @@ from pathlib import Path
 import numpy as np
 
 from dsrl_async.bench.report import Report
-from dsrl_async.config import InferenceConfig
-from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.roofline import stages
-from dsrl_async.throughput_model import EnvironmentTimes, Throughput, simulate, simulate_lock_step
+from dsrl_async.config.settings import InferenceConfig
+from dsrl_async.plan.gpus import h100
+from dsrl_async.plan.simulation import EnvironmentTimes, Throughput, simulate, simulate_lock_step
 
 OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP = "dsrl_async", "lock step", "ideal", "ideal lock step"
 SYSTEMS = (OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP)
 SEED = 0
 MODEL_DECISIONS = 20_000
 """Of a simulation, half as many before them."""
-
-
-def h100(size: int) -> float:
-    """Seconds of a batch of Pi0, two cameras and 48 language tokens: its bound on an H100, and 30 % more."""
-    work = stages(Pi0Config(), language_length=48, denoise_steps=10).values()
-    weights, saturated = (sum(stage.bound_s(batch, 800e12, 3.35e12) for stage in work) for batch in (1, 32))
-    return 1.3 * max(weights, saturated / 32 * size)
 
 
 DEVICES: dict[str, Callable[[int], float]] = {
@@ -117,7 +109,7 @@ def measured(
     lock_step: bool,
     arguments: argparse.Namespace,
 ) -> Figures:
-    from dsrl_async.bench.simulation import Simulation, measure
+    from dsrl_async.bench.simulated.run import Simulation, measure
 
     wait_ms = arguments.batch_wait_ms
     simulation = Simulation(actors, times, service, wait_ms, lock_step, envs_per_actor=envs_per_actor)

@@ -22,10 +22,10 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsrl_async.bench.pipeline import h100
 from dsrl_async.bench.report import Report
-from dsrl_async.config import InferenceConfig
-from dsrl_async.throughput_model import EnvironmentTimes
+from dsrl_async.config.settings import InferenceConfig
+from dsrl_async.plan.gpus import h100
+from dsrl_async.plan.simulation import EnvironmentTimes
 
 OWN = "dsrl_async"
 HOUR_DECISIONS = 752_000
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(actors: int, arguments: argparse.Namespace) -> dict[str, float]:
-    from dsrl_async.bench import simulation
+    from dsrl_async.bench.simulated import run as simulation
 
     real = EnvironmentTimes()
     times = EnvironmentTimes(

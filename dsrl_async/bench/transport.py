@@ -19,7 +19,7 @@ each with two copies of an observation (environment to shared memory, and from t
 `..., one copy`, without the second, where that can be had.
 
 Not measured: simulation, rendering, policies, learning, transfers to a device. The peers are run from environments of
-their own, made by `bash scripts/peers/setup.sh`.
+their own, made by `bash scripts/references/setup.sh`.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def peer_command(peer: str) -> list[str]:
     """Raises ValueError when the peer's environment is not there."""
     if not (ENVIRONMENTS / peer / "complete").exists():
         raise ValueError(
-            f"the environment {ENVIRONMENTS / peer} is not there; make it with 'bash {ROOT}/scripts/peers/setup.sh "
-            f"{peer}', or measure without peers with '--system {OWN} {SLOTS} {BARE} {MEMCPY}'"
+            f"the environment {ENVIRONMENTS / peer} is not there; make it with 'bash "
+            f"{ROOT}/scripts/references/setup.sh {peer}', or measure without peers with "
+            f"'--system {OWN} {SLOTS} {BARE} {MEMCPY}'"
         )
-    return [str(ENVIRONMENTS / peer / "bin" / "python"), str(ROOT / "scripts" / "peers" / f"{peer}_peer.py")]
+    return [str(ENVIRONMENTS / peer / "bin" / "python"), str(ROOT / "scripts" / "references" / f"{peer}_peer.py")]
 
 
 def variants(systems: list[str]) -> dict[str, Callable[[int, float, float], Figures]]:
@@ -83,7 +84,7 @@ def _variant(system: str, gather: bool) -> Callable[[int, float, float], Figures
         if system.startswith("gymnasium"):
             settings["pickled"] = system == "gymnasium pickled"
     else:
-        command = [sys.executable, "-m", "dsrl_async.bench.transport_process"]
+        command = [sys.executable, "-m", "dsrl_async.bench.systems.transport_process"]
         settings["system"] = system
 
     def measure(environments: int, warm_s: float, seconds: float) -> Figures:
@@ -98,9 +99,9 @@ def _variant(system: str, gather: bool) -> Callable[[int, float, float], Figures
 
 
 def measure_own(environments: int, gather: bool, warm_s: float, seconds: float) -> Figures:
-    from dsrl_async.bench.simulation import Simulation, measure
-    from dsrl_async.config import InferenceConfig
-    from dsrl_async.throughput_model import EnvironmentTimes
+    from dsrl_async.bench.simulated.run import Simulation, measure
+    from dsrl_async.config.settings import InferenceConfig
+    from dsrl_async.plan.simulation import EnvironmentTimes
 
     buckets = InferenceConfig().buckets
     nothing = EnvironmentTimes(0.0, 0.0, 0.0, 0.0)

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsrl_async.config import Config, ConfigError, Parser, load_config
+from dsrl_async.config.command_line import Parser, load_config
+from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor.checks import Finding, Options, examine
 
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}

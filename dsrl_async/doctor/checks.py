@@ -18,19 +18,20 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
-from dsrl_async import preflight, processes
-from dsrl_async.config import MIN_LANE_ROWS, Config, ConfigError
+from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
 from dsrl_async.doctor.probes import Unanswered, ask
 from dsrl_async.envs import libero_files
-from dsrl_async.machine import available_cpus, available_memory
+from dsrl_async.host import processes
+from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
 from dsrl_async.pi0.tensors import parameter_count
+from dsrl_async.run import preflight
+from dsrl_async.run.worker.template import Template
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.counters import ACTOR_PHASES, Counters
 from dsrl_async.shm.memory import create_memory, run_fields
 from dsrl_async.shm.slots import Slots
-from dsrl_async.telemetry.processes import template_bytes
-from dsrl_async.template import Template
+from dsrl_async.telemetry.usage import template_bytes
 
 Status = Literal["ok", "warning", "problem"]
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
@@ -270,8 +271,8 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
     cpus = available_cpus()
-    inference = preflight.cpu_threads(config.inference.threads)
-    learner = preflight.cpu_threads(config.learner.threads)
+    inference = cpu_threads(config.inference.threads)
+    learner = cpu_threads(config.learner.threads)
     yield Finding(
         "cpus",
         "ok",

@@ -15,7 +15,7 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
-from dsrl_async import processes
+from dsrl_async.host import processes
 
 RENDER_SIZE = 256
 FRAMES = 5

@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 
 from dsrl_async.envs import libero_files
 
-SAC_IMAGE_SIZE = 64
-"""Height and width in pixels of the image that the SAC agent sees."""
-
 
 class EnvironmentSpec(NamedTuple):
     """Shapes of what an environment shows and takes."""

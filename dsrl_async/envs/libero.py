@@ -31,7 +31,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import SAC_IMAGE_SIZE, ChunkOutcome, check_chunk, environment_spec, libero_files
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.envs import ChunkOutcome, check_chunk, environment_spec, libero_files
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.libero_cameras import Cameras, no_rendering
 

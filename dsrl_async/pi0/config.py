@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 WEIGHTS, CONFIG, NORM_STATS, TOKENIZER = "model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"
 """The files of a policy checkpoint."""
+TRAINING = "training.json"
+"""A file that a checkpoint of this project may hold: what it was trained on, such as {"render_quality": "fast"}."""
 EMBEDDED_POLICY = Path(__file__).resolve().parent.parent / "assets" / "tabletop_pi0"
 """The checkpoint that comes with the package."""
 

@@ -18,15 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
-from dsrl_async.pi0.tensors import (
-    StoredTensor,
-    check_stored,
-    field,
-    find_tensors,
-    infer_config,
-    read_header,
-    read_json,
-)
+from dsrl_async.pi0.tensors import StoredTensor, check_stored, field, find_tensors, infer_config, read_header, read_json
 from dsrl_async.pi0.tokenizer import find_tokenizer, load_tokenizer, make_encoder
 
 STATISTICS = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}

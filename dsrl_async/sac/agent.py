@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adam import adam
 
-from dsrl_async.config import SacConfig
+from dsrl_async.config.settings import SacConfig
 from dsrl_async.sac.augmentation import random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
 from dsrl_async.sac.networks import Actor, Critic, aggregate_heads, log_prob, preprocess_image

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsrl_async.config import SacConfig
-from dsrl_async.envs import SAC_IMAGE_SIZE
+from dsrl_async.config.settings import SacConfig
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.sac.augmentation import colour_jitter
 from dsrl_async.sac.flat import FlatModule
 

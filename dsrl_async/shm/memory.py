@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsrl_async.config import Config
+from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.counters import counter_fields

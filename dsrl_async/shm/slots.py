@@ -14,7 +14,8 @@ import time
 
 import numpy as np
 
-from dsrl_async.envs import SAC_IMAGE_SIZE, EnvironmentSpec
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.shm.arena import Arena, Fields
 
 SAC_IMAGE_SHAPE = (SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dsrl_async.config import Config
+from dsrl_async.config.settings import Config
 from dsrl_async.telemetry.monitor import View
 
 PLAIN_INTERVAL_S = 5.0  # between two plain lines, at least

@@ -22,9 +22,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from dsrl_async.config import Config
+from dsrl_async.config.settings import Config
 from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES
-from dsrl_async.telemetry.processes import ProcessUsage
+from dsrl_async.telemetry.usage import ProcessUsage
 
 logger = logging.getLogger(__name__)
 

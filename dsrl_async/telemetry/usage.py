@@ -1,44 +1,92 @@
-"""CPU time of processes as the kernel's scheduler counts it. Needs only Python: peers' environments use it too."""
+"""CPU and memory of the run's processes, by kind, measured so seldom that it costs at most 1 % of a core."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
+import time
+from collections import defaultdict
+
+import psutil
+
+MEMORY_INTERVAL_S = 10.0
+MEMORY_ACTORS = 8  # actors are alike: the mean of a few stands for all
+MEASURING_SHARE = 0.01  # largest share of time spent on measuring
 
 
-class Usage(NamedTuple):
-    """Of processes or threads, in seconds."""
-
-    running: float
-    waiting: float
-    """Ready to run while others ran."""
-
-    def since(self, before: Usage) -> Usage:
-        return Usage(self.running - before.running, self.waiting - before.waiting)
+def kind_of(name: str) -> str:
+    """`actor-007` -> `actor`; other processes are their own kind."""
+    return name.partition("-")[0]
 
 
-def thread_usage(pid: int, thread: int) -> Usage:
-    """Raises ValueError where the kernel does not count it, FileNotFoundError if the thread has ended."""
-    path = Path(f"/proc/{pid}/task/{thread}/schedstat")
-    try:
-        running, waiting, _ = path.read_text().split()
-    except FileNotFoundError:
-        if not Path("/proc/self/schedstat").exists():
-            raise ValueError("this kernel does not count the CPU time of threads (CONFIG_SCHED_INFO)") from None
-        raise
-    return Usage(int(running) * 1e-9, int(waiting) * 1e-9)
+def template_bytes(template: psutil.Process) -> int:
+    """Memory of the template, what it shares with its actors included, but neither files nor the run's memory."""
+    memory = template.memory_info()
+    return int(memory.rss - memory.shared)
 
 
-def usage(pids: Iterable[int]) -> Usage:
-    """Of all threads of some processes that have not ended."""
-    running = waiting = 0.0
-    for pid in pids:
-        for thread in os.listdir(f"/proc/{pid}/task"):
+class ProcessUsage:
+    """What the run's processes use. A process that has ended counts as using nothing.
+
+    Attributes:
+        cpu_percent: kind -> percent of one core, summed over its processes, since the previous measurement.
+        memory_mb: kind -> mean private memory (USS, 10^6 bytes) of its processes, as last seen alive. What is
+            shared, such as the replay ring and library code, is in nobody's figure; but what the template's memory
+            shares with the actors that were forked from it counts as the template's.
+        processes: kind -> number of processes.
+    """
+
+    def __init__(self) -> None:
+        self.cpu_percent: dict[str, float] = {}
+        self.memory_mb: dict[str, float] = {}
+        self.processes: dict[str, int] = {}
+        self._handles: dict[str, psutil.Process] = {}
+        self._next_cpu = self._next_memory = self._memory_rested = float("-inf")
+
+    def measure(self, pids: dict[str, int], now: float) -> None:
+        """Refresh what is due at time `now` (seconds) for the processes name -> pid."""
+        if now >= self._next_cpu:
+            start = time.perf_counter()
+            self._open(pids)
+            self._measure_cpu()
+            self._next_cpu = now + (time.perf_counter() - start) / MEASURING_SHARE
+        unknown = self.processes.keys() - self.memory_mb.keys()  # actors come after the others
+        if now >= self._next_memory or (unknown and now >= self._memory_rested):
+            start = time.perf_counter()
+            self._measure_memory()
+            self._memory_rested = now + (time.perf_counter() - start) / MEASURING_SHARE
+            self._next_memory = max(now + MEMORY_INTERVAL_S, self._memory_rested)
+
+    def _open(self, pids: dict[str, int]) -> None:
+        handles = {}
+        self.processes = defaultdict(int)
+        for name, pid in pids.items():
+            self.processes[kind_of(name)] += 1
+            handle = self._handles.get(name)
             try:
-                one = thread_usage(pid, int(thread))
-            except FileNotFoundError:
+                handles[name] = handle if handle is not None and handle.pid == pid else psutil.Process(pid)
+            except psutil.Error:
                 continue
-            running, waiting = running + one.running, waiting + one.waiting
-    return Usage(running, waiting)
+        self._handles = handles
+
+    def _measure_cpu(self) -> None:
+        self.cpu_percent = dict.fromkeys(self.processes, 0.0)
+        for name, handle in self._handles.items():
+            try:
+                self.cpu_percent[kind_of(name)] += handle.cpu_percent()
+            except psutil.Error:
+                continue
+
+    def _measure_memory(self) -> None:
+        uss: defaultdict[str, list[float]] = defaultdict(list)
+        for name, handle in self._handles.items():
+            kind = kind_of(name)
+            if len(uss[kind]) == MEMORY_ACTORS:
+                continue
+            try:
+                if kind == "template":
+                    uss[kind].append(template_bytes(handle) / 1e6)
+                else:
+                    uss[kind].append(handle.memory_full_info().uss / 1e6)
+            except psutil.Error:
+                continue
+        alive = {kind: [value for value in values if value > 0] for kind, values in uss.items()}  # not zombies
+        self.memory_mb |= {kind: sum(values) / len(values) for kind, values in alive.items() if values}

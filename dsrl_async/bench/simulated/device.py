@@ -1,0 +1,120 @@
+"""The inference process of a run, with a device that takes a given time for a batch and computes nothing.
+
+Everything but the device is the run's own: `inference.InferenceServer`, its loop, gathering and scattering. In lock
+step the loop is another one: it waits until all actors are ready, answers all of them, and only then wakes them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsrl_async.bench.simulated.environment import HORIZON, SPEC, sharpen_timers
+from dsrl_async.bench.systems.barrier import serve_in_lock_step
+from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.config.settings import Config
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.host.processes import prepare_child
+from dsrl_async.run.inference.batching import batch_sizes
+from dsrl_async.run.inference.policies import Policies
+from dsrl_async.run.inference.server import InferenceServer, notifier, serve
+from dsrl_async.sac.networks import Actor
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.slots import Slots
+
+LANGUAGE_LENGTH = 16
+RECORDS = "latencies.npy"
+"""Written when the process ends, int64 [decisions, 3]: time.monotonic_ns of request, start of the batch, and answer."""
+
+
+class SimulatedPolicy:
+    """Takes `service_s` for a batch of B; its buffers are those of `steering.SteeredPolicy`. See there for shapes."""
+
+    def __init__(self, config: Config, batch_size: int, service_s: float, gather: bool) -> None:
+        self.service_s = service_s
+        self.started_ns = 0
+        self.images = torch.zeros(batch_size, SPEC.cameras, SPEC.image_size, SPEC.image_size, 3, dtype=torch.uint8)
+        self.state = torch.zeros(batch_size, SPEC.state_dim)
+        self.sac_image = torch.zeros(batch_size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
+        self.standard_normal = torch.zeros(batch_size, HORIZON * config.sac.noise_dim)
+        self.inputs = {"state": self.state, "standard_normal": self.standard_normal}
+        if gather:
+            self.inputs |= {"images": self.images, "sac_image": self.sac_image}
+        self.tokens = torch.zeros(batch_size, LANGUAGE_LENGTH, dtype=torch.int64)
+        self.token_mask = torch.ones(batch_size, LANGUAGE_LENGTH, dtype=torch.bool)
+        self.warmup = torch.zeros(batch_size, dtype=torch.bool)
+        self.noise = torch.zeros(batch_size, config.sac.noise_width(HORIZON))
+        self.actions = torch.zeros(batch_size, HORIZON, SPEC.action_dim)
+
+    def run(self) -> None:
+        self.started_ns = time.monotonic_ns()
+        if self.service_s > 0:
+            time.sleep(self.service_s)
+
+
+class Recorder:
+    """Notes, for each answered request, when it was made, when its batch began, and when it was answered."""
+
+    def __init__(self, slots: Slots, policies: Policies) -> None:
+        self._slots, self._policies = slots, [*policies.batch_policies.values()]
+        self._records = array("q")
+
+    def add(self, lanes: np.ndarray) -> None:
+        answered_ns = time.monotonic_ns()
+        started_ns = max(policy.started_ns for policy in self._policies)  # type: ignore[attr-defined]
+        for requested_ns in self._slots.request_ns[lanes].tolist():
+            self._records.extend((requested_ns, started_ns, answered_ns))
+
+    def write(self, path: Path) -> None:
+        np.save(path, np.array(self._records).reshape(-1, 3))
+
+
+def main(argument: str) -> None:
+    """`argument` is the job of `inference.main`, with these beside it:
+
+    `service_s`: {batch size: seconds}; `gather`: copy the images into the batch; `lock_step`; `record`: write RECORDS.
+    """
+    job = json.loads(argument)
+    prepare_child(job["parent"])
+    sharpen_timers()
+    torch.set_num_threads(job["threads"])
+    run_dir = Path(job["run_dir"])
+    config = validate(read_yaml(run_dir / "config.yaml"))
+    policies = Policies(
+        {
+            (size, LANGUAGE_LENGTH): SimulatedPolicy(config, size, job["service_s"][str(size)], job["gather"])
+            for size in batch_sizes(config)
+        },
+        Actor(config.sac, HORIZON, torch.device("cpu"), config.seed),
+        tokens=torch.zeros(1, LANGUAGE_LENGTH, dtype=torch.int64),
+        token_mask=torch.ones(1, LANGUAGE_LENGTH, dtype=torch.bool),
+        language_length=np.array([LANGUAGE_LENGTH]),
+    )
+    arena = Arena.attach(job["arena"])
+    recorder = Recorder(Slots(arena), policies) if job["record"] else None
+    wake = notifier(job["wake_fds"])
+
+    def notify(lanes: np.ndarray) -> None:
+        if recorder is not None:
+            recorder.add(lanes)
+        if not job["lock_step"]:
+            wake(lanes)
+
+    server = InferenceServer(config, arena, policies, notify)
+    server.policy_version = 0
+    if job["lock_step"]:
+        serve_in_lock_step(server, job)
+    else:
+        serve(server, job)
+    if recorder is not None:
+        recorder.write(run_dir / RECORDS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

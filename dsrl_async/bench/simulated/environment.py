@@ -1,0 +1,83 @@
+"""An environment that sleeps instead of simulating, as a process of a run. Imports no torch.
+
+Everything but the environment is the run's own: `worker.Actor`, its slot, its replay lane, its loop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
+from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.run.worker.worker import Actor, play
+from dsrl_async.shm.arena import Arena
+
+SPEC = EnvironmentSpec(cameras=2, image_size=224, state_dim=8, action_dim=7, prompts=("put the block on the plate",))
+"""What Pi0 sees of LIBERO."""
+CHUNK = 10
+"""Actions that an environment is given for each decision."""
+HORIZON = 10
+"""Action slots of the simulated policy."""
+PR_SET_TIMERSLACK = 29
+
+
+def sharpen_timers() -> None:
+    """Let sleeps of this process end when they should, and not up to 50 microseconds later, as is usual."""
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
+
+
+class SleepingEnvironment:
+    """Takes as long as `EnvironmentTimes` says; an observation is copied from arrays that are there already."""
+
+    spec = SPEC
+
+    def __init__(self, times: EnvironmentTimes, seed: int, lane: int) -> None:
+        self._times = times.draw(seed, lane)
+        self._reset_s = 0.0
+        rng = np.random.default_rng([seed, lane])
+        self._images = rng.integers(0, 256, (SPEC.cameras, SPEC.image_size, SPEC.image_size, 3), np.uint8)
+        self._sac_image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        self._state = rng.standard_normal(SPEC.state_dim, np.float32)
+
+    def reset(self, seed: int, number: int = 0) -> int:
+        _sleep(self._reset_s)
+        return 0
+
+    def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
+        chunk_s, self._reset_s = next(self._times)
+        _sleep(chunk_s)
+        return ChunkOutcome(len(action_chunk), -1, False, truncated=self._reset_s > 0)
+
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        np.copyto(images, self._images)
+        np.copyto(sac_image, self._sac_image)
+        np.copyto(state, self._state)
+
+    def close(self) -> None:
+        pass
+
+
+def _sleep(seconds: float) -> None:
+    if seconds > 0:
+        time.sleep(seconds)
+
+
+def prepare(job: Mapping[str, Any]) -> None:
+    """There is nothing that all actors share."""
+
+
+def main(job: Mapping[str, Any], prepared: None) -> None:
+    """`job` is told by `template.Template`, with `times`, the fields of `EnvironmentTimes`, beside it."""
+    sharpen_timers()
+    arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
+    actors = [
+        Actor(lane, job["incarnation"], job["seed"], job["env"], arena, SleepingEnvironment(times, job["seed"], lane))
+        for lane in job["lanes"]
+    ]
+    play(actors, job["wake_fd"], job["notify_fds"])

@@ -1,0 +1,227 @@
+"""A run of the real processes and memory with simulated environments and a simulated device, watched from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from dsrl_async.bench.simulated.device import RECORDS
+from dsrl_async.bench.simulated.environment import CHUNK, HORIZON, SPEC
+from dsrl_async.config.load import save_yaml, validate
+from dsrl_async.config.settings import Config
+from dsrl_async.host.cpu_time import Usage, thread_usage, usage
+from dsrl_async.host.processes import Program, raise_descriptor_limit
+from dsrl_async.host.signals import StopRequest
+from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.run.supervisor.session import Session
+from dsrl_async.run.supervisor.supervisor import Supervisor
+from dsrl_async.shm.counters import INFERENCE_PHASES
+from dsrl_async.telemetry.console import NoDisplay
+
+WARMUP_DECISIONS = 16
+LANE_ROWS = 64  # replay rows of an environment: a small ring, so that all its memory is soon in use
+FAR_AHEAD = 2**32  # gradient updates: the actors never wait for a learner that there is not
+MEASURED = "measured"
+MEMORY_ACTORS = 8  # actors are alike: the mean of a few stands for all
+START_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is run."""
+
+    actors: int
+    """Environment processes."""
+    times: EnvironmentTimes
+    service_s: Mapping[int, float]
+    """Batch size -> seconds that the device takes; these are the run's batch sizes."""
+    batch_wait_ms: float = 0.0
+    lock_step: bool = False
+    gather: bool = True
+    """Copy the images into the batch."""
+    record: bool = True
+    """Note when each request was made and answered."""
+    envs_per_actor: int = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of a stretch of `seconds` in which all actors were at work."""
+
+    seconds: float
+    decisions: int
+    batches: int
+    rows: int
+    """Observations answered."""
+    padded_rows: int
+    phase_s: dict[str, float]
+    """Of the inference process."""
+    queue_wait_s: np.ndarray
+    """From request to the start of its batch, float64 [decisions]; empty if not recorded."""
+    latency_s: np.ndarray
+    """From request to answer."""
+    supervisor: Usage
+    inference: Usage
+    actors: Usage
+    start_s: float
+    """From the first process to the first decision of the last actor."""
+    stop_s: float
+    """From the wish to end until no process was left."""
+    actor_memory: float
+    """Mean private bytes of an actor."""
+    killed: int
+    """Processes that did not end by themselves when told to."""
+    left_over: int
+    """Processes of the run that are still there."""
+
+
+def run_config(simulation: Simulation) -> Config:
+    settings = {
+        "actors": simulation.actors,
+        "envs_per_actor": simulation.envs_per_actor,
+        "env": {"chunk": CHUNK},
+        "replay": {
+            "capacity": simulation.actors * simulation.envs_per_actor * LANE_ROWS,
+            "warmup_decisions": WARMUP_DECISIONS,
+        },
+        "sac": {"batch_size": WARMUP_DECISIONS},
+        "inference": {
+            "buckets": sorted(simulation.service_s),
+            "batch_wait_ms": simulation.batch_wait_ms,
+            "threads": 1,
+        },
+    }
+    return validate(settings)
+
+
+class _Watch(threading.Thread):
+    """Waits for all actors, measures, and ends the run."""
+
+    def __init__(
+        self, supervisor: Supervisor, stop: StopRequest, warm_s: float, seconds: float, decisions: int
+    ) -> None:
+        super().__init__(daemon=True)
+        self.supervisor, self.stop, self.warm_s, self.seconds = supervisor, stop, warm_s, seconds
+        self.decisions = decisions
+        self.main_thread = threading.get_native_id()
+        self.begun = time.monotonic()
+        self.start_s = self.stopped = self.memory = 0.0
+        self.moments: list[tuple[float, dict[str, np.ndarray], Usage, Usage, Usage]] = []
+        self.pids: dict[str, int] = {}
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._measure()
+        except Exception as error:
+            self.error = error
+        self.stopped = time.monotonic()
+        self.stop.reason = self.stop.reason or MEASURED
+
+    def _measure(self) -> None:
+        counters = self.supervisor.counters
+        while counters.actor_decisions.min() == 0:
+            if self.stop.reason or time.monotonic() - self.begun > START_LIMIT_S:
+                return
+            time.sleep(0.01)
+        self.start_s = time.monotonic() - self.begun
+        time.sleep(self.warm_s)
+        self.pids = {name: child.popen.pid for name, child in self.supervisor.children.items()}
+        self._note()
+        target = counters.decisions() + self.decisions
+        until = time.monotonic() + self.seconds
+        while time.monotonic() < until or counters.decisions() < target:
+            if self.stop.reason:
+                return
+            time.sleep(min(0.1, max(0.001, until - time.monotonic())))
+        self._note()
+        actors = [pid for name, pid in self.pids.items() if name.startswith("actor")][:MEMORY_ACTORS]
+        self.memory = float(np.mean([psutil.Process(pid).memory_full_info().uss for pid in actors]))
+
+    def _note(self) -> None:
+        actors = [pid for name, pid in self.pids.items() if name.startswith("actor")]
+        self.moments.append(
+            (
+                time.monotonic(),
+                self.supervisor.counters.snapshot(),
+                thread_usage(os.getpid(), self.main_thread),
+                usage([self.pids["inference"]]),
+                usage(actors),
+            )
+        )
+
+
+def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: int = 0) -> Measurement:
+    """Start the processes, measure for at least `seconds` and `decisions`, and end them.
+
+    Raises:
+        ValueError: a process failed.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    raise_descriptor_limit()
+    config = run_config(simulation)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    stop = StopRequest()
+    with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
+        run_dir = Path(directory)
+        (run_dir / "logs").mkdir()
+        save_yaml(config, run_dir / "config.yaml")
+        session = Session(config, run_dir, SPEC, HORIZON, stop, NoDisplay())
+        session.counters.learner_updates[0] = FAR_AHEAD
+        device = {
+            "service_s": dict(simulation.service_s),
+            "gather": simulation.gather,
+            "lock_step": simulation.lock_step,
+            "record": simulation.record,
+        }
+        programs = {
+            "inference": Program("dsrl_async.bench.simulated.device", device),
+            "actor": Program("dsrl_async.bench.simulated.environment", {"times": asdict(simulation.times)}),
+        }
+        supervisor = Supervisor(session, programs)
+        watch = _Watch(supervisor, stop, warm_s, seconds, decisions)
+        watch.start()
+        summary = supervisor.run()
+        ended = time.monotonic()
+        stop.reason = stop.reason or MEASURED  # the run failed: there is nothing left to watch
+        watch.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        session.arena.close()
+        if stop.reason != MEASURED:
+            raise KeyboardInterrupt
+        if watch.error is not None or len(watch.moments) < 2:
+            raise ValueError(f"the simulated run failed: {watch.error or summary['exit_reason']}")
+        (begin, before, *usages), (end, after, *later) = watch.moments
+        records = np.load(run_dir / RECORDS) if simulation.record else np.empty((0, 3), np.int64)
+    answered_s = records[:, 2] * 1e-9
+    requested, started, answered = records[(answered_s >= begin) & (answered_s < end)].T * 1e-9
+    change = {name: after[name] - before[name] for name in after}
+    supervising, serving, acting = (now.since(then) for now, then in zip(later, usages, strict=True))
+    return Measurement(
+        seconds=end - begin,
+        decisions=int(change["actor_decisions"].sum()),
+        batches=int(change["inference_batches"][0]),
+        rows=int(change["inference_rows"][0]),
+        padded_rows=int(change["inference_padded_rows"][0]),
+        phase_s=dict(zip(INFERENCE_PHASES, change["inference_phase_s"].tolist(), strict=True)),
+        queue_wait_s=started - requested,
+        latency_s=answered - requested,
+        supervisor=supervising,
+        inference=serving,
+        actors=acting,
+        start_s=watch.start_s,
+        stop_s=ended - watch.stopped,
+        actor_memory=watch.memory,
+        killed=sum(child.popen.returncode != 0 for child in supervisor.children.values()),
+        left_over=sum(psutil.pid_exists(pid) for pid in watch.pids.values()),
+    )

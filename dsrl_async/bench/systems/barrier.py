@@ -1,0 +1,35 @@
+"""The loop of an inference process in lock step: one barrier per decision, as vectorised environments have it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from dsrl_async.run.inference.server import InferenceServer, notifier
+from dsrl_async.shm import events
+
+IDLE_POLL_S = 1.0
+REFUSED_POLL_S = 0.005  # where nothing may be answered: the run's last decision is being executed
+
+
+def serve_in_lock_step(server: InferenceServer, job: dict[str, Any], learn: Callable[[], None] = lambda: None) -> None:
+    """When all actors are ready, `learn`, answer all of them, then wake them together; until the run stops.
+
+    The barrier: actors that have ended an episode reset before they are ready. `server` must wake nobody by itself.
+    """
+    counters, notify = server.counters, notifier(job["wake_fds"])
+    while counters.control_stop[0] < 2:
+        counters.inference_heartbeat_ns[0] = time.monotonic_ns()
+        ready = server.slots.ready()
+        if len(ready) < server.config.lanes:
+            with server.phase("wait_request"):
+                events.wait(job["observation_ready_fd"], IDLE_POLL_S)
+            continue
+        learn()
+        answered = 0
+        while count := server.serve_ready(ready[answered:]):
+            answered += count
+        notify(ready[:answered])
+        if not answered:
+            events.wait(job["observation_ready_fd"], REFUSED_POLL_S)

@@ -1,0 +1,21 @@
+"""A run in lock step, as programs with vectorised environments do it: `bench end_to_end` compares with it.
+
+`python -m dsrl_async.bench.systems.lock_step` takes the options of `launch` and does the same, with the same
+supervisor, environment processes and memory, but with `lock_step_process` in the place of the inference process and
+the learner.
+Not for use: it writes no checkpoint at the end. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from dsrl_async import launch
+from dsrl_async.host.processes import Program
+from dsrl_async.run.worker.template import WORKER
+
+PROGRAMS = {"inference": Program("dsrl_async.bench.systems.lock_step_process"), "actor": WORKER}
+
+
+if __name__ == "__main__":
+    sys.exit(launch.main(sys.argv[1:], PROGRAMS))

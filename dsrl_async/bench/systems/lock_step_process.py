@@ -1,0 +1,54 @@
+"""Policy and learner of a run in lock step, in one process: all actors step, then it learns, then it answers all.
+
+Everything but the order is the run's own: `worker`, `inference.InferenceServer`, `learner.Learner`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from dsrl_async.bench.systems.barrier import serve_in_lock_step
+from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.envs import environment_spec
+from dsrl_async.host.device import register_memory, resolve_device
+from dsrl_async.host.processes import prepare_child
+from dsrl_async.host.stages import stages_of
+from dsrl_async.run.inference.policies import load_policies
+from dsrl_async.run.learner.learner import Learner
+from dsrl_async.run.preflight.policy import check_checkpoint
+from dsrl_async.run.supervisor.serial import join
+from dsrl_async.shm.arena import Arena
+
+
+def learn_what_is_due(learner: Learner) -> None:
+    while learner.due() and learner.update(learner.launch_size()):
+        pass
+    learner.save_when_due()
+
+
+def main(argument: str) -> None:
+    """`argument` is the job of `inference.main`."""
+    job = json.loads(argument)
+    prepare_child(job["parent"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    torch.set_num_threads(job["threads"])
+    run_dir = Path(job["run_dir"])
+    config = validate(read_yaml(run_dir / "config.yaml"))
+    config.inference.buckets = [config.lanes]  # one batch for all, without padding
+    arena = Arena.attach(job["arena"])
+    device, learner_device = resolve_device(config.device), resolve_device(config.learner.device or config.device)
+    register_memory(arena, device)
+    spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
+    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), stage)
+    horizon = check_checkpoint(config).config.action_horizon
+    server, learner = join(config, arena, policies, horizon, learner_device, run_dir, lambda lanes: None)
+    serve_in_lock_step(server, job, lambda: learn_what_is_due(learner))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

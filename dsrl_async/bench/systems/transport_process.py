@@ -1,0 +1,128 @@
+"""One transport in a process of its own, which starts the environments' processes itself.
+
+    python -m dsrl_async.bench.systems.transport_process '{"system": ..., "environments": N, "gather": ..., ...}'
+
+answers with a line {"decisions", "seconds", "cpu_s"}; see `SYSTEMS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from dsrl_async.bench.simulated.environment import CHUNK, HORIZON, SPEC, SleepingEnvironment
+from dsrl_async.bench.systems import bare_transport
+from dsrl_async.host.cpu_time import usage
+from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.shm import events
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.slots import Slots, slot_fields
+
+NOISE_DIM = 32
+
+
+def cpu_s(pids: list[int]) -> float:
+    return usage(pids).running
+
+
+def bare(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
+    return bare_transport.run(environments, gather, warm_s, seconds, cpu_s)
+
+
+def _environment(lane: int, arena: Arena, wake_fd: int, server_fd: int) -> None:
+    slots, environment = Slots(arena), SleepingEnvironment(EnvironmentTimes(0.0, 0.0, 0.0, 0.0), 0, lane)
+    count = 0
+    while True:
+        environment.observe(slots.images[lane], slots.sac_image[lane], slots.state[lane])
+        count += 1
+        number = slots.request(lane, 1, count)
+        events.notify(server_fd)
+        while not slots.answered(lane, number):
+            events.wait(wake_fd, timeout_s=1.0)
+        slots.action_chunk[lane].copy()  # all that the bare prototype's environment does with it
+
+
+def slots_only(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
+    """The run's own slots, wake-ups and gathering, without all else that actors and inference process do."""
+    arena = Arena.create(slot_fields(environments, SPEC, CHUNK, NOISE_DIM, HORIZON * NOISE_DIM))
+    server_fd, wake_fds = events.create(), [events.create() for _ in range(environments)]
+    targets = [(lane, arena, wake_fds[lane], server_fd) for lane in range(environments)]
+    children = [get_context("fork").Process(target=_environment, args=target, daemon=True) for target in targets]
+    for child in children:
+        child.start()
+    import torch  # after the environments have been forked: they do without
+
+    from dsrl_async.run.inference.server import gather as gather_rows
+    from dsrl_async.run.inference.server import notifier
+
+    torch.set_num_threads(1)
+    slots, notify = Slots(arena), notifier(wake_fds)
+    buffers = [
+        (rows, torch.zeros(rows.shape, dtype=torch.from_numpy(rows).dtype))
+        for rows in (slots.images, slots.sac_image, slots.state)
+    ]
+    chunk = np.zeros((environments, CHUNK, SPEC.action_dim), np.float32)
+    noise = np.zeros((environments, NOISE_DIM), np.float32)
+
+    def answer() -> int:
+        events.wait(server_fd, timeout_s=1.0)
+        lanes = slots.ready()
+        numbers = slots.request_id[lanes]
+        if gather:
+            for rows, buffer in buffers:
+                gather_rows(rows, lanes, buffer)
+        notify(slots.answer(lanes, numbers, chunk[: len(lanes)], noise[: len(lanes)], 0))
+        return len(lanes)
+
+    figures = repeat(answer, [os.getpid(), *(child.pid for child in children if child.pid)], warm_s, seconds)
+    for child in children:
+        child.kill()
+    return figures
+
+
+def memcpy(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
+    """The bound: a process copies a payload from `environments` rows to as many others, again and again."""
+    source = np.random.default_rng(0).integers(0, 256, (environments, bare_transport.PAYLOAD), np.uint8)
+    destination = np.empty_like(source)
+
+    def copy() -> int:
+        for row in range(environments):
+            np.copyto(destination[row], source[row])
+        return environments
+
+    return repeat(copy, [os.getpid()], warm_s, seconds)
+
+
+def repeat(step: Callable[[], int], pids: list[int], warm_s: float, seconds: float) -> dict[str, float]:
+    """Call `step`, which returns how many decisions it was, and measure after `warm_s`."""
+    until = time.monotonic() + warm_s
+    while time.monotonic() < until:
+        step()
+    decisions, begin, spent = 0, time.monotonic(), cpu_s(pids)
+    while time.monotonic() < begin + seconds:
+        decisions += step()
+    return {"decisions": decisions, "seconds": time.monotonic() - begin, "cpu_s": cpu_s(pids) - spent}
+
+
+SYSTEMS: dict[str, Callable[[int, bool, float, float], dict[str, float]]] = {
+    "bare": bare,
+    "slots": slots_only,
+    "memcpy": memcpy,
+}
+
+
+def main(argument: str) -> None:
+    asked: dict[str, Any] = json.loads(argument)
+    measure = SYSTEMS[asked["system"]]
+    print(json.dumps(measure(asked["environments"], asked["gather"], asked["warm_s"], asked["seconds"])), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

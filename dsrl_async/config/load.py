@@ -1,0 +1,96 @@
+"""Reading, checking and writing a configuration."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dsrl_async.config.settings import Config, ConfigError
+
+
+def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, pydantic FieldInfo) of every setting, in the order in which they are declared."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from leaf_fields(annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def _suggestion(unknown: str, known: Iterable[str], what: str) -> str:
+    """The end of a sentence about a name that nobody knows: the nearest of the `known` ones, which are `what`."""
+    near = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else f"; --help lists all {what}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; raises ConfigError with one sentence if that cannot be done."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines")
+    return settings
+
+
+def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        child = settings.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{section} must be a section with keys, not {child!r}")
+        settings = child
+    settings[name] = value
+
+
+def validate(settings: dict[str, Any]) -> Config:
+    """Turn nested settings into a `Config`; raises ConfigError naming the first thing that is wrong."""
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    for key, field in leaf_fields():
+        value = get_key(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}: must be a finite number ({field.annotation})")
+    return config
+
+
+def get_key(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}" + _suggestion(key, (name for name, _ in leaf_fields()), "keys")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {first['input']!r}"
+
+
+def save_yaml(config: Config, path: Path) -> None:
+    """Write the whole resolved configuration, whole or not at all. What it resumes is not part of a configuration."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json") | {"resume": None}, sort_keys=False))
+    temporary.replace(path)

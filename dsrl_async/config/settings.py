@@ -1,0 +1,352 @@
+"""Every setting of a run: its name, type, default, meaning and limits, in one place.
+
+A run's configuration is built from three layers, each overriding the one before: the defaults below,
+one YAML file (`--config`), and command-line options (`--sac.gamma 0.99`). `load_config` merges them
+and validates the result before anything is started; whatever is wrong becomes one `ConfigError`.
+
+The defaults are those of the embedded tabletop task (`configs/tabletop.yaml` spells them out).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message is one sentence that says which and how to mend it."""
+
+
+MOST_ACTORS = 4096
+"""Of a run."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class EnvConfig(Section):
+    """What an environment process simulates."""
+
+    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"] = "tabletop"
+    """Which environment: the embedded MuJoCo tabletop scene, or a suite of LIBERO (docs/libero.md)."""
+    layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
+    """tabletop: where the red target plate is: always in one place, in one of two, or anywhere."""
+    max_episode_steps: int | None = Field(None, gt=0)
+    """Environment steps after which an episode is truncated; null means 50 for the tabletop, and for LIBERO what
+    `preset` says of the suite."""
+    chunk: int = Field(5, gt=0)
+    """Environment steps executed per decision, out of the policy's action horizon."""
+    use_step_penalty: bool = True
+    """Reward -1 per decision and 0 for the one that succeeds; if false, 0 and 1."""
+    reward_rule: Literal["chunk_success", "first_step"] = "chunk_success"
+    """`chunk_success`: a decision counts as successful when any of its steps is; `first_step`: only when its
+    first step is (RLinf's rule)."""
+    preset: Literal["openpi", "rlinf", "lerobot"] = "openpi"
+    """LIBERO: whose protocol `max_episode_steps`, `settling_steps` and `seeding` follow where they are null."""
+    task_ids: list[int] | None = None
+    """LIBERO: the numbers of the suite's tasks to play; null means all."""
+    init_states: list[int] | None = None
+    """LIBERO: which of a task's published initial states (0 to 49) to start from; null means all."""
+    scene_order: Literal["sampled", "cycled"] = "sampled"
+    """LIBERO: an episode's task and initial state are drawn, or follow one another: all initial states of the first
+    task, then those of the next."""
+    settling_steps: int | None = Field(None, ge=0)
+    """LIBERO: steps before an episode in which the objects come to rest; null means what `preset` says."""
+    seeding: Literal["episode", "fixed", "task"] | None = None
+    """LIBERO: what places the furniture, which initial states leave open: a seed drawn for each episode, the same
+    seed before every episode, or one seed for a task, of whose resets initial state k takes the k-th; null means
+    what `preset` says."""
+    image_size: int = Field(224, gt=0)
+    """LIBERO: height and width of the images for the policy."""
+    render_size: int | None = Field(None, gt=0)
+    """LIBERO: height and width that the cameras are rendered with, before resizing; null means what `preset` says."""
+    antialias: bool | None = None
+    """LIBERO: average over what a new pixel covers when the policy's images are resized, as openpi's client does; null
+    means what `preset` says."""
+    rotate_images: bool = True
+    """LIBERO: turn the images by 180 degrees, as published policies were trained."""
+    render_quality: Literal["exact", "fast"] = "exact"
+    """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, with simpler meshes and
+    smaller textures, which takes less than half the time where a CPU renders and differs visibly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EnvConfig:
+        for name in ("task_ids", "init_states"):
+            numbers = getattr(self, name)
+            if numbers is not None and not 0 < len(set(numbers)) == len(numbers):
+                raise ValueError(f"{name} must name at least one number and none twice; null means all")
+        return self
+
+
+class PolicyConfig(Section):
+    """The frozen flow-matching policy."""
+
+    checkpoint: str | None = None
+    """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project
+    (docs/pi0.md); null means the embedded tabletop policy, which LIBERO cannot use."""
+    tokenizer: str | None = None
+    """A `tokenizer.json` or sentencepiece `.model`, or a directory with one; null means the checkpoint's own."""
+    norm_stats: str | None = None
+    """openpi's `norm_stats.json`, or a directory with one; null means what the checkpoint holds."""
+    action_horizon: int | None = Field(None, gt=0)
+    """Action slots of one sampled chunk; null means what config.json says, else 50 for Pi0 and 10 for Pi0.5."""
+    delta_action_dims: int | None = Field(None, ge=0)
+    """The first so many dimensions of the robot's state are added to its actions (openpi's
+    `extra_delta_transform` is 6); null means 6 for openpi's and RLinf's Pi0, and 0 for others."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and arithmetic of the transformers; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    ignore_render_quality: bool = False
+    """LIBERO: play although the policy, or the resumed run, was trained on pictures of the other
+    `env.render_quality`."""
+    denoise_steps: int = Field(10, gt=0, le=1000)
+    """Euler steps from noise (t=1) to action (t=0)."""
+    compile: bool = False
+    """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start."""
+
+    def overrides(self) -> dict[str, Any]:
+        """What the user says of the checkpoint itself: keyword arguments of `pi0.files.find_policy`."""
+        return self.model_dump(include={"tokenizer", "norm_stats", "action_horizon", "delta_action_dims"})
+
+
+class SacConfig(Section):
+    """DSRL-SAC: networks, losses and optimisation of the noise-choosing agent."""
+
+    image_pool: int = Field(2, ge=1)
+    """Average-pool the 64x64 image by this factor, a divisor of 64, before the convolutions (2 means 32x32)."""
+    conv_channels: list[int] = [32]
+    """Output channels of each convolution of the image encoder."""
+    conv_kernels: list[int] = [4]
+    """Kernel size of each convolution."""
+    conv_strides: list[int] = [4]
+    """Stride of each convolution."""
+    conv_padding: int = Field(0, ge=0)
+    """Zero padding of each convolution."""
+    image_latent_dim: int = Field(64, gt=0)
+    """Width of the encoded image."""
+    image_range: Literal["zero_one", "minus_one_one"] = "zero_one"
+    """Pixels are scaled to [0, 1] (official DSRL) or [-1, 1] (RLinf)."""
+    state_dim: int = Field(8, gt=0)
+    """Width of the robot state."""
+    state_latent_dim: int = Field(64, ge=0)
+    """Width of the encoded robot state; 0 means that the raw state is used."""
+    hidden_dims: list[int] = [128, 128, 128]
+    """Hidden layers of the actor's and of each Q head's MLP."""
+    num_q_heads: int = Field(10, gt=0)
+    """Number of Q functions in the critic."""
+    actor_layer_norm: bool = False
+    """LayerNorm after each hidden layer of the actor."""
+    critic_layer_norm: bool = True
+    """LayerNorm after each hidden layer of the critic."""
+    init: Literal["orthogonal", "default"] = "orthogonal"
+    """Initialisation of convolutions and MLPs: orthogonal (official DSRL) or torch's default with a small
+    last layer."""
+    noise_dim: int = Field(32, gt=0)
+    """Width of one noise vector: the policy's action width."""
+    noise_layout: Literal["repeat", "per_slot"] = "repeat"
+    """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
+    action_magnitude: float = Field(0.4, gt=0)
+    """The actor's noise is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
+    gamma: float = Field(0.979, gt=0, le=1)
+    """Discount factor, per `discount_per`."""
+    discount_per: Literal["env_step", "decision"] = "env_step"
+    """`env_step`: a decision that executed k steps is discounted by gamma^k; `decision`: by gamma."""
+    tau: float = Field(0.02, gt=0, le=1)
+    """Target network soft update coefficient."""
+    batch_size: int = Field(128, gt=0)
+    """Transitions per gradient update."""
+    actor_lr: float = Field(1e-3, gt=0)
+    """Adam learning rate of the actor."""
+    critic_lr: float = Field(1e-3, gt=0)
+    """Adam learning rate of the critic."""
+    alpha_lr: float = Field(3e-3, ge=0)
+    """Adam learning rate of the temperature."""
+    actor_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam betas of the actor."""
+    actor_grad_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of the actor; null switches clipping off."""
+    critic_grad_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of the critic; null switches clipping off."""
+    alpha_grad_clip: float | None = Field(10.0, gt=0)
+    """Largest gradient norm of the temperature; null switches clipping off."""
+    alpha_type: Literal["softplus", "exp"] = "softplus"
+    """How the temperature is parametrised."""
+    initial_alpha: float = Field(0.005, gt=0)
+    """Temperature at the start."""
+    target_entropy: float = -16.0
+    """Entropy that the temperature steers towards."""
+    q_aggregation: Literal["mean", "min"] = "mean"
+    """How the Q heads are combined, in the target and in the actor's loss."""
+    entropy_backup: bool = False
+    """Subtract alpha*log_prob of the next action in the target, as plain SAC does."""
+    log_std_min: float = -20.0
+    """Lower bound of the actor's log standard deviation (-20 and 2 are those of official DSRL and RLinf)."""
+    log_std_max: float = 2.0
+    """Upper bound of the actor's log standard deviation."""
+    train_actor_steps: int = Field(10, ge=0)
+    """The actor and the temperature are first updated after this many critic updates."""
+    augmentation: Literal["none", "crop", "crop_colour"] = "none"
+    """Image augmentation of observation and next observation: random shift by up to `augmentation_pad`
+    pixels, also with brightness, contrast and saturation jitter."""
+    augmentation_pad: int = Field(4, gt=0)
+    """Largest random shift in pixels."""
+    evaluation_noise: Literal["deterministic", "stochastic"] = "deterministic"
+    """Evaluate with tanh(mean) or with samples."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SacConfig:
+        lengths = {len(self.conv_channels), len(self.conv_kernels), len(self.conv_strides)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError("conv_channels, conv_kernels and conv_strides must have the same length, at least 1")
+        if SAC_IMAGE_SIZE % self.image_pool:
+            raise ValueError(f"image_pool must divide {SAC_IMAGE_SIZE}, {self.image_pool} does not")
+        size = SAC_IMAGE_SIZE // self.image_pool
+        for kernel, stride in zip(self.conv_kernels, self.conv_strides, strict=True):
+            if kernel < 1 or stride < 1:
+                raise ValueError("conv_kernels and conv_strides must be positive")
+            size = (size + 2 * self.conv_padding - kernel) // stride + 1
+            if size < 1:
+                raise ValueError("the convolutions leave no pixels; use smaller kernels or strides")
+        if not self.hidden_dims or min(self.hidden_dims + self.conv_channels) < 1:
+            raise ValueError("hidden_dims and conv_channels must be positive, hidden_dims not empty")
+        if not all(0 <= beta < 1 for beta in self.actor_betas):
+            raise ValueError(f"actor_betas must be in [0, 1), not {list(self.actor_betas)}")
+        if self.log_std_min >= self.log_std_max:
+            raise ValueError("log_std_min must be below log_std_max")
+        return self
+
+    def noise_width(self, horizon: int) -> int:
+        """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""
+        return self.noise_dim * (horizon if self.noise_layout == "per_slot" else 1)
+
+
+class ReplayConfig(Section):
+    """The shared-memory ring that holds transitions."""
+
+    capacity: int = Field(40_000, ge=64)
+    """Rows over all environments; a row is 12.5 kB."""
+    warmup_decisions: int = Field(400, ge=1)
+    """Decisions taken with unsquashed N(0, I) noise before learning starts."""
+
+
+class InferenceConfig(Section):
+    """The process that batches observations and samples action chunks."""
+
+    buckets: list[int] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    """Batch sizes that there are. A batch is padded to the next one if that fills 90 % of it, and else made smaller
+    (docs/throughput.md)."""
+    batch_wait_ms: float | None = Field(None, ge=0)
+    """How long to wait for more observations when not all are ready; null means not at all on a GPU, and 1 ms on a
+    CPU, whose cores the actors need to become ready."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of the inference process; null means chosen from the machine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> InferenceConfig:
+        if not self.buckets or sorted(set(self.buckets)) != self.buckets or self.buckets[0] < 1:
+            raise ValueError("buckets must be positive and strictly increasing, such as [1, 2, 4, 8]")
+        return self
+
+
+class LearnerConfig(Section):
+    """The process that updates the SAC agent."""
+
+    device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$")
+    """Device of the learner, `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means that of the policy."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of the learner process; null means chosen from the machine."""
+    publish_interval: int = Field(10, gt=0)
+    """Gradient updates between two broadcasts of actor weights."""
+
+
+class CheckpointConfig(Section):
+    interval_minutes: float = Field(5.0, gt=0)
+    """Minutes between two checkpoints while running."""
+    keep: int = Field(2, gt=0)
+    """How many checkpoints are kept."""
+
+
+class LogConfig(Section):
+    interval_s: float = Field(1.0, gt=0)
+    """Seconds between two refreshes of the console and of TensorBoard."""
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+    """Live display, plain lines, nothing; `auto` takes the live one where there is a terminal."""
+
+
+class Config(Section):
+    """A run."""
+
+    actors: int = Field(16, gt=0, le=MOST_ACTORS)
+    """Environment processes."""
+    envs_per_actor: int = Field(1, gt=0)
+    """Environments in each of these processes, taking turns: while one of them waits for its action chunk, another
+    executes its own; but while one executes or resets, the others of its process cannot (docs/throughput.md)."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of everything random."""
+    run_dir: str | None = None
+    """Where the run is written; null means `runs/<date>-<time>-<environment>`."""
+    resume: str | None = None
+    """A run directory to continue; its configuration is used. Command-line options override it, also for later
+    resumes; `--serial false` takes back `--serial`."""
+    serial: bool = False
+    """One process, fixed order: bit-for-bit reproducible by seed, and friendly to a debugger."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Stop after this many minutes (of this launch; a resumed run has as many again)."""
+    max_decisions: int | None = Field(None, gt=0)
+    """Stop after this many decisions (counted over all resumes)."""
+    profile: bool = False
+    """Find out what holds throughput back: a report and a trace in the run directory's `profile`, at the end and on
+    SIGUSR1 (docs/profiling.md)."""
+    stop_at_success: float | None = Field(None, gt=0, le=1)
+    """Stop when the success rate of the last 100 episodes reaches this."""
+    replay_ratio: float = Field(1.0, gt=0)
+    """Gradient updates per decision, counted from the end of the warm-up."""
+    replay_ratio_tolerance: float = Field(0.02, gt=0, lt=1)
+    """How far updates may be from `replay_ratio` x decisions, as a fraction."""
+    throttle_actors: bool = True
+    """Actors wait when the learner is behind; if false, only the learner waits when it is ahead."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of policy and learner."""
+    heartbeat_timeout_s: float = Field(120.0, gt=0)
+    """A process that gives no sign of life for this long is taken for dead and replaced; so is an actor, or the
+    template of all actors, for which making an environment or resetting it takes this long."""
+    env: EnvConfig = EnvConfig()
+    policy: PolicyConfig = PolicyConfig()
+    sac: SacConfig = SacConfig()
+    replay: ReplayConfig = ReplayConfig()
+    inference: InferenceConfig = InferenceConfig()
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def lanes(self) -> int:
+        """Environments of the run. Each has a slot, a lane of the replay ring, and counters of its own."""
+        return self.actors * self.envs_per_actor
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.serial and (self.device == "cuda" or (self.learner.device or "cpu") != "cpu"):
+            raise ValueError("serial mode runs on the CPU; drop --serial or set device and learner.device to cpu")
+        if self.replay.capacity < self.lanes * MIN_LANE_ROWS:
+            whose, lower = f"{self.actors} actors", "actors"
+            if self.envs_per_actor > 1:
+                whose, lower = f"{self.lanes} environments", "actors or envs_per_actor"
+            raise ValueError(
+                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {whose} "
+                f"({self.lanes * MIN_LANE_ROWS}); raise it or lower {lower}"
+            )
+        if self.replay.capacity < self.replay.warmup_decisions:
+            raise ValueError("replay.capacity must not be below replay.warmup_decisions")
+        if self.replay.warmup_decisions < self.sac.batch_size:
+            raise ValueError(
+                "replay.warmup_decisions must be at least sac.batch_size, or the first batch cannot be filled"
+            )
+        return self
+
+
+MIN_LANE_ROWS = 16
+"""Fewest replay rows of one environment: below this, a reader loses most races with the writer."""

@@ -1,0 +1,135 @@
+"""Which episodes an evaluation plays, and which process plays which of them."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from dsrl_async.config.settings import ConfigError
+from dsrl_async.envs import libero_files
+
+
+class Episode(NamedTuple):
+    """One episode of an evaluation."""
+
+    number: int
+    """With the evaluation's seed it determines scene and noise, whatever else is played."""
+    task: int
+    """The task's number in its suite; 0 for the tabletop."""
+    init_state: int | None
+    """Which of the task's published initial states; None for the tabletop."""
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """The numbers that `0,3` or `40-49` or `0-4,7` names, in order; raises ConfigError naming the option."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ConfigError(f"{option}: {text!r} is not a list of numbers; write it like 0,3 or 40-49")
+        numbers.update(range(int(first), int(last or first) + 1))
+    if not numbers:
+        raise ConfigError(f"{option}: {text!r} names no number; write a range upwards, like 40-49")
+    return sorted(numbers)
+
+
+def plan_suite(
+    suite: str, tasks: Sequence[int] | None, init_states: Sequence[int] | None, episodes: int | None
+) -> list[Episode]:
+    """Episodes of a LIBERO suite; see `plan_episodes`.
+
+    Raises ValueError if LIBERO is not installed or does not have such a task or initial state.
+    """
+    counts = [len(libero_files.init_states(suite, task)) for task in range(len(libero_files.task_names(suite)))]
+    chosen = libero_files.selected_tasks(suite, tasks)
+    for task in chosen:
+        libero_files.selected_init_states(suite, task, init_states)
+    return plan_episodes(counts, chosen, init_states, episodes)
+
+
+def plan_episodes(
+    counts: Sequence[int], tasks: Sequence[int], init_states: Sequence[int] | None, episodes: int | None
+) -> list[Episode]:
+    """`episodes` episodes, spread evenly over `tasks`, each task's from its `init_states` in order.
+
+    Args:
+        counts: how many initial states each task of the suite has.
+        tasks: the tasks to play.
+        init_states: those to start from, None meaning all.
+        episodes: how many in all, None meaning each initial state once. Where there are more than initial states,
+            these are gone through again (see `check_repeats`).
+
+    An episode's number counts through all initial states of all tasks of the suite, which is what `env.scene_order`
+    `cycled` does; so it is the same scene with the same noise whichever tasks and initial states are chosen.
+    """
+    states = {task: list(range(counts[task]) if init_states is None else init_states) for task in tasks}
+    if episodes is None:
+        quota = {task: len(states[task]) for task in tasks}
+    else:
+        quota = {task: episodes // len(tasks) + (place < episodes % len(tasks)) for place, task in enumerate(tasks)}
+    planned = []
+    for task in tasks:
+        for index in range(quota[task]):
+            repeat, place = divmod(index, len(states[task]))
+            state = states[task][place]
+            planned.append(Episode(repeat * sum(counts) + sum(counts[:task]) + state, task, state))
+    return planned
+
+
+def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> None:
+    """Raises ConfigError where deterministic episodes of a LIBERO suite would be played again, to the same end.
+
+    Without noise, two episodes from one initial state differ if `env.seeding` is `episode` and furniture stands in the
+    scene, and else in nothing. Counting such would only make the interval of the success rate too narrow.
+    """
+    scenes = {(episode.task, episode.init_state) for episode in episodes}
+    if len(scenes) == len(episodes):
+        return
+    furniture = all(libero_files.has_furniture(suite, task) for task in {task for task, _ in scenes})
+    if not (furniture and seeding == "episode"):
+        raise ConfigError(
+            f"--episodes: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others "
+            f"would only repeat these; give --noise stochastic{', or --env.seeding episode' if furniture else ''}, "
+            f"or at most --episodes {len(scenes)}"
+        )
+
+
+def across_tasks(episodes: Iterable[Episode]) -> list[Episode]:
+    """The same episodes, the first of every task before the second of any."""
+    seen: Counter[int] = Counter()
+    places = {}
+    for episode in episodes:
+        places[episode] = seen[episode.task]
+        seen[episode.task] += 1
+    return sorted(places, key=lambda episode: (places[episode], episode.task))
+
+
+class Schedule:
+    """Gives episodes to processes so that each keeps to one task as long as possible.
+
+    Compiling a task's scene takes seconds, so a process goes on with its task while that has episodes left. Then it
+    takes the task with the most episodes left for each process that would play it: one that nobody plays, or at the
+    end the one that would take longest. Every episode is given once.
+    """
+
+    def __init__(self, episodes: Iterable[Episode]) -> None:
+        self._waiting: dict[int, deque[Episode]] = {}
+        for episode in episodes:
+            self._waiting.setdefault(episode.task, deque()).append(episode)
+        self._task_of: dict[int, int] = {}
+
+    def next(self, lane: int) -> Episode | None:
+        """What process `lane` plays next; None when nothing is left."""
+        task = self._task_of.pop(lane, None)
+        if task not in self._waiting:
+            players = Counter(self._task_of.values())
+            waiting = self._waiting
+            task = max(waiting, key=lambda other: len(waiting[other]) / (players[other] + 1), default=None)
+        if task is None:
+            return None
+        self._task_of[lane] = task
+        episode = self._waiting[task].popleft()
+        if not self._waiting[task]:
+            del self._waiting[task]
+        return episode

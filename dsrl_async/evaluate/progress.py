@@ -1,0 +1,43 @@
+"""Shows the progress of an evaluation."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dsrl_async.evaluate.resolve import Plan
+from dsrl_async.evaluate.results import (
+    Outcome,
+)
+
+PLAIN_INTERVAL_S = 60.0  # between two lines about the progress, where there is no terminal
+
+
+class Bar:
+    """The progress on stderr: a bar where there is a terminal, else a line now and then."""
+
+    def __init__(self, plan: Plan, outcomes: dict[int, Outcome], console: Console) -> None:
+        self._name, self._total = f"{plan.mode} policy", len(plan.episodes)
+        self._outcomes, self._console = outcomes, console
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._next_line = time.monotonic() + PLAIN_INTERVAL_S
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        self._bar = self._progress.add_task(self._name, total=self._total)
+        self.update()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def update(self) -> None:
+        done = len(self._outcomes)
+        rate = f", success {sum(outcome.success for outcome in self._outcomes.values()) / done:.1%}" if done else ""
+        self._progress.update(self._bar, completed=done, description=f"{self._name}{rate}")
+        if not self._console.is_terminal and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + PLAIN_INTERVAL_S
+            self._console.print(f"{self._name}: {done} of {self._total} episodes{rate}")

@@ -1,0 +1,141 @@
+"""What an evaluation's command line asks for: its configuration, policy, episodes and identity."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsrl_async.config.command_line import make_paths_absolute, override
+from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.envs.libero import versions as simulator_versions
+from dsrl_async.envs.libero import with_preset
+from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
+from dsrl_async.evaluate.results import (
+    identify_files,
+    versions,
+)
+from dsrl_async.host.device import resolve_device
+from dsrl_async.host.machine import available_cpus
+from dsrl_async.pi0.checkpoint import resolve_dtype
+from dsrl_async.pi0.tensors import find_tensors
+from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.inference.steering import Mode
+from dsrl_async.run.preflight.policy import policy_directory
+
+SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
+"""The settings, or sections of them, that an evaluation uses."""
+
+
+TABLETOP_EPISODES = 100
+
+
+MAX_PROCESSES = 16  # where nothing else is said
+
+
+class Plan(NamedTuple):
+    """An evaluation, resolved: what a command line asks for."""
+
+    config: Config
+    """With evaluation's own number of actors and seed, and without a profile."""
+    checkpoint: Path | None
+    """Of a run, with the agent that steers; None for a policy without one."""
+    mode: Mode
+    episodes: list[Episode]
+    instructions: tuple[str, ...]
+    """Of the environment's tasks, by number."""
+
+
+def resolve(options: argparse.Namespace) -> Plan:
+    """What the options ask for; raises ValueError, of which ConfigError is one, with one sentence."""
+    for name in ("episodes", "processes", "videos"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError("--seed must be in [0, 2^63)")
+    settings, checkpoint = base_settings(options)
+    given = {key: text for key, text in vars(options).items() if key.startswith(SETTINGS)}
+    if options.suite is not None:
+        if given.get("env.name", options.suite) != options.suite:
+            raise ConfigError("--env.name cannot be combined with --suite, which names the environment")
+        env = settings.get("env") or {}
+        left_out = {"task_ids", "init_states"}
+        if env.get("name") != options.suite:
+            left_out.add("max_episode_steps")  # how long an episode may take is a matter of the suite
+        settings["env"] = {key: value for key, value in env.items() if key not in left_out}
+        given["env.name"] = options.suite
+    override(settings, given)
+    config = validate(settings)
+    make_paths_absolute(config.policy)
+    if config.env.name == "tabletop":
+        if options.tasks is not None or options.init_states is not None:
+            raise ConfigError("--tasks and --init-states are of LIBERO; give --suite, too")
+        episodes = [Episode(number, 0, None) for number in range(options.episodes or TABLETOP_EPISODES)]
+        processes = MAX_PROCESSES
+    else:
+        episodes = plan_suite(
+            config.env.name,
+            parse_numbers("--tasks", options.tasks) if options.tasks else config.env.task_ids,
+            parse_numbers("--init-states", options.init_states) if options.init_states else config.env.init_states,
+            options.episodes,
+        )
+        everything = {"task_ids": None, "init_states": None, "scene_order": "cycled"}  # which the numbers count
+        config = config.model_copy(update={"env": config.env.model_copy(update=everything)})
+        processes = min(MAX_PROCESSES, available_cpus())
+    actors = min(options.processes or processes, len(episodes))
+    replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the actors write it, nobody reads it
+    own = {"actors": actors, "envs_per_actor": 1, "seed": options.seed, "replay": replay, "profile": False}
+    config = config.model_copy(update=own)
+    preflight.check_device("device", config.device)
+    _, spec = preflight.check_policy(config)
+    mode: Mode = options.noise or config.sac.evaluation_noise
+    if checkpoint is None or options.base:
+        mode = "base"
+    if mode == "deterministic" and config.env.name != "tabletop":
+        check_repeats(config.env.name, episodes, with_preset(config.env.model_dump())["seeding"])
+    return Plan(config, checkpoint, mode, episodes, spec.prompts)
+
+
+def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
+    """Settings of the run or file to evaluate, or none, and the run's checkpoint."""
+    if options.checkpoint is None:
+        return read_yaml(Path(options.config)) if options.config is not None else {}, None
+    if options.config is not None:
+        raise ConfigError("--config cannot be combined with --checkpoint: the run's own configuration is used")
+    checkpoint = checkpoints.find(Path(options.checkpoint))
+    if checkpoint is None:
+        what = "there is no checkpoint in it" if Path(options.checkpoint).exists() else "it does not exist"
+        raise ConfigError(f"--checkpoint {options.checkpoint}: {what}; give a run directory, or one of its checkpoints")
+    return read_yaml(checkpoint.parent.parent / "config.yaml"), checkpoint
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """All that outcomes depend on: JSON-ready, with the presets' values filled in."""
+    config, mode = plan.config, plan.mode
+    env = config.env.model_dump()
+    if env["name"] != "tabletop":
+        env = with_preset(env)
+        env["task_ids"] = sorted({episode.task for episode in plan.episodes})
+        env["init_states"] = sorted({episode.init_state for episode in plan.episodes if episode.init_state is not None})
+    directory = policy_directory(config)
+    device = resolve_device(config.device)
+    steering = {}
+    if plan.checkpoint is not None and mode != "base":
+        agent = identify_files([plan.checkpoint / checkpoints.AGENT])
+        steering = {"agent": str(plan.checkpoint.absolute()), "agent_files": agent, "sac": config.sac.model_dump()}
+    return {
+        "episodes": len(plan.episodes),
+        "seed": config.seed,
+        "noise": mode,
+        "env": env,
+        "policy": {
+            **config.policy.model_dump(),
+            "checkpoint": str(directory.absolute()),
+            "dtype": str(resolve_dtype(config.policy.dtype, device)).removeprefix("torch."),
+            "files": identify_files(sorted({tensor.file for tensor in find_tensors(directory).values()})),
+        },
+        **steering,
+        "device": device.type,
+        "versions": versions(simulator_versions()),
+    }

@@ -1,0 +1,116 @@
+"""Child processes: started as modules with one JSON argument, inheriting the descriptors they need."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""A thread that waits for others of its team sleeps. By default it spins, on a core that the one it waits for may need:
+other processes want the cores, too (docs/tuning.md has figures)."""
+PR_SET_PDEATHSIG = 1
+REAP_S = 5.0  # a killed process that is still there after this is stuck in the kernel, and left to it
+
+
+class Program(NamedTuple):
+    """What a child process runs."""
+
+    module: str
+    settings: Mapping[str, Any] = {}
+    """JSON-ready; told to it beside its job."""
+
+
+class Process(Protocol):
+    """A child process: a `subprocess.Popen`, or one that was forked (`template.Forked`)."""
+
+    pid: int
+    returncode: Any  # int | None; a protocol's attribute has to be of the very same type as theirs
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
+
+
+def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
+    """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches the supervisor only.
+
+    `threads` limits the process's numeric libraries, whose `WAIT_POLICY` the user's environment can override; its
+    output is appended to `log`.
+    """
+    environment = WAIT_POLICY | os.environ | {name: str(threads) for name in THREAD_VARIABLES}
+    argument = json.dumps({**job, "parent": os.getpid(), "threads": threads})
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, argument],
+            pass_fds=tuple(fds),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=environment,
+        )
+
+
+def prepare_child(parent: int) -> None:
+    """To be called first in a child: it ends with the process `parent`, and only that one decides when.
+
+    The kernel kills it when the parent ends, however that happens. Signals that a terminal or a batch system sends to
+    all processes of a job are left to the parent.
+    """
+    for output in (sys.stdout, sys.stderr):  # what one process prints is not printed again by those forked from it
+        cast(io.TextIOWrapper, output).reconfigure(line_buffering=True)
+    faulthandler.enable()  # what crashes in C code leaves the Python lines that led there
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many open files as the system lets us; returns how many."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def wait_all(children: Iterable[Process], deadline: float) -> bool:
+    """Wait until all have ended; False if some still ran at `deadline` (of time.monotonic)."""
+    for child in children:
+        try:
+            child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return False
+    return True
+
+
+def kill_all(children: Iterable[Process]) -> None:
+    """SIGKILL and reap; at once."""
+    children = list(children)
+    for child in children:
+        child.kill()
+    wait_all(children, time.monotonic() + REAP_S)
+
+
+def how_ended(code: int) -> str:
+    """A process's return code in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def last_line(log: Path, since: int = 0) -> str:
+    """The last line that a log file got after its first `since` bytes, for an error message."""
+    text = log.read_bytes()[since:].decode(errors="replace").strip() if log.is_file() else ""
+    return text.splitlines()[-1].strip() if text else "it left no message"

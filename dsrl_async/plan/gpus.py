@@ -1,0 +1,46 @@
+"""GPUs of NVIDIA's data sheets, and how long a batch of Pi0 should take on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.roofline import stages
+
+GPUS = {
+    "a10": (125, 0.6),
+    "a100": (312, 2.04),
+    "b200": (2250, 8.0),
+    "h100": (989, 3.35),
+    "h200": (989, 4.8),
+    "l4": (121, 0.3),
+    "l40s": (362, 0.864),
+    "rtx4090": (165, 1.01),
+}
+"""TFLOPS of dense bfloat16 products with float32 sums, and TB/s of memory, of NVIDIA's data sheets (SXM where there is
+a choice, A100 with 80 GB)."""
+
+
+SUSTAINED = 800 / 989
+"""Of a data sheet's TFLOPS, what large products reach; 800 on an H100 is what pi0/roofline.py reckons with."""
+
+
+ABOVE_BOUND = 1.3
+"""Times the bound is what a batch is supposed to take."""
+
+
+def roofline(gpu: str, policy: Pi0Config, denoise_steps: int, sizes: Sequence[int]) -> dict[int, float]:
+    """Seconds by batch size: `ABOVE_BOUND` times the bound, with all language slots in use."""
+    tera_flops, tera_bytes = GPUS[gpu]
+    work = stages(policy, policy.max_token_len, denoise_steps).values()
+    return {
+        size: ABOVE_BOUND * sum(stage.bound_s(size, SUSTAINED * tera_flops * 1e12, tera_bytes * 1e12) for stage in work)
+        for size in sizes
+    }
+
+
+def h100(size: int) -> float:
+    """Seconds of a batch of Pi0, two cameras and 48 language tokens: its bound on an H100, and 30 % more."""
+    work = stages(Pi0Config(), language_length=48, denoise_steps=10).values()
+    weights, saturated = (sum(stage.bound_s(batch, 800e12, 3.35e12) for stage in work) for batch in (1, 32))
+    return 1.3 * max(weights, saturated / 32 * size)

@@ -1,0 +1,215 @@
+"""Short measurements of the parts of a run, through the classes that a run uses, one after another in this process."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dsrl_async.config.settings import Config, ConfigError, SacConfig
+from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host.device import resolve_device
+from dsrl_async.host.machine import cpu_threads
+from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.run.inference.policies import load_policies
+from dsrl_async.run.inference.server import InferenceServer
+from dsrl_async.run.learner.sampling import source_for
+from dsrl_async.run.learner.updates import Updates
+from dsrl_async.run.preflight.policy import policy_directory
+from dsrl_async.run.worker.worker import Actor
+from dsrl_async.sac.agent import SacAgent
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.memory import create_memory
+from dsrl_async.shm.replay import ReplayRing, replay_fields
+
+RING_ROWS = 4096
+"""Rows of the replay ring that is drawn from, random ones: 50 MB, more than a cache holds."""
+FEWEST = 3  # samples of anything
+IDLE_LOAD = 0.5
+PATIENCE, LEAST_PATIENCE_S = 6, 60.0
+"""How many times its share of the time the environment may take until an episode ends, and the seconds at least."""
+
+
+class Measured(NamedTuple):
+    """Fields of `capacity.Figures`."""
+
+    environment: EnvironmentTimes
+    steps_per_decision: float
+    environment_cores: float
+    device_s: dict[int, float]
+    device_cores: float
+    update_s: float
+    update_cores: float
+
+
+class Took(NamedTuple):
+    """Of one call."""
+
+    seconds: float
+    cpu_s: float
+    """Of all threads."""
+
+
+def timed(function: Callable[[], object]) -> Took:
+    cpu, begin = time.process_time(), time.perf_counter()
+    function()
+    return Took(time.perf_counter() - begin, time.process_time() - cpu)
+
+
+def repeat(function: Callable[[], object], seconds: float) -> list[Took]:
+    """Samples of about so many seconds in all, at least `FEWEST`; the first call, which warms up, counts only if there
+    is no time for another one."""
+    first = timed(function)
+    if first.seconds > seconds:
+        return [first]
+    samples: list[Took] = []
+    begin = time.monotonic()
+    while len(samples) < FEWEST or time.monotonic() - begin < seconds:
+        samples.append(timed(function))
+    return samples
+
+
+def cores(samples: list[Took]) -> float:
+    """That were busy."""
+    return sum(took.cpu_s for took in samples) / sum(took.seconds for took in samples)
+
+
+def measuring_config(config: Config) -> Config:
+    """The run as it is measured: every batch size, a small ring, a warm-up that never ends."""
+    sizes = config.inference.buckets
+    replay = config.replay.model_copy(update={"capacity": 16 * sizes[-1], "warmup_decisions": 2**31})
+    return config.model_copy(update={"actors": sizes[-1], "envs_per_actor": 1, "replay": replay, "max_decisions": None})
+
+
+def measure(
+    config: Config, spec: EnvironmentSpec, horizon: int, seconds: float, say: Callable[[str], None]
+) -> Measured:
+    """About `seconds` of measurement, beside loading the policy and the scene; `say` is told what comes next.
+
+    `config` is one of `measuring_config`. Raises ConfigError where an episode takes too long to see its end.
+    """
+    part_s = seconds / 3
+    if (load := os.getloadavg()[0]) > IDLE_LOAD:
+        say(f"the machine has a load of {load:.1f}: if others use it now, all times will be too long")
+    with closing(create_memory(config, spec, horizon)) as arena:
+        say("loading the policy")
+        device = resolve_device(config.device)
+        torch.set_num_threads(cpu_threads(config.inference.threads))
+        policies = load_policies(config, spec, device, "stochastic", policy_directory(config))
+        server = InferenceServer(config, arena, policies, lambda lanes: None)
+        say(f"environment: {part_s:.0f} s, until an episode has ended")
+        actor = Actor(0, 1, config.seed, config.env.model_dump(), arena)
+        try:
+            times, steps, environment_cores = measure_environment(actor, server, part_s)
+        finally:
+            actor.env.close()
+        device_s, device_cores = measure_device(server, part_s, say)
+    say(f"gradient updates: {part_s:.0f} s")
+    torch.set_num_threads(cpu_threads(config.learner.threads))
+    update = repeat(updating(config, horizon), part_s)
+    return Measured(
+        times,
+        steps,
+        environment_cores,
+        device_s,
+        device_cores,
+        statistics.median(took.seconds for took in update),
+        cores(update),
+    )
+
+
+def measure_environment(actor: Actor, server: InferenceServer, seconds: float) -> tuple[EnvironmentTimes, float, float]:
+    """Its times, steps per decision and busy cores, played by the policy with the noise of the warm-up."""
+    lane, counters = np.array([actor.lane]), actor.counters
+    within: list[Took] = []  # chunks
+    ending: list[Took] = []  # chunks that ended an episode, with the reset
+    finished = 0  # decisions of episodes that have ended
+    actor.start()
+    begin, limit_s = time.monotonic(), max(LEAST_PATIENCE_S, PATIENCE * seconds)
+    while (spent := time.monotonic() - begin) < seconds or not ending or len(within) + len(ending) < FEWEST:
+        if spent > limit_s:
+            raise ConfigError(
+                f"no episode ended within {spent:.0f} s; measure longer with --seconds, or lower env.max_episode_steps"
+            )
+        server.serve_ready(lane)
+        episodes = int(counters.actor_episodes[actor.lane])
+        took = timed(actor.advance)
+        if counters.actor_episodes[actor.lane] == episodes:
+            within.append(took)
+        else:
+            ending.append(took)
+            finished = len(within) + len(ending)
+    chunks = [took.seconds for took in within or ending]  # where every decision ends an episode, resets are in them
+    chunk_s = statistics.fmean(chunks)
+    reset_s = max(0.0, statistics.fmean(took.seconds for took in ending) - chunk_s)
+    sigma = float(np.std(np.log(chunks)))
+    steps = float(counters.actor_env_steps[actor.lane]) / (len(within) + len(ending))
+    return EnvironmentTimes(chunk_s, sigma, reset_s, len(ending) / finished), steps, cores(within + ending)
+
+
+def measure_device(
+    server: InferenceServer, seconds: float, say: Callable[[str], None]
+) -> tuple[dict[int, float], float]:
+    """Seconds of a batch by size (gathering, computing, scattering) and busy cores, for copies of one observation."""
+    slots = server.slots
+    for rows in (slots.images, slots.sac_image, slots.state, slots.standard_normal, slots.task_index):
+        rows[1:] = rows[0]
+    times: dict[int, float] = {}
+    everything: list[Took] = []
+    number = 2**20  # of a request: more than the actor has made
+    for size in server.sizes:
+        say(f"policy, batches of {size}: {seconds / len(server.sizes):.1f} s")
+        lanes = np.arange(size)
+
+        def batch(lanes: np.ndarray = lanes) -> None:
+            nonlocal number
+            number += 1
+            for lane in lanes.tolist():
+                slots.request(lane, 1, number)
+            served = server.serve_ready(lanes)
+            assert served == len(lanes)
+
+        samples = repeat(batch, seconds / len(server.sizes))
+        times[size] = statistics.median(took.seconds for took in samples)
+        everything += samples
+        if size > 1 and times[size] > seconds:
+            break  # a large policy on a CPU: that is how long larger batches take, by the row
+    return times, cores(everything)
+
+
+def updating(config: Config, horizon: int) -> Callable[[], None]:
+    """One gradient update of critic, actor and temperature, done when it returns."""
+    sac = config.sac.model_copy(update={"train_actor_steps": 0})
+    device = resolve_device(config.learner.device or config.device)
+    agent = SacAgent(sac, horizon, device, config.seed)
+    updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size)
+    updates.refresh()
+    if device.type == "cuda":
+        updates.capture()
+
+    def update() -> None:
+        updates.refresh()
+        updates.draw_batch()
+        updates.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return update
+
+
+def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
+    """A full lane of random observations, in episodes of ten decisions."""
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim)))
+    rng = np.random.default_rng(0)
+    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
+    for name in ("state", "noise"):
+        ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
+    ring.rows["complete"][:] = np.arange(rows) % 11 != 10
+    ring.head[:] = rows
+    return ring

@@ -1,0 +1,154 @@
+"""Shows a prediction: tables, a sentence and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from dsrl_async.config.settings import MOST_ACTORS, Config
+from dsrl_async.plan.capacity import (
+    BUSY,
+    Bound,
+    Figures,
+    Machines,
+    Payload,
+    Prediction,
+    Verdict,
+)
+
+BAR = 24  # columns
+
+
+PICTURES = (".pdf", ".png", ".svg")
+
+
+MORE: dict[Bound, str] = {
+    "device": "a faster device, fewer policy.denoise_steps or policy.compile would give more; more actors would not",
+    "cores": "more cores would give more; more actors would not",
+    "learner": "a lower replay_ratio or a quicker update would give more; more actors would not",
+    "actors": "more machines would give more",
+    "memory": "more memory or a smaller replay.capacity would allow more actors, and they would give more",
+}
+
+
+class Plan(NamedTuple):
+    """What the command line asks about."""
+
+    config: Config
+    figures: Figures
+    payload: Payload
+
+
+def sentence(figures: Figures, verdict: Verdict) -> str:
+    """The verdict in words."""
+    at, bound = verdict
+    actors, saturate, reach = f"{at.actors} actors", "saturate", "reach"
+    if at.actors == 1:
+        actors, saturate, reach = "1 actor", "saturates", "reaches"
+    rates = f"{at.decisions_per_s:,.4g} decisions/s ({at.env_steps_per_s:,.4g} env steps/s, "
+    rates += f"{at.updates_per_s:,.4g} updates/s), {BUSY:.0%} of the most that is possible here"
+    if bound == "device":
+        return f"{actors} {saturate} the device: {rates}. The device is the bound: {MORE[bound]}."
+    what = {
+        "cores": f"The {figures.cores:g} CPU cores are the bound",
+        "learner": f"The learner is the bound, at a replay ratio of {figures.replay_ratio:g}",
+        "actors": f"The {MOST_ACTORS} actors that a run may have are the bound",
+        "memory": f"Memory is the bound: it holds {figures.most_actors} actors",
+    }[bound]
+    busy = f"The device computes the policy for {at.device_busy:.0%} of the time."
+    return f"{actors} {reach} {rates}. {busy} {what}: {MORE[bound]}."
+
+
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0), header_style="")
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header in ("", "bound") else "right"
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def show(
+    console: Console, plan: Plan, points: Sequence[Prediction], verdict: Verdict, network: Sequence[Machines]
+) -> None:
+    figures, times, payload = plan.figures, plan.figures.environment, plan.payload
+    console.print(
+        f"environment  {1e3 * times.chunk_s:.4g} ms per chunk of {figures.steps_per_decision:.3g} steps (spread "
+        f"{times.sigma:.2f}), reset {times.reset_s:.3g} s every {1 / times.reset_probability:.3g} decisions, "
+        f"{figures.environment_cores:.2g} cores"
+    )
+    batches = ", ".join(f"{size}: {1e3 * seconds:.4g}" for size, seconds in sorted(figures.device_s.items()))
+    console.print(f"device       ms by batch size: {batches}; {figures.device_cores:.2g} cores")
+    shared = ", on the policy's device" if figures.learner_shares_device else ""
+    learner = f"{1e3 * figures.update_s:.4g} ms per update{shared}, {figures.replay_ratio:g} updates per decision, "
+    learner += f"{figures.update_cores:.2g} cores"
+    console.print(f"learner      {learner if figures.update_s else 'left out (--update-ms)'}")
+    console.print(f"machine      {figures.cores:g} cores, memory for {figures.most_actors:,} actors\n")
+
+    top = max(point.decisions_per_s for point in points)
+    rows = [
+        (
+            f"{point.actors}",
+            f"{point.decisions_per_s:,.4g}",
+            "█" * max(1, round(BAR * point.decisions_per_s / top)),
+            f"{point.env_steps_per_s:,.4g}",
+            f"{point.updates_per_s:,.4g}",
+            f"{point.device_busy:.0%}",
+            f"{point.cores_busy:.3g}",
+            point.bound,
+        )
+        for point in points
+    ]
+    console.print(table_of(["actors", "decisions/s", "", "env steps/s", "updates/s", "device", "cores", "bound"], rows))
+    console.print(f"\n{sentence(figures, verdict)}")
+
+    each = network[0].actors // network[0].nodes
+    console.print(
+        f"\nMany machines, each with a policy and {each} actors, and one with the learner "
+        f"({payload.transition:,} bytes per decision to it, {payload.weights:,} per machine and publication from it):"
+    )
+    rows_of_machines = [
+        (
+            f"{one.nodes}",
+            f"{one.actors:,}",
+            f"{one.decisions_per_s:,.4g}",
+            f"{one.updates_per_s:,.4g}",
+            f"{one.transition_bytes_per_s / 1e6:,.3g}",
+            f"{one.weights_bytes_per_s / 1e6:,.3g}",
+            one.bound,
+        )
+        for one in network
+    ]
+    columns = ["machines", "actors", "decisions/s", "updates/s", "in MB/s", "out MB/s", "bound"]
+    console.print(table_of(columns, rows_of_machines))
+    console.print(
+        f"Were only the environments elsewhere, a decision would take {payload.observation:,} bytes to the policy and "
+        f"{payload.action_chunk:,} back."
+    )
+
+
+def plot(path: Path, points: Sequence[Prediction], verdict: Verdict) -> None:
+    """Draw the curve; raises OSError if the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    actors = [point.actors for point in points]
+    axes.plot(actors, [point.decisions_per_s for point in points], "o-", label="decisions/s")
+    axes.plot(actors, [point.updates_per_s for point in points], "--", label="updates/s")
+    axes.axvline(verdict.enough.actors, color="grey", linewidth=1)
+    text = f" {verdict.enough.actors} actors\n bound: {verdict.bound}"
+    axes.annotate(text, (verdict.enough.actors, 0), (2, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="actors", ylabel="per second", ylim=(0, None), title="predicted throughput")
+    axes.set_xticks(actors, [str(number) for number in actors], minor=False)
+    axes.minorticks_off()
+    busy = axes.twinx()
+    busy.plot(actors, [100 * point.device_busy for point in points], ":", color="tab:red", label="device busy")
+    busy.set(ylabel="device busy, %", ylim=(0, 105))
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,26 @@
+"""Records demonstrations of the scripted tabletop expert; see dsrl_async.pretraining.tabletop_demonstrations."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=1200, help="episodes to attempt")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    parser.add_argument("--out", default="data/tabletop_demonstrations.safetensors", help="file to write")
+    options = parser.parse_args()
+    try:
+        episodes, frames = make_demonstrations(options.out, options.episodes, options.seed, options.processes)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{options.out}: {episodes} of {options.episodes} episodes kept, {frames} frames")
+
+
+if __name__ == "__main__":
+    main()

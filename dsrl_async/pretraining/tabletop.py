@@ -1,0 +1,115 @@
+"""Makes the embedded tabletop policy: demonstrations, flow-matching pretraining, checkpoint.
+
+    python -m dsrl_async.pretraining.tabletop --out runs/tabletop_pi0
+
+The two stages of `dsrl_async.pretraining.stages`; the auxiliary loss of the first one asks where the block is.
+
+The demonstrations head for a random plate each time, so the policy is multimodal: which plate it chooses
+depends on the noise, and that is what DSRL steers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from dsrl_async.envs import environment_spec
+from dsrl_async.pi0.checkpoint import export_tensors, save_policy
+from dsrl_async.pi0.config import Pi0Config, tabletop_config
+from dsrl_async.pi0.files import NormStats
+from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
+from dsrl_async.pretraining.stages import (
+    Demonstrations,
+    Expert,
+    Joint,
+    Stage,
+    action_chunks,
+    build_tokenizer,
+    progress_bar,
+    statistics,
+)
+
+
+def read_demonstrations(
+    path: Path, config: Pi0Config, tokenizer: PromptTokenizer, prompt: str
+) -> tuple[Demonstrations, NormStats]:
+    data = load_file(path)
+    stats = {"state": statistics(data["state"]), "actions": statistics(data["action"])}
+    normaliser = Normaliser(config, stats)
+    chunks = action_chunks(data["action"], data["episode"], config.action_horizon)
+    block = data["block_position"]
+    scale = block.std(0)
+    block = (block - block.mean(0)) / scale
+    tokens, token_mask = (part.expand(len(chunks), -1) for part in tokenizer([prompt]))
+    state, chunks = normaliser.state(data["state"]), normaliser.actions(chunks)
+    return Demonstrations(data["images"], tokens, token_mask, state, chunks, block, scale, ("block",)), stats
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tabletop_pi0"), help="checkpoint directory to write")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data/tabletop_demonstrations.safetensors"),
+        help="made when missing",
+    )
+    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to make")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the training")
+    parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
+    parser.add_argument("--joint-batch", type=int, default=64, help="observations per update, first stage")
+    parser.add_argument("--expert-steps", type=int, default=6000, help="updates of the second stage")
+    parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
+    parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    console = Console()
+    start = time.monotonic()
+    if not args.data.is_file():
+        from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
+
+        console.print(f"making {args.episodes} demonstrations: {args.data}")
+        args.data.parent.mkdir(parents=True, exist_ok=True)
+        make_demonstrations(args.data, args.episodes, args.seed, args.threads)
+    made = time.monotonic()
+    torch.manual_seed(args.seed)
+    config = tabletop_config()
+    prompts = environment_spec({"name": "tabletop"}).prompts
+    tokenizer = build_tokenizer(config, prompts)
+    data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
+    model = Pi0(config)
+    joint_stage = Stage(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
+    expert_stage = Stage(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
+    console.print(f"{len(data)} frames, {sum(p.numel() for p in model.parameters()):,} parameters")
+    with progress_bar(console) as progress:
+        joint = Joint(model, data, joint_stage).train(progress)
+        expert = Expert(model, data, expert_stage).train(progress)
+    assert all(bool(tensor.isfinite().all()) for tensor in export_tensors(model).values())
+    save_policy(args.out, model, stats, tokenizer)
+    summary = {
+        "frames": len(data),
+        "demonstration_minutes": round((made - start) / 60, 2),
+        "training_minutes": round((time.monotonic() - made) / 60, 2),
+        "joint_losses": joint,
+        "expert_losses": expert,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+    }
+    console.print(json.dumps(summary, indent=2))
+    console.print(f"checkpoint: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Demonstrations of the scripted tabletop expert, for pretraining the embedded policy.
+
+The goal plate is uniformly random and the colours are shuffled, so a policy that imitates these episodes goes
+to any plate, whatever its colour. In two thirds of the episodes the executed translation carries
+Gaussian noise while the recorded action stays the expert's clean one (DART: Laskey et al., "DART: Noise
+Injection for Robust Imitation Learning", 2017), and some first grasps miss, so that the policy also learns to
+recover.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from functools import cache
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from rich.progress import track
+
+from dsrl_async import __version__
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.envs.tabletop import TabletopEnvironment
+from dsrl_async.pretraining.tabletop_expert import TabletopExpert
+
+_NOISE_SCALES = (0.0, 0.2, 0.4)
+_SLOPPY_FRACTION = 0.15
+_MAX_STEPS = 60
+_HOVER_FRAMES = 8
+"""Frames recorded after the block has landed, in which the gripper rises to the end and hovers."""
+
+
+@cache
+def _environment() -> TabletopEnvironment:
+    return TabletopEnvironment(layout="shuffle")
+
+
+def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
+    """Episode number `index` of the demonstrations of `seed`; None if the block missed its goal plate.
+
+    Returns, for its F frames, images uint8[F, 2, 64, 64, 3], state float32[F, 8], action float32[F, 7] (what
+    the expert would do there, without noise), block_position float32[F, 3] (m), episode int32[F] (`index`)
+    and goal int32[F] (the location of the plate that the expert goes to).
+    """
+    random = np.random.default_rng([seed, index])
+    environment = _environment()
+    environment.reset(int(random.integers(2**31)))
+    goal = int(random.integers(len(environment.plate_positions)))
+    noise_scale = random.choice(_NOISE_SCALES)
+    offset = None
+    if random.random() < _SLOPPY_FRACTION:
+        offset = np.array([random.choice([-1, 1]) * random.uniform(0.028, 0.036), random.uniform(-0.006, 0.006)])
+    expert = TabletopExpert(goal, offset)
+
+    images = np.empty((_MAX_STEPS, 2, 64, 64, 3), np.uint8)
+    state = np.empty((_MAX_STEPS, 8), np.float32)
+    action = np.empty((_MAX_STEPS, 7), np.float32)
+    block_position = np.empty((_MAX_STEPS, 3), np.float32)
+    sac_image = np.empty((SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3), np.uint8)
+    frames, hovered = 0, 0
+    while frames < _MAX_STEPS and hovered < _HOVER_FRAMES:
+        environment.observe(images[frames], sac_image, state[frames])
+        block_position[frames] = environment.block_position
+        action[frames] = expert.action(environment)
+        executed = action[frames].copy()
+        executed[:3] += noise_scale * random.standard_normal(3)
+        environment.step(executed)
+        frames += 1
+        hovered += environment.landed_on(goal)
+    if hovered < _HOVER_FRAMES:
+        return None
+    return {
+        "images": images[:frames],
+        "state": state[:frames],
+        "action": action[:frames],
+        "block_position": block_position[:frames],
+        "episode": np.full(frames, index, np.int32),
+        "goal": np.full(frames, goal, np.int32),
+    }
+
+
+def _record(task: tuple[int, int]) -> dict[str, NDArray] | None:
+    return record_episode(*task)
+
+
+def make_demonstrations(path: str | Path, episodes: int, seed: int, processes: int) -> tuple[int, int]:
+    """Writes demonstrations to the safetensors file `path`; returns how many episodes and frames it holds.
+
+    `episodes` are attempted; those that missed their goal plate (a few percent) are left out. The fields are
+    those of `record_episode`, episode after episode; they depend on `seed`, not on `processes`. A frame takes
+    25 kB.
+
+    Raises ValueError if `episodes` or `processes` is not positive.
+    """
+    if episodes < 1 or processes < 1:
+        raise ValueError(f"episodes and processes must be at least 1, not {episodes} and {processes}")
+    tasks = [(seed, index) for index in range(episodes)]
+    description = "Recording demonstrations"
+    if processes == 1:
+        attempts = list(track(map(_record, tasks), description, total=episodes))
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            attempts = list(track(pool.imap(_record, tasks, chunksize=4), description, total=episodes))
+    kept = [attempt for attempt in attempts if attempt is not None]
+    if not kept:
+        raise ValueError(f"none of {episodes} episodes reached its goal plate; ask for more episodes")
+    fields = {name: np.concatenate([episode[name] for episode in kept]) for name in kept[0]}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "seed": str(seed),
+        "attempted_episodes": str(episodes),
+        "episodes": str(len(kept)),
+        "dsrl_async_version": __version__,
+        "mujoco_version": mujoco.__version__,
+        "numpy_version": np.__version__,
+    }
+    safetensors.numpy.save_file(fields, path, metadata)
+    return len(kept), len(fields["episode"])

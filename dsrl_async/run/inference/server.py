@@ -1,0 +1,228 @@
+"""The inference process: batches observations that are ready, chooses noise, samples action chunks.
+
+`InferenceServer` does the work; `main` runs it in a process of its own, serial mode and evaluation call it directly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zmq
+from torch import Tensor
+
+from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.config.settings import Config
+from dsrl_async.envs import environment_spec
+from dsrl_async.host.device import register_memory, resolve_device
+from dsrl_async.host.processes import prepare_child
+from dsrl_async.host.stages import ranges_of, stages_of
+from dsrl_async.run.inference.batching import batch_sizes, batch_wait_s, choose_batch
+from dsrl_async.run.inference.policies import Policies, load_policies
+from dsrl_async.run.replay_ratio import decisions_allowed
+from dsrl_async.run.weights import Weights, WeightSubscriber
+from dsrl_async.sac.flat import layout_hash
+from dsrl_async.shm import events
+from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.slots import Slots
+from dsrl_async.shm.spans import phases_of
+
+logger = logging.getLogger(__name__)
+
+THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
+IDLE_POLL_S = 1.0
+
+
+class InferenceServer:
+    """Answers requests in the slots.
+
+    Args:
+        config: of the run.
+        arena: its shared memory.
+        policies: for every size of `batch_sizes`.
+        notify: called with the lanes that were answered.
+        training: warm up with Gaussian noise and keep the replay ratio; evaluation does neither.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        arena: Arena,
+        policies: Policies,
+        notify: Callable[[np.ndarray], None],
+        training: bool = True,
+    ) -> None:
+        self.config, self.policies, self.training, self._notify = config, policies, training, notify
+        self.slots, self.counters = Slots(arena), Counters(arena)
+        self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.tokens.device))
+        self.sizes = batch_sizes(config)
+        self.policy_version = -1  # no weights received yet
+
+    def load_weights(self, weights: Weights) -> None:
+        """Copy actor weights in place; everything that was captured stays valid."""
+        with self.phase("weights"):
+            # A copy first: the vector is a read-only view of a network frame.
+            self.policies.actor.load_flat_(torch.from_numpy(np.array(weights.flat)))
+            self.policy_version = weights.policy_version
+            self.counters.inference_policy_version[0] = weights.policy_version
+
+    def handed_out(self) -> int:
+        """Decisions completed or being executed."""
+        slots = self.slots
+        executing = (slots.request_id == slots.response_id) & (slots.request_id != 0)
+        return self.counters.decisions() + int(np.count_nonzero(executing))
+
+    def allowed(self, wanted: int, handed_out: int) -> int:
+        """How many of `wanted` requests may be answered now, so that the actors do not outrun the learner.
+
+        Where they must wait, all of them do until all may go on: a full batch costs little more than a batch of one.
+        The learner can always get far enough for that, see `decisions_allowed`.
+        """
+        config = self.config
+        wanted = min(wanted, self.sizes[-1])
+        if not self.training:
+            return wanted
+        warmup = config.replay.warmup_decisions
+        if config.max_decisions is not None:
+            wanted = min(wanted, config.max_decisions - handed_out)
+        if handed_out < warmup:
+            return min(wanted, warmup - handed_out)
+        if self.policy_version < 0:
+            return 0
+        limit = decisions_allowed(
+            int(self.counters.learner_updates[0]),
+            config.replay_ratio,
+            warmup,
+            config.replay_ratio_tolerance,
+            config.lanes,
+        )
+        return wanted if not config.throttle_actors or handed_out + wanted <= limit else 0
+
+    def serve_ready(self, ready: np.ndarray) -> int:
+        """Answer as many of the `ready` lanes as make a good batch and may be answered; returns how many that was."""
+        handed_out = self.handed_out() if self.training else 0
+        allowed = self.allowed(len(ready), handed_out)
+        if allowed <= 0:
+            return 0
+        count, size = choose_batch(allowed, self.sizes)
+        # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
+        self._serve(ready[:count], size, self.training and handed_out < self.config.replay.warmup_decisions)
+        return count
+
+    def _serve(self, lanes: np.ndarray, size: int, warmup: bool) -> None:
+        """Answer `lanes` with a batch of `size` rows."""
+        count = len(lanes)
+        slots, policies = self.slots, self.policies
+        with self.phase("gather"):
+            task_index = slots.task_index[lanes]
+            length = int(policies.language_length[task_index].max())
+            policy = policies.batch_policies[size, length]
+            numbers = slots.request_id[lanes]
+            waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
+            with policies.stage("host_to_device"):
+                for name, buffer in policy.inputs.items():
+                    gather(getattr(slots, name), lanes, buffer)
+            policies.fill_prompts(policy, task_index, length)
+            policy.warmup.fill_(warmup)
+        with self.phase("compute"):
+            policy.run()
+            with policies.stage("device_to_host"):
+                action_chunk = policy.actions[:count].cpu().numpy()
+                noise = policy.noise[:count].cpu().numpy()
+        with self.phase("scatter"):
+            answered = slots.answer(lanes, numbers, action_chunk, noise, max(self.policy_version, 0))
+            self._notify(answered)
+        counters = self.counters
+        counters.inference_batches[0] += 1
+        counters.inference_rows[0] += count
+        counters.inference_padded_rows[0] += size
+        counters.inference_queue_wait_s[0] += waited_ns.sum() * 1e-9
+
+
+def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:
+    """Copy rows [N, ...] of `lanes` to the front of `buffer` [B, ...], once and straight from the shared memory.
+
+    On CUDA that is a transfer per row, asynchronous if the memory is registered (`device.register_memory`).
+    """
+    if buffer.is_cpu:
+        # `clip`: with another mode numpy gathers into memory of its own first, and copies that to `out`
+        rows.take(lanes, axis=0, out=buffer.numpy()[: len(lanes)], mode="clip")
+    else:
+        for index, lane in enumerate(lanes):
+            buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)
+
+
+def main(argument: str) -> None:
+    """Run the inference process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
+    job = json.loads(argument)
+    prepare_child(job["parent"])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    torch.set_num_threads(job["threads"])
+    config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
+    arena = Arena.attach(job["arena"])
+    device = resolve_device(config.device)
+    register_memory(arena, device)
+    spec = environment_spec(config.env.model_dump())
+    stage = stages_of(arena, "inference", device)
+    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), stage)
+    serve(InferenceServer(config, arena, policies, notifier(job["wake_fds"])), job)
+
+
+def notifier(wake_fds: Sequence[int]) -> Callable[[np.ndarray], None]:
+    """Wakes the processes of the given lanes; `wake_fds` has one for each lane."""
+
+    def notify(lanes: np.ndarray) -> None:
+        for lane in lanes.tolist():
+            events.notify(wake_fds[lane])
+
+    return notify
+
+
+def serve(server: InferenceServer, job: dict[str, Any]) -> None:
+    """Answer requests, and take in new weights, until the run stops."""
+    config, observation_ready = server.config, job["observation_ready_fd"]
+    actor = server.policies.actor
+    subscriber = WeightSubscriber(job["weights_address"], layout_hash(actor), actor.flat.numel())
+    poller = zmq.Poller()
+    poller.register(subscriber.socket, zmq.POLLIN)
+    poller.register(observation_ready, zmq.POLLIN)
+    counters = server.counters
+    enough = min(server.sizes[-1], config.lanes)
+    patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.tokens.device.type == "cpu")
+    deadline = None  # until when to wait for a fuller batch
+    while counters.control_stop[0] < 2:
+        counters.inference_heartbeat_ns[0] = time.monotonic_ns()
+        if (weights := subscriber.newest()) is not None:
+            server.load_weights(weights)
+        events.clear(observation_ready)
+        ready = server.slots.ready()
+        if len(ready) == 0:
+            deadline = None
+            wait(server, poller, "wait_request", IDLE_POLL_S)
+            continue
+        now = time.monotonic()
+        deadline = deadline or now + patience_s
+        if len(ready) < enough and now < deadline:
+            wait(server, poller, "wait_batch", deadline - now)
+        elif server.serve_ready(ready):
+            deadline = None
+        else:
+            wait(server, poller, "wait_learner", THROTTLED_POLL_S)
+    subscriber.close()
+
+
+def wait(server: InferenceServer, poller: zmq.Poller, phase: str, seconds: float) -> None:
+    with server.phase(phase):
+        poller.poll(max(1, round(seconds * 1000)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

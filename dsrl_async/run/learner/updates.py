@@ -1,0 +1,76 @@
+"""Gradient updates over static buffers: what a GPU replays as one graph per update, and a CPU calls."""
+
+from __future__ import annotations
+
+import torch
+
+from dsrl_async.host.graphs import Captured, capture
+from dsrl_async.run.learner.sampling import Source, draw, empty_batch
+from dsrl_async.sac import METRIC_NAMES
+from dsrl_async.sac.agent import SacAgent
+
+ATTEMPTS = 100
+"""At drawing a batch of which no row is overwritten meanwhile; needed only where lanes are very short."""
+
+
+class Updates:
+    """Draws batches from `source` and lets the agent learn from them.
+
+    Static buffers: `random`, filled before each update; `positions` int64 [B] and `batch`, written by `draw`; `metrics`
+    fp32 [len(METRIC_NAMES)], of the last update; and all that the agent keeps.
+    """
+
+    def __init__(self, agent: SacAgent, source: Source, batch_size: int) -> None:
+        self.agent, self.source = agent, source
+        self.random = agent.random_numbers(batch_size)
+        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=agent.device)
+        self.batch = empty_batch(source.columns, batch_size)
+        self.metrics = torch.zeros(len(METRIC_NAMES), device=agent.device)
+        self.captured: Captured | None = None
+
+    def draw(self) -> None:
+        """First half of an update: a batch."""
+        draw(self.source, self.random, self.agent.config, self.positions, self.batch)
+
+    def learn(self, update_actor: bool) -> None:
+        """Second half: the gradient steps."""
+        self.metrics.copy_(self.agent.learn(self.batch, self.random, update_actor))
+
+    def whole(self, update_actor: bool) -> None:
+        self.draw()
+        self.learn(update_actor)
+
+    def capture(self) -> None:
+        """Have `run` replay CUDA graphs from now on, where that is possible.
+
+        There are two, for updates without and with the actor. They are rehearsed first, and the agent is put back to
+        what it was.
+        """
+        before = self.agent.state_tensors()
+        functions = [lambda: self.whole(False), lambda: self.whole(True)]
+        self.captured = capture(functions, self.agent.device, None, "the learner")
+        self.agent.load_state_tensors(before)
+
+    def refresh(self) -> int:
+        """Take in what the actors have written; returns how many decisions can be drawn."""
+        return self.source.refresh()
+
+    def draw_batch(self) -> bool:
+        """Draw random numbers and, without graphs, the batch; False if its rows were overwritten every time."""
+        for _ in range(ATTEMPTS):
+            self.random.draw_(self.agent.generator)
+            if self.captured:
+                return True
+            self.draw()
+            if not self.source.overtaken(self.positions):
+                return True
+            self.refresh()
+        return False
+
+    def run(self) -> None:
+        """An update from what `draw_batch` has prepared (only enqueued, on CUDA)."""
+        if self.captured:
+            self.captured.replays[self.agent.actor_due]()
+        else:
+            self.learn(self.agent.actor_due)
+        self.agent.updates += 1

@@ -1,0 +1,118 @@
+"""Checks that need the machine and the files, made before anything is started; each failure is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.envs import EnvironmentSpec, environment_spec, libero_files
+from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, TRAINING, Pi0Config
+from dsrl_async.pi0.files import PolicyFiles, find_policy
+from dsrl_async.pi0.tensors import read_json
+
+
+def policy_directory(config: Config) -> Path:
+    return Path(config.policy.checkpoint) if config.policy.checkpoint else EMBEDDED_POLICY
+
+
+def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
+    """The policy's configuration and the environment's shapes; raises ConfigError unless they fit each other."""
+    spec, policy = check_environment(config), check_checkpoint(config).config
+    check_fit(config, policy, spec)
+    check_render_quality(config)
+    return policy, spec
+
+
+def check_environment(config: Config) -> EnvironmentSpec:
+    """The environment's shapes; raises ConfigError when it is not installed, or has no such task or initial state."""
+    env = config.env
+    try:
+        spec = environment_spec(env.model_dump())
+        if env.name != "tabletop" and env.init_states is not None:
+            for task in libero_files.selected_tasks(env.name, env.task_ids):
+                libero_files.selected_init_states(env.name, task, env.init_states)
+        return spec
+    except ValueError as error:
+        key = "" if str(error).startswith("env.") else "env.name: "
+        raise ConfigError(f"{key}{error}") from error
+
+
+def check_checkpoint(config: Config) -> PolicyFiles:
+    """What the policy's checkpoint holds; raises ConfigError when it is incomplete or contradicts itself."""
+    try:
+        return find_policy(policy_directory(config), **config.policy.overrides())
+    except ValueError as error:
+        key = "" if str(error).startswith("policy.") else "policy.checkpoint: "
+        raise ConfigError(f"{key}{error}") from error
+
+
+def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
+    """Raises ConfigError unless policy, environment and agent have the same shapes."""
+    directory, suite = policy_directory(config), config.env.name
+    if config.policy.checkpoint is None and suite != "tabletop":
+        ours = ", or --config configs/libero_spatial_small.yaml" if suite == "libero_spatial" else ""
+        raise ConfigError(
+            f"policy.checkpoint: null means the tabletop's policy; for {suite} give --policy.checkpoint DIR{ours}"
+        )
+    for what, of_policy, of_env in (
+        ("cameras", policy.cameras, spec.cameras),
+        ("image size", policy.image_size, spec.image_size),
+        ("robot state", policy.robot_state_dim, spec.state_dim),
+        ("robot action", policy.robot_action_dim, spec.action_dim),
+    ):
+        if of_policy != of_env:
+            raise ConfigError(
+                f"policy.checkpoint: the {what} of {directory} is {of_policy}, "
+                f"that of the environment {suite} is {of_env}"
+                f"{f'; set env.image_size to {of_policy}' if what == 'image size' and suite != 'tabletop' else ''}"
+            )
+    if config.env.chunk > policy.action_horizon:
+        raise ConfigError(
+            f"env.chunk: {config.env.chunk} is more than the policy's {policy.action_horizon} action slots"
+        )
+    if config.sac.noise_dim != policy.action_dim:
+        raise ConfigError(
+            f"sac.noise_dim: {config.sac.noise_dim} must be the policy's action width, {policy.action_dim}"
+        )
+    if config.sac.state_dim != spec.state_dim:
+        raise ConfigError(f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}")
+
+
+def checkpoint_maker(directory: Path) -> str:
+    """Whose layout a policy checkpoint has: `dsrl_async`, `LeRobot` or `openpi or RLinf`.
+
+    Raises ValueError when its config.json cannot be read.
+    """
+    content = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if "type" in content:
+        return "LeRobot"
+    return "dsrl_async" if Pi0Config.wrote(content) else "openpi or RLinf"
+
+
+def trained_quality(directory: Path) -> str | None:
+    """The `env.render_quality` of the pictures that a policy was trained on; None if nobody says.
+
+    Raises ValueError naming the file that cannot be understood.
+    """
+    if (directory / TRAINING).is_file():
+        quality = read_json(directory / TRAINING).get("render_quality")
+        if quality not in (None, "exact", "fast"):
+            raise ValueError(f"{directory / TRAINING}: render_quality is {quality!r}, it must be exact or fast")
+        return quality
+    return None if checkpoint_maker(directory) == "dsrl_async" else "exact"
+
+
+def check_render_quality(config: Config) -> None:
+    """Raises ConfigError when the policy was trained on other pictures than the run would show it."""
+    if config.env.name == "tabletop" or config.policy.ignore_render_quality:
+        return
+    directory = policy_directory(config)
+    try:
+        trained = trained_quality(directory)
+    except ValueError as error:
+        raise ConfigError(f"policy.checkpoint: {error}") from error
+    if trained not in (None, config.env.render_quality):
+        raise ConfigError(
+            f"env.render_quality: the policy {directory} was trained on {trained} pictures, not on "
+            f"{config.env.render_quality} ones; set it to {trained}, or policy.ignore_render_quality to true"
+        )

@@ -1,0 +1,77 @@
+"""A run in one process and in a fixed order: the same components, bit-for-bit reproducible by seed.
+
+Meant for the debugger and for tests. Each round all waiting requests are answered, then every actor executes its
+action chunk, then the learner does the updates that the replay ratio asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsrl_async.config.settings import Config
+from dsrl_async.envs import environment_spec
+from dsrl_async.host.machine import cpu_threads
+from dsrl_async.host.stages import stages_of
+from dsrl_async.run.inference.policies import Policies, load_policies
+from dsrl_async.run.inference.server import InferenceServer
+from dsrl_async.run.learner.learner import Learner
+from dsrl_async.run.preflight.policy import policy_directory
+from dsrl_async.run.supervisor.session import Session
+from dsrl_async.run.weights import decode
+from dsrl_async.run.worker.worker import Actor
+from dsrl_async.sac.flat import layout_hash
+from dsrl_async.shm.arena import Arena
+
+
+def run_serial(session: Session) -> dict[str, Any]:
+    """Run on the CPU until a limit or a signal; ends with a checkpoint and returns the summary."""
+    config, arena = session.config, session.arena
+    torch.set_num_threads(cpu_threads(config.learner.threads))
+    device = torch.device("cpu")
+    spec = environment_spec(config.env.model_dump())
+    stage = stages_of(arena, "inference", device)
+    policies = load_policies(config, spec, device, "stochastic", policy_directory(config), stage)
+    server, learner = join(config, arena, policies, session.horizon, device, session.run_dir, lambda lanes: None)
+    env_config = config.env.model_dump()
+    actors = [Actor(lane, 1, config.seed, env_config, arena) for lane in range(config.lanes)]
+    for actor in actors:
+        actor.start()
+    while (reason := session.reason_to_stop()) is None:
+        while server.serve_ready(server.slots.ready()):
+            pass
+        for actor in actors:
+            if actor.ready():
+                actor.advance()
+        while learner.due() and learner.update():
+            pass
+        learner.save_when_due()
+        if session.tick_due():
+            session.tick({})
+    learner.checkpoint()
+    for actor in actors:
+        actor.env.close()
+    return session.finish(reason, {})
+
+
+def join(
+    config: Config,
+    arena: Arena,
+    policies: Policies,
+    horizon: int,
+    learner_device: torch.device,
+    run_dir: Path,
+    notify: Callable[[np.ndarray], None],
+) -> tuple[InferenceServer, Learner]:
+    """Both in this process: what the learner publishes the server takes in at once."""
+    server = InferenceServer(config, arena, policies, notify)
+    layout, size = layout_hash(policies.actor), policies.actor.flat.numel()
+
+    def publish(frame: bytes) -> None:
+        server.load_weights(decode(frame, layout, size))
+
+    return server, Learner(config, arena, horizon, learner_device, run_dir, publish)

@@ -1,0 +1,99 @@
+"""What an asynchronous and a serial run share: the memory, restored; the figures; the reasons to stop."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dsrl_async.config.settings import Config
+from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host.signals import StopRequest
+from dsrl_async.run import checkpoints
+from dsrl_async.sac import METRIC_NAMES
+from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.memory import create_memory
+from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.telemetry.console import Display
+from dsrl_async.telemetry.monitor import SUCCESS_EPISODES, RunMonitor, View
+from dsrl_async.telemetry.profile.profiler import Profiler
+
+
+class Session:
+    """A run from launch to summary, in the process that was launched."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        spec: EnvironmentSpec,
+        horizon: int,
+        stop: StopRequest,
+        console: Display,
+    ) -> None:
+        self.config, self.run_dir, self.horizon = config, run_dir, horizon
+        self._stop, self._console = stop, console
+        self.arena = create_memory(config, spec, horizon)
+        self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
+        if (checkpoint := checkpoints.find(run_dir)) is not None:
+            checkpoints.restore_shared(checkpoint, self.counters, self.ring)
+        self._wall_before = float(self.counters.control_wall_s[0])
+        start = self.counters.snapshot()
+        self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
+        self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
+        self._begin = time.monotonic()
+        self._next_tick = self._begin + config.log.interval_s
+        self._view: View | None = None
+
+    def tick(self, pids: dict[str, int]) -> None:
+        """Write and show the figures of this moment."""
+        now = time.monotonic()
+        self._next_tick = max(self._next_tick + self.config.log.interval_s, now)
+        self.counters.control_wall_s[0] = self._wall_before + now - self._begin
+        self.counters.learner_replay_size[0] = self.ring.size()
+        snapshot, pids = self.counters.snapshot(), {"supervisor": os.getpid(), **pids}
+        profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
+        self._view = self.monitor.tick(snapshot, pids, profile)
+        self._console.update(self._view)
+        if self._profiler is not None and self._profiler.requested:
+            self._write_profile(self._profiler)
+
+    def _write_profile(self, profiler: Profiler) -> str:
+        """Returns the sentence that names the bottleneck."""
+        diagnosis, picture = profiler.write(self._view.memory_mb if self._view is not None else {})
+        if picture is not None:
+            self.monitor.write_image("profile/report", *picture)
+        return diagnosis.sentence
+
+    def tick_due(self) -> bool:
+        return time.monotonic() >= self._next_tick
+
+    def reason_to_stop(self) -> str | None:
+        """The signal or limit that ends the run now, if any; the first reached wins."""
+        config, view = self.config, self._view
+        if self._stop.reason:
+            return self._stop.reason
+        if config.max_minutes is not None and time.monotonic() - self._begin >= config.max_minutes * 60:
+            return "max_minutes"
+        if config.max_decisions is not None and self.counters.decisions() >= config.max_decisions:
+            return "max_decisions"
+        if (
+            config.stop_at_success is not None
+            and view is not None
+            and view.success_rate is not None
+            and view.success_episodes >= SUCCESS_EPISODES
+            and view.success_rate >= config.stop_at_success
+        ):
+            return "stop_at_success"
+        return None
+
+    def finish(self, reason: str, pids: dict[str, int]) -> dict[str, Any]:
+        """Last figures and the summary; the monitor is closed."""
+        profile = {}
+        if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it
+            profile, self._profiler = {"bottleneck": self._write_profile(self._profiler)}, None
+        self.tick(pids)
+        summary = self.monitor.summary()
+        self.monitor.close()
+        return {"run_dir": str(self.run_dir), "exit_reason": reason, **summary, **profile}

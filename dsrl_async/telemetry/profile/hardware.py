@@ -1,0 +1,133 @@
+"""What a run gets of the machine: cores, waits for a core, and GPUs as NVIDIA's management library sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import psutil
+
+from dsrl_async.host.cpu_time import thread_usage
+from dsrl_async.telemetry.usage import MEASURING_SHARE, kind_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CpuTime:
+    """Of all processes of a kind, summed over the time that they were watched, in seconds."""
+
+    watched: float = 0.0
+    running: float = 0.0
+    """On a core; all threads."""
+    queued: float = 0.0
+    """Ready to run, while others had the cores; the main thread. 0 where the kernel does not count it."""
+
+    def plus(self, watched: float, running: float, queued: float) -> CpuTime:
+        return CpuTime(self.watched + watched, self.running + running, self.queued + queued)
+
+    def since(self, before: CpuTime) -> CpuTime:
+        return self.plus(-before.watched, -before.running, -before.queued)
+
+
+class CpuWatch:
+    """Adds up the CPU time of processes by kind, measured so seldom that it takes at most 1 % of a core.
+
+    Attributes:
+        kinds: kind -> `CpuTime`, which only grows; new objects, so that old ones can be kept.
+        cores: per core that this process may use as it begins, the seconds for which it was busy, whoever used it.
+        measured: time.monotonic of the last measurement.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, CpuTime] = {}
+        self._allowed = sorted(os.sched_getaffinity(0))
+        self.cores: tuple[float, ...] = tuple(_busy_seconds(self._allowed))
+        self.measured = time.monotonic()
+        self._last: dict[str, tuple[int, float, float, float]] = {}  # name -> pid, when, running, queued
+        self._due = float("-inf")
+        self._counts_waits = True
+
+    def measure(self, pids: dict[str, int]) -> None:
+        """Take in the processes name -> pid; those that are new, or have ended, count for nothing."""
+        begin = time.monotonic()
+        if begin < self._due:
+            return
+        kinds: defaultdict[str, CpuTime] = defaultdict(CpuTime, self.kinds)
+        now_last = {}
+        for name, pid in pids.items():
+            try:
+                times = psutil.Process(pid).cpu_times()  # of threads that have ended, too
+                running, queued = times.user + times.system, self._queued_seconds(pid)
+            except (psutil.Error, OSError):  # it has ended
+                continue
+            now_last[name] = pid, time.monotonic(), running, queued
+            if (before := self._last.get(name)) is not None and before[0] == pid:
+                change = (now - then for now, then in zip(now_last[name][1:], before[1:], strict=True))
+                kinds[kind_of(name)] = kinds[kind_of(name)].plus(*change)
+        self.kinds, self._last = dict(kinds), now_last
+        self.cores = tuple(_busy_seconds(self._allowed))
+        self.measured = time.monotonic()
+        self._due = begin + (self.measured - begin) / MEASURING_SHARE
+
+    def _queued_seconds(self, pid: int) -> float:
+        try:
+            return thread_usage(pid, pid).waiting
+        except ValueError as error:
+            if self._counts_waits:
+                logger.warning("waits for a core are not in the profile: %s", error)
+            self._counts_waits = False
+            return 0.0
+
+
+def _busy_seconds(allowed: Iterable[int]) -> Iterator[float]:
+    """Of each of the cores `allowed`; 0 for one that the system does not list, as some containers' do not."""
+    cores = psutil.cpu_times(percpu=True)
+    for core in allowed:
+        times = cores[core] if core < len(cores) else None
+        yield sum(times) - times.idle - times.iowait - times.guest - times.guest_nice if times else 0.0
+
+
+class Gpu(NamedTuple):
+    name: str
+    utilization: float
+    """Share of the time in which a kernel ran: of the last moments as it is read, of a stretch in a report."""
+    memory_used: int
+    """Bytes, of all programs."""
+    memory_total: int
+
+
+class Gpus:
+    """The machine's NVIDIA GPUs; none without their driver, or without `nvidia-ml-py` (extra `cuda`). One that stops
+    answering counts as idle.
+
+    (Has not run on a GPU yet.)
+    """
+
+    def __init__(self) -> None:
+        self._library: Any = None
+        self._handles: list[tuple[Any, str]] = []  # with names
+        with contextlib.suppress(Exception):  # not installed, no driver, no permission: a run goes on without figures
+            import pynvml
+
+            pynvml.nvmlInit()
+            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+            self._handles = [(handle, str(pynvml.nvmlDeviceGetName(handle))) for handle in handles]
+            self._library = pynvml
+
+    def read(self) -> list[Gpu]:
+        library, gpus = self._library, []
+        for handle, name in self._handles:
+            try:
+                memory = library.nvmlDeviceGetMemoryInfo(handle)
+                busy = library.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                gpus.append(Gpu(name, busy, int(memory.used), int(memory.total)))
+            except library.NVMLError:
+                gpus.append(Gpu(name, 0.0, 0, 0))
+        return gpus

@@ -1,0 +1,56 @@
+"""Compares this project's policy with openpi's live, at full size unless told otherwise.
+
+    bash scripts/references/setup.sh openpi
+    .venv/bin/python scripts/references/compare.py
+
+Four runs per model, one process at a time (13 GB for float32 at full size): both programs in float32 and in bfloat16,
+on the same seeded weights and inputs. Prints for each model how far every result is from openpi's float32 one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+
+from dsrl_async.bench import synthetic
+from dsrl_async.bench.denoise import OWN, REFERENCE, Worker
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=list(synthetic.MODELS), default=list(synthetic.MODELS))
+    parser.add_argument("--size", choices=list(synthetic.SIZES), default="full")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    for model in arguments.model:
+        config = synthetic.sizes(model, arguments.size)
+        actions = {}
+        for dtype in ("float32", "bfloat16"):
+            for system in (REFERENCE, OWN):
+                print(f"{model}: {system} in {dtype} ...", file=sys.stderr)
+                with Worker(system, config, dtype, arguments.threads) as worker:
+                    lengths = synthetic.prompt_lengths(config, 1)
+                    worker.ask("prepare", prompt_lengths=lengths, steps=arguments.steps)
+                    actions[system, dtype] = np.array(worker.ask("actions")["actions"])
+        truth = actions[REFERENCE, "float32"]
+        for (system, dtype), sampled in actions.items():
+            if (system, dtype) != (REFERENCE, "float32"):
+                error = np.abs(sampled - truth)
+                relative = np.sqrt(np.square(error).mean() / np.square(truth).mean())
+                figures = {"largest_difference": float(f"{error.max():.2e}"), "relative_rms": float(f"{relative:.2e}")}
+                print(json.dumps({"model": model, "size": arguments.size, "system": system, "dtype": dtype, **figures}))
+        figures = {
+            "largest": float(f"{np.abs(truth).max():.3g}"),
+            "rms": float(f"{np.sqrt(np.square(truth).mean()):.3g}"),
+        }
+        print(json.dumps({"model": model, "size": arguments.size, "system": REFERENCE, "dtype": "float32", **figures}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

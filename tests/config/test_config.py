@@ -1,0 +1,359 @@
+"""Configuration: layers, types, and one clear sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.paths import CONFIGS
+
+from dsrl_async.config.command_line import load_config
+from dsrl_async.config.load import get_key, leaf_fields, save_yaml, validate
+from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
+from dsrl_async.run import checkpoints, preflight
+
+needs_libero = pytest.mark.skipif(find_spec("libero") is None, reason="pip install -e '.[libero]'")
+
+
+def test_defaults_are_the_tabletop_file_and_it_names_every_key() -> None:
+    path = CONFIGS / "tabletop.yaml"
+    assert load_config(["--config", str(path)]) == Config()
+    written = yaml.safe_load(path.read_text())
+    for key, _ in leaf_fields():
+        node = written
+        for name in key.split("."):
+            assert name in node, f"{key} is missing in {path.name}"
+            node = node[name]
+
+
+def test_libero_file_has_the_values_of_the_guide() -> None:
+    config = load_config(["--config", str(CONFIGS / "libero_spatial_pi0.yaml")])
+    sac = config.sac
+    assert (config.actors, config.env.max_episode_steps, config.env.use_step_penalty) == (16, 240, True)
+    assert (sac.gamma, sac.tau, sac.train_actor_steps, sac.critic_lr) == (0.999, 0.005, 10, 3e-4)
+    assert (sac.alpha_type, sac.initial_alpha, sac.target_entropy) == ("softplus", 1.0, -16)
+    assert (sac.noise_dim, sac.num_q_heads, sac.image_latent_dim, sac.state_latent_dim) == (32, 10, 64, 64)
+    assert sac.hidden_dims == [128, 128, 128]
+    decisions = 16 * 240 // config.env.chunk
+    assert config.replay_ratio * decisions == pytest.approx(200, rel=0.01)
+
+
+@needs_libero
+def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = load_config(["--config", "configs/libero_spatial_small.yaml"])
+    policy, spec = preflight.check_policy(config)
+    assert policy.image_size == spec.image_size == 96
+    assert spec.prompts == ("pick up the black bowl from table center and place it on the plate",)
+
+
+@needs_libero
+def test_initial_states_that_are_not_there_are_refused_before_anything_is_started() -> None:
+    env = {"name": "libero_spatial", "task_ids": [2], "init_states": [49]}
+    preflight.check_environment(validate({"env": env}))
+    with pytest.raises(ConfigError, match=r"^env\.init_states: task 2 has initial states 0 to 49, not 50$"):
+        preflight.check_environment(validate({"env": {**env, "init_states": [0, 50]}}))
+
+
+@needs_libero
+def test_libero_file_fits_a_policy_of_openpi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As far as that can be said without its weights: of openpi's sizes, trained on LIBERO's own pictures."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["--config", str(CONFIGS / "libero_spatial_pi0.yaml")])
+    spec = preflight.check_environment(config)
+    assert len(spec.prompts) == 10
+    preflight.check_fit(config, Pi0Config(), spec)
+    preflight.check_render_quality(config)
+    with pytest.raises(ConfigError, match=r"^policy\.checkpoint: .*checkpoints/pi0_libero_spatial"):
+        preflight.check_policy(config)
+
+
+def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("actors: 3\nseed: 5\nsac:\n  gamma: 0.9\n  tau: 0.5\n")
+    arguments = ["--config", str(path), "--sac.gamma", "0.8", "--actors=4", "--serial", "--replay-ratio", "2"]
+    config = load_config(arguments)
+    assert (config.actors, config.seed, config.sac.gamma, config.sac.tau) == (4, 5, 0.8, 0.5)
+    assert config.serial
+    assert config.replay_ratio == 2.0
+    assert config.sac.num_q_heads == Config().sac.num_q_heads
+
+
+def test_learner_device_has_a_second_name() -> None:
+    assert load_config(["--learner-device", "cuda:1"]).learner.device == "cuda:1"
+    assert load_config(["--learner.device", "cpu"]).learner.device == "cpu"
+    with pytest.raises(ConfigError, match=r"learner\.device"):
+        load_config(["--learner-device", "gpu"])
+
+
+def test_every_key_can_be_given_on_the_command_line() -> None:
+    for key, _ in leaf_fields():
+        value = get_key(Config(), key)
+        text = "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
+        if key == "resume":
+            continue
+        assert load_config([f"--{key.replace('_', '-')}={text}"]) == Config()
+        assert load_config([f"--{key}={text}"]) == Config()
+
+
+def test_text_stays_text() -> None:
+    assert load_config(["--run-dir", "2026"]).run_dir == "2026"
+    assert load_config(["--max-minutes", "null"]).max_minutes is None
+    assert load_config(["--sac.actor-lr", "1e-4"]).sac.actor_lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sac.gama", "0.9"], "--sac.gama"),
+        (["--actors", "many"], "actors"),
+        (["--actors", "0"], "actors"),
+        (["--actors", "2.5"], "actors"),
+        (["--sac.gamma", "1.5"], "sac.gamma"),
+        (["--sac.gamma", "nan"], "sac.gamma"),
+        (["--replay-ratio", "inf"], "replay_ratio"),
+        (["--serial", "--device", "cuda"], "serial"),
+        (["--sac.conv-kernels", "[3, 3]"], "same length"),
+        (["--sac.conv-kernels", "[99]"], "no pixels"),
+        (["--sac.hidden-dims", "[128"], "hidden_dims"),
+        (["--inference.buckets", "[4, 2]"], "buckets"),
+        (["--env.task-ids", "[]"], "task_ids must name at least one"),
+        (["--env.init-states", "[3, 1, 3]"], "none twice"),
+        (["--replay.capacity", "100"], "replay.capacity"),
+        (["--replay.warmup-decisions", "5"], "batch"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "nowhere"),
+        (["--resume", "a", "--config", "b"], "--config"),
+        (["--resume", "a", "--run-dir", "b"], "--run-dir"),
+        (["--sac.actor-betas", "[1.5, 2]"], "actor_betas"),
+        (["--seed", str(2**64)], "seed"),
+        (["surprise"], "surprise"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--sac.gama=0.9", r"unrecognized arguments: --sac\.gama=0\.9; did you mean '--sac\.gamma'"),
+        ("--actorz", "unrecognized arguments: --actorz; did you mean '--actors'"),
+        ("--zzzzzzzz", "unrecognized arguments: --zzzzzzzz; --help lists all options"),
+        ("stray", "unrecognized arguments: stray$"),
+    ],
+)
+def test_unknown_option_suggests_the_nearest(argument: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config([argument])
+
+
+def test_resume_of_what_is_not_a_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--resume .*: not a run directory, since it has no config\.yaml"):
+        load_config(["--resume", str(tmp_path)])
+
+
+def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("sac:\n  gama: 0.9\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'sac\.gama'; did you mean 'sac\.gamma'"):
+        load_config(["--config", str(path)])
+    for text in (b"[1, 2]", b"a: [", b"sac: 3", b"\xff\xfe\x00"):
+        path.write_bytes(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(["--config", str(path)])
+        assert "\n" not in str(caught.value)
+
+
+@settings(deadline=None)
+@given(
+    gamma=st.floats(0.01, 1.0),
+    dims=st.lists(st.integers(1, 512), min_size=1, max_size=4),
+    actors=st.integers(1, 64),
+    run_dir=st.none() | st.text("abc/-_.", min_size=1),
+)
+def test_saved_configuration_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, gamma: float, dims: list[int], actors: int, run_dir: str | None
+) -> None:
+    config = validate({"actors": actors, "run_dir": run_dir, "sac": {"gamma": gamma, "hidden_dims": dims}})
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    save_yaml(config, path)
+    assert validate(yaml.safe_load(path.read_text())) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"env": {"name": "libero_spatial"}},
+            "LIBERO is not installed|--policy.checkpoint DIR, or --config configs/libero_spatial_small.yaml",
+        ),
+        ({"env": {"name": "libero_goal", "image_size": 64}}, r"LIBERO is not installed|--policy.checkpoint DIR$"),
+        ({"policy": {"checkpoint": "nowhere"}}, "no directory or safetensors file .*nowhere"),
+        ({"env": {"chunk": 11}}, "env.chunk"),
+        ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),
+        ({"sac": {"state_dim": 9}}, "sac.state_dim"),
+    ],
+)
+def test_policy_and_environment_must_fit(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        preflight.check_policy(validate(settings))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "norm_stats.json", "tokenizer.json", "config.json"])
+def test_damaged_policy_is_said_before_anything_is_started(tmp_path: Path, name: str) -> None:
+    shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy")
+    path = tmp_path / "policy" / name
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=name) as caught:
+        preflight.check_policy(validate({"policy": {"checkpoint": str(tmp_path / "policy")}}))
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_memory_is_said_before_anything_is_started() -> None:
+    config = validate({"replay": {"capacity": 10**9}})
+    policy, spec = preflight.check_policy(config)
+    with pytest.raises(ConfigError, match=r"needs about .* GiB .* lower replay.capacity or actors"):
+        preflight.check_memory(config, spec, policy.action_horizon)
+    for name in ("tabletop", "libero_spatial"):  # an actor of LIBERO needs more than a gigabyte
+        config = validate({"actors": 2000, "env": {"name": name}})
+        with pytest.raises(ConfigError) as caught:
+            preflight.check_memory(config, spec, policy.action_horizon)
+        assert (float(str(caught.value).split()[4]) > 2000) == (name != "tabletop")
+
+
+def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> None:
+    config = validate({"run_dir": str(tmp_path / "run")})
+    run_dir, lock = preflight.open_run_directory(config)
+    with lock:
+        with pytest.raises(ConfigError, match="not empty"):
+            preflight.open_run_directory(config)
+        with pytest.raises(ConfigError, match="no checkpoint"):
+            preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
+    save_yaml(config, run_dir / "config.yaml")
+    checkpoint = run_dir / "checkpoints" / "00000001-00000002"
+    checkpoint.mkdir()
+    counters = {key: [7] for key in (*checkpoints.SUMMED, *checkpoints.KEPT)}
+    state = {"format": checkpoints.FORMAT, "lanes": 0, "counters": counters}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    resumed = {"run_dir": str(run_dir), "resume": str(run_dir)}
+    _, lock = preflight.open_run_directory(validate(resumed))
+    with lock, pytest.raises(ConfigError, match="in use by another process"):
+        preflight.open_run_directory(validate(resumed))
+    with pytest.raises(ConfigError, match="7 of 5 are done already"):
+        preflight.open_run_directory(validate({**resumed, "max_decisions": 5}))
+    other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "sac": {"hidden_dims": [7]}})
+    with pytest.raises(ConfigError, match=r"sac\.hidden_dims: .* made with \[128, 128, 128\]"):
+        preflight.open_run_directory(other)
+    other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"layout": "fixed"}})
+    with pytest.raises(ConfigError, match=r"env\.layout: the resumed run was made with swap2"):
+        preflight.open_run_directory(other)
+    other = validate({"run_dir": str(run_dir), "resume": str(run_dir), "env": {"render_quality": "fast"}})
+    with pytest.raises(ConfigError, match=r"env\.render_quality: .* made with exact, .*ignore_render_quality"):
+        preflight.open_run_directory(other)
+    forced = {**resumed, "env": {"render_quality": "fast"}, "policy": {"ignore_render_quality": True}}
+    preflight.open_run_directory(validate(forced))[1].close()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to"):
+        preflight.open_run_directory(validate({"run_dir": str(tmp_path / "file" / "run")}))
+
+
+def test_the_command_says_it_on_stderr_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dsrl_async.launch", "--sac.gama", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    script = runpy.run_path(str(CONFIGS.parent / "scripts" / "write_configuration_table.py"))
+    assert script["PAGE"].read_text() == script["table"](), "run scripts/write_configuration_table.py"
+
+
+@pytest.mark.parametrize(
+    ("files", "quality", "refused"),
+    [
+        ({"config.json": '{"vlm_width": 8}', "training.json": '{"render_quality": "fast"}'}, "exact", "fast"),
+        ({"config.json": '{"vlm_width": 8}', "training.json": '{"render_quality": "fast"}'}, "fast", None),
+        ({"config.json": '{"vlm_width": 8}', "training.json": '{"render_quality": "exact"}'}, "fast", "exact"),
+        ({"config.json": '{"vlm_width": 8}'}, "fast", None),  # ours, and nobody says
+        ({}, "fast", "exact"),  # openpi
+        ({"config.json": '{"paligemma_variant": "gemma_2b"}'}, "fast", "exact"),
+        ({"config.json": '{"type": "pi0"}'}, "fast", "exact"),  # LeRobot
+        ({"config.json": '{"type": "pi0"}'}, "exact", None),
+    ],
+)
+def test_a_policy_is_not_shown_pictures_of_another_quality(
+    tmp_path: Path, files: dict[str, str], quality: str, refused: str | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    settings = {
+        "env": {"name": "libero_spatial", "render_quality": quality},
+        "policy": {"checkpoint": str(tmp_path)},
+    }
+    if refused is None:
+        preflight.check_render_quality(validate(settings))
+    else:
+        with pytest.raises(ConfigError, match=f"trained on {refused} pictures.*policy.ignore_render_quality"):
+            preflight.check_render_quality(validate(settings))
+    settings["policy"]["ignore_render_quality"] = True
+    preflight.check_render_quality(validate(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "words"),
+    [
+        (None, 0, None),
+        ("cpu", 0, None),
+        ("cuda", 1, None),
+        ("cuda:1", 2, None),
+        ("cuda", 0, "no CUDA device"),
+        ("cuda:2", 2, "the last .* is cuda:1"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, devices: int, words: str | None
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    if words is None:
+        preflight.check_device("learner.device", name)
+    else:
+        with pytest.raises(ConfigError, match=rf"^learner\.device: {name} was asked for, but .*{words}"):
+            preflight.check_device("learner.device", name)
+
+
+def test_damaged_training_notes_are_named(tmp_path: Path) -> None:
+    settings = {"env": {"name": "libero_spatial"}, "policy": {"checkpoint": str(tmp_path)}}
+    for text in ("{", '{"render_quality": "good"}'):
+        (tmp_path / "training.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"policy\.checkpoint: .*training\.json"):
+            preflight.check_render_quality(validate(settings))
+
+
+def test_the_fit_of_policy_and_environment_includes_the_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check_policy` is what launch, evaluation and doctor ask."""
+    asked: list[object] = []
+    monkeypatch.setattr("dsrl_async.run.preflight.policy.check_render_quality", asked.append)
+    config = validate({})
+    preflight.check_policy(config)
+    assert asked == [config]

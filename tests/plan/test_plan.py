@@ -1,0 +1,424 @@
+"""The plan: its bounds against cases worked out by hand; the command; what checks it against the benchmark."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support.paths import SCRIPTS
+
+from dsrl_async.bench.pipeline import DEVICES
+from dsrl_async.config.settings import InferenceConfig
+from dsrl_async.plan import __main__ as plan
+from dsrl_async.plan.capacity import Figures, Payload, curve, judge, machines, predict
+from dsrl_async.plan.simulation import EnvironmentTimes
+
+GIVEN = ["--env-ms", "60", "--reset-s", "0.6", "--device-ms", "1:7", "32:153", "--cores", "64", "--memory-gib", "64"]
+SMALL = [
+    *("--replay.warmup-decisions", "16", "--replay.capacity", "2000", "--sac.batch-size", "16"),
+    *("--sac.hidden-dims", "[16, 16]", "--sac.num-q-heads", "2", "--sac.conv-channels", "[4]"),
+    *("--policy.denoise-steps", "2", "--env.max-episode-steps", "10", "--inference.buckets", "[1, 2]"),
+]
+"""A run that takes little time."""
+
+
+def figures(**changes: Any) -> Figures:
+    """Thinking 1 s, service 0.1 s for any batch up to 4; nothing but the environments and the device takes time."""
+    basis = Figures(
+        environment=EnvironmentTimes(chunk_s=1.0, sigma=0.0, reset_s=0.0, reset_probability=0.04),
+        steps_per_decision=5,
+        device_s={1: 0.1, 4: 0.1},
+        batch_sizes=(1, 2, 4),
+        cores=1000,
+    )
+    return replace(basis, **changes)
+
+
+# ---- what bounds a run
+
+
+def test_one_actor_alternates_with_the_device() -> None:
+    result = predict(figures(), 1)
+    assert result.decisions_per_s == pytest.approx(1 / 1.1)
+    assert result.env_steps_per_s == pytest.approx(5 / 1.1)
+    assert result.updates_per_s == pytest.approx(1 / 1.1)
+    assert result.device_busy == pytest.approx(0.1 / 1.1)
+    assert result.cores_busy == pytest.approx(1)
+    assert result.bound == "environments"
+
+
+def test_resets_are_part_of_a_decision() -> None:
+    times = EnvironmentTimes(chunk_s=1.0, sigma=0.0, reset_s=5.0, reset_probability=1.0)
+    result = predict(figures(environment=times), 1)
+    assert result.decisions_per_s == pytest.approx(1 / 6.1)
+    assert result.cores_busy == pytest.approx(1)
+
+
+def test_batches_are_those_that_a_run_would_choose() -> None:
+    """Three that are always ready: a batch of four would be padded too much, so they are served one by one."""
+    ready = EnvironmentTimes(chunk_s=1e-9, sigma=0.0, reset_s=0.0, reset_probability=0.0)
+    result = predict(figures(environment=ready, batch_sizes=(1, 4)), 3)
+    assert result.decisions_per_s == pytest.approx(10, rel=1e-3)
+    assert result.bound == "device"
+    assert predict(figures(environment=ready, batch_sizes=(3,)), 3).decisions_per_s == pytest.approx(30, rel=1e-3)
+
+
+def test_waiting_for_a_fuller_batch_takes_its_time() -> None:
+    """Three actors soon take turns at the device and never meet there; waiting for the others, each takes longer."""
+    hasty = figures(batch_sizes=(1, 4), environment=EnvironmentTimes(1.0, 0.0, 0.0, 0.0))
+    assert predict(hasty, 3).decisions_per_s == pytest.approx(3 / 1.1, rel=1e-3)
+    assert predict(replace(hasty, batch_wait_s=0.05), 3).decisions_per_s == pytest.approx(3 / 1.15, rel=0.02)
+
+
+@pytest.mark.parametrize(("actors", "rate"), [(8, 86), (16, 162), (32, 205), (64, 203)])
+def test_published_figures(actors: int, rate: float) -> None:
+    """The ideal of docs/throughput.md times the share of it that the table there gives for the run's batch sizes."""
+    sizes = InferenceConfig().buckets
+    device_s = {size: DEVICES["h100"](size) for size in sizes}
+    known = figures(environment=EnvironmentTimes(), device_s=device_s, batch_sizes=sizes)
+    assert predict(known, actors).decisions_per_s == pytest.approx(rate, rel=0.04)
+
+
+def test_cores_bound_the_work() -> None:
+    """A decision of the only batch size costs 1 + 0.1 core-seconds; the learner, 0.5 for every second decision."""
+    few = figures(cores=2.0, batch_sizes=(1,), update_s=0.5, replay_ratio=0.5)
+    result = predict(few, 4)
+    assert result.decisions_per_s == pytest.approx(2 / (1.1 + 0.25))
+    assert result.updates_per_s == pytest.approx(1 / (1.1 + 0.25))
+    assert result.cores_busy == pytest.approx(2.0)
+    assert result.bound == "cores"
+
+
+def test_what_only_waits_needs_no_cores() -> None:
+    result = predict(figures(cores=0.01, environment_cores=0.0, device_cores=0.0), 200)
+    assert result.bound == "device"
+    assert result.decisions_per_s == pytest.approx(40, rel=1e-3)
+    assert result.cores_busy == 0
+
+
+def test_the_learner_holds_the_actors_back() -> None:
+    result = predict(figures(update_s=2.0, replay_ratio=0.25), 16)
+    assert result.decisions_per_s == pytest.approx(2.0)
+    assert result.updates_per_s == pytest.approx(0.5)
+    assert result.bound == "learner"
+
+
+def test_a_shared_device_does_the_learners_work_too() -> None:
+    """Full batches of 4 cost 0.025 s a decision, updates 0.1 s: 8 decisions a second in all. The learner by itself
+    would keep up with 10."""
+    alone = figures(update_s=0.1, update_cores=0.0)
+    assert predict(alone, 64).decisions_per_s == pytest.approx(10)
+    result = predict(replace(alone, learner_shares_device=True), 64)
+    assert result.decisions_per_s == pytest.approx(8)
+    assert result.bound == "device"
+
+
+def test_device_curve_between_and_beyond_what_is_known() -> None:
+    known = figures(device_s={2: 0.2, 4: 0.3})
+    assert [known.service_s(size) for size in (1, 2, 3, 4, 6)] == pytest.approx([0.2, 0.2, 0.25, 0.3, 0.45])
+
+
+# ---- the verdict
+
+
+def test_the_fewest_actors_that_saturate_the_device() -> None:
+    basis = figures(environment=EnvironmentTimes(0.3, 0.3, 0.0, 0.04))
+    points = curve(basis)
+    enough, bound = judge(basis, points)
+    assert bound == "device"
+    most = max(point.decisions_per_s for point in points)
+    assert most == pytest.approx(40, rel=0.01)
+    assert enough.actors == next(n for n in itertools.count(1) if predict(basis, n).decisions_per_s >= 0.95 * most)
+    # beyond the last point more actors change nothing
+    assert predict(basis, 2 * points[-1].actors).decisions_per_s == pytest.approx(points[-1].decisions_per_s, rel=0.01)
+
+
+def test_memory_ends_the_curve() -> None:
+    small = figures(most_actors=7)
+    points = curve(small)
+    assert [point.actors for point in points] == [1, 2, 3, 4, 6, 7]
+    enough, bound = judge(small, points)
+    assert (enough.actors, bound) == (7, "memory")
+
+
+def test_a_run_may_have_no_more_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 7 in the place of 4096, and memory for more."""
+    monkeypatch.setattr("dsrl_async.plan.capacity.MOST_ACTORS", 7)
+    small = figures(most_actors=7)
+    verdict = judge(small, curve(small))
+    assert (verdict.enough.actors, verdict.bound) == (7, "actors")
+    assert "actors that a run may have are the bound: more machines" in plan.sentence(small, verdict)
+
+
+def test_one_actor_can_be_enough() -> None:
+    slow = figures(update_s=10.0)
+    enough, bound = judge(slow, curve(slow))
+    assert (enough.actors, bound) == (1, "learner")
+
+
+# ---- many machines
+
+
+def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
+    """A machine, whose memory holds one actor, does 1 / 1.1 decisions per second."""
+    basis = figures(update_s=0.1, replay_ratio=2.0, most_actors=1)
+    payload = Payload(observation=1000, action_chunk=10, transition=100, weights=5000)
+
+    def at(nodes: Sequence[int], network_bytes_per_s: float = 1e9) -> Any:
+        return machines(basis, nodes, payload, publish_interval=10, network_bytes_per_s=network_bytes_per_s)
+
+    few, many = at([3, 100])
+    assert few.decisions_per_s == pytest.approx(3 / 1.1)
+    assert (few.actors, few.bound) == (3, "machines")
+    assert few.transition_bytes_per_s == pytest.approx(300 / 1.1)
+    # 2 updates a decision, one publication in ten of them, to three machines
+    assert few.weights_bytes_per_s == pytest.approx(3 / 1.1 * 2 / 10 * 5000 * 3)
+    assert many.bound == "learner"
+    assert many.decisions_per_s == pytest.approx(5)
+    assert many.updates_per_s == pytest.approx(10)
+    (thin,) = at([3], network_bytes_per_s=3000)
+    assert thin.bound == "network"
+    assert thin.decisions_per_s == pytest.approx(1)  # 1 x 2 / 10 x 5000 x 3
+    assert thin.weights_bytes_per_s == pytest.approx(3000)
+
+
+# ---- input that cannot be
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--env-ms is missing"),
+        (["--env-ms", "60"], "--device-ms or --gpu"),
+        ([*GIVEN, "--gpu", "h100"], "--gpu: not allowed with argument --device-ms"),
+        (["--env-ms", "60", "--gpu", "voodoo2"], "voodoo2"),
+        (["--env-ms", "60", "--device-ms", "8=3"], "8=3"),
+        (["--env-ms", "60", "--device-ms", "8:0"], "--device-ms"),
+        (["--env-ms", "60", "--device-ms", "0:8"], "--device-ms"),
+        ([*GIVEN, "--env-ms", "-1"], "--env-ms must be a positive number, not -1"),
+        ([*GIVEN, "--env-ms", "nan"], "--env-ms must be a positive number"),
+        ([*GIVEN, "--env-ms", "much"], "--env-ms"),
+        ([*GIVEN, "--cores", "0"], "--cores must be a positive number"),
+        ([*GIVEN, "--update-ms", "inf"], "--update-ms must be a positive number"),
+        ([*GIVEN, "--reset-s", "-1"], "--reset-s must not be negative"),
+        ([*GIVEN, "--episode-decisions", "0"], "--episode-decisions must be at least 1"),
+        ([*GIVEN, "--memory-gib", "0.1"], "holds no actor"),
+        ([*GIVEN, "--nodes", "0"], "--nodes must be at least 1"),
+        ([*GIVEN, "--network-gbit", "0"], "--network-gbit must be a positive number"),
+        ([*GIVEN, "--plot", "/nowhere/plan.png"], "--plot"),
+        ([*GIVEN, "--plot", "plan.doc"], "--plot"),
+        ([*GIVEN, "--sac.gama", "1"], "sac.gamma"),
+        (["--measure", "--seconds", "0"], "--seconds must be a positive number"),
+    ],
+)
+def test_input_that_cannot_be_planned_with_is_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(plan, "measured", started)
+    monkeypatch.setattr(plan, "curve", started)
+    assert plan.main(arguments) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+# ---- the command
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert plan.main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_given_figures_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    options = ["--env-ms", "60", "--reset-s", "0.6", "--gpu", "h100", "--cores", "64", "--memory-gib", "64"]
+    text = run(capsys, *options, "--plot", str(picture))
+    assert "actors saturate the device" in text
+    assert "█" in text
+    assert "313,376 bytes" in text  # 2 x 224 x 224 x 3 + 64 x 64 x 3 + 8 x 4
+    assert "12,466 bytes per decision" in text  # 64 x 64 x 3 + 8 x 4 + 32 x 4 + reward, steps, version and two flags
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_has_the_curve_the_verdict_and_the_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(run(capsys, *GIVEN, "--json", "--nodes", "1", "3", "--env.chunk", "10"))
+    first = content["curve"][0]
+    assert first["decisions_per_s"] == pytest.approx(1 / (0.06 + 0.6 / 25 + 0.007), rel=0.04)
+    assert first["env_steps_per_s"] == pytest.approx(10 * first["decisions_per_s"])
+    assert content["bound"] == "device"
+    assert content["payload"]["action_chunk"] == 10 * 7 * 4
+    assert [one["nodes"] for one in content["machines"]] == [1, 3]
+    assert content["figures"]["device_s"] == {"1": 0.007, "32": 0.153}
+
+
+def test_many_machines_have_the_actors_that_are_enough_without_a_learner(capsys: pytest.CaptureFixture[str]) -> None:
+    """On one GPU, updates of 20 ms take the time of more decisions than are left. A machine that has its GPU to itself
+    needs more actors to use it up; how many, a plan without the learner says as well."""
+    given = ["--env-ms", "150", "--gpu", "h100", "--cores", "64", "--memory-gib", "64", "--json", "--nodes", "1", "3"]
+    alone = json.loads(run(capsys, *given))["enough"]
+    content = json.loads(run(capsys, *given, "--update-ms", "20"))
+    assert content["figures"]["learner_shares_device"]
+    assert content["enough"]["actors"] < 0.5 * alone["actors"]
+    one, three = content["machines"]
+    assert (one["actors"], three["actors"]) == (alone["actors"], 3 * alone["actors"])
+    assert one["bound"] == three["bound"] == "learner"  # 50 updates a second
+    (free,) = json.loads(run(capsys, *given, "--update-ms", "20", "--replay-ratio", "0.05", "--nodes", "1"))["machines"]
+    assert free["bound"] == "machines"
+    assert free["decisions_per_s"] == pytest.approx(alone["decisions_per_s"])
+
+
+def test_a_gpu_is_its_roofline(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bound of Pi0 on an H100: 5.2 ms for one observation, as worked out by hand."""
+    content = json.loads(run(capsys, "--env-ms", "60", "--gpu", "h100", "--memory-gib", "64", "--json"))["figures"]
+    assert 1e3 * content["device_s"]["1"] == pytest.approx(1.3 * 5.2, rel=0.03)
+    assert content["batch_wait_s"] == 0
+    assert content["learner_shares_device"]
+
+
+def test_learner_and_replay_ratio_come_from_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(run(capsys, *GIVEN, "--update-ms", "20", "--replay-ratio", "2", "--device", "cpu", "--json"))
+    assert content["bound"] == "learner"
+    assert content["curve"][-1]["decisions_per_s"] == pytest.approx(25)
+    assert content["figures"]["batch_wait_s"] == 0.001  # what a CPU waits
+
+
+def test_measures_the_configured_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--measure", "--seconds", "0.3", "--device", "cpu", "--json", *SMALL]) == 0
+    out, progress = capsys.readouterr()
+    content = json.loads(out)["figures"]
+    assert content["environment"]["chunk_s"] > 0
+    assert content["environment"]["reset_s"] >= 0
+    assert content["environment"]["reset_probability"] == pytest.approx(0.5)  # 10 steps are 2 chunks of 5
+    assert content["steps_per_decision"] == 5
+    assert set(content["device_s"]) == {"1", "2"}
+    assert content["update_s"] > 0
+    assert all(0 < content[f"{part}_cores"] < 100 for part in ("environment", "device", "update"))
+    for part in ("environment", "batches of 2", "gradient updates"):
+        assert f"measuring: {part}" in progress or f"measuring: policy, {part}" in progress
+
+
+def test_an_option_goes_before_what_was_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {
+        "environment": EnvironmentTimes(0.005, 0.7, 0.1, 0.25),
+        "steps_per_decision": 4.5,
+        "update_s": 0.009,
+        "device_s": {1: 0.001},
+    }
+    monkeypatch.setattr(plan, "measured", lambda config, seconds: dict(answers))
+    given = ["--update-ms", "3", "--device-ms", "1:2", "--reset-s", "0"]
+    content = json.loads(run(capsys, "--measure", "--json", *given))["figures"]
+    assert content["update_s"] == pytest.approx(0.003)
+    assert content["device_s"] == {"1": 0.002}
+    assert content["environment"] == {"chunk_s": 0.005, "sigma": 0.7, "reset_s": 0.0, "reset_probability": 0.25}
+    assert content["steps_per_decision"] == 4.5
+
+
+def test_ctrl_c_while_it_measures_ends_it_and_leaves_nothing() -> None:
+    shared_memory = set(Path("/dev/shm").iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dsrl_async.plan", "--measure", "--seconds", "3000", "--device", "cpu", *SMALL],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "environment" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert error.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in error
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+
+
+# ---- against the benchmark
+
+
+@pytest.fixture
+def check_plan() -> Callable[[list[str]], int]:
+    script = SCRIPTS / "studies" / "check_plan.py"
+    return runpy.run_path(str(script))["main"]
+
+
+def pipeline_file(directory: Path, rates: dict[str, float]) -> str:
+    """Lines such as `bench pipeline` writes, of two systems; `rates` are decisions/s by case."""
+    path = directory / "pipeline.jsonl"
+    basis = {"benchmark": "pipeline", "unit": "", "repeats": 3, "load": 0.1}
+    lines = [
+        basis | {"case": case, "system": system, "metric": metric, "value": value}
+        for case, rate in rates.items()
+        for system, metric, value in (
+            ("dsrl_async", "decisions_per_s", rate),
+            ("dsrl_async", "cpu_wait", 0.01),
+            ("lock step", "decisions_per_s", 1.0),
+        )
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_check_prints_ratios_and_fails_where_one_is_off(
+    check_plan: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Environments that take 60 ms and the 50 ms of the device: 1 / 0.11 s for one actor, 3 % more or less."""
+    near, far = "flat 1 actors chunk 60 ms reset 0 ms", "flat 2 actors chunk 60 ms reset 0 ms"
+    assert check_plan([pipeline_file(tmp_path, {near: 8.7})]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert row[1].strip() == near
+    assert float(row[2]) == pytest.approx(9.1, abs=0.1)
+    assert float(row[3]) == 8.7
+    assert float(row[4]) == pytest.approx(9.1 / 8.7, abs=0.01)
+    assert check_plan([pipeline_file(tmp_path, {near: 9.1, far: 30.0})]) == 1
+    error = capsys.readouterr().err
+    assert far in error
+    assert near not in error
+    assert check_plan([pipeline_file(tmp_path, {near: 8.0})]) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no json\n", "does not hold"),
+        ("[1]\n", "does not hold"),
+        ("", "no figures of dsrl_async"),
+        ('{"benchmark": "scale", "system": "dsrl_async"}\n', "no figures of dsrl_async"),
+    ],
+)
+def test_check_of_another_file_is_refused(
+    content: str,
+    message: str,
+    check_plan: Callable[[list[str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text(content)
+    assert check_plan([str(path)]) == 2
+    assert message in capsys.readouterr().err
+    assert check_plan([str(tmp_path / "missing.jsonl")]) == 2
+    assert check_plan([pipeline_file(tmp_path, {"voodoo2 1 actors": 1.0})]) == 2

@@ -1,0 +1,188 @@
+"""Batching and steering: whom the inference process answers, with what, and when it makes the actors wait."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dsrl_async.config.settings import Config
+from dsrl_async.envs import environment_spec
+from dsrl_async.pi0.checkpoint import load_policy
+from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.processing import scale_images
+from dsrl_async.pi0.sampler import sample_actions
+from dsrl_async.run.inference.policies import load_policies
+from dsrl_async.run.inference.server import InferenceServer
+from dsrl_async.run.inference.steering import Mode
+from dsrl_async.run.weights import Weights
+from dsrl_async.sac.networks import act
+from dsrl_async.shm.arena import Arena
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_server(config: Config, memory: Arena, mode: Mode = "stochastic", training: bool = True) -> InferenceServer:
+    spec = environment_spec(config.env.model_dump())
+    policies = load_policies(config, spec, CPU, mode, EMBEDDED_POLICY)
+    return InferenceServer(config, memory, policies, lambda lanes: None, training)
+
+
+def ask(server: InferenceServer, lane: int, seed: int, count: int = 1) -> None:
+    """Publish a random observation that depends on `seed` only."""
+    rng, slots = np.random.default_rng(seed), server.slots
+    slots.images[lane] = rng.integers(0, 256, slots.images[lane].shape)
+    slots.sac_image[lane] = rng.integers(0, 256, slots.sac_image[lane].shape)
+    slots.state[lane] = rng.normal(size=8)
+    slots.standard_normal[lane] = rng.normal(size=slots.standard_normal[lane].shape)
+    slots.request(lane, incarnation=1, count=count)
+
+
+def test_answer_does_not_depend_on_the_batch(small_config: Config, memory: Arena) -> None:
+    server = make_server(small_config, memory, training=False)
+    ask(server, 0, seed=1)
+    assert server.serve_ready(server.slots.ready()) == 1
+    alone = server.slots.action_chunk[0].copy()
+    ask(server, 0, seed=1, count=2)
+    ask(server, 1, seed=2)
+    assert server.serve_ready(server.slots.ready()) == 2
+    assert np.abs(server.slots.action_chunk[0] - alone).max() < 1e-5
+    assert np.abs(server.slots.action_chunk[1] - alone).max() > 1e-3
+    assert server.counters.inference_rows[0] == 3
+    assert server.counters.inference_padded_rows[0] == 3
+
+
+def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memory: Arena) -> None:
+    """The slot's answer against the actor and the frozen policy called by hand on the same observation."""
+    server = make_server(small_config, memory, training=False)
+    generator = torch.Generator().manual_seed(3)
+    server.load_weights(
+        Weights(42, torch.randn(server.policies.actor.flat.shape, generator=generator).mul_(0.1).numpy())
+    )
+    ask(server, 0, seed=5)
+    server.serve_ready(server.slots.ready())
+    slots = server.slots
+    image, state = torch.from_numpy(slots.sac_image[:1]), torch.from_numpy(slots.state[:1])
+    normal = torch.from_numpy(slots.standard_normal[:1, :32])
+    noise = act(server.policies.actor, image, state, normal, torch.zeros(1, dtype=torch.bool))
+    assert torch.allclose(noise[0], torch.from_numpy(slots.noise[0]), atol=1e-6)
+    policy = load_policy(EMBEDDED_POLICY)
+    actions = sample_actions(
+        policy.model,
+        scale_images(torch.from_numpy(slots.images[:1])),
+        server.policies.tokens,
+        server.policies.token_mask,
+        policy.normaliser.state(state),
+        noise[:, None].expand(-1, 10, -1),
+        small_config.policy.denoise_steps,
+    )
+    expected = policy.normaliser.robot_actions(actions, state)
+    assert np.abs(expected[0, :5].numpy() - slots.action_chunk[0]).max() < 1e-5
+    assert slots.policy_version[0] == 42
+
+
+def test_prompts_of_different_lengths_share_batches(small_config: Config, memory: Arena) -> None:
+    """Each row of a mixed batch gets what its own prompt gives by itself, whatever was in the buffers before."""
+    prompts = (
+        "put the block on the red plate",
+        "put",
+        "put the block on the red plate near the green one",
+        "the block",
+    )
+    known = environment_spec(small_config.env.model_dump())
+    policies = load_policies(small_config, known._replace(prompts=prompts), CPU, "base", EMBEDDED_POLICY)
+    server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
+    assert sorted({length for _, length in policies.batch_policies}) == [8, 12]
+    policy, slots = load_policy(EMBEDDED_POLICY), server.slots
+    for count, tasks in enumerate(((1, 3), (2, 1), (0, 2), (1, 1), (3, 0)), start=1):
+        for lane, task in enumerate(tasks):
+            slots.task_index[lane] = task
+            ask(server, lane, seed=10 * count + lane, count=count)
+        assert server.serve_ready(slots.ready()) == 2
+        for lane, task in enumerate(tasks):
+            tokens, token_mask = policy.tokenizer([prompts[task]])
+            state = torch.from_numpy(slots.state[lane : lane + 1])
+            actions = sample_actions(
+                policy.model,
+                scale_images(torch.from_numpy(slots.images[lane : lane + 1])),
+                tokens,
+                token_mask,
+                policy.normaliser.state(state),
+                torch.from_numpy(slots.standard_normal[lane]).view(1, -1, 32),
+            )
+            expected = policy.normaliser.robot_actions(actions, state)[0, :5].numpy()
+            assert np.abs(expected - slots.action_chunk[lane]).max() < 1e-5
+
+
+def test_modes(small_config: Config, memory: Arena) -> None:
+    answers = {}
+    for count, mode in enumerate(("stochastic", "deterministic", "base"), start=1):
+        server = make_server(small_config, memory, mode, training=False)
+        ask(server, 0, seed=1, count=count)
+        server.serve_ready(server.slots.ready())
+        answers[mode] = server.slots.noise[0].copy()
+    magnitude = small_config.sac.action_magnitude
+    assert np.abs(answers["stochastic"]).max() <= magnitude
+    assert np.abs(answers["deterministic"]).max() <= magnitude
+    assert (answers["base"] == server.slots.standard_normal[0, :32]).all()
+    assert (answers["stochastic"] != answers["deterministic"]).any()
+
+
+def test_warm_up_uses_unsquashed_noise_for_exactly_so_many_decisions(small_config: Config, memory: Arena) -> None:
+    server = make_server(small_config, memory)
+    server.load_weights(Weights(0, np.zeros(server.policies.actor.flat.numel(), np.float32)))
+    server.counters.learner_updates[0] = 1000  # the learner holds nobody up
+    magnitude, gaussian = small_config.sac.action_magnitude, 0
+    for decision in range(1, 15):
+        for lane in (0, 1):
+            ask(server, lane, seed=decision * 2 + lane, count=decision)
+        while len(ready := server.slots.ready()):
+            assert server.serve_ready(ready)
+            for lane in ready:
+                server.counters.actor_decisions[lane] += 1
+                server.slots.request_id[lane] = 0  # the decision is completed, not being executed
+                server.slots.response_id[lane] = 0
+                is_normal = (server.slots.noise[lane] == server.slots.standard_normal[lane, :32]).all()
+                assert is_normal or np.abs(server.slots.noise[lane]).max() <= magnitude
+                gaussian += int(is_normal)
+    assert gaussian == small_config.replay.warmup_decisions
+
+
+def test_actors_wait_for_the_learner_and_all_go_on_together(small_config: Config, memory: Arena) -> None:
+    server = make_server(small_config, memory)
+    counters = server.counters
+    counters.actor_decisions[0] = 60  # 16 are warm-up, 44 ask for an update each
+    for lane in (0, 1):
+        ask(server, lane, seed=lane)
+    ready = server.slots.ready()
+    assert server.serve_ready(ready) == 0  # no weights yet
+    server.load_weights(Weights(0, np.zeros(server.policies.actor.flat.numel(), np.float32)))
+    served = []
+    for updates in range(30, 45):
+        counters.learner_updates[0] = updates
+        served.append(server.serve_ready(server.slots.ready()))
+    assert 0 < served.index(2) < 14
+    assert sorted(served) == [0] * 14 + [2]
+
+
+def test_a_run_hands_out_exactly_its_decisions(small_config: Config, memory: Arena) -> None:
+    server = make_server(small_config.model_copy(update={"max_decisions": 5}), memory)
+    server.counters.actor_decisions[0] = 4
+    for lane in (0, 1):
+        ask(server, lane, seed=lane)
+    assert server.serve_ready(server.slots.ready()) == 1
+    assert server.serve_ready(server.slots.ready()) == 0
+
+
+def test_odd_batches_are_padded_to_the_next_bucket(small_config: Config, memory: Arena) -> None:
+    inference = small_config.inference.model_copy(update={"buckets": [4, 8]})
+    server = make_server(small_config.model_copy(update={"inference": inference}), memory, training=False)
+    ask(server, 0, seed=1)
+    server.serve_ready(server.slots.ready())
+    assert server.counters.inference_padded_rows[0] == 4
+    assert server.sizes == [4]

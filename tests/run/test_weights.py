@@ -1,0 +1,77 @@
+"""Weights over ZeroMQ: exact, newest only, kept for late joiners, refused when they do not fit."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+
+from dsrl_async.run.weights import HEADER, WeightPublisher, Weights, WeightSubscriber, decode, encode
+
+LAYOUT = 0xFEDC_BA98_7654_3210
+
+
+@given(
+    st_numpy.arrays(np.float32, st.integers(0, 50), elements=st.floats(width=32, allow_nan=False)),
+    st.integers(0, 2**62),
+)
+def test_frames_carry_every_bit(flat: np.ndarray, version: int) -> None:
+    weights = decode(encode(version, LAYOUT, flat), LAYOUT, flat.size)
+    assert weights.policy_version == version
+    assert weights.flat.tobytes() == flat.tobytes()
+
+
+@given(st.binary(max_size=80))
+def test_foreign_bytes_are_refused(frame: bytes) -> None:
+    with pytest.raises(ValueError, match="weight frame"):
+        decode(frame, LAYOUT, 4)
+
+
+def test_other_layout_size_or_cut_off_frames_are_refused() -> None:
+    frame = encode(1, LAYOUT, np.ones(4, np.float32))
+    for bad, layout, size in (
+        (frame, LAYOUT + 1, 4),
+        (frame, LAYOUT, 5),
+        (frame[:-1], LAYOUT, 4),
+        (frame[: HEADER.size], LAYOUT, 4),
+    ):
+        with pytest.raises(ValueError, match="weight frame"):
+            decode(bad, layout, size)
+
+
+def wait_for(subscriber: WeightSubscriber, publisher: WeightPublisher, version: int) -> Weights:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        publisher.serve_late_joiners()
+        weights = subscriber.newest()
+        if weights is not None and weights.policy_version == version:
+            return weights
+        time.sleep(0.01)
+    raise AssertionError(f"version {version} did not arrive")
+
+
+def test_late_joiners_get_the_last_and_slow_readers_only_the_newest() -> None:
+    address = f"ipc://@dsrl_async-test-{secrets.token_hex(4)}"
+    publisher = WeightPublisher(address)
+    publisher.publish(encode(1, LAYOUT, np.full(3, 1, np.float32)))
+    early = WeightSubscriber(address, LAYOUT, 3)
+    assert (wait_for(early, publisher, 1).flat == 1).all()
+    late = WeightSubscriber(address, LAYOUT, 3)
+    assert wait_for(late, publisher, 1).policy_version == 1
+    wait_for(early, publisher, 1)  # it is sent to all when somebody joins
+    for version in range(2, 200):
+        publisher.publish(encode(version, LAYOUT, np.full(3, version, np.float32)))
+    assert (wait_for(early, publisher, 199).flat == 199).all()
+    assert early.newest() is None
+    # The learner dies and is replaced: subscribers find the new one by themselves.
+    publisher.close()
+    successor = WeightPublisher(address)
+    successor.publish(encode(500, LAYOUT, np.full(3, 500, np.float32)))
+    assert wait_for(early, successor, 500).policy_version == 500
+    for socket in (early, late, successor):
+        socket.close()

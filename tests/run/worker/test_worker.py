@@ -1,0 +1,146 @@
+"""An actor's decisions: what it executes, writes, counts and asks for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dsrl_async.config.settings import Config
+from dsrl_async.envs import ChunkOutcome, EnvironmentSpec, environment_spec
+from dsrl_async.run.worker.worker import EVALUATION, TRAINING, Actor, decision_reward, episode_seed
+from dsrl_async.shm.arena import Arena
+
+CONTINUES = ChunkOutcome(steps=5, success_step=-1, terminated=False, truncated=False)
+SUCCEEDS = ChunkOutcome(steps=3, success_step=2, terminated=True, truncated=False)
+RUNS_OUT = ChunkOutcome(steps=2, success_step=-1, terminated=False, truncated=True)
+
+
+class ScriptedEnvironment:
+    """Plays given outcomes; its observation tells how many have been played."""
+
+    def __init__(self, outcomes: list[ChunkOutcome]) -> None:
+        self.spec: EnvironmentSpec = environment_spec({"name": "tabletop"})
+        self.outcomes, self.played = outcomes, 0
+        self.seeds: list[int] = []
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, seed: int, number: int = 0) -> int:
+        self.seeds.append(seed)
+        return 0
+
+    def step_chunk(self, action_chunk: np.ndarray) -> ChunkOutcome:
+        self.actions.append(action_chunk.copy())
+        self.played += 1
+        return self.outcomes[self.played - 1]
+
+    def observe(self, images: np.ndarray, sac_image: np.ndarray, state: np.ndarray) -> None:
+        images[:], sac_image[:], state[:] = self.played, self.played + 100, self.played
+
+    def close(self) -> None:
+        pass
+
+
+def play(
+    memory: Arena, config: Config, outcomes: list[ChunkOutcome], incarnation: int = 1
+) -> tuple[Actor, ScriptedEnvironment]:
+    environment = ScriptedEnvironment(outcomes)
+    actor = Actor(1, incarnation, 9, config.env.model_dump(), memory, environment)
+    actor.start()
+    for number in range(len(outcomes)):
+        assert not actor.ready()
+        lanes = actor.slots.ready()
+        assert lanes.tolist() == [1]
+        actor.slots.answer(
+            lanes,
+            actor.slots.request_id[lanes],
+            np.full((1, 10, 7), number, np.float32),
+            np.full((1, 32), number, np.float32),
+            policy_version=number,
+        )
+        assert actor.ready()
+        actor.advance()
+    return actor, environment
+
+
+def test_transitions_of_a_success_then_a_truncated_episode(memory: Arena, small_config: Config) -> None:
+    actor, environment = play(memory, small_config, [CONTINUES, SUCCEEDS, CONTINUES, RUNS_OUT])
+    rows = {name: array[1] for name, array in actor.ring.rows.items()}
+    # Rows: two decisions, the closing observation, two decisions, the closing observation, a new first one.
+    assert rows["complete"][:7].tolist() == [True, True, False, True, True, False, False]
+    decided = [0, 1, 3, 4]
+    assert rows["reward"][decided].tolist() == [-1, 0, -1, -1]
+    assert rows["steps"][decided].tolist() == [5, 3, 5, 2]
+    assert rows["terminal"][decided].tolist() == [False, True, False, False]
+    assert rows["policy_version"][decided].tolist() == [0, 1, 2, 3]
+    assert rows["noise"][decided, 0].tolist() == [0, 1, 2, 3]
+    assert rows["state"][:7, 0].tolist() == [0, 1, 2, 2, 3, 4, 4]
+    assert rows["image"][:7, 0, 0, 0].tolist() == [100, 101, 102, 102, 103, 104, 104]
+    assert actor.ring.head.tolist() == [0, 7]
+    assert [actions.shape for actions in environment.actions] == [(5, 7)] * 4
+
+
+def test_counters_and_episode_log(memory: Arena, small_config: Config) -> None:
+    actor, environment = play(memory, small_config, [CONTINUES, SUCCEEDS, CONTINUES, RUNS_OUT])
+    counters = actor.counters
+    assert counters.actor_decisions.tolist() == [0, 4]
+    assert counters.actor_env_steps.tolist() == [0, 15]
+    assert counters.actor_episodes.tolist() == [0, 2]
+    assert counters.actor_successes.tolist() == [0, 1]
+    assert counters.actor_started_episodes.tolist() == [0, 3]
+    assert counters.actor_episode_return[1, :2].tolist() == [-1, -2]
+    assert counters.actor_episode_len[1, :2].tolist() == [8, 7]
+    assert counters.actor_episode_success[1, :2].tolist() == [1, 0]
+    assert environment.seeds == [episode_seed(9, TRAINING, 1, episode) for episode in range(3)]
+
+
+def test_policy_lag_is_in_updates_since_the_policy_was_published(memory: Arena, small_config: Config) -> None:
+    from dsrl_async.shm.counters import Counters
+
+    Counters(memory).learner_updates[0] = 10
+    actor, _ = play(memory, small_config, [CONTINUES, CONTINUES, CONTINUES])
+    assert actor.counters.actor_policy_lag[1] == (10 - 0) + (10 - 1) + (10 - 2)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "rule", "penalty", "reward"),
+    [
+        (CONTINUES, "chunk_success", True, -1),
+        (SUCCEEDS, "chunk_success", True, 0),
+        (CONTINUES, "chunk_success", False, 0),
+        (SUCCEEDS, "chunk_success", False, 1),
+        (SUCCEEDS, "first_step", True, -1),
+        (SUCCEEDS._replace(success_step=0), "first_step", True, 0),
+    ],
+)
+def test_reward_rules(outcome: ChunkOutcome, rule: str, penalty: bool, reward: float) -> None:
+    assert decision_reward(outcome, rule, penalty) == reward
+
+
+def test_episode_seeds_never_repeat_between_training_and_evaluation() -> None:
+    keys = [
+        (seed, purpose, lane, episode)
+        for seed in range(3)
+        for purpose in (TRAINING, EVALUATION)
+        for lane in range(16)
+        for episode in range(40)
+    ]
+    assert len({episode_seed(*key) for key in keys}) > len(keys) - 2  # 32-bit numbers may collide once in a while
+
+
+def test_noise_depends_on_the_episode_and_not_on_the_process(memory: Arena, small_config: Config) -> None:
+    first, _ = play(memory, small_config, [CONTINUES])
+    noise = first.slots.standard_normal[1].copy()
+    first.counters.actor_started_episodes[1] = 0
+    second, _ = play(memory, small_config, [CONTINUES], incarnation=2)
+    assert (second.slots.standard_normal[1] == noise).all()
+    third, _ = play(memory, small_config, [CONTINUES], incarnation=3)
+    assert (third.slots.standard_normal[1] != noise).all()
+
+
+@pytest.mark.parametrize("module", ["worker", "supervisor", "session", "preflight", "envs.tabletop", "envs.recording"])
+def test_no_torch_in_environment_processes_and_supervisor(module: str) -> None:
+    code = f"import sys, dsrl_async.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,104 @@
+"""Start the real command as a user does, and look at what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dsrl_async.run import checkpoints
+
+SMALL = [
+    *("--actors", "2", "--log.console", "off", "--log.interval-s", "0.2"),
+    *("--replay.warmup-decisions", "16", "--replay.capacity", "2000"),
+    *("--sac.batch-size", "16", "--sac.hidden-dims", "[16, 16]", "--sac.num-q-heads", "2"),
+    *("--sac.conv-channels", "[4]", "--policy.denoise-steps", "2", "--learner.publish-interval", "2"),
+]
+"""Arguments of a run that starts and learns within seconds."""
+MODULES = {"run.inference.server": "inference", "run.learner.learner": "learner", "run.worker.template": "template"}
+"""Module of a child process -> its kind."""
+
+
+class Launched:
+    """`python -m dsrl_async.launch` on `run_dir` with `arguments`, and the processes it started."""
+
+    def __init__(self, run_dir: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.run_dir = run_dir
+        command = [sys.executable, "-m", "dsrl_async.launch", *arguments]
+        if "--resume" not in arguments:
+            command += ["--run-dir", str(run_dir)]
+        self.popen = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | (environment or {}),
+        )
+        self.process = psutil.Process(self.popen.pid)
+        self.seen: dict[int, psutil.Process] = {}
+
+    def children(self, kind: str | None = None) -> list[psutil.Process]:
+        """Living children, all or those of a kind: those of `MODULES` and `worker`, which is forked from a template."""
+        found = []
+        for child in self.process.children():
+            try:
+                line, actor = " ".join(child.cmdline()[:3]), child.name().startswith("actor-")
+            except psutil.Error:
+                continue
+            runs = "worker" if actor else MODULES.get(line.rpartition("-m dsrl_async.")[2])
+            if child.status() != psutil.STATUS_ZOMBIE and "-m dsrl_async." in line and kind in (None, runs):
+                found.append(child)
+                self.seen[child.pid] = child
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """The newest line of metrics.jsonl; empty before the first."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return json.loads(lines[-1]) if lines else {}
+
+    def wait_for(self, condition: Any, timeout_s: float = 60.0) -> None:
+        """Wait until `condition(figures)` holds; fails if the run ends or the time passes first."""
+        deadline = time.monotonic() + timeout_s
+        while not condition(self.figures()):
+            assert self.popen.poll() is None, f"the run ended: {self.popen.communicate()}"
+            assert time.monotonic() < deadline, f"nothing happened: {self.figures()}"
+            self.children()
+            time.sleep(0.05)
+
+    def wait_learning(self, updates: int = 5) -> None:
+        self.wait_for(lambda figures: figures.get("updates", 0) >= updates)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.children()
+        self.popen.send_signal(number)
+
+    def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Wait for the end; returns the JSON object on the last line of stdout, with `returncode` and `stderr`."""
+        stdout, stderr = self.popen.communicate(timeout=timeout_s)
+        lines = stdout.strip().splitlines()
+        result = json.loads(lines[-1]) if lines else {}
+        return {**result, "returncode": self.popen.returncode, "stderr": stderr}
+
+    def left_over(self, timeout_s: float = 5.0) -> list[psutil.Process]:
+        """Processes of this run that are still alive `timeout_s` later."""
+        _, alive = psutil.wait_procs(list(self.seen.values()), timeout=timeout_s)
+        return alive
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    checkpoint = checkpoints.find(run_dir)
+    assert checkpoint is not None, "no checkpoint"
+    return checkpoint
+
+
+def state_of(run_dir: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint_of(run_dir) / "state.json").read_text())
+    return state
