@@ -1,10 +1,10 @@
-"""Writes docs/configuration.md from `dsrl_async/config.py`; a test fails when it is out of date."""
+"""Writes docs/configuration.md from `dsrl_async/config/settings.py`; a test fails when it is out of date."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from dsrl_async.config.command_line import ALIASES, type_name
+from dsrl_async.config.command_line import type_name
 from dsrl_async.config.load import leaf_fields
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -15,7 +15,6 @@ def table() -> str:
         "# Configuration",
         "",
         "Every key can stand in a YAML file (`--config`) and on the command line (`--sac.gamma 0.99`).",
-        *(f"`{alias}` is the same as `--{key}`." for key, alias in ALIASES.items()),
         "Made by `python scripts/write_configuration_table.py`.",
         "",
         "| key | type | default | meaning |",

@@ -1,8 +1,7 @@
 """Actors and a device of given speeds, with the real processes and memory between them.
 
 The environments sleep for drawn times (lognormal chunk times, long resets now and then), the device for as long as its
-latency curve says. Per number of environments (--actors: as many processes, of one environment each, unless
---envs-per-actor says otherwise), the medians of
+latency curve says. Per number of environments (--actors), the medians of
   decisions_per_s           of a run
   device_busy               share of time that the device computes
   queue_wait_p50, _p95      ms from an observation to the start of its batch
@@ -13,13 +12,11 @@ latency curve says. Per number of environments (--actors: as many processes, of 
   cpu_wait                  share of time that the inference process was ready to run and had no core: where it is
                             not near 0 the machine was too busy to measure on
 of these systems, which take turns with the same draws:
-  dsrl_async            the processes of a run, batching by readiness; those with K environments in a process, for K
-                        other than 1 among --envs-per-actor, are `dsrl_async, K in a process`
+  dsrl_async            the processes of a run, batching by readiness
   lock step             the same processes with one barrier per decision, resets inside it
   ideal                 a simulation of batching by readiness: every batch size, no wait, no overhead
   ideal lock step       a simulation of the barrier
-and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions). Environments that sleep need no
-core: K of them in a process are compared with K processes that have a core each.
+and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions).
 
 Not measured: policies, learning, simulation, rendering; the times of environments and devices are settings.
 """
@@ -62,9 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="h100: full-size Pi0 at 1.3 x its bound (default); launches: 20 ms + 4.8 ms per row; flat: 50 ms",
     )
     parser.add_argument("--actors", nargs="+", type=int, default=[8, 16, 32, 64, 128, 256])
-    parser.add_argument(
-        "--envs-per-actor", nargs="+", type=int, default=[1], metavar="K", help="as the setting of a run (default: 1)"
-    )
     parser.add_argument("--chunk-ms", type=float, default=60.0, help="mean of a chunk's time (default: 60)")
     parser.add_argument("--sigma", type=float, default=0.3, help="of its logarithm (default: 0.3)")
     parser.add_argument("--reset-ms", type=float, default=600.0, help="(default: 600)")
@@ -103,7 +97,6 @@ def quantiles(queue_wait_s: np.ndarray, latency_s: np.ndarray) -> Figures:
 
 def measured(
     actors: int,
-    envs_per_actor: int,
     times: EnvironmentTimes,
     service: dict[int, float],
     lock_step: bool,
@@ -112,7 +105,7 @@ def measured(
     from dsrl_async.bench.simulated.run import Simulation, measure
 
     wait_ms = arguments.batch_wait_ms
-    simulation = Simulation(actors, times, service, wait_ms, lock_step, envs_per_actor=envs_per_actor)
+    simulation = Simulation(actors, times, service, wait_ms, lock_step)
     run = measure(simulation, arguments.warm_seconds, arguments.seconds)
     used = run.supervisor.running + run.inference.running + run.actors.running
     return {
@@ -151,14 +144,9 @@ def summarise(samples: dict[str, list[Figures]]) -> Iterator[tuple[str, str, flo
             yield system, metric, value, UNITS[metric]
         rate[system] = statistics.median(each["decisions_per_s"] for each in figures)
     pairs = [(OWN, IDEAL), (OWN, LOCK_STEP), (OWN, IDEAL_LOCK_STEP), (LOCK_STEP, IDEAL_LOCK_STEP)]
-    pairs += [(system, against) for system in rate if system.startswith(f"{OWN},") for against in (OWN, IDEAL)]
     for system, against in pairs:
         if {system, against} <= rate.keys():
             yield f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio"
-
-
-def own(envs_per_actor: int) -> str:
-    return OWN if envs_per_actor == 1 else f"{OWN}, {envs_per_actor} in a process"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -167,16 +155,12 @@ def run(arguments: argparse.Namespace) -> None:
         set(arguments.buckets)
     ):
         raise ValueError("--actors, --buckets and --repeats must be positive, and --buckets increasing")
-    if min(arguments.envs_per_actor) < 1 or any(n % k for n in arguments.actors for k in arguments.envs_per_actor):
-        raise ValueError("--envs-per-actor must be positive, and divide each of --actors")
     if min(arguments.chunk_ms, arguments.episode_decisions - 1, arguments.seconds) <= 0:
         raise ValueError("--chunk-ms and --seconds must be positive, --episode-decisions above 1")
     times = EnvironmentTimes(
         arguments.chunk_ms / 1e3, arguments.sigma, arguments.reset_ms / 1e3, 1 / arguments.episode_decisions
     )
-    real = {own(number): number for number in arguments.envs_per_actor} if OWN in arguments.system else {}
-    if LOCK_STEP in arguments.system:
-        real[LOCK_STEP] = 1
+    real = [system for system in (OWN, LOCK_STEP) if system in arguments.system]
     report = Report("pipeline", arguments.repeats, arguments.out)
     every_size = range(1, arguments.buckets[-1] + 1)
     for device in arguments.device:
@@ -195,8 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
                 ideal = simulate_lock_step(draws, exact.__getitem__, every_size, MODEL_DECISIONS)
                 samples[IDEAL_LOCK_STEP] = [modelled(ideal)]
             for _ in range(arguments.repeats):
-                for system, each in real.items():
-                    found = measured(actors // each, each, times, buckets, system == LOCK_STEP, arguments)
-                    samples[system].append(found)
+                for system in real:
+                    samples[system].append(measured(actors, times, buckets, system == LOCK_STEP, arguments))
             for figure in summarise(samples):
                 report.add(*figure)

@@ -11,11 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from dsrl_async.config.load import _suggestion, leaf_fields, read_yaml, set_key, validate
-from dsrl_async.config.settings import Config, ConfigError, PolicyConfig
-
-ALIASES = {"learner.device": "--learner-device"}
-"""Setting -> a second name of its option."""
+from dsrl_async.config.load import leaf_fields, read_run_settings, read_yaml, set_key, suggestion, validate
+from dsrl_async.config.settings import DELETED, Config, ConfigError, PolicyConfig
 
 
 def type_name(annotation: Any) -> str:
@@ -38,7 +35,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         if unknown.startswith("--"):
-            message += _suggestion(unknown.split()[0].partition("=")[0], self._option_string_actions, "options")
+            option = unknown.split()[0].partition("=")[0]
+            if (key := option.removeprefix("--").replace("-", "_")) in DELETED:
+                raise ConfigError(f"{option} is no longer an option: {DELETED[key]}")
+            message += suggestion(option, self._option_string_actions, "options")
         raise ConfigError(message)
 
 
@@ -59,7 +59,6 @@ def add_setting_options(parser: argparse._ActionsContainer, fields: Iterable[tup
     for key, field in fields:
         flag = key.replace("_", "-")
         names = [f"--{flag}"] if flag == key else [f"--{flag}", f"--{key}"]
-        names += [ALIASES[key]] if key in ALIASES else []
         default = "null" if field.default is None else str(field.default).replace("%", "%%")
         parser.add_argument(
             *names,
@@ -91,7 +90,7 @@ def load_config(argv: Sequence[str]) -> Config:
             raise ConfigError(
                 f"--resume {run}: not a run directory, since it has no config.yaml; give one like runs/NAME"
             )
-        settings = read_yaml(Path(run) / "config.yaml")
+        settings = read_run_settings(Path(run))
         if not settings:
             raise ConfigError(f"--resume {run}: its config.yaml is empty; restore it, or start a new run")
         settings["run_dir"] = run

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.config.settings import DELETED, Config, ConfigError
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -24,7 +24,7 @@ def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
             yield prefix + name, field
 
 
-def _suggestion(unknown: str, known: Iterable[str], what: str) -> str:
+def suggestion(unknown: str, known: Iterable[str], what: str) -> str:
     """The end of a sentence about a name that nobody knows: the nearest of the `known` ones, which are `what`."""
     near = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else f"; --help lists all {what}"
@@ -57,6 +57,19 @@ def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
     settings[name] = value
 
 
+def read_run_settings(run_dir: Path) -> dict[str, Any]:
+    """Read the settings that a run was made with, without those that have been deleted since."""
+    settings = read_yaml(run_dir / "config.yaml")
+    for key in DELETED:
+        *sections, name = key.split(".")
+        section: Any = settings
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(name, None)
+    return settings
+
+
 def validate(settings: dict[str, Any]) -> Config:
     """Turn nested settings into a `Config`; raises ConfigError naming the first thing that is wrong."""
     try:
@@ -80,8 +93,10 @@ def get_key(config: Config, key: str) -> Any:
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    if key in DELETED:
+        return f"{key} is no longer a setting: {DELETED[key]}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}" + _suggestion(key, (name for name, _ in leaf_fields()), "keys")
+        return f"unknown key {key!r}" + suggestion(key, (name for name, _ in leaf_fields()), "keys")
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":

@@ -24,6 +24,13 @@ MOST_ACTORS = 4096
 """Of a run."""
 
 
+DELETED = {
+    "envs_per_actor": "every environment has a process of its own; leave it out",
+    "learner_device": "write learner.device",
+}
+"""Settings and options of earlier versions -> what to do instead. They are ignored in the config.yaml of an old run."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
@@ -281,9 +288,6 @@ class Config(Section):
 
     actors: int = Field(16, gt=0, le=MOST_ACTORS)
     """Environment processes."""
-    envs_per_actor: int = Field(1, gt=0)
-    """Environments in each of these processes, taking turns: while one of them waits for its action chunk, another
-    executes its own; but while one executes or resets, the others of its process cannot (docs/throughput.md)."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     run_dir: str | None = None
@@ -322,22 +326,14 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    @property
-    def lanes(self) -> int:
-        """Environments of the run. Each has a slot, a lane of the replay ring, and counters of its own."""
-        return self.actors * self.envs_per_actor
-
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.serial and (self.device == "cuda" or (self.learner.device or "cpu") != "cpu"):
             raise ValueError("serial mode runs on the CPU; drop --serial or set device and learner.device to cpu")
-        if self.replay.capacity < self.lanes * MIN_LANE_ROWS:
-            whose, lower = f"{self.actors} actors", "actors"
-            if self.envs_per_actor > 1:
-                whose, lower = f"{self.lanes} environments", "actors or envs_per_actor"
+        if self.replay.capacity < self.actors * MIN_LANE_ROWS:
             raise ValueError(
-                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {whose} "
-                f"({self.lanes * MIN_LANE_ROWS}); raise it or lower {lower}"
+                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {self.actors} actors "
+                f"({self.actors * MIN_LANE_ROWS}); raise it or lower actors"
             )
         if self.replay.capacity < self.replay.warmup_decisions:
             raise ValueError("replay.capacity must not be below replay.warmup_decisions")

@@ -215,11 +215,11 @@ def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def check_actor(config: Config, options: Options) -> Iterator[Finding]:
-    """Start an actor of this configuration and look at it when it has the first observation of each environment."""
+    """Start an actor of this configuration and look at it when it has the first observation."""
     if not options.measure:
         return
     spec = preflight.check_environment(config)
-    replay = config.replay.model_copy(update={"capacity": MIN_LANE_ROWS * config.envs_per_actor})
+    replay = config.replay.model_copy(update={"capacity": MIN_LANE_ROWS})
     config = config.model_copy(update={"actors": 1, "replay": replay})
     arena = create_memory(config, spec, config.env.chunk)
     wake, notify = events.create(), events.create()
@@ -239,9 +239,7 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
     actor = None
     with tempfile.TemporaryDirectory() as directory:
         log, of_template = Path(directory) / "actor.log", Path(directory) / "template.log"
-        template = Template(
-            arena, config.seed, config.env.model_dump(), [wake], [notify], of_template, config.envs_per_actor
-        )
+        template = Template(arena, config.seed, config.env.model_dump(), [wake], [notify], of_template)
         try:
             prepared = wait(template.popen, "the actors' template", lambda: template.prepared, of_template)
             try:

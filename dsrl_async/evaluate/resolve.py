@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsrl_async.config.command_line import make_paths_absolute, override
-from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.config.load import read_run_settings, read_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs.libero import versions as simulator_versions
 from dsrl_async.envs.libero import with_preset
@@ -85,7 +85,7 @@ def resolve(options: argparse.Namespace) -> Plan:
         processes = min(MAX_PROCESSES, available_cpus())
     actors = min(options.processes or processes, len(episodes))
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the actors write it, nobody reads it
-    own = {"actors": actors, "envs_per_actor": 1, "seed": options.seed, "replay": replay, "profile": False}
+    own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
     config = config.model_copy(update=own)
     preflight.check_device("device", config.device)
     _, spec = preflight.check_policy(config)
@@ -107,7 +107,7 @@ def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | N
     if checkpoint is None:
         what = "there is no checkpoint in it" if Path(options.checkpoint).exists() else "it does not exist"
         raise ConfigError(f"--checkpoint {options.checkpoint}: {what}; give a run directory, or one of its checkpoints")
-    return read_yaml(checkpoint.parent.parent / "config.yaml"), checkpoint
+    return read_run_settings(checkpoint.parent.parent), checkpoint
 
 
 def identity(plan: Plan) -> dict[str, Any]:

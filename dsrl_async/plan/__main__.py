@@ -2,8 +2,7 @@
 
 Predicts decisions, environment steps and gradient updates per second against the number of actors, says how many are
 enough and what bounds them, and what many machines would do. The times come from a short measurement of this machine
-(--measure), from the options below, or from both: an option goes before what was measured. Each actor is supposed to
-have one environment, whatever `envs_per_actor` says.
+(--measure), from the options below, or from both: an option goes before what was measured.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.preflight.policy import policy_directory
-from dsrl_async.run.worker.worker import Actor
+from dsrl_async.run.worker.worker import Lane
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
@@ -84,7 +84,7 @@ def measuring_config(config: Config) -> Config:
     """The run as it is measured: every batch size, a small ring, a warm-up that never ends."""
     sizes = config.inference.buckets
     replay = config.replay.model_copy(update={"capacity": 16 * sizes[-1], "warmup_decisions": 2**31})
-    return config.model_copy(update={"actors": sizes[-1], "envs_per_actor": 1, "replay": replay, "max_decisions": None})
+    return config.model_copy(update={"actors": sizes[-1], "replay": replay, "max_decisions": None})
 
 
 def measure(
@@ -104,11 +104,11 @@ def measure(
         policies = load_policies(config, spec, device, "stochastic", policy_directory(config))
         server = InferenceServer(config, arena, policies, lambda lanes: None)
         say(f"environment: {part_s:.0f} s, until an episode has ended")
-        actor = Actor(0, 1, config.seed, config.env.model_dump(), arena)
+        lane = Lane(0, 1, config.seed, config.env.model_dump(), arena)
         try:
-            times, steps, environment_cores = measure_environment(actor, server, part_s)
+            times, steps, environment_cores = measure_environment(lane, server, part_s)
         finally:
-            actor.env.close()
+            lane.env.close()
         device_s, device_cores = measure_device(server, part_s, say)
     say(f"gradient updates: {part_s:.0f} s")
     torch.set_num_threads(cpu_threads(config.learner.threads))
@@ -124,23 +124,23 @@ def measure(
     )
 
 
-def measure_environment(actor: Actor, server: InferenceServer, seconds: float) -> tuple[EnvironmentTimes, float, float]:
+def measure_environment(lane: Lane, server: InferenceServer, seconds: float) -> tuple[EnvironmentTimes, float, float]:
     """Its times, steps per decision and busy cores, played by the policy with the noise of the warm-up."""
-    lane, counters = np.array([actor.lane]), actor.counters
+    number, counters = lane.number, lane.counters
     within: list[Took] = []  # chunks
     ending: list[Took] = []  # chunks that ended an episode, with the reset
     finished = 0  # decisions of episodes that have ended
-    actor.start()
+    lane.start()
     begin, limit_s = time.monotonic(), max(LEAST_PATIENCE_S, PATIENCE * seconds)
     while (spent := time.monotonic() - begin) < seconds or not ending or len(within) + len(ending) < FEWEST:
         if spent > limit_s:
             raise ConfigError(
                 f"no episode ended within {spent:.0f} s; measure longer with --seconds, or lower env.max_episode_steps"
             )
-        server.serve_ready(lane)
-        episodes = int(counters.actor_episodes[actor.lane])
-        took = timed(actor.advance)
-        if counters.actor_episodes[actor.lane] == episodes:
+        server.serve_ready(np.array([number]))
+        episodes = int(counters.actor_episodes[number])
+        took = timed(lane.advance)
+        if counters.actor_episodes[number] == episodes:
             within.append(took)
         else:
             ending.append(took)
@@ -149,7 +149,7 @@ def measure_environment(actor: Actor, server: InferenceServer, seconds: float) -
     chunk_s = statistics.fmean(chunks)
     reset_s = max(0.0, statistics.fmean(took.seconds for took in ending) - chunk_s)
     sigma = float(np.std(np.log(chunks)))
-    steps = float(counters.actor_env_steps[actor.lane]) / (len(within) + len(ending))
+    steps = float(counters.actor_env_steps[number]) / (len(within) + len(ending))
     return EnvironmentTimes(chunk_s, sigma, reset_s, len(ending) / finished), steps, cores(within + ending)
 
 

@@ -69,7 +69,7 @@ def device_curve(pairs: Sequence[str]) -> dict[int, float]:
 def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
     """Everything that is asked for, measured if need be. Raises ValueError, of which ConfigError is one."""
     check_options(own)
-    config = load_config(rest).model_copy(update={"envs_per_actor": 1})
+    config = load_config(rest)
     curve_s = device_curve(own.device_ms) if own.device_ms else None
     planned = config.model_copy(update={"device": "cuda"}) if own.gpu else config
     policy = Pi0Config() if own.gpu else preflight.check_checkpoint(config).config

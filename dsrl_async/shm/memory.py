@@ -12,13 +12,13 @@ from dsrl_async.shm.spans import span_fields
 
 
 def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
-    """All arrays of a run with `config.lanes` environments and a policy of `horizon` action slots."""
+    """All arrays of a run with `config.actors` environments and a policy of `horizon` action slots."""
     noise_width = config.sac.noise_width(horizon)
     return {
-        **slot_fields(config.lanes, spec, config.env.chunk, noise_width, horizon * config.sac.noise_dim),
-        **replay_fields(config.lanes, config.replay.capacity // config.lanes, spec.state_dim, noise_width),
-        **counter_fields(config.lanes),
-        **(span_fields(config.lanes) if config.profile else {}),
+        **slot_fields(config.actors, spec, config.env.chunk, noise_width, horizon * config.sac.noise_dim),
+        **replay_fields(config.actors, config.replay.capacity // config.actors, spec.state_dim, noise_width),
+        **counter_fields(config.actors),
+        **(span_fields(config.actors) if config.profile else {}),
     }
 
 

@@ -137,8 +137,6 @@ def plain_line(config: Config, view: View) -> str:
 def render(config: Config, view: View) -> RenderableType:
     """The live display, made for 80 columns and more."""
     title = f"[bold]dsrl_async[/]  {config.env.name}, {config.actors} actor{'s' * (config.actors > 1)}"
-    if config.envs_per_actor > 1:
-        title += f" of {config.envs_per_actor} environments"
     body = Group(_progress(view), Text(), _figures(config, view), Text(), _processes(view))
     return Panel(body, title=title, title_align="left", border_style="bright_black", width=80)
 

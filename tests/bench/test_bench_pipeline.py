@@ -73,20 +73,18 @@ def test_device_curve_is_the_roofline() -> None:
 def test_pipeline_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
     options = ["--actors", "2", "--seconds", "0.5", "--warm-seconds", "0.1", "--repeats", "1", "--out", str(out)]
-    result = bench("pipeline", *options, "--envs-per-actor", "1", "2", "--chunk-ms", "5", "--reset-ms", "20")
+    result = bench("pipeline", *options, "--chunk-ms", "5", "--reset-ms", "20")
     assert result.returncode == 0, result.stderr
     assert result.stdout == out.read_text()
     value = {(record["system"], record["metric"]): record["value"] for record in map(json.loads, out.open())}
-    together = "dsrl_async, 2 in a process"
-    for system in (*pipeline.SYSTEMS, together):
+    for system in pipeline.SYSTEMS:
         assert value[system, "decisions_per_s"] > 0
         assert 0 < value[system, "device_busy"] <= 1.2
         assert value[system, "latency_p95"] >= value[system, "latency_p50"] >= value[system, "queue_wait_p50"]
     rates = [value[system, "decisions_per_s"] for system in (pipeline.OWN, pipeline.IDEAL)]
     assert value["dsrl_async/ideal", "decisions_per_s"] == pytest.approx(rates[0] / rates[1], rel=1e-4)
     assert ("dsrl_async/lock step", "decisions_per_s") in value
-    assert value[f"{together}/dsrl_async", "decisions_per_s"] > 0
-    assert 0.2 < value[together, "memory"] / value["dsrl_async", "memory"] < 0.9
+    assert value["dsrl_async", "memory"] > 0
 
 
 def test_scale_end_to_end() -> None:
@@ -106,7 +104,6 @@ def test_scale_end_to_end() -> None:
     ("options", "message"),
     [
         (["pipeline", "--actors", "0"], "must be positive"),
-        (["pipeline", "--actors", "4", "6", "--envs-per-actor", "4"], "divide each of --actors"),
         (["pipeline", "--buckets", "4", "2"], "increasing"),
         (["pipeline", "--episode-decisions", "1"], "above 1"),
         (["scale", "--compression", "0"], "must be positive"),

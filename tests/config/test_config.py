@@ -89,11 +89,25 @@ def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
     assert config.sac.num_q_heads == Config().sac.num_q_heads
 
 
-def test_learner_device_has_a_second_name() -> None:
-    assert load_config(["--learner-device", "cuda:1"]).learner.device == "cuda:1"
-    assert load_config(["--learner.device", "cpu"]).learner.device == "cpu"
-    with pytest.raises(ConfigError, match=r"learner\.device"):
-        load_config(["--learner-device", "gpu"])
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("--envs-per-actor", "leave it out"),
+        ("--envs_per_actor", "leave it out"),
+        ("--learner-device", "learner.device"),
+    ],
+)
+def test_a_deleted_option_is_refused_by_name(option: str, advice: str) -> None:
+    for arguments in ([option, "2"], [f"{option}=2"]):
+        with pytest.raises(ConfigError, match=f"^{option} is no longer an option: .*{advice}$"):
+            load_config(arguments)
+
+
+def test_a_deleted_key_is_refused_in_a_file_and_ignored_in_an_old_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("envs_per_actor: 2\nactors: 3\n")
+    with pytest.raises(ConfigError, match=r"^envs_per_actor is no longer a setting: .*leave it out$"):
+        load_config(["--config", str(tmp_path / "config.yaml")])
+    assert load_config(["--resume", str(tmp_path)]).actors == 3
 
 
 def test_every_key_can_be_given_on_the_command_line() -> None:

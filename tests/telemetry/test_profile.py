@@ -761,7 +761,7 @@ DELAYS: dict[str, tuple[str, Any, str, float]] = {
     "prefix": ("inference", SteeredPolicy, "encode", 0.1),
     "denoise": ("inference", SteeredPolicy, "denoise", 0.1),
     "scatter": ("inference", Slots, "answer", 0.1),
-    "wait_batch": ("inference", worker.Actor, "advance", 0.2),
+    "wait_batch": ("inference", worker.Lane, "advance", 0.2),
     "weights": ("inference", SacActor, "load_flat_", 0.2),
     "sample": ("learner", Updates, "draw_batch", 0.1),
     "update": ("learner", Updates, "run", 0.1),
@@ -784,7 +784,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
     (run_dir / "checkpoints").mkdir()
 
     def act(lane: int) -> None:
-        actor = worker.Actor(lane, 1, config.seed, config.env.model_dump(), arena, InstantEnvironment())
+        actor = worker.Lane(lane, 1, config.seed, config.env.model_dump(), arena, InstantEnvironment())
         worker.play([actor], wake[lane], [observation_ready, transition_ready])
 
     def infer() -> None:
@@ -891,7 +891,7 @@ BUSY_MACHINE = 0.25
         ),
         (
             *("inference", "wait_batch", "worker.template"),
-            *("dsrl_async.run.worker.worker:Actor.advance", "arguments[0].lane == 1"),
+            *("dsrl_async.run.worker.worker:Lane.advance", "arguments[0].number == 1"),
             ("--inference.batch-wait-ms", "1000"),
         ),
         pytest.param(

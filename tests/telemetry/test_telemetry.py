@@ -386,13 +386,6 @@ def test_live_display_fits_80_columns(tmp_path: Path, actors: int, make: Callabl
     assert "…" not in text
 
 
-def test_live_display_says_how_many_environments_an_actor_has(tmp_path: Path) -> None:
-    run = FakeRun(tmp_path / "run", 2, envs_per_actor=3).start()
-    console = Console(file=io.StringIO(), width=80, record=True, force_terminal=True)
-    console.print(render(run.config, run.tick()))
-    assert "2 actors of 3 environments" in console.export_text()
-
-
 def test_a_smaller_share_is_not_named_in_the_place_of_a_larger_one() -> None:
     _, legend = phase_bar({"compute": 0.21, "wait_learner": 0.46, "gather": 0.04, "scatter": 0.02})
     assert legend.plain == "wait learner 46%  compute 21%"

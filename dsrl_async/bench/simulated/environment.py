@@ -1,6 +1,6 @@
 """An environment that sleeps instead of simulating, as a process of a run. Imports no torch.
 
-Everything but the environment is the run's own: `worker.Actor`, its slot, its replay lane, its loop.
+Everything but the environment is the run's own: `worker.Lane`, its slot, its replay lane, its loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
 from dsrl_async.plan.simulation import EnvironmentTimes
-from dsrl_async.run.worker.worker import Actor, play
+from dsrl_async.run.worker.worker import Lane, play
 from dsrl_async.shm.arena import Arena
 
 SPEC = EnvironmentSpec(cameras=2, image_size=224, state_dim=8, action_dim=7, prompts=("put the block on the plate",))
@@ -76,8 +76,6 @@ def main(job: Mapping[str, Any], prepared: None) -> None:
     """`job` is told by `template.Template`, with `times`, the fields of `EnvironmentTimes`, beside it."""
     sharpen_timers()
     arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
-    actors = [
-        Actor(lane, job["incarnation"], job["seed"], job["env"], arena, SleepingEnvironment(times, job["seed"], lane))
-        for lane in job["lanes"]
-    ]
-    play(actors, job["wake_fd"], job["notify_fds"])
+    number, seed = job["number"], job["seed"]
+    lane = Lane(number, job["incarnation"], seed, job["env"], arena, SleepingEnvironment(times, seed, number))
+    play(lane, job["wake_fd"], job["notify_fds"])

@@ -50,7 +50,6 @@ class Simulation:
     """Copy the images into the batch."""
     record: bool = True
     """Note when each request was made and answered."""
-    envs_per_actor: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,9 @@ class Measurement:
 def run_config(simulation: Simulation) -> Config:
     settings = {
         "actors": simulation.actors,
-        "envs_per_actor": simulation.envs_per_actor,
         "env": {"chunk": CHUNK},
         "replay": {
-            "capacity": simulation.actors * simulation.envs_per_actor * LANE_ROWS,
+            "capacity": simulation.actors * LANE_ROWS,
             "warmup_decisions": WARMUP_DECISIONS,
         },
         "sac": {"batch_size": WARMUP_DECISIONS},

@@ -22,7 +22,7 @@ def serve_in_lock_step(server: InferenceServer, job: dict[str, Any], learn: Call
     while counters.control_stop[0] < 2:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
         ready = server.slots.ready()
-        if len(ready) < server.config.lanes:
+        if len(ready) < server.config.actors:
             with server.phase("wait_request"):
                 events.wait(job["observation_ready_fd"], IDLE_POLL_S)
             continue

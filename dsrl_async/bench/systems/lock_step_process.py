@@ -39,7 +39,7 @@ def main(argument: str) -> None:
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
-    config.inference.buckets = [config.lanes]  # one batch for all, without padding
+    config.inference.buckets = [config.actors]  # one batch for all, without padding
     arena = Arena.attach(job["arena"])
     device, learner_device = resolve_device(config.device), resolve_device(config.learner.device or config.device)
     register_memory(arena, device)

@@ -42,4 +42,4 @@ def choose_batch(ready: int, sizes: Sequence[int]) -> tuple[int, int]:
 def batch_sizes(config: Config) -> list[int]:
     """Sizes of `inference.buckets` up to the first that holds all environments."""
     buckets = config.inference.buckets
-    return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.lanes]
+    return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]

@@ -102,7 +102,7 @@ class InferenceServer:
             config.replay_ratio,
             warmup,
             config.replay_ratio_tolerance,
-            config.lanes,
+            config.actors,
         )
         return wanted if not config.throttle_actors or handed_out + wanted <= limit else 0
 
@@ -195,7 +195,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(observation_ready, zmq.POLLIN)
     counters = server.counters
-    enough = min(server.sizes[-1], config.lanes)
+    enough = min(server.sizes[-1], config.actors)
     patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.tokens.device.type == "cpu")
     deadline = None  # until when to wait for a fuller batch
     while counters.control_stop[0] < 2:

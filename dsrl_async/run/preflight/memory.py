@@ -21,10 +21,6 @@ ACTOR_BYTES = 20 << 20
 """Private memory of an actor of the tabletop, beside what it shares with the template."""
 
 
-ENVIRONMENT_BYTES = 2 << 20
-"""Of each further environment in such an actor."""
-
-
 LIBERO_ACTOR_BYTES = {"exact": 700 << 20, "fast": 300 << 20}
 """Private memory of an environment of LIBERO, by `env.render_quality`: mostly what the graphics keep."""
 
@@ -53,7 +49,7 @@ def policy_bytes(config: Config, horizon: int) -> int:
     policy = dataclasses.replace(read_config(directory, find_tensors(directory)), action_horizon=horizon)
     bytes_per_value = 2 if config.policy.dtype == "bfloat16" else 4
     buckets = config.inference.buckets
-    sizes = [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.lanes]
+    sizes = [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]
     of_one = (policy, 1, policy.max_token_len, bytes_per_value)
     return (
         parameter_count(policy) * bytes_per_value
@@ -68,17 +64,16 @@ def one_scene(config: Config) -> bool:
 
 
 def actor_bytes(config: Config) -> int:
-    """Estimated private memory of one actor with its environments."""
+    """Estimated private memory of one actor."""
     if config.env.name == "tabletop":
-        return ACTOR_BYTES + (config.envs_per_actor - 1) * ENVIRONMENT_BYTES
+        return ACTOR_BYTES
     own_scene = 0 if one_scene(config) else LIBERO_SCENE_BYTES
-    return config.envs_per_actor * (LIBERO_ACTOR_BYTES[config.env.render_quality] + own_scene)
+    return LIBERO_ACTOR_BYTES[config.env.render_quality] + own_scene
 
 
 def template_bytes(config: Config) -> int:
-    """Estimated memory of the actors' template, which they share; it has compiled the scene of each of an actor's
-    environments."""
-    return TEMPLATE_BYTES + (config.envs_per_actor * LIBERO_SCENE_BYTES if one_scene(config) else 0)
+    """Estimated memory of the actors' template, which they share; it has compiled the scene that all have."""
+    return TEMPLATE_BYTES + (LIBERO_SCENE_BYTES if one_scene(config) else 0)
 
 
 class MemoryNeed(NamedTuple):

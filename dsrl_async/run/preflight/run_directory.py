@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from dsrl_async.config.load import get_key, read_yaml, validate
+from dsrl_async.config.load import get_key, read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.run import checkpoints
 
@@ -67,7 +67,7 @@ def check_resume(config: Config, run_dir: Path) -> None:
     done = sum(checkpoints.read_state(checkpoint)["counters"]["actor_decisions"])
     if config.max_decisions is not None and done >= config.max_decisions:
         raise ConfigError(f"max_decisions: {done} of {config.max_decisions} are done already; give a larger number")
-    before = validate(read_yaml(run_dir / "config.yaml"))
+    before = validate(read_run_settings(run_dir))
     for key in FIXED_BY_RUN:
         if key == "env.render_quality" and config.policy.ignore_render_quality:
             continue

@@ -19,8 +19,7 @@ class Child:
     popen: processes.Process = field(init=False)
     incarnation: int = 1
     quick_failures: int = 0
-    lanes: range = range(0)  # of an actor's environments
-    episodes: int = 0  # of these, when this incarnation was started
+    episodes: int = 0  # of an actor's lane, when this incarnation was started
 
     @property
     def is_actor(self) -> bool:

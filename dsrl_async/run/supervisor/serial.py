@@ -23,7 +23,7 @@ from dsrl_async.run.learner.learner import Learner
 from dsrl_async.run.preflight.policy import policy_directory
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.weights import decode
-from dsrl_async.run.worker.worker import Actor
+from dsrl_async.run.worker.worker import Lane
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm.arena import Arena
 
@@ -38,23 +38,23 @@ def run_serial(session: Session) -> dict[str, Any]:
     policies = load_policies(config, spec, device, "stochastic", policy_directory(config), stage)
     server, learner = join(config, arena, policies, session.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
-    actors = [Actor(lane, 1, config.seed, env_config, arena) for lane in range(config.lanes)]
-    for actor in actors:
-        actor.start()
+    lanes = [Lane(number, 1, config.seed, env_config, arena) for number in range(config.actors)]
+    for lane in lanes:
+        lane.start()
     while (reason := session.reason_to_stop()) is None:
         while server.serve_ready(server.slots.ready()):
             pass
-        for actor in actors:
-            if actor.ready():
-                actor.advance()
+        for lane in lanes:
+            if lane.ready():
+                lane.advance()
         while learner.due() and learner.update():
             pass
         learner.save_when_due()
         if session.tick_due():
             session.tick({})
     learner.checkpoint()
-    for actor in actors:
-        actor.env.close()
+    for lane in lanes:
+        lane.env.close()
     return session.finish(reason, {})
 
 

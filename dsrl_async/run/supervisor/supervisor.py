@@ -15,7 +15,7 @@ from dsrl_async.host.machine import available_cpus, cpu_threads
 from dsrl_async.run.preflight.policy import policy_directory
 from dsrl_async.run.supervisor.child import Child
 from dsrl_async.run.supervisor.session import Session
-from dsrl_async.run.worker.template import WORKER, Template, lanes_of
+from dsrl_async.run.worker.template import WORKER, Template
 from dsrl_async.shm import events
 from dsrl_async.shm.slots import Slots
 
@@ -66,7 +66,6 @@ class Supervisor:
         if (old := self.children.get(name)) is not None:
             child.incarnation, child.quick_failures = old.incarnation + 1, old.quick_failures
         if child.is_actor:
-            child.lanes = lanes_of(child.number, self.config.envs_per_actor)
             child.episodes = self._episodes(child)
         return child
 
@@ -86,7 +85,7 @@ class Supervisor:
             job |= {
                 "policy": str(policy_directory(self.config)),
                 "observation_ready_fd": self.observation_ready,
-                "wake_fds": [fd for fd in self.wake for _ in range(self.config.envs_per_actor)],
+                "wake_fds": self.wake,
             }
             fds = [self.arena.fd, self.observation_ready, *self.wake]
             threads = cpu_threads(self.config.inference.threads)
@@ -106,7 +105,6 @@ class Supervisor:
             self.wake,
             [self.observation_ready, self.transition_ready],
             child.log,
-            self.config.envs_per_actor,
             child.incarnation,
             program=self.programs["actor"],
         )
@@ -158,8 +156,8 @@ class Supervisor:
             self.template.close()
 
     def _coming_up(self, child: Child) -> bool:
-        """Whether an actor has not asked for the first action chunk of its last environment yet."""
-        return child.is_actor and int(self.slots.request_id[child.lanes[-1]]) >> 32 != child.incarnation
+        """Whether an actor has not asked for its first action chunk yet."""
+        return child.is_actor and int(self.slots.request_id[child.number]) >> 32 != child.incarnation
 
     # ---- watching
 
@@ -203,7 +201,7 @@ class Supervisor:
     def _last_beat(self, child: Child) -> float | None:
         """When this incarnation last gave a sign of life, time.monotonic; None: not yet."""
         if child.is_actor:
-            beat_ns = self.counters.actor_heartbeat_ns[child.lanes[0]]
+            beat_ns = self.counters.actor_heartbeat_ns[child.number]
         else:
             beat_ns = getattr(self.counters, f"{child.name}_heartbeat_ns")[0]
         beat = int(beat_ns) * 1e-9
@@ -247,7 +245,7 @@ class Supervisor:
         return None
 
     def _episodes(self, actor: Child) -> int:
-        return int(self.counters.actor_episodes[actor.lanes].sum())
+        return int(self.counters.actor_episodes[actor.number])
 
     def _got_somewhere(self, child: Child) -> bool:
         """Whether it did what it is for: an actor has ended an episode, the template can fork some, another process has

@@ -71,11 +71,6 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def lanes_of(actor: int, envs_per_actor: int) -> range:
-    """The lanes of an actor's environments, by its number."""
-    return range(actor * envs_per_actor, (actor + 1) * envs_per_actor)
-
-
 class Template:
     """The template of a run's actors, in the process that owns them. One actor is asked for at a time.
 
@@ -86,7 +81,6 @@ class Template:
         wake_fds: of each actor, on which it waits for answers.
         notify_fds: on which the actors announce observations.
         log: to which the template's output is appended.
-        envs_per_actor: how many environments an actor has.
         incarnation: which template of this run it is, from 1.
         evaluation: makes actors play the episodes that they are given (`shm.assignments`) and end:
             {"video_dir": str or None, "rate_hz": int, of the films, "begin_with": int or None, the number of an episode
@@ -102,7 +96,6 @@ class Template:
         wake_fds: Iterable[int],
         notify_fds: Iterable[int],
         log: Path,
-        envs_per_actor: int = 1,
         incarnation: int = 1,
         evaluation: Mapping[str, Any] | None = None,
         program: processes.Program = WORKER,
@@ -114,14 +107,12 @@ class Template:
         """Why it is of no use any more, if it is not."""
         self._asked: float | None = None  # time.monotonic of the request that is not answered yet
         self._counters, self._incarnation, self._wake_fds = Counters(arena), incarnation, list(wake_fds)
-        self._envs_per_actor = envs_per_actor
         self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         job = {
             "program": program.module,
             "arena": arena.describe(),
             "seed": seed,
             "env": env_config,
-            "envs_per_actor": envs_per_actor,
             "notify_fds": list(notify_fds),
             "evaluation": evaluation,
             "socket_fd": child.fileno(),
@@ -140,9 +131,12 @@ class Template:
     def ask(self, number: int, incarnation: int, log: Path) -> None:
         """Have actor `number` started, its output appended to `log`; `answer` is to be called until it gives it."""
         assert self._asked is None
-        lanes = list(lanes_of(number, self._envs_per_actor))
-        request = {"number": number, "lanes": lanes, "incarnation": incarnation}
-        request |= {"wake_fd": self._wake_fds[number], "log": str(log)}
+        request = {
+            "number": number,
+            "incarnation": incarnation,
+            "wake_fd": self._wake_fds[number],
+            "log": str(log),
+        }
         if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1) != 0:
             self._fail("this system gives no process its orphaned descendants (PR_SET_CHILD_SUBREAPER)")
         try:

@@ -1,7 +1,7 @@
 """The environment process: executes action chunks, writes observations and transitions. Imports no torch.
 
-`Actor` is one environment with its slot and its replay lane; `main` runs one, or some that take turns, in a process of
-its own, which is forked from the `template`, and serial mode calls `Actor` directly.
+`Lane` is one environment with its slot and its part of the replay ring; `main` runs it in a process of its own, which
+is forked from the `template`, and serial mode calls `Lane` directly.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def decision_reward(outcome: ChunkOutcome, reward_rule: str, use_step_penalty: b
     return float(success) - float(use_step_penalty)
 
 
-class Actor:
-    """One environment, stepping from decision to decision.
+class Lane:
+    """One environment with its slot and its lane of the replay ring, stepping from decision to decision.
 
     `start` begins an episode and asks for an action chunk; once it is there (`ready`), `advance` executes it, writes
     the transition and asks for the next one.
@@ -45,20 +45,20 @@ class Actor:
 
     def __init__(
         self,
-        lane: int,
+        number: int,
         incarnation: int,
         seed: int,
         env_config: dict[str, Any],
         arena: Arena,
         environment: Environment | None = None,
     ) -> None:
-        self.lane, self.incarnation, self.seed = lane, incarnation, seed
+        self.number, self.incarnation, self.seed = number, incarnation, seed
         self.evaluation: Iterator[int] | None = None  # numbers of the episodes to evaluate; None: training
         self.finished = False
         self.reward_rule = env_config["reward_rule"]
         self.use_step_penalty = env_config["use_step_penalty"]
         self.slots, self.ring, self.counters = Slots(arena), ReplayRing(arena), Counters(arena)
-        self.phase = phases_of(arena, "actor", lane)
+        self.phase = phases_of(arena, "actor", number)
         self.env = environment or make_environment(env_config)
         self.noise_rng = np.random.default_rng(0)
         self.requests = 0
@@ -68,33 +68,33 @@ class Actor:
 
     def start(self) -> None:
         """Begin a new episode and publish its first observation; without one to evaluate, be `finished`."""
-        lane, slots = self.lane, self.slots
+        lane, slots = self.number, self.slots
         if self.evaluation is None:
             started = int(self.counters.actor_started_episodes[lane])
-            number = started * len(slots.task_index) + lane
+            episode = started * len(slots.task_index) + lane
             seed = episode_seed(self.seed, TRAINING, lane, started)
         else:
-            number = next(self.evaluation, -1)
-            if number < 0:
+            episode = next(self.evaluation, -1)
+            if episode < 0:
                 self.finished = True
                 return
-            seed = episode_seed(self.seed, EVALUATION, 0, number)
+            seed = episode_seed(self.seed, EVALUATION, 0, episode)
         self.counters.actor_started_episodes[lane] += 1
         self.noise_rng = np.random.default_rng(seed)
         self.episode_return, self.episode_len = 0.0, 0
         with self.phase("reset"):
-            slots.task_index[lane] = self.env.reset(seed, number)
+            slots.task_index[lane] = self.env.reset(seed, episode)
         self._observe()
         with self.phase("replay_write"):
             self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane])
         self._request()
 
     def ready(self) -> bool:
-        return self.slots.answered(self.lane, self.request_number)
+        return self.slots.answered(self.number, self.request_number)
 
     def advance(self) -> None:
         """Execute the answered action chunk, write what came of it, publish the next observation."""
-        lane, slots, counters = self.lane, self.slots, self.counters
+        lane, slots, counters = self.number, self.slots, self.counters
         policy_version = int(slots.policy_version[lane])
         with self.phase("physics"):
             outcome = self.env.step_chunk(slots.action_chunk[lane])
@@ -123,7 +123,7 @@ class Actor:
             self._request()
 
     def _finish_episode(self, success: bool) -> None:
-        lane, counters = self.lane, self.counters
+        lane, counters = self.number, self.counters
         entry = int(counters.actor_episodes[lane]) % EPISODE_LOG
         counters.actor_episode_return[lane, entry] = self.episode_return
         counters.actor_episode_len[lane, entry] = self.episode_len
@@ -133,65 +133,53 @@ class Actor:
 
     def _observe(self) -> None:
         with self.phase("render"):
-            self.env.observe(self.slots.images[self.lane], self.slots.sac_image[self.lane], self.slots.state[self.lane])
+            self.env.observe(
+                self.slots.images[self.number], self.slots.sac_image[self.number], self.slots.state[self.number]
+            )
 
     def _request(self) -> None:
-        normal = self.slots.standard_normal[self.lane]
+        normal = self.slots.standard_normal[self.number]
         self.noise_rng.standard_normal(out=normal, dtype=np.float32)
         self.requests += 1
-        self.request_number = self.slots.request(self.lane, self.incarnation, self.requests)
+        self.request_number = self.slots.request(self.number, self.incarnation, self.requests)
 
 
-def prepare(job: Mapping[str, Any]) -> list[Environment]:
-    """What every actor process of a run needs before its first episode, as far as it survives a fork (`template`)."""
-    counters, environments = Counters(Arena.attach(job["arena"])), []
-    for _ in range(job["envs_per_actor"]):
-        environments.append(make_environment(job["env"]))
-        counters.template_heartbeat_ns[0] = time.monotonic_ns()
+def prepare(job: Mapping[str, Any]) -> Environment:
+    """Makes what every environment worker needs before its first episode, as far as it survives a fork (`template`)."""
+    environment = make_environment(job["env"])
     if (evaluation := job["evaluation"]) is not None and (number := evaluation["begin_with"]) is not None:
-        environments[0].reset(0, number)  # compiles the scene; each episode begins with a reset of its own
-    return environments
+        environment.reset(0, number)  # compiles the scene; each episode begins with a reset of its own
+    return environment
 
 
-def main(job: Mapping[str, Any], environments: list[Environment] | None) -> None:
-    """Run actors in a process of their own, forked from one that has the `environments` of `prepare`, or has failed to
-    make them; `job` is told by `template.Template`."""
-    arena = Arena.attach(job["arena"])
-    lanes, wake = job["lanes"], job["wake_fd"]
-    counters = Counters(arena)
+def main(job: Mapping[str, Any], environment: Environment | None) -> None:
+    """Run an environment worker, forked from a process that has the `environment` of `prepare`, or has failed to make
+    it; `job` is told by `template.Template`."""
+    arena, number, wake = Arena.attach(job["arena"]), job["number"], job["wake_fd"]
     # From here on: a simulator or an OpenGL driver that hangs while the scene is made is found out like any other.
-    counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
-    actors = []
-    for index, lane in enumerate(lanes):
-        environment = environments[index] if environments is not None else None
-        actors.append(Actor(lane, job["incarnation"], job["seed"], job["env"], arena, environment))
-        counters.actor_heartbeat_ns[lanes[0]] = time.monotonic_ns()
+    Counters(arena).actor_heartbeat_ns[number] = time.monotonic_ns()
+    lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment)
     if (evaluation := job["evaluation"]) is not None:
-        (actor,) = actors
         assignments = Assignments(arena)
-        actor.evaluation = assignments.take(actor.lane, wake, job["notify_fds"])
+        lane.evaluation = assignments.take(number, wake, job["notify_fds"])
         if evaluation["video_dir"] is not None:
             from dsrl_async.envs.recording import RecordingEnvironment
 
-            actor.env = RecordingEnvironment(
-                actor.env,
-                lambda: bool(assignments.film[actor.lane]),
+            lane.env = RecordingEnvironment(
+                lane.env,
+                lambda: bool(assignments.film[number]),
                 Path(evaluation["video_dir"]),
                 evaluation["rate_hz"],
             )
-    play(actors, wake, job["notify_fds"])
+    play(lane, wake, job["notify_fds"])
 
 
-def play(actors: Sequence[Actor], wake_fd: int, notify_fds: Sequence[int]) -> None:
-    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environments.
-
-    Whoever has its action chunk executes it, in turns. The process beats, and waits when nobody has one, as its first
-    actor. An evaluation has one actor.
-    """
-    first, counters = actors[0], actors[0].counters
+def play(lane: Lane, wake_fd: int, notify_fds: Sequence[int]) -> None:
+    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environment."""
+    counters = lane.counters
 
     def beat() -> None:
-        counters.actor_heartbeat_ns[first.lane] = time.monotonic_ns()
+        counters.actor_heartbeat_ns[lane.number] = time.monotonic_ns()
 
     def announce() -> None:
         for fd in notify_fds:
@@ -199,19 +187,15 @@ def play(actors: Sequence[Actor], wake_fd: int, notify_fds: Sequence[int]) -> No
         beat()
 
     try:
-        for actor in actors:
-            actor.start()
-            announce()
-        while not (counters.control_stop[0] or first.finished):
-            ready = [actor for actor in actors if actor.ready()]
-            for actor in ready:
-                if not counters.control_stop[0]:
-                    actor.advance()
-                    announce()
-            if not ready:
-                with first.phase("wait_action"):
+        lane.start()
+        announce()
+        while not (counters.control_stop[0] or lane.finished):
+            if lane.ready():
+                lane.advance()
+                announce()
+            else:
+                with lane.phase("wait_action"):
                     events.wait(wake_fd, timeout_s=1.0)
                 beat()
     finally:
-        for actor in actors:
-            actor.env.close()
+        lane.env.close()

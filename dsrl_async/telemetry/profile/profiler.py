@@ -177,7 +177,7 @@ class Profiler:
             self.directory.mkdir(exist_ok=True)
             (self.directory / "report.txt").write_text(words)
             (self.directory / "report.json").write_text(json.dumps(report.as_json(figures, diagnosis), indent=2) + "\n")
-            trace = chrome_trace(self._arena, round(self._now.time * 1e9), self._samples, self.config.envs_per_actor)
+            trace = chrome_trace(self._arena, round(self._now.time * 1e9), self._samples)
             (self.directory / "trace.json").write_text(json.dumps(trace))
             drawn = report.picture(figures, diagnosis)
             (self.directory / "report.png").write_bytes(drawn[0])

@@ -19,13 +19,11 @@ MACHINE, INFERENCE, LEARNER, FIRST_ACTOR = 1, 2, 3, 10
 TITLES = {"inference": "phases", "inference_stage": "stages", "learner": "phases", "learner_stage": "stages"}
 
 
-def chrome_trace(
-    arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, dict[str, float]]], envs_per_actor: int = 1
-) -> dict[str, Any]:
+def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, dict[str, float]]]) -> dict[str, Any]:
     """The last stretch before `until_ns` that the spans of every process cover, LONGEST_S at most, ready for JSON.
 
     `samples` are (time in ns, name, series -> value), drawn as curves. A span's `step` counts the decisions of its
-    environment, the batches, or the updates. A process's environments have a track each, the first one also its waits.
+    environment, the batches, or the updates.
     """
     begin_ns = until_ns - round(LONGEST_S * 1e9)
     tracks = []  # process, thread, name of the process, of the track, of the spans, spans
@@ -35,11 +33,10 @@ def chrome_trace(
             if len(spans) and arena[f"span/{track}_count"][ring] >= arena[f"span/{track}"].shape[1]:
                 begin_ns = max(begin_ns, int(spans[0, 1]))  # what was before has been overwritten
             kind, _, stage = track.partition("_")
-            process = {"inference": INFERENCE, "learner": LEARNER}.get(kind, FIRST_ACTOR + ring // envs_per_actor)
-            thread = 1 + (ring % envs_per_actor or bool(stage))
-            title = f"actor-{ring // envs_per_actor:03d}" if kind == "actor" else kind
-            several = kind == "actor" and envs_per_actor > 1
-            track_title = f"environment {ring}" if several else TITLES.get(track, "phases")
+            process = {"inference": INFERENCE, "learner": LEARNER}.get(kind, FIRST_ACTOR + ring)
+            thread = 1 + bool(stage)
+            title = f"actor-{ring:03d}" if kind == "actor" else kind
+            track_title = TITLES.get(track, "phases")
             tracks.append((process, thread, title, track_title, names, spans))
     events: list[dict[str, Any]] = [_name("process_name", MACHINE, 0, "machine")]
     for process, thread, title, track_title, names, spans in tracks:

@@ -10,7 +10,7 @@ import pytest
 
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec, environment_spec
-from dsrl_async.run.worker.worker import EVALUATION, TRAINING, Actor, decision_reward, episode_seed
+from dsrl_async.run.worker.worker import EVALUATION, TRAINING, Lane, decision_reward, episode_seed
 from dsrl_async.shm.arena import Arena
 
 CONTINUES = ChunkOutcome(steps=5, success_step=-1, terminated=False, truncated=False)
@@ -45,29 +45,29 @@ class ScriptedEnvironment:
 
 def play(
     memory: Arena, config: Config, outcomes: list[ChunkOutcome], incarnation: int = 1
-) -> tuple[Actor, ScriptedEnvironment]:
+) -> tuple[Lane, ScriptedEnvironment]:
     environment = ScriptedEnvironment(outcomes)
-    actor = Actor(1, incarnation, 9, config.env.model_dump(), memory, environment)
-    actor.start()
+    lane = Lane(1, incarnation, 9, config.env.model_dump(), memory, environment)
+    lane.start()
     for number in range(len(outcomes)):
-        assert not actor.ready()
-        lanes = actor.slots.ready()
-        assert lanes.tolist() == [1]
-        actor.slots.answer(
-            lanes,
-            actor.slots.request_id[lanes],
+        assert not lane.ready()
+        waiting = lane.slots.ready()
+        assert waiting.tolist() == [1]
+        lane.slots.answer(
+            waiting,
+            lane.slots.request_id[waiting],
             np.full((1, 10, 7), number, np.float32),
             np.full((1, 32), number, np.float32),
             policy_version=number,
         )
-        assert actor.ready()
-        actor.advance()
-    return actor, environment
+        assert lane.ready()
+        lane.advance()
+    return lane, environment
 
 
 def test_transitions_of_a_success_then_a_truncated_episode(memory: Arena, small_config: Config) -> None:
-    actor, environment = play(memory, small_config, [CONTINUES, SUCCEEDS, CONTINUES, RUNS_OUT])
-    rows = {name: array[1] for name, array in actor.ring.rows.items()}
+    lane, environment = play(memory, small_config, [CONTINUES, SUCCEEDS, CONTINUES, RUNS_OUT])
+    rows = {name: array[1] for name, array in lane.ring.rows.items()}
     # Rows: two decisions, the closing observation, two decisions, the closing observation, a new first one.
     assert rows["complete"][:7].tolist() == [True, True, False, True, True, False, False]
     decided = [0, 1, 3, 4]
@@ -78,13 +78,13 @@ def test_transitions_of_a_success_then_a_truncated_episode(memory: Arena, small_
     assert rows["noise"][decided, 0].tolist() == [0, 1, 2, 3]
     assert rows["state"][:7, 0].tolist() == [0, 1, 2, 2, 3, 4, 4]
     assert rows["image"][:7, 0, 0, 0].tolist() == [100, 101, 102, 102, 103, 104, 104]
-    assert actor.ring.head.tolist() == [0, 7]
+    assert lane.ring.head.tolist() == [0, 7]
     assert [actions.shape for actions in environment.actions] == [(5, 7)] * 4
 
 
 def test_counters_and_episode_log(memory: Arena, small_config: Config) -> None:
-    actor, environment = play(memory, small_config, [CONTINUES, SUCCEEDS, CONTINUES, RUNS_OUT])
-    counters = actor.counters
+    lane, environment = play(memory, small_config, [CONTINUES, SUCCEEDS, CONTINUES, RUNS_OUT])
+    counters = lane.counters
     assert counters.actor_decisions.tolist() == [0, 4]
     assert counters.actor_env_steps.tolist() == [0, 15]
     assert counters.actor_episodes.tolist() == [0, 2]
@@ -100,8 +100,8 @@ def test_policy_lag_is_in_updates_since_the_policy_was_published(memory: Arena, 
     from dsrl_async.shm.counters import Counters
 
     Counters(memory).learner_updates[0] = 10
-    actor, _ = play(memory, small_config, [CONTINUES, CONTINUES, CONTINUES])
-    assert actor.counters.actor_policy_lag[1] == (10 - 0) + (10 - 1) + (10 - 2)
+    lane, _ = play(memory, small_config, [CONTINUES, CONTINUES, CONTINUES])
+    assert lane.counters.actor_policy_lag[1] == (10 - 0) + (10 - 1) + (10 - 2)
 
 
 @pytest.mark.parametrize(
