@@ -555,7 +555,9 @@ def test_gpus_as_the_library_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_launched_process_does_without_torch() -> None:
-    code = "import sys; from dsrl_async import session; print({'torch', 'matplotlib'} & set(sys.modules))"
+    code = (
+        "import sys; from dsrl_async.run.supervisor import session; print({'torch', 'matplotlib'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 

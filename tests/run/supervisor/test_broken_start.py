@@ -13,7 +13,7 @@ from support.launched import SMALL, Launched
 FAULT = """
 import ctypes, pathlib, sys, time
 if "dsrl_async.launch" in sys.orig_argv:
-    from dsrl_async import supervisor
+    from dsrl_async.run.supervisor import supervisor
     supervisor.QUICK_S = 0.0  # what counts is whether the actor got anywhere
 if "dsrl_async.run.worker.template" in sys.orig_argv:
     from dsrl_async.envs.tabletop import TabletopEnvironment

@@ -130,11 +130,11 @@ import os, sys, time
 sys.path.insert(0, {str(tmp_path)!r})
 os.environ["PYTHONPATH"] = {str(tmp_path)!r} + os.pathsep + os.environ.get("PYTHONPATH", "")
 from pathlib import Path
-from dsrl_async.processes import Program
+from dsrl_async.host.processes import Program
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import counter_fields
-from dsrl_async.template import Template
+from dsrl_async.run.worker.template import Template
 log = Path({str(tmp_path)!r}) / "log"
 wake = [events.create() for _ in range(3)]
 program = Program("acts", {{"fault": ""}})
