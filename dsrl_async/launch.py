@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async.config.command_line import load_config, make_paths_absolute
-from dsrl_async.config.load import save_yaml
+from dsrl_async.config.load import to_yaml
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host import logs
+from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
@@ -67,13 +69,11 @@ def run(
     Raises:
         ValueError, OSError: a checkpoint cannot be used, or the run cannot be set up; nothing was started.
     """
-    log_file = logging.FileHandler(run_dir / "logs" / "supervisor.log")
-    log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     with contextlib.closing(make_console(config)) as console:
-        logging.basicConfig(level=logging.INFO, handlers=[console.handler, log_file])
+        logs.set_up(console.handler, logging.FileHandler(run_dir / "logs" / "supervisor.log"))
         session = Session(config, run_dir, spec, horizon, stop, console)
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)  # of an earlier launch: its checkpoint counts
-        save_yaml(config, run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
         if config.serial:
             from dsrl_async.run.supervisor.serial import run_serial
@@ -88,7 +88,7 @@ def run(
             if summary["updates"]:
                 logger.info("to see how good it is: python -m dsrl_async.evaluate --checkpoint %s", run_dir)
     with contextlib.suppress(OSError):
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

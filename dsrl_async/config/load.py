@@ -1,4 +1,4 @@
-"""Reading, checking and writing a configuration."""
+"""Reads and checks a configuration, and turns one into YAML."""
 
 from __future__ import annotations
 
@@ -104,8 +104,6 @@ def _sentence(error: ValidationError) -> str:
     return f"{key}: {message}, got {first['input']!r}"
 
 
-def save_yaml(config: Config, path: Path) -> None:
-    """Write the whole resolved configuration, whole or not at all. What it resumes is not part of a configuration."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json") | {"resume": None}, sort_keys=False))
-    temporary.replace(path)
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as the text of a YAML file, without what it resumes."""
+    return yaml.safe_dump(config.model_dump(mode="json") | {"resume": None}, sort_keys=False)

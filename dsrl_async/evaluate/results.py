@@ -17,11 +17,12 @@ from rich.table import Table
 
 from dsrl_async import __version__
 from dsrl_async.config.settings import ConfigError
+from dsrl_async.host.files import temporary_path, write_text
 
 DIGEST_BYTES = 2 << 30
 """Weights up to this size are identified by a digest, larger ones by their size and date."""
 
-BEFORE_SETTINGS = ("episodes.jsonl", ".settings.json")
+BEFORE_SETTINGS = ("episodes.jsonl", temporary_path(Path("settings.json")).name)
 """Files of an evaluation that was killed as it began."""
 
 
@@ -140,7 +141,7 @@ class ResultDirectory:
                     self._check(settings)
                     self._read()
                 else:
-                    _write(settings_file, settings)
+                    write_text(settings_file, _json(settings))
             except BaseException:
                 self._file.close()
                 raise
@@ -153,7 +154,7 @@ class ResultDirectory:
         self._file.flush()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        _write(self.directory / "result.json", result)
+        write_text(self.directory / "result.json", _json(result))
 
     def close(self) -> None:
         self._file.close()
@@ -203,13 +204,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value).strip('"')
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Whole, or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from dsrl_async import __version__
 from dsrl_async.envs.images import libero_image
+from dsrl_async.host.files import replacing
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
 from dsrl_async.pi0.config import TRAINING, Pi0Config, libero_small_config
 from dsrl_async.pi0.files import NormStats
@@ -246,8 +247,8 @@ class Checkpoints:
         metadata = {"stage": stage_name(stage), "minutes": str(self.minutes())}
         metadata |= {name: json.dumps(self.described[name]) for name in SAME_WHEN_RESUMED}
         tensors = {name: tensor.detach().contiguous() for name, tensor in training_state(stage).items()}
-        save_file(tensors, path.with_suffix(".new"), metadata)
-        path.with_suffix(".new").replace(path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
 
     def write_policy(self, model: Pi0, stage: str, step: int, **described: Any) -> None:
         """An evaluation that reads the directory meanwhile sees the old or the new weights."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole under a temporary name, then renamed.
+"""Checkpoints of a run.
 
     <run>/checkpoints/
       00001234-00001650/        named by the numbers of gradient updates and of decisions
@@ -14,7 +14,6 @@ keep links.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from dsrl_async import __version__
+from dsrl_async.host.files import remove, replacing, sync, temporary_path
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.replay import ReplayRing
 
@@ -53,47 +53,31 @@ def save(
     root = run_dir / "checkpoints"
     snapshot = counters.snapshot()
     name = f"{int(snapshot['learner_updates'][0]):08d}-{int(snapshot['actor_decisions'].sum()):08d}"
-    temporary, final = root / f".{name}.tmp", root / name
+    final = root / name
     if final.exists():  # nothing has happened since
         return final
-    for abandoned in root.glob(".*.tmp"):  # by a process that was killed here, or found the disk full
-        shutil.rmtree(abandoned)
-    (temporary / "replay").mkdir(parents=True)
-    save_agent(temporary / AGENT)
-    for lane in range(ring.lanes):
-        beat()
-        save_file(ring.export_lane(lane), temporary / "replay" / f"lane-{lane:04d}.safetensors")
+    for abandoned in root.glob(temporary_path(Path("*")).name):  # by a process that was killed while it wrote
+        remove(abandoned)
     state = {
         "format": FORMAT,
         "dsrl_async": __version__,
         "lanes": ring.lanes,
         "counters": {key: array.tolist() for key, array in snapshot.items() if key in SUMMED or key in KEPT},
     }
-    (temporary / STATE).write_text(json.dumps(state))
-    for path in temporary.rglob("*"):
-        beat()
-        sync(path)
-    temporary.rename(final)
+    with replacing(final) as temporary:
+        (temporary / "replay").mkdir(parents=True)
+        save_agent(temporary / AGENT)
+        for lane in range(ring.lanes):
+            beat()
+            save_file(ring.export_lane(lane), temporary / "replay" / f"lane-{lane:04d}.safetensors")
+        (temporary / STATE).write_text(json.dumps(state))
+        for path in temporary.rglob("*"):
+            beat()
+            sync(path)
     sync(root)
     for old in complete(root)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def sync(path: Path) -> None:
-    """Have the kernel write a file or directory to the disk now."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name and put it in the place of `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def recovery_path(run_dir: Path) -> Path:

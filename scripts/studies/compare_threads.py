@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async.config.command_line import load_config
-from dsrl_async.config.load import save_yaml
+from dsrl_async.config.load import to_yaml
 from dsrl_async.host import processes
 from dsrl_async.host.cpu_time import usage
 from dsrl_async.host.machine import available_cpus
@@ -104,7 +104,7 @@ def run(system: str, seconds: float, options: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as directory:
         for name in ("logs", "checkpoints"):
             (Path(directory) / name).mkdir()
-        save_yaml(config, Path(directory) / "config.yaml")
+        (Path(directory) / "config.yaml").write_text(to_yaml(config))
         session = Session(config, Path(directory), spec, policy.action_horizon, stop, NoDisplay())
         supervisor = Supervisor(session)
         watch = threading.Thread(target=measure, args=(system, supervisor, stop, seconds, figures), daemon=True)

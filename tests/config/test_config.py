@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from support.paths import CONFIGS
 
 from dsrl_async.config.command_line import load_config
-from dsrl_async.config.load import get_key, leaf_fields, save_yaml, validate
+from dsrl_async.config.load import get_key, leaf_fields, to_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.run import checkpoints, preflight
@@ -199,13 +199,9 @@ def test_unknown_key_in_a_file_suggests_the_nearest(tmp_path: Path) -> None:
     actors=st.integers(1, 64),
     run_dir=st.none() | st.text("abc/-_.", min_size=1),
 )
-def test_saved_configuration_reads_back(
-    tmp_path_factory: pytest.TempPathFactory, gamma: float, dims: list[int], actors: int, run_dir: str | None
-) -> None:
+def test_saved_configuration_reads_back(gamma: float, dims: list[int], actors: int, run_dir: str | None) -> None:
     config = validate({"actors": actors, "run_dir": run_dir, "sac": {"gamma": gamma, "hidden_dims": dims}})
-    path = tmp_path_factory.mktemp("config") / "config.yaml"
-    save_yaml(config, path)
-    assert validate(yaml.safe_load(path.read_text())) == config
+    assert validate(yaml.safe_load(to_yaml(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -257,7 +253,7 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
             preflight.open_run_directory(config)
         with pytest.raises(ConfigError, match="no checkpoint"):
             preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
-    save_yaml(config, run_dir / "config.yaml")
+    (run_dir / "config.yaml").write_text(to_yaml(config))
     checkpoint = run_dir / "checkpoints" / "00000001-00000002"
     checkpoint.mkdir()
     counters = {key: [7] for key in (*checkpoints.SUMMED, *checkpoints.KEPT)}

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.full_disk import full_disk
 
-from dsrl_async.config.settings import Config
+from dsrl_async.config.settings import CheckpointConfig, Config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.run import checkpoints
 from dsrl_async.run.learner.learner import Learner
@@ -113,11 +114,48 @@ def test_abandoned_and_old_checkpoints_are_cleared_and_the_newest_is_found(
         found = checkpoints.find(run_dir)
         assert found is not None
         shutil.copytree(found, run_dir / "checkpoints" / ".99999999-0.tmp")
+        (run_dir / "checkpoints" / ".recovery.safetensors.tmp").touch()
         assert found.name.startswith(f"{int(learner.counters.learner_updates[0]):08d}")
     learner.update()
     learner.checkpoint()
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert names == ["00000004-00000040", "00000005-00000040"]
+
+
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_older_ones_nor_its_space(
+    small_config: Config, memory: Arena, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config.model_copy(update={"checkpoint": CheckpointConfig(interval_minutes=1e-9)})
+    learner = make_learner(config, memory, run_dir)
+    fill(memory, 40)
+    learner.update()
+    older = learner.checkpoint()
+    learner.update()
+    with full_disk(20_000):
+        learner.save_when_due()
+    assert learner.counters.learner_failed_checkpoints[0] == 1
+    assert "could not write a checkpoint" in caplog.text
+    assert list((run_dir / "checkpoints").iterdir()) == [older]
+    learner.save_when_due()
+    assert checkpoints.find(run_dir) != older
+
+
+def test_a_full_disk_leaves_the_agent_that_a_learner_would_be_replaced_with(
+    small_config: Config, memory: Arena, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsrl_async.run.learner.learner.RECOVERY_INTERVAL_S", 0.0)
+    learner, path = make_learner(small_config, memory, run_dir), checkpoints.recovery_path(run_dir)
+    learner.save_when_due()
+    written = path.read_bytes()
+    fill(memory, 40)
+    learner.update()
+    with full_disk(20_000):
+        learner.save_when_due()
+    assert learner.counters.learner_failed_checkpoints[0] == 1
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.read_bytes() == written
+    learner.save_when_due()
+    assert path.read_bytes() != written
 
 
 def test_a_failing_write_keeps_the_checkpoint_before(

@@ -16,9 +16,10 @@ import psutil
 
 from dsrl_async.bench.simulated.device import RECORDS
 from dsrl_async.bench.simulated.environment import CHUNK, HORIZON, SPEC
-from dsrl_async.config.load import save_yaml, validate
+from dsrl_async.config.load import to_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.host.cpu_time import Usage, thread_usage, usage
+from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program, raise_descriptor_limit
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.plan.simulation import EnvironmentTimes
@@ -172,7 +173,7 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
     with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
         run_dir = Path(directory)
         (run_dir / "logs").mkdir()
-        save_yaml(config, run_dir / "config.yaml")
+        write_text(run_dir / "config.yaml", to_yaml(config))
         session = Session(config, run_dir, SPEC, HORIZON, stop, NoDisplay())
         session.counters.learner_updates[0] = FAR_AHEAD
         device = {

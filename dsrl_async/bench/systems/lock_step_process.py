@@ -6,7 +6,6 @@ Everything but the order is the run's own: `worker`, `inference.InferenceServer`
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.envs import environment_spec
+from dsrl_async.host import logs
 from dsrl_async.host.device import register_memory, resolve_device
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import stages_of
@@ -35,7 +35,7 @@ def main(argument: str) -> None:
     """`argument` is the job of `inference.main`."""
     job = json.loads(argument)
     prepare_child(job["parent"])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))

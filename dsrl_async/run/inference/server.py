@@ -21,6 +21,7 @@ from torch import Tensor
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import environment_spec
+from dsrl_async.host import logs
 from dsrl_async.host.device import register_memory, resolve_device
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import ranges_of, stages_of
@@ -164,7 +165,7 @@ def main(argument: str) -> None:
     """Run the inference process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
     job = json.loads(argument)
     prepare_child(job["parent"])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     torch.set_num_threads(job["threads"])
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     arena = Arena.attach(job["arena"])

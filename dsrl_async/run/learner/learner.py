@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
+from dsrl_async.host import logs
 from dsrl_async.host.device import resolve_device
+from dsrl_async.host.files import replacing
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.run import checkpoints
@@ -140,8 +142,8 @@ class Learner:
                 self.checkpoint()
             elif now - self._recovery_time >= RECOVERY_INTERVAL_S:
                 self._recovery_time = now
-                with self.phase("checkpoint"):
-                    checkpoints.replace(checkpoints.recovery_path(self.run_dir), self._save_agent)
+                with self.phase("checkpoint"), replacing(checkpoints.recovery_path(self.run_dir)) as temporary:
+                    self._save_agent(temporary)
         except (OSError, SafetensorError) as error:
             self.counters.learner_failed_checkpoints[0] += 1
             logger.warning("could not write a checkpoint: %s", error)
@@ -178,7 +180,7 @@ def main(argument: str) -> None:
     """Run the learner as a process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
     job = json.loads(argument)
     prepare_child(job["parent"])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.set_up()
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
