@@ -29,7 +29,7 @@ from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.replay_ratio import updates_due
 from dsrl_async.run.supervisor.serial import join
-from dsrl_async.run.worker.worker import Actor, play
+from dsrl_async.run.worker.worker import Lane, play
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
@@ -52,7 +52,7 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-class SlowActor(Actor):
+class SlowLane(Lane):
     """Dawdles over every third decision, as one that resets would."""
 
     def advance(self) -> None:
@@ -75,11 +75,11 @@ def test_lock_step_waits_for_all_learns_answers_all(
     server, learner = join(config, arena, policies, HORIZON, cpu, tmp_path, lambda lanes: None)
     counters = server.counters
     observation_ready, wake = events.create(), [events.create() for _ in range(3)]
-    classes = (Actor, SlowActor, Actor)
-    actors = [make(lane, 1, 0, config.env.model_dump(), arena) for lane, make in enumerate(classes)]
+    classes = (Lane, SlowLane, Lane)
+    lanes = [make(number, 1, 0, config.env.model_dump(), arena) for number, make in enumerate(classes)]
     threads = [
-        threading.Thread(target=play, args=([actor], wake[actor.lane], [observation_ready]), daemon=True)
-        for actor in actors
+        threading.Thread(target=play, args=(lane, wake[lane.number], [observation_ready]), daemon=True)
+        for lane in lanes
     ]
     done: list[list[int]] = []
     owed: list[int] = []
