@@ -1,6 +1,6 @@
-"""What the user sees of a run: a live display in a terminal, else plain lines. All of it goes to stderr.
+"""What the user sees of a run: a live display in a terminal, plain lines elsewhere.
 
-stdout is left alone, for the run's JSON summary.
+Everything goes to stderr; stdout is for the run's JSON summary.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from rich.text import Text
 from dsrl_async.config.settings import Config
 from dsrl_async.telemetry.monitor import View
 
-PLAIN_INTERVAL_S = 5.0  # between two plain lines, at least
+PLAIN_INTERVAL_S = 5.0  # shortest time between two plain lines
 SPARKS = "▁▂▃▄▅▆▇█"
-PHASE_CELLS = 16  # width of a bar of phases
-LEGEND_CELLS = 30  # width of the largest phases' names beside it
+PHASE_CELLS = 16  # width of the bar of phases
+LEGEND_CELLS = 30  # width of the legend beside it
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "white")
 
 
 class Display(Protocol):
-    """Shows views of a run. Use with `contextlib.closing`, so that the terminal is restored in any case."""
+    """Shows views of a run. `contextlib.closing` makes sure that the terminal is restored."""
 
     handler: logging.Handler
-    """For the root logger: puts log messages above the live display, or between the plain lines."""
+    """Handler for the root logger: it writes messages above the live display or between the plain lines."""
 
     def update(self, view: View) -> None:
         """Show the newest view."""
 
     def close(self) -> None:
-        """Show the last view for good and give the terminal back; may be called twice."""
+        """Leave the last view on the screen and restore the terminal. A second call does nothing."""
 
 
 def make_console(config: Config) -> Display:
-    """The display that `config.log.console` asks for; `auto` is live if stderr is a capable terminal."""
+    """The display that `config.log.console` asks for. `auto` is live if stderr is a capable terminal."""
     mode = config.log.console
     console = Console(stderr=True, force_terminal=True if mode == "live" else None)
     if mode == "off":
@@ -54,7 +54,7 @@ def make_console(config: Config) -> Display:
 
 
 class NoDisplay:
-    """Nothing is shown, not even log messages."""
+    """Shows nothing, not even log messages."""
 
     def __init__(self) -> None:
         self.handler: logging.Handler = logging.NullHandler()
@@ -67,7 +67,7 @@ class NoDisplay:
 
 
 class PlainDisplay:
-    """A line every PLAIN_INTERVAL_S or `log.interval_s`, whichever is longer, and one for the last view."""
+    """Prints a line every PLAIN_INTERVAL_S or `log.interval_s`, whichever is longer, and one for the last view."""
 
     def __init__(self, config: Config) -> None:
         self.handler: logging.Handler = logging.StreamHandler(sys.stderr)
@@ -90,7 +90,7 @@ class PlainDisplay:
 
     def _print(self) -> None:
         assert self._waiting is not None
-        with contextlib.suppress(OSError):  # whoever read stderr has gone; the run has not
+        with contextlib.suppress(OSError):  # the run goes on when nobody reads stderr any more
             print(plain_line(self._config, self._waiting), file=sys.stderr, flush=True)
         self._waiting = None
 
@@ -100,14 +100,14 @@ class LiveDisplay:
 
     def __init__(self, config: Config, console: Console) -> None:
         self.handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
-        self.handler.setFormatter(logging.Formatter("%(message)s"))  # the handler itself shows time and level
+        self.handler.setFormatter(logging.Formatter("%(message)s"))  # the handler shows time and level itself
         self._config = config
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
         self._live.start()
-        atexit.register(self.close)  # an exception nobody caught must not leave the cursor hidden
+        atexit.register(self.close)  # an uncaught exception must not leave the cursor hidden
 
     def update(self, view: View) -> None:
-        with contextlib.suppress(OSError):  # the terminal has gone; the run has not
+        with contextlib.suppress(OSError):  # the run goes on when the terminal is closed
             self._live.update(render(self._config, view), refresh=True)
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class LiveDisplay:
 
 
 def plain_line(config: Config, view: View) -> str:
-    """The main figures in one line, rates being recent ones."""
+    """The main figures in one line, with recent rates."""
     recent = view.recent
     parts = [
         f"[{_duration(view.wall_s)}] success {_percent(view.success_rate)} of last {view.success_episodes}",
@@ -135,7 +135,7 @@ def plain_line(config: Config, view: View) -> str:
 
 
 def render(config: Config, view: View) -> RenderableType:
-    """The live display, made for 80 columns and more."""
+    """The live display, for terminals of at least 80 columns."""
     title = f"[bold]dsrl_async[/]  {config.env.name}, {config.actors} actor{'s' * (config.actors > 1)}"
     body = Group(_progress(view), Text(), _figures(config, view), Text(), _processes(view))
     return Panel(body, title=title, title_align="left", border_style="bright_black", width=80)
@@ -217,7 +217,7 @@ def _processes(view: View) -> Table:
 
 
 def phase_bar(phases: dict[str, float]) -> tuple[Text, Text]:
-    """A stacked bar of PHASE_CELLS, waiting shaded, and the names of the largest shares, in LEGEND_CELLS."""
+    """A stacked bar of PHASE_CELLS, in which waits are shaded, and a legend of the largest shares in LEGEND_CELLS."""
     bar, legend = Text(), Text()
     scale = PHASE_CELLS / max(1.0, sum(phases.values()))
     styles = {}
@@ -232,19 +232,19 @@ def phase_bar(phases: dict[str, float]) -> tuple[Text, Text]:
         words = f"{name.replace('_', ' ')} {share:.0%}"
         gap = "  " if legend else ""
         if share < 0.005 or len(legend) + len(gap) + len(words) > LEGEND_CELLS:
-            break  # and nothing smaller in its place
+            break  # a smaller phase must not take its place
         legend.append(gap).append(words, styles[name])
     return bar, legend
 
 
 def sparkline(values: tuple[float, ...], width: int) -> str:
-    """At most `width` block characters for values in [0, 1], evenly picked, the last one always shown."""
+    """At most `width` block characters for evenly spaced values in [0, 1], of which the last is always shown."""
     step = max(1, -(-len(values) // width))
     return "".join(SPARKS[min(int(value * len(SPARKS)), len(SPARKS) - 1)] for value in values[::-1][::step][::-1])
 
 
 def _ratio(config: Config, view: View, of: str) -> str:
-    """The replay ratio and its target; as long as nothing is learned, how far the warm-up is."""
+    """The replay ratio and its target, or the progress of the warm-up before the first update."""
     if view.updates == 0 and view.decisions <= config.replay.warmup_decisions:
         return f"warm-up {view.decisions:,}{of}{config.replay.warmup_decisions:,} decisions"
     return f"{view.replay_ratio:.3f}{of}{config.replay_ratio:g}"
@@ -256,7 +256,7 @@ def _duration(seconds: float) -> str:
 
 
 def _memory(megabytes: float) -> str:
-    """At most eight characters."""
+    """Megabytes in at most eight characters."""
     if megabytes >= 10_000:
         return f"{megabytes / 1000:,.1f} GB"
     return f"{megabytes:,.0f} MB" if megabytes else "–"

@@ -1,7 +1,6 @@
-"""Turns the shared counters into figures: TensorBoard, `metrics.jsonl`, the run's summary, a `View` to show.
+"""Turns the shared counters into TensorBoard, `metrics.jsonl`, the run's summary and a `View` to show.
 
-Runs in the supervisor, about once a second, on a snapshot of the counters; the hot path knows nothing of it.
-Imports no torch.
+The supervisor does this about once a second on a snapshot of the counters, so the hot path knows nothing of it.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ logger = logging.getLogger(__name__)
 Snapshot = dict[str, np.ndarray]
 """What `Counters.snapshot` returns."""
 
-SUCCESS_EPISODES = 100  # the success rate is that of so many last episodes
-RATE_WINDOW_S = 10.0  # recent rates are means over so many seconds: one slow chunk does not make them jump
-HISTORY_POINTS = 48  # points of the success history that is shown
+SUCCESS_EPISODES = 100  # number of last episodes that the success rate is a mean of
+RATE_WINDOW_S = 10.0  # recent rates are means over this time, so that one slow chunk does not make them jump
+HISTORY_POINTS = 48  # upper limit on the points of the success history
 
 PER_ACTOR = ("actor_decisions", "actor_env_steps", "actor_policy_lag", "actor_phase_s")
 PER_PROCESS = (
@@ -47,22 +46,22 @@ PER_PROCESS = (
 )
 
 
-class Episode(NamedTuple):
-    """A finished episode: sum of its decisions' rewards, executed env steps, 1 if it succeeded."""
-
+class FinishedEpisode(NamedTuple):
     episode_return: float
+    """Sum of its decisions' rewards."""
     length: int
+    """Executed environment steps."""
     success: int
+    """1 if it succeeded, else 0."""
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What happened between two moments. Means are 0 where there was nothing to average.
+    """What happened between two moments. A mean is 0 where there was nothing to average.
 
-    `policy_lag` is in gradient updates, `batch_fill` is observations per padded row, `queue_wait_ms` lasts
-    from an observation's request to its gathering. `phases` gives, per kind of process, each phase's share of
-    wall time, averaged over the actors; what is missing to 1 is spent outside any phase. A phase counts when
-    it ends.
+    `policy_lag` is in gradient updates, `batch_fill` is observations per padded row, and `queue_wait_ms` is the time
+    from an observation's request to its gathering. `phases` gives each phase's share of wall time by kind of process,
+    averaged over the environment workers; the rest up to 1 is spent outside any phase. A phase counts when it ends.
     """
 
     env_steps_per_s: float
@@ -77,11 +76,11 @@ class Activity:
 
 @dataclass(frozen=True)
 class View:
-    """The state of the run at one tick. Counts and `wall_s` include what a resumed run had before."""
+    """The state of the run at one tick. Counts and `wall_s` include a resumed run's earlier sessions."""
 
     wall_s: float
-    remaining_s: float | None  # None: no limit is set, or the pace is unknown
-    progress: float | None  # share of the limit that is nearest, 0 to 1
+    remaining_s: float | None  # None if no limit is set or the pace is unknown
+    progress: float | None  # share of the nearest limit, 0 to 1
     env_steps: int
     decisions: int
     updates: int
@@ -95,17 +94,17 @@ class View:
     replay_size: int
     replay_utilization: float
     cpu_percent: dict[str, float]  # kind of process -> percent of one core
-    memory_mb: dict[str, float]  # supervisor, inference, learner, template, actor_mean: private; 0 if there is none
+    memory_mb: dict[str, float]  # private, of supervisor, inference, learner, template, actor_mean; 0 if not running
     processes: dict[str, int]
-    metrics: dict[str, float]  # the agent's last ones; empty before the first update
+    metrics: dict[str, float]  # the agent's latest; empty before the first update
 
 
 class RunMonitor:
     """Follows a run. Call `tick` about every `config.log.interval_s`, and once at the end before `summary`.
 
-    Writes `run_dir/tensorboard/` (x axis: env steps) and `run_dir/metrics.jsonl` (a line per tick), both with
-    recent rates. `env/*` are means over the episodes that finished since the previous tick.
-    A resumed run appends to both; TensorBoard hides what the earlier session wrote beyond the resumed step.
+    It writes `run_dir/tensorboard/` (x axis: env steps) and `run_dir/metrics.jsonl` (a line per tick), both with
+    recent rates. `env/*` are means over the episodes that finished since the previous tick. A resumed run appends to
+    both; TensorBoard hides what the earlier session wrote beyond the step from which the run resumed.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class RunMonitor:
         resumed_wall_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`start` is the snapshot at launch, `metric_names` name the elements of `learner_metrics`."""
+        """`start` is the snapshot at launch; `metric_names` name the elements of `learner_metrics`."""
         self.config, self.metric_names, self.resumed_wall_s = config, metric_names, resumed_wall_s
         self._clock = clock
         self._writer = EventFileWriter(str(run_dir / "tensorboard"), max_queue_size=1000, flush_secs=5)
@@ -132,15 +131,15 @@ class RunMonitor:
         self._history = _History()
         self._usage = ProcessUsage()
         self._write_failed = False
-        self._processes = 1 if config.serial else config.actors  # that the actors' phases are spread over
+        self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
         self._view = self._make_view(start, self._start_time)
         restart = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, session_log=restart))
 
     def tick(self, snapshot: Snapshot, pids: dict[str, int], more: Mapping[str, float] | None = None) -> View:
-        """Take in a snapshot of the counters and the processes (name -> pid, actors named `actor-<lane>`).
+        """Take in a snapshot of the counters and the processes (name -> pid, workers being named `actor-<lane>`).
 
-        `more` are further values for TensorBoard.
+        `more` holds further values for TensorBoard.
         """
         now = self._clock()
         self._ticks.append((now, totals(snapshot)))
@@ -165,9 +164,9 @@ class RunMonitor:
     def summary(self) -> dict[str, Any]:
         """The run's main figures as of the last tick, ready for JSON.
 
-        `wall_s` and counts include earlier sessions of a resumed run; rates, means, phases and `success_rate`
-        (of the last `success_episodes` episodes, 100 at most) are of this launch. Before there is anything to average
-        means are 0, the success rate is None.
+        `wall_s` and counts include earlier sessions of a resumed run. Rates, means, phases and `success_rate` (of the
+        last `success_episodes` episodes, 100 at most) are of this launch; where there is nothing to average, means are
+        0 and the success rate is None.
         """
         view, overall = self._view, self._view.overall
         names = ("wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate", "success_episodes")
@@ -193,25 +192,25 @@ class RunMonitor:
             self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, summary=summary))
 
     def close(self) -> None:
-        """Write out everything; may be called twice."""
+        """Flush and close the files. A second call does nothing."""
         for file in (self._writer, self._lines):
             with contextlib.suppress(OSError):
                 file.close()
 
     def _read_metrics(self, snapshot: Snapshot) -> dict[str, float]:
-        """The agent's metrics if they are new, without those that its first updates do not compute."""
+        """The agent's metrics if they are new, except those that its first updates do not compute."""
         update = int(snapshot["learner_metrics_update"][0])
         if update == self._metrics_update:
             return {}
         self._metrics_update = update
         pairs = zip(self.metric_names, snapshot["learner_metrics"].tolist(), strict=False)
-        early = update <= self.config.sac.train_actor_steps  # a NaN later on is news, and is written
+        early = update <= self.config.sac.train_actor_steps  # later on, a NaN is news and is written
         self._metrics = {name: value for name, value in pairs if not (early and math.isnan(value))}
         return self._metrics
 
     def _make_view(self, snapshot: Snapshot, now: float) -> View:
         config, (then, before), totals = self.config, self._ticks[0], self._ticks[-1][1]
-        recent = activity(before, totals, now - then, self._processes)
+        recent = activity(before, totals, now - then, self._workers)
         decisions, updates = int(totals["actor_decisions"]), int(totals["learner_updates"])
         learned = decisions - config.replay.warmup_decisions
         replay_size = int(snapshot["learner_replay_size"][0])
@@ -229,7 +228,7 @@ class RunMonitor:
             success_episodes=len(self._successes),
             success_history=tuple(self._history.points),
             recent=recent,
-            overall=activity(self._start, totals, now - self._start_time, self._processes),
+            overall=activity(self._start, totals, now - self._start_time, self._workers),
             replay_ratio=updates / learned if learned > 0 else 0.0,
             replay_size=replay_size,
             replay_utilization=replay_size / config.replay.capacity,
@@ -241,7 +240,7 @@ class RunMonitor:
         )
 
     def _remaining(self, elapsed: float, decisions: int, pace: float) -> tuple[float | None, float | None]:
-        """Seconds left, and the share done, of the limit that comes first; minutes count from this launch."""
+        """Seconds left and share done of the limit that comes first. Minutes count from this launch."""
         left, done = [], []
         if self.config.max_minutes is not None:
             left.append(self.config.max_minutes * 60 - elapsed)
@@ -262,10 +261,10 @@ class RunMonitor:
         self._lines.write(json.dumps(json_safe(line)) + "\n")
 
 
-def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[Episode]:
-    """Episodes finished since each lane's count was `seen`, int64 [lanes], oldest first and lanes in turn.
+def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[FinishedEpisode]:
+    """Episodes finished since the lanes' counts were `seen`, int64 [lanes]; the oldest come first, lanes take turns.
 
-    A lane's log keeps EPISODE_LOG episodes; what was overwritten before it was read is lost.
+    A lane's log keeps EPISODE_LOG episodes; those overwritten before they were read are lost.
     """
     count = snapshot["actor_episodes"]
     new = np.minimum(count - seen, EPISODE_LOG)
@@ -274,20 +273,22 @@ def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[Episode]:
         lanes = np.flatnonzero(new >= age)
         at = lanes, (count[lanes] - age) % EPISODE_LOG
         columns = (snapshot[f"actor_episode_{name}"][at].tolist() for name in ("return", "len", "success"))
-        episodes += [Episode(*values) for values in zip(*columns, strict=True)]
+        episodes += [FinishedEpisode(*values) for values in zip(*columns, strict=True)]
     return episodes
 
 
-def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes: int) -> Activity:
+def ratio(numerator: Any, denominator: Any) -> float:
+    """The quotient, or 0 where there is nothing to divide by."""
+    return float(numerator / denominator) if denominator > 0 else 0.0
+
+
+def activity(before: Snapshot, after: Snapshot, seconds: float, workers: int) -> Activity:
     """Rates and means between two `totals` that lie `seconds` apart."""
     change = {name: after[name] - before[name] for name in after}
 
-    def ratio(numerator: Any, denominator: Any) -> float:
-        return float(numerator / denominator) if denominator > 0 else 0.0
-
     def shares(kind: str, names: tuple[str, ...], processes: int) -> dict[str, float]:
         sums = change[f"{kind}_phase_s"]
-        # a phase that began before this stretch counts when it ends, so that a share could come out above 1
+        # A phase that began before this stretch counts when it ends, so a share could come out above 1.
         return {name: min(1.0, ratio(sums[index], seconds * processes)) for index, name in enumerate(names)}
 
     return Activity(
@@ -299,7 +300,7 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes:
         batch_fill=ratio(change["inference_rows"], change["inference_padded_rows"]),
         queue_wait_ms=1e3 * ratio(change["inference_queue_wait_s"], change["inference_rows"]),
         phases={
-            "actor": shares("actor", ACTOR_PHASES, actor_processes),
+            "actor": shares("actor", ACTOR_PHASES, workers),
             "inference": shares("inference", INFERENCE_PHASES, 1),
             "learner": shares("learner", LEARNER_PHASES, 1),
         },
@@ -307,13 +308,13 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, actor_processes:
 
 
 def totals(snapshot: Snapshot) -> Snapshot:
-    """Counters that `activity` compares: sums over the lanes, and the other processes' own."""
+    """The counters that `activity` compares: sums over the lanes, and those of the other processes."""
     totals = {name: snapshot[name].sum(axis=0) for name in PER_ACTOR}
     return totals | {name: snapshot[name].squeeze() for name in PER_PROCESS}
 
 
 def scalars(view: View) -> dict[str, float]:
-    """TensorBoard values of a tick, apart from episodes and the agent's metrics."""
+    """TensorBoard values of a tick, without episodes and the agent's metrics."""
     recent, memory = view.recent, view.memory_mb
     values = {
         "train/replay_buffer/size": view.replay_size,
@@ -336,8 +337,8 @@ def scalars(view: View) -> dict[str, float]:
     return values | {f"system/memory_mb/{kind}": megabytes for kind, megabytes in memory.items()}
 
 
-def episode_scalars(episodes: Iterable[Episode]) -> dict[str, float]:
-    """Means over episodes, nothing for no episode. `env/reward` is an episode's return per env step."""
+def episode_scalars(episodes: Iterable[FinishedEpisode]) -> dict[str, float]:
+    """Means over episodes; empty without any. `env/reward` is an episode's return per env step."""
     rows = [(e.length, e.episode_return, e.episode_return / max(e.length, 1), e.success) for e in episodes]
     if not rows:
         return {}
@@ -346,7 +347,7 @@ def episode_scalars(episodes: Iterable[Episode]) -> dict[str, float]:
 
 
 def json_safe(value: Any) -> Any:
-    """Round floats to 4 decimals for reading; what JSON cannot express (NaN, infinities) becomes None."""
+    """Rounds floats to 4 decimals for reading; what JSON cannot express (NaN, infinities) becomes None."""
     if isinstance(value, dict):
         return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, float):
@@ -355,12 +356,12 @@ def json_safe(value: Any) -> Any:
 
 
 class _History:
-    """At most HISTORY_POINTS of all the values added, evenly spaced, the last one always among them."""
+    """At most HISTORY_POINTS evenly spaced values of all that were added; the last one is always among them."""
 
     def __init__(self) -> None:
         self.points: list[float] = []
         self._stride = 1
-        self._since = 0  # values added since the last point that stays
+        self._since = 0  # number of values added since the last point that stays
 
     def add(self, value: float) -> None:
         if self._since and self.points:

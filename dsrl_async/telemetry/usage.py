@@ -1,4 +1,4 @@
-"""CPU and memory of the run's processes, by kind, measured so seldom that it costs at most 1 % of a core."""
+"""CPU and memory of the run's processes by kind. Measuring takes at most 1 % of a core."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections import defaultdict
 import psutil
 
 MEMORY_INTERVAL_S = 10.0
-MEMORY_ACTORS = 8  # actors are alike: the mean of a few stands for all
-MEASURING_SHARE = 0.01  # largest share of time spent on measuring
+MEMORY_WORKERS = 8  # environment workers are alike: the mean of a few stands for all
+MEASURING_SHARE = 0.01  # upper limit on the share of time spent on measuring
 
 
 def kind_of(name: str) -> str:
-    """`actor-007` -> `actor`; other processes are their own kind."""
+    """The kind of a process: `actor` for `actor-007`, otherwise the name itself."""
     return name.partition("-")[0]
 
 
 def template_bytes(template: psutil.Process) -> int:
-    """Memory of the template, what it shares with its actors included, but neither files nor the run's memory."""
+    """The template's own memory and what it shares with its workers, without files and the run's shared memory."""
     memory = template.memory_info()
     return int(memory.rss - memory.shared)
 
@@ -27,10 +27,10 @@ class ProcessUsage:
     """What the run's processes use. A process that has ended counts as using nothing.
 
     Attributes:
-        cpu_percent: kind -> percent of one core, summed over its processes, since the previous measurement.
-        memory_mb: kind -> mean private memory (USS, 10^6 bytes) of its processes, as last seen alive. What is
-            shared, such as the replay ring and library code, is in nobody's figure; but what the template's memory
-            shares with the actors that were forked from it counts as the template's.
+        cpu_percent: kind -> percent of one core since the previous measurement, summed over its processes.
+        memory_mb: kind -> mean private memory (USS, 10^6 bytes) of its processes when last seen alive. Shared memory,
+            such as the replay ring and library code, is not counted, except that the template's figure includes what
+            it shares with the workers forked from it.
         processes: kind -> number of processes.
     """
 
@@ -42,13 +42,13 @@ class ProcessUsage:
         self._next_cpu = self._next_memory = self._memory_rested = float("-inf")
 
     def measure(self, pids: dict[str, int], now: float) -> None:
-        """Refresh what is due at time `now` (seconds) for the processes name -> pid."""
+        """Measure the processes name -> pid, as far as that is due at time `now` (seconds)."""
         if now >= self._next_cpu:
             start = time.perf_counter()
             self._open(pids)
             self._measure_cpu()
             self._next_cpu = now + (time.perf_counter() - start) / MEASURING_SHARE
-        unknown = self.processes.keys() - self.memory_mb.keys()  # actors come after the others
+        unknown = self.processes.keys() - self.memory_mb.keys()  # workers start after the others
         if now >= self._next_memory or (unknown and now >= self._memory_rested):
             start = time.perf_counter()
             self._measure_memory()
@@ -79,7 +79,7 @@ class ProcessUsage:
         uss: defaultdict[str, list[float]] = defaultdict(list)
         for name, handle in self._handles.items():
             kind = kind_of(name)
-            if len(uss[kind]) == MEMORY_ACTORS:
+            if len(uss[kind]) == MEMORY_WORKERS:
                 continue
             try:
                 if kind == "template":

@@ -47,10 +47,10 @@ from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import ACTOR_SPANS, STAGES, TRACKS, Spans, newest_spans, phases_of, profiled
 from dsrl_async.telemetry.profile import report
-from dsrl_async.telemetry.profile.bottleneck import OWNERS, WORK, Diagnosis, Figures, ProcessFigures, diagnose
+from dsrl_async.telemetry.profile.bottleneck import OWNERS, WORK, Diagnosis, ProcessProfile, RunProfile, diagnose
 from dsrl_async.telemetry.profile.hardware import CpuWatch, Gpu, Gpus
 from dsrl_async.telemetry.profile.profiler import Profiler, with_stages, with_update
-from dsrl_async.telemetry.profile.trace import FIRST_ACTOR, INFERENCE, LONGEST_S, MACHINE, chrome_trace
+from dsrl_async.telemetry.profile.trace import FIRST_WORKER, INFERENCE, LONGEST_S, MACHINE, chrome_trace
 
 HORIZON = 10
 SECOND = 10**9
@@ -173,11 +173,11 @@ def figures(
     cpus: int = 8,
     others: float = 0.0,
     **changes: Any,
-) -> Figures:
+) -> RunProfile:
     """Of 100 s of a run whose shares are those of `IDLE` but for `phases`."""
     cores, queued = cores or {}, queued or {}
     processes = {
-        kind: ProcessFigures(
+        kind: ProcessProfile(
             4 if kind == "actor" else 1,
             IDLE[kind] | phases.get(kind, {}),
             cores.get(kind, 0.1),
@@ -185,7 +185,7 @@ def figures(
             50,
         )
         for kind in IDLE
-    } | {"supervisor": ProcessFigures(1, {}, 0.0, 0.0, 50)}
+    } | {"supervisor": ProcessProfile(1, {}, 0.0, 0.0, 50)}
     used = sum(process.cores for process in processes.values()) + others
     known: dict[str, Any] = {
         **{"seconds": 100.0, "warmed_up": True, "decisions": 1000, "env_steps": 5000, "updates": 1000},
@@ -193,7 +193,7 @@ def figures(
         **{"core_shares": (used / cpus,) * cpus, "on_gpu": {"inference": False, "learner": False}, "gpus": ()},
         "cupy": False,
     }
-    return Figures(**(known | changes))
+    return RunProfile(**(known | changes))
 
 
 SETTING_OF = {
@@ -235,7 +235,7 @@ BUSY_ACTORS = {"actor": {"render": 0.9, "wait_action": 0.05}}
 TURNS = {"actor": {"physics": 0.4, "wait_action": 0.55}, "inference": {"denoise": 0.5, "wait_request": 0.4}}
 FULL = {"actor": 1.0, "inference": 0.5, "learner": 0.4}
 
-CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
+CASES: dict[str, tuple[RunProfile, dict[str, Any], tuple[str, str, str], str]] = {
     "no free core for more threads of the learner": (
         figures(BUSY_LEARNER, cpus=1, cores={"learner": 0.6}),
         {"replay_ratio": 2.5},
@@ -294,7 +294,7 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
         figures(BUSY_ACTORS, cores={"actor": 1.2, "learner": 0.5}, queued={"actor": 0.6}, cpus=2),
         {},
         ("cpu", "actor/render", "actors"),
-        "the actors' work waits for during 60%",
+        "the actors' work waits for a core 60%",
     ),
     "a slow process waits for a core too, but not for long": (
         figures(BUSY_LEARNER, queued={"learner": 0.2}, cpus=2, others=1.5),
@@ -369,7 +369,7 @@ CASES: dict[str, tuple[Figures, dict[str, Any], tuple[str, str, str], str]] = {
         figures({}, decisions=0, cores={"actor": 0.0}, queued={"inference": 0.6}, cpus=2, others=1.9),
         {},
         ("other_programs", "", ""),
-        "the inference process's work waits for during 60%",
+        "the inference process's work waits for a core 60%",
     ),
     "the run uses all cores to start": (
         figures({}, decisions=0, cores={"actor": 1.9}, queued={"actor": 0.8}, cpus=2),
@@ -641,7 +641,7 @@ def test_trace_has_the_spans_of_all_processes_on_one_clock(profile_memory: Arena
                 spans.add(0, start, start + SECOND // 2)
     samples = [(second * SECOND, "cores used", {"actor": 0.5}) for second in (1, 102)]
     tracks = check_trace(trace := chrome_trace(profile_memory, 104 * SECOND, samples))
-    assert set(tracks) == {(2, 1), (2, 2), (3, 1), (3, 2), (FIRST_ACTOR, 1), (FIRST_ACTOR + 1, 1)}
+    assert set(tracks) == {(2, 1), (2, 2), (3, 1), (3, 2), (FIRST_WORKER, 1), (FIRST_WORKER + 1, 1)}
     for spans_of_track in tracks.values():
         assert [span["ts"] for span in spans_of_track] == [1e6 * second for second in (100, 101, 102, 103)]
         assert {span["dur"] for span in spans_of_track} == {0.5e6}
@@ -658,7 +658,7 @@ def test_trace_begins_where_all_processes_have_spans(profile_memory: Arena) -> N
     for second in range(until // SECOND):
         slow.add(1, second * SECOND, (second + 1) * SECOND)
     tracks = check_trace(chrome_trace(profile_memory, until, []))
-    begins = [tracks[FIRST_ACTOR + lane, 1][0]["ts"] for lane in (0, 1)]
+    begins = [tracks[FIRST_WORKER + lane, 1][0]["ts"] for lane in (0, 1)]
     assert begins[0] >= (ACTOR_SPANS + 1) / 50 * 1e6
     assert begins[0] <= begins[1] <= begins[0] + 1e6
     assert begins[0] >= until / 1e3 - LONGEST_S * 1e6
@@ -787,7 +787,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
 
     def act(lane: int) -> None:
         actor = worker.Lane(lane, 1, config.seed, config.env.model_dump(), arena, InstantEnvironment())
-        worker.play([actor], wake[lane], [observation_ready, transition_ready])
+        worker.play(actor, wake[lane], [observation_ready, transition_ready])
 
     def infer() -> None:
         stage = stages_of(arena, "inference", device)
@@ -959,7 +959,7 @@ def test_profile_on_demand_and_at_the_end(tmp_path: Path) -> None:
         assert process["memory_mb"] > 1
     assert {"prefix", "denoise"} <= content["processes"]["inference"]["phases"].keys()
     tracks = check_trace(json.loads((directory / "trace.json").read_text()))
-    assert set(tracks) == {(2, 1), (2, 2), (3, 1), (FIRST_ACTOR, 1), (FIRST_ACTOR + 1, 1)}
+    assert set(tracks) == {(2, 1), (2, 2), (3, 1), (FIRST_WORKER, 1), (FIRST_WORKER + 1, 1)}
     everything = [span for spans in tracks.values() for span in spans]
     assert all(began * 1e6 <= span["ts"] <= time.monotonic() * 1e6 for span in everything)
     steps = [span["args"]["step"] for span in sorted(tracks[3, 1], key=lambda span: span["ts"])]

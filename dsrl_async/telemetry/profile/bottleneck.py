@@ -1,7 +1,7 @@
-"""From where the time of a run's processes goes to one sentence: what holds throughput back, and what to change.
+"""Says in one sentence what limits the throughput of a run and what to change, from where its processes' time goes.
 
-`diagnose` is a pure function. It reasons as one does about a closed loop of stations: whoever is busy nearly all the
-time holds up the others, who wait for it. Where nobody is, either the cores are used up, or the processes take turns.
+`diagnose` is a pure function. It treats the run as a closed loop of stations: a station that is nearly always busy
+holds up the others, which wait for it. If there is none, either the cores are used up or the processes take turns.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dsrl_async.host.machine import cpu_threads
 from dsrl_async.telemetry.profile.hardware import Gpu
 
 SATURATED = 0.75
-"""A process that is busy for this share of its time holds up the others."""
+"""A process that is busy for at least this share of its time holds up the others."""
 CONTENDED = 1 / 3
-"""So much of its busy time spent waiting for a core makes the cores the bottleneck, and not the work."""
+"""If a process waits for a core for at least this share of its busy time, the cores are the bottleneck."""
 CORES_FULL = 0.9
-"""The cores count as used up from this share on."""
+"""From this share on, the cores count as used up."""
 STARVED = 0.5
-"""A process that waits for a core for this share of its time does not come up because of those who have them."""
+"""A process that waits for a core for at least this share of its time is held up by those that have the cores."""
 NOTICEABLE = 0.25
-"""A wait is worth naming from this share on."""
+"""From this share on, a wait is worth naming."""
 FEWEST_DECISIONS, FEWEST_SECONDS = 20, 1.0
-"""Nothing is said about less."""
+"""Less than this is too little for a diagnosis."""
 
 WORK = {
     ("actor", "physics"): "physics",
@@ -44,23 +44,23 @@ WORK = {
     ("learner", "publish"): "publishing weights",
     ("learner", "checkpoint"): "writing checkpoints",
 }
-"""(kind of process, phase or stage) -> what it does."""
+"""What a kind of process does in a phase or stage."""
 SERIAL = "serial"
-"""The one process of a `--serial` run."""
+"""The kind of the only process of a `--serial` run."""
 OWNERS = {"actor": "the actors'", "inference": "the inference process's", "learner": "the learner's"}
 
 
 @dataclass(frozen=True)
-class ProcessFigures:
-    """The processes of one kind."""
+class ProcessProfile:
+    """What the processes of one kind did."""
 
     count: int
     phases: dict[str, float]
-    """Phase or stage -> share of a process's time, mean over the processes; waits are named `wait_...`."""
+    """Phase or stage -> mean share of a process's time. The names of waits begin with `wait_`."""
     cores: float
-    """CPU seconds per second, all processes and threads."""
+    """CPU seconds per second of all processes and threads."""
     queued: float
-    """Share of time for which a process was ready to run and had no core, mean over the processes."""
+    """Mean share of time for which a process was ready to run and had no core."""
     memory_mb: float
     """Private memory of one process."""
 
@@ -70,144 +70,144 @@ class ProcessFigures:
 
     @property
     def largest(self) -> str:
-        """The phase that takes most of the time, waits aside."""
+        """The phase that takes the most time, waits excluded."""
         work = {name: share for name, share in self.phases.items() if not name.startswith("wait_")}
         return max(work, key=work.__getitem__)
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of a stretch of a run."""
+class RunProfile:
+    """What happened during a stretch of a run."""
 
     seconds: float
     warmed_up: bool
-    """It begins after the warm-up: the learner learns."""
+    """Whether the stretch begins after the warm-up, so that the learner learns."""
     decisions: int
     env_steps: int
     updates: int
     batch_size: float
     batch_fill: float
     queue_wait_ms: float
-    processes: dict[str, ProcessFigures]
-    """actor, inference, learner, supervisor; of a serial run `serial` in the place of the last, with all CPU time."""
+    processes: dict[str, ProcessProfile]
+    """actor, inference, learner, supervisor. A serial run has `serial` instead of the last, with all CPU time."""
     core_shares: tuple[float, ...]
     """Busy share of each core that the run may use, whoever used it."""
     cpus: int
-    """Cores that the run may keep busy: fewer than it may use, where it has a quota."""
+    """Number of cores that the run may keep busy. A quota makes it smaller than the number it may use."""
     on_gpu: dict[str, bool]
     """inference, learner -> whether it computes on a GPU."""
     gpus: tuple[Gpu, ...]
     cupy: bool
-    """It is installed, and page-locks the shared memory where a GPU is used."""
+    """Whether cupy, which page-locks the shared memory for a GPU, is installed."""
 
     @property
-    def system_processes(self) -> dict[str, ProcessFigures]:
-        """Those that the system knows: in a serial run one process does everybody's work."""
+    def system_processes(self) -> dict[str, ProcessProfile]:
+        """The operating system's processes: a serial run has only one, which does all the work."""
         return {SERIAL: self.processes[SERIAL]} if SERIAL in self.processes else self.processes
 
     @property
     def cores(self) -> float:
-        """Cores that the run used."""
+        """Mean number of cores that the run kept busy."""
         return sum(process.cores for process in self.processes.values())
 
     @property
     def cores_of_others(self) -> float:
-        """Cores that other programs used."""
+        """Mean number of cores that other programs kept busy."""
         return max(0.0, sum(self.core_shares) - self.cores)
 
     @property
     def free_cores(self) -> float:
-        """Cores that nobody uses, and that the run may use beside those that it has."""
+        """Mean number of idle cores that the run may use as well."""
         return max(0.0, min(self.cpus - self.cores, len(self.core_shares) - self.cores - self.cores_of_others))
 
 
 class Diagnosis(NamedTuple):
     process: str
-    """Whose work is the bottleneck: actor, inference, learner; `cpu` or `other_programs`; `turns` where nobody is
-    always busy; `nothing` before there is anything to say."""
+    """The bottleneck: actor, inference or learner; `cpu` or `other_programs`; `turns` if no process is always busy;
+    `nothing` before there is enough data."""
     phase: str
-    """The phase that takes most of its time; of `cpu` that which takes most of the CPU time, as `kind/phase`."""
+    """The phase that takes most of its time; for `cpu`, the one with the most CPU time, as `kind/phase`."""
     setting: str
-    """The key of the configuration to change; empty where there is none."""
+    """The configuration key to change, or an empty string."""
     sentence: str
 
 
-def diagnose(figures: Figures, config: Config) -> Diagnosis:
-    """What holds the run back."""
-    kinds = {kind: figures.processes[kind] for kind in OWNERS}
+def diagnose(profile: RunProfile, config: Config) -> Diagnosis:
+    """Find what limits the run's throughput."""
+    kinds = {kind: profile.processes[kind] for kind in OWNERS}
     starved = max(kinds, key=lambda kind: kinds[kind].queued)
-    if figures.decisions < FEWEST_DECISIONS or figures.seconds < FEWEST_SECONDS:
-        others_have_cores = figures.cores_of_others > figures.cores and kinds[starved].queued >= STARVED
-        if figures.seconds >= FEWEST_SECONDS and others_have_cores:  # why there is so little
-            return _of_cpu(starved, figures, config)
-        few = f"only {figures.decisions} decisions in {figures.seconds:.1f} s were seen"
-        return Diagnosis("nothing", "", "", f"There is nothing to say about a bottleneck yet: {few}.")
+    if profile.decisions < FEWEST_DECISIONS or profile.seconds < FEWEST_SECONDS:
+        others_have_cores = profile.cores_of_others > profile.cores and kinds[starved].queued >= STARVED
+        if profile.seconds >= FEWEST_SECONDS and others_have_cores:  # which is why there are so few decisions
+            return _of_cpu(starved, profile, config)
+        few = f"only {profile.decisions} decisions in {profile.seconds:.1f} s were seen"
+        return Diagnosis("nothing", "", "", f"It is too early to name a bottleneck: {few}.")
     busiest = max(kinds, key=lambda kind: kinds[kind].busy)
     busy, queued = kinds[busiest].busy, kinds[busiest].queued
-    if config.serial:  # one process: whatever takes most of its time
+    if config.serial:  # one process does everything, so the largest phase limits it
         busiest = max(kinds, key=lambda kind: kinds[kind].phases[kinds[kind].largest])
-        return _of_stage(busiest, figures, config)
+        return _of_stage(busiest, profile, config)
     if busy >= SATURATED:
-        return _of_cpu(busiest, figures, config) if queued >= CONTENDED * busy else _of_stage(busiest, figures, config)
-    # Cores may also be full of what gives way to the run, such as programs of a lower priority.
-    if figures.free_cores < (1 - CORES_FULL) * figures.cpus and kinds[starved].queued >= NOTICEABLE:
-        return _of_cpu(starved, figures, config)
+        return _of_cpu(busiest, profile, config) if queued >= CONTENDED * busy else _of_stage(busiest, profile, config)
+    # Busy cores alone prove nothing: programs of a lower priority give way to the run.
+    if profile.free_cores < (1 - CORES_FULL) * profile.cpus and kinds[starved].queued >= NOTICEABLE:
+        return _of_cpu(starved, profile, config)
     waits = kinds["inference"].phases
     if waits.get("wait_learner", 0.0) >= NOTICEABLE:
-        return _of_stage("learner", figures, config)
+        return _of_stage("learner", profile, config)
     if (share := waits.get("wait_batch", 0.0)) >= NOTICEABLE:
         advice = f"lower inference.batch_wait_ms ({_batch_wait(config)})"
         wait = f"the wait for fuller batches, {share:.0%} of the inference process's time"
         sentence = f"The bottleneck is {wait}; {advice}."
         return Diagnosis("inference", "wait_batch", "inference.batch_wait_ms", sentence)
     waiting = kinds["actor"].phases.get("wait_action", 0.0)
-    setting, advice = _more_actors(figures, config)
+    setting, advice = _more_actors(profile, config)
     sentence = (
-        f"Nothing is busy all the time: the actors wait for {waiting:.0%} of theirs and the inference process is busy "
-        f"for {kinds['inference'].busy:.0%} of its, taking turns; {advice}."
+        f"Nothing is busy all the time: the actors wait for {waiting:.0%} of their time and the inference process is "
+        f"busy for {kinds['inference'].busy:.0%} of its time, in turn; {advice}."
     )
     return Diagnosis("turns", "wait_action", setting, sentence)
 
 
-def _of_stage(kind: str, figures: Figures, config: Config) -> Diagnosis:
-    """The work of a kind of process is the bottleneck."""
-    process = figures.processes[kind]
+def _of_stage(kind: str, profile: RunProfile, config: Config) -> Diagnosis:
+    """Diagnosis when the work of a kind of process is the bottleneck."""
+    process = profile.processes[kind]
     phase = process.largest
-    setting, advice = _advice(kind, phase, figures, config)
+    setting, advice = _advice(kind, phase, profile, config)
     owner = "the run's" if config.serial else OWNERS[kind]
     sentence = f"The bottleneck is {WORK[kind, phase]}, {process.phases[phase]:.0%} of {owner} time; {advice}."
     return Diagnosis(kind, phase, setting, sentence)
 
 
-def _of_cpu(waiting: str, figures: Figures, config: Config) -> Diagnosis:
-    """The cores are; `waiting` is the kind of process that would be the first to gain from more."""
-    others, queued = figures.cores_of_others, figures.processes[waiting].queued
-    waits = f"a core is what {OWNERS[waiting]} work waits for during {queued:.0%} of the time"
-    if others > figures.cores and figures.cores < CORES_FULL * figures.cpus:  # beyond that its quota holds it back
+def _of_cpu(waiting: str, profile: RunProfile, config: Config) -> Diagnosis:
+    """Diagnosis when the cores are the bottleneck; `waiting` is the kind of process that waits for them longest."""
+    others, queued = profile.cores_of_others, profile.processes[waiting].queued
+    waits = f"{OWNERS[waiting]} work waits for a core {queued:.0%} of the time"
+    if others > profile.cores and profile.cores < CORES_FULL * profile.cpus:  # else its quota holds it back
         sentence = (
-            f"The bottleneck is other programs, which use {others:.1f} of {len(figures.core_shares)} cores while "
-            f"the run gets {figures.cores:.1f}: {waits}; end them, or run elsewhere."
+            f"The bottleneck is other programs, which use {others:.1f} of {len(profile.core_shares)} cores while "
+            f"the run gets {profile.cores:.1f}: {waits}; end them, or run elsewhere."
         )
         return Diagnosis("other_programs", "", "", sentence)
-    user = max(OWNERS, key=lambda kind: figures.processes[kind].cores)
-    process = figures.processes[user]
-    setting, advice = _advice(user, process.largest, figures, config)
+    user = max(OWNERS, key=lambda kind: profile.processes[kind].cores)
+    process = profile.processes[user]
+    setting, advice = _advice(user, process.largest, profile, config)
     work = f"{OWNERS[user]} work ({process.cores:.1f} cores), above all {WORK[user, process.largest]}"
     sentence = (
-        f"The bottleneck is the CPU, of which the run uses {figures.cores:.1f} of {figures.cpus} cores: {waits}, and "
-        f"most goes to {work}; {advice}."
+        f"The bottleneck is the CPU: the run uses {profile.cores:.1f} of {profile.cpus} cores, {waits}, and most of "
+        f"it goes to {work}; {advice}."
     )
     return Diagnosis("cpu", f"{user}/{process.largest}", setting, sentence)
 
 
-def _advice(kind: str, phase: str, figures: Figures, config: Config) -> tuple[str, str]:
-    """The setting to change when a phase is the bottleneck, and in words what to do with it."""
-    on_cpu = not figures.on_gpu.get(kind, False)
-    spare = on_cpu and figures.free_cores >= 1
+def _advice(kind: str, phase: str, profile: RunProfile, config: Config) -> tuple[str, str]:
+    """The setting to change when a phase is the bottleneck, and what to do with it in words."""
+    on_cpu = not profile.on_gpu.get(kind, False)
+    spare = on_cpu and profile.free_cores >= 1
     if kind == "actor":
         if phase == "render" and config.env.name != "tabletop" and config.env.render_quality == "exact":
-            return "env.render_quality", "set env.render_quality to fast, with a policy trained on such pictures"
-        return _more_actors(figures, config)
+            return "env.render_quality", "set env.render_quality to fast, with a policy trained on such images"
+        return _more_actors(profile, config)
     if phase in ("publish", "weights"):
         return "learner.publish_interval", f"raise learner.publish_interval (now {config.learner.publish_interval})"
     if phase == "checkpoint":
@@ -223,7 +223,7 @@ def _advice(kind: str, phase: str, figures: Figures, config: Config) -> tuple[st
         advice = f"raise inference.batch_wait_ms ({_batch_wait(config)}), for fewer and larger batches"
         return "inference.batch_wait_ms", advice
     if phase in ("host_to_device", "device_to_host"):
-        if figures.cupy:
+        if profile.cupy:
             return "", "only a faster link to the GPU would help"
         return "", "install the extra `cuda`, which page-locks the shared memory"
     if spare:
@@ -240,7 +240,7 @@ def _batch_wait(config: Config) -> str:
     return "now its default" if wait is None else f"now {wait:g}"
 
 
-def _more_actors(figures: Figures, config: Config) -> tuple[str, str]:
-    if figures.free_cores >= 0.5:
+def _more_actors(profile: RunProfile, config: Config) -> tuple[str, str]:
+    if profile.free_cores >= 0.5:
         return "actors", f"raise actors (now {config.actors})"
     return "actors", f"more cores are needed for more actors (now {config.actors})"

@@ -1,4 +1,4 @@
-"""What a run gets of the machine: cores, waits for a core, and GPUs as NVIDIA's management library sees them."""
+"""What a run gets from the machine: cores, waits for a core, and GPUs as NVIDIA's management library sees them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CpuTime:
-    """Of all processes of a kind, summed over the time that they were watched, in seconds."""
+    """Seconds, summed over the processes of one kind while they were watched."""
 
     watched: float = 0.0
     running: float = 0.0
-    """On a core; all threads."""
+    """Time of all threads on a core."""
     queued: float = 0.0
-    """Ready to run, while others had the cores; the main thread. 0 where the kernel does not count it."""
+    """Time for which the main thread was ready to run and had no core; 0 where the kernel does not count it."""
 
     def plus(self, watched: float, running: float, queued: float) -> CpuTime:
         return CpuTime(self.watched + watched, self.running + running, self.queued + queued)
@@ -37,11 +37,11 @@ class CpuTime:
 
 
 class CpuWatch:
-    """Adds up the CPU time of processes by kind, measured so seldom that it takes at most 1 % of a core.
+    """Adds up the CPU time of processes by kind. Measuring takes at most 1 % of a core.
 
     Attributes:
-        kinds: kind -> `CpuTime`, which only grows; new objects, so that old ones can be kept.
-        cores: per core that this process may use as it begins, the seconds for which it was busy, whoever used it.
+        kinds: kind -> `CpuTime`. It only grows; a measurement replaces the objects, so old ones can be kept.
+        cores: busy seconds of each core that this process may use, whoever used it.
         measured: time.monotonic of the last measurement.
     """
 
@@ -55,7 +55,7 @@ class CpuWatch:
         self._counts_waits = True
 
     def measure(self, pids: dict[str, int]) -> None:
-        """Take in the processes name -> pid; those that are new, or have ended, count for nothing."""
+        """Take in the processes name -> pid. New ones and those that have ended add nothing."""
         begin = time.monotonic()
         if begin < self._due:
             return
@@ -63,9 +63,9 @@ class CpuWatch:
         now_last = {}
         for name, pid in pids.items():
             try:
-                times = psutil.Process(pid).cpu_times()  # of threads that have ended, too
+                times = psutil.Process(pid).cpu_times()  # includes threads that have ended
                 running, queued = times.user + times.system, self._queued_seconds(pid)
-            except (psutil.Error, OSError):  # it has ended
+            except (psutil.Error, OSError):  # the process has ended
                 continue
             now_last[name] = pid, time.monotonic(), running, queued
             if (before := self._last.get(name)) is not None and before[0] == pid:
@@ -87,7 +87,7 @@ class CpuWatch:
 
 
 def _busy_seconds(allowed: Iterable[int]) -> Iterator[float]:
-    """Of each of the cores `allowed`; 0 for one that the system does not list, as some containers' do not."""
+    """Busy seconds of each of the cores `allowed`; 0 for a core that is not listed, as in some containers."""
     cores = psutil.cpu_times(percpu=True)
     for core in allowed:
         times = cores[core] if core < len(cores) else None
@@ -97,23 +97,22 @@ def _busy_seconds(allowed: Iterable[int]) -> Iterator[float]:
 class Gpu(NamedTuple):
     name: str
     utilization: float
-    """Share of the time in which a kernel ran: of the last moments as it is read, of a stretch in a report."""
+    """Share of time in which a kernel ran: over the last moments when read, over the whole stretch in a report."""
     memory_used: int
-    """Bytes, of all programs."""
+    """Bytes that all programs use."""
     memory_total: int
 
 
 class Gpus:
-    """The machine's NVIDIA GPUs; none without their driver, or without `nvidia-ml-py` (extra `cuda`). One that stops
-    answering counts as idle.
+    """The machine's NVIDIA GPUs; none without the driver or without `nvidia-ml-py` (extra `cuda`).
 
-    (Has not run on a GPU yet.)
+    A GPU that stops answering counts as idle. This has not run on a GPU yet.
     """
 
     def __init__(self) -> None:
         self._library: Any = None
-        self._handles: list[tuple[Any, str]] = []  # with names
-        with contextlib.suppress(Exception):  # not installed, no driver, no permission: a run goes on without figures
+        self._handles: list[tuple[Any, str]] = []  # handles and names
+        with contextlib.suppress(Exception):  # not installed, no driver or no permission: the run goes on without
             import pynvml
 
             pynvml.nvmlInit()

@@ -1,8 +1,8 @@
 """`--profile`: follows a run in the launched process and writes the bottleneck report and the trace.
 
 It reads what the processes note in shared memory (`shm.counters`, `shm.spans`) and what the kernel and NVIDIA's library
-know of them. What is found goes to `run_dir/profile`: `report.txt`, `report.json`, `report.png`, `trace.json`; and,
-with every tick, to TensorBoard.
+know about them, and writes `report.txt`, `report.json`, `report.png` and `trace.json` to `run_dir/profile`. TensorBoard
+gets values with every tick.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.spans import STAGES
-from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot, activity, totals
+from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot, activity, ratio, totals
 from dsrl_async.telemetry.profile import report
-from dsrl_async.telemetry.profile.bottleneck import SERIAL, Diagnosis, Figures, ProcessFigures, diagnose
+from dsrl_async.telemetry.profile.bottleneck import SERIAL, Diagnosis, ProcessProfile, RunProfile, diagnose
 from dsrl_async.telemetry.profile.hardware import CpuTime, CpuWatch, Gpu, Gpus
 from dsrl_async.telemetry.profile.trace import LONGEST_S, chrome_trace
 
@@ -33,9 +33,10 @@ logger = logging.getLogger(__name__)
 
 
 class Moment(NamedTuple):
-    """Everything that only grows, at one time (time.monotonic), and what the GPUs are doing then."""
+    """The quantities that only grow, at one time, and what the GPUs are doing then."""
 
     time: float
+    """time.monotonic"""
     totals: Snapshot
     """See `monitor.totals`."""
     stages: dict[str, np.ndarray]
@@ -46,13 +47,13 @@ class Moment(NamedTuple):
     """When `cpu` and `cores` were measured."""
     gpus: tuple[Gpu, ...]
     gpu_busy_s: tuple[float, ...]
-    """Sum over the ticks of each GPU's utilisation times the tick's length."""
+    """Each GPU's utilisation times the length of the tick, summed over the ticks."""
 
 
 class Profiler:
-    """Call `tick` about once a second; `write` at the end, and whenever `requested` says so.
+    """Call `tick` about once a second, and `write` at the end and whenever `requested` is set.
 
-    From its creation on SIGUSR1 no longer ends the process, but sets `requested`.
+    The constructor installs a handler: SIGUSR1 sets `requested` instead of ending the process.
     """
 
     def __init__(self, config: Config, run_dir: Path, arena: Arena, start: Snapshot) -> None:
@@ -71,17 +72,17 @@ class Profiler:
         self.requested = True
 
     def tick(self, counters: Snapshot, pids: dict[str, int]) -> dict[str, float]:
-        """Take in a snapshot of the counters and the processes (name -> pid); returns values for TensorBoard."""
+        """Take in a snapshot of the counters and the processes (name -> pid). Returns values for TensorBoard."""
         self._cpu.measure({SERIAL: pids["supervisor"]} if self.config.serial else pids)
         self._now = self._moment(counters, self._now)
-        if (progress := self._progress_of(counters)) > self._progress:  # what was before would blur the picture
+        if (progress := self._progress_of(counters)) > self._progress:  # earlier seconds would blur the picture
             self._progress, self._base = progress, self._now
         self._recent.append(self._now)
         while self._recent[1].time <= self._now.time - RATE_WINDOW_S and len(self._recent) > 2:
             self._recent.popleft()
-        figures = self.figures(self._recent[0])
-        self._sample(figures)
-        return report.scalars(figures)
+        profile = self.profile(self._recent[0])
+        self._sample(profile)
+        return report.scalars(profile)
 
     def _moment(self, counters: Snapshot, before: Moment | None) -> Moment:
         now, gpus, cpu = time.monotonic(), tuple(self._gpus.read()), self._cpu
@@ -95,22 +96,22 @@ class Profiler:
         return Moment(now, totals(counters), stages, cpu.kinds, cpu.cores, cpu.measured, gpus, gpu_busy_s)
 
     def _progress_of(self, counters: Snapshot) -> int:
-        """0: still starting; 1: every actor has decided; 2: the learner has learned as well."""
+        """0 while the run starts, 1 once every environment has had a decision, 2 once the learner has learned too."""
         if np.any(counters["actor_decisions"] == self._start["actor_decisions"]):
             return 0
         return 1 + int(counters["learner_updates"][0] > self._start["learner_updates"][0])
 
-    def _sample(self, figures: Figures) -> None:
+    def _sample(self, profile: RunProfile) -> None:
         now_ns = round(self._now.time * 1e9)
-        cores = {kind: process.cores for kind, process in figures.system_processes.items()}
-        self._samples.append((now_ns, "cores used", {**cores, "other programs": figures.cores_of_others}))
-        for index, gpu in enumerate(figures.gpus):
+        cores = {kind: process.cores for kind, process in profile.system_processes.items()}
+        self._samples.append((now_ns, "cores used", {**cores, "other programs": profile.cores_of_others}))
+        for index, gpu in enumerate(profile.gpus):
             self._samples.append((now_ns, f"GPU {index} busy", {"share": gpu.utilization}))
         while self._samples[0][0] < now_ns - LONGEST_S * 1e9:
             self._samples.popleft()
 
-    def figures(self, since: Moment) -> Figures:
-        """From `since` to the last tick."""
+    def profile(self, since: Moment) -> RunProfile:
+        """The profile from `since` to the last tick."""
         now, config = self._now, self.config
         seconds, watched = now.time - since.time, now.cpu_time - since.cpu_time
         actors = 1 if config.serial else config.actors
@@ -118,7 +119,7 @@ class Profiler:
         on_gpu = {kind: bool(self._arena[f"stage/{kind}_on_gpu"][0]) for kind in STAGES}
         stages = {
             kind: {
-                name: min(1.0, _ratio(now.stages[kind][index] - since.stages[kind][index], seconds))
+                name: min(1.0, ratio(now.stages[kind][index] - since.stages[kind][index], seconds))
                 for index, name in enumerate(names)
             }
             for kind, names in STAGES.items()
@@ -131,14 +132,14 @@ class Profiler:
         processes = {}
         for kind in (*phases, SERIAL if config.serial else "supervisor"):
             cpu = now.cpu.get(kind, CpuTime()).since(since.cpu.get(kind, CpuTime()))
-            processes[kind] = ProcessFigures(
+            processes[kind] = ProcessProfile(
                 count=actors if kind == "actor" else 1,
                 phases=phases.get(kind, {}),
-                cores=max(0.0, _ratio(cpu.running, watched)),
-                queued=min(1.0, _ratio(cpu.queued, cpu.watched)),
+                cores=max(0.0, ratio(cpu.running, watched)),
+                queued=min(1.0, ratio(cpu.queued, cpu.watched)),
                 memory_mb=self._memory_mb.get({"actor": "actor_mean", SERIAL: "supervisor"}.get(kind, kind), 0.0),
             )
-        return Figures(
+        return RunProfile(
             seconds=seconds,
             warmed_up=self._progress == 2,
             decisions=int(now.totals["actor_decisions"] - since.totals["actor_decisions"]),
@@ -149,37 +150,37 @@ class Profiler:
             queue_wait_ms=done.queue_wait_ms,
             processes=processes,
             core_shares=tuple(
-                min(1.0, max(0.0, _ratio(end - begin, watched)))
+                min(1.0, max(0.0, ratio(end - begin, watched)))
                 for begin, end in zip(since.cores, now.cores, strict=True)
             ),
             cpus=self._cpus,
             on_gpu=on_gpu,
             gpus=tuple(
-                gpu._replace(utilization=_ratio(end - begin, seconds))
+                gpu._replace(utilization=ratio(end - begin, seconds))
                 for gpu, begin, end in zip(now.gpus, since.gpu_busy_s, now.gpu_busy_s, strict=True)
             ),
             cupy=find_spec("cupy") is not None,
         )
 
     def write(self, memory_mb: dict[str, float]) -> tuple[Diagnosis, tuple[bytes, int, int] | None]:
-        """Write the report up to the last tick, and the trace; tell the log.
+        """Write the report up to the last tick and the trace, and log the report.
 
-        `memory_mb` is as in `monitor.View`. Returns the diagnosis and the picture (PNG, width, height), which there is
-        only with matplotlib. A full disk costs the files, not the run.
+        `memory_mb` is as in `monitor.View`. Returns the diagnosis and the picture (PNG, width, height), which is None
+        without matplotlib. The run goes on if the files cannot be written.
         """
         self.requested, self._memory_mb = False, memory_mb
-        figures = self.figures(self._base)
-        diagnosis = diagnose(figures, self.config)
+        profile = self.profile(self._base)
+        diagnosis = diagnose(profile, self.config)
         drawn = None
-        words = report.text(figures, diagnosis)
+        words = report.text(profile, diagnosis)
         logger.info("profile:\n%s", words)
         try:
             self.directory.mkdir(exist_ok=True)
             (self.directory / "report.txt").write_text(words)
-            (self.directory / "report.json").write_text(json.dumps(report.as_json(figures, diagnosis), indent=2) + "\n")
+            (self.directory / "report.json").write_text(json.dumps(report.as_json(profile, diagnosis), indent=2) + "\n")
             trace = chrome_trace(self._arena, round(self._now.time * 1e9), self._samples)
             (self.directory / "trace.json").write_text(json.dumps(trace))
-            drawn = report.picture(figures, diagnosis)
+            drawn = report.picture(profile, diagnosis)
             (self.directory / "report.png").write_bytes(drawn[0])
         except OSError as error:
             logger.warning("the profile could not be written: %s", error)
@@ -188,15 +189,11 @@ class Profiler:
         return diagnosis, drawn
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return float(numerator / denominator) if denominator > 0 else 0.0
-
-
 def with_stages(phases: dict[str, float], stages: dict[str, float], on_gpu: bool) -> dict[str, float]:
-    """The inference process's shares with the stages in the place of `compute`.
+    """The inference process's shares with the stages in place of `compute`.
 
-    What is left of `compute` is the host's own part of it. On a GPU the copies to the device go on while the host
-    gathers, and end during `compute`, which waits for everything; on the CPU there are none, gathering is the copy.
+    What remains of `compute` is the host's own part. On a GPU the copies to the device overlap with the host's
+    gathering and end during `compute`, which waits for everything. On the CPU gathering is the copy.
     """
     rest = max(0.0, phases["compute"] - sum(share for name, share in stages.items() if name != "host_to_device"))
     if not on_gpu:
@@ -210,7 +207,7 @@ def with_stages(phases: dict[str, float], stages: dict[str, float], on_gpu: bool
 def with_update(phases: dict[str, float], stages: dict[str, float]) -> dict[str, float]:
     """The learner's shares, with the device's time for updates where the host only enqueued them.
 
-    The host waits for the device where it publishes weights; that is not the publication's time.
+    The host waits for the device in `publish`, but that time belongs to the updates.
     """
     hidden = max(0.0, stages["update"] - phases["update"])
     return phases | {"update": phases["update"] + hidden, "publish": max(0.0, phases["publish"] - hidden)}

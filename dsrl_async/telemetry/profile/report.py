@@ -1,4 +1,4 @@
-"""The bottleneck report as text, as JSON, as TensorBoard scalars and as a picture."""
+"""The bottleneck report as text, JSON, TensorBoard scalars and a picture."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from dataclasses import asdict
 from typing import Any
 
 from dsrl_async.telemetry.monitor import json_safe
-from dsrl_async.telemetry.profile.bottleneck import Diagnosis, Figures
+from dsrl_async.telemetry.profile.bottleneck import Diagnosis, RunProfile
 
 LEAST_SHARE = 0.005
-"""Smaller shares are left out of the text."""
+"""The text leaves out smaller shares."""
 WAIT_COLOUR = "#d9d9d9"
 LABELLED_SHARE = 0.08
-"""Wide enough in the picture for a name."""
+"""From this share on, a bar of the picture has room for its name."""
 
 
-def text(figures: Figures, diagnosis: Diagnosis) -> str:
-    """The report for a reader, of at most 120 columns."""
-    return "\n".join([*textwrap.wrap(diagnosis.sentence, 110), "", *_lines(figures)]) + "\n"
+def text(profile: RunProfile, diagnosis: Diagnosis) -> str:
+    """The report as text of at most 120 columns."""
+    return "\n".join([*textwrap.wrap(diagnosis.sentence, 110), "", *_lines(profile)]) + "\n"
 
 
-def _lines(figures: Figures) -> Iterator[str]:
-    seconds = max(figures.seconds, 1e-9)
+def _lines(profile: RunProfile) -> Iterator[str]:
+    seconds = max(profile.seconds, 1e-9)
     rates = [
         f"{count / seconds:,.1f} {name}/s"
         for name, count in (
-            ("decisions", figures.decisions),
-            ("env steps", figures.env_steps),
-            ("updates", figures.updates),
+            ("decisions", profile.decisions),
+            ("env steps", profile.env_steps),
+            ("updates", profile.updates),
         )
     ]
-    since = "since the warm-up" if figures.warmed_up else "of the warm-up"
-    yield f"{figures.seconds:,.1f} s {since}: {', '.join(rates)}"
+    since = "since the warm-up" if profile.warmed_up else "of the warm-up"
+    yield f"{profile.seconds:,.1f} s {since}: {', '.join(rates)}"
     yield (
-        f"{figures.batch_size:.1f} observations in a batch, {figures.batch_fill:.0%} of its rows used; "
-        f"an observation waits {figures.queue_wait_ms:.1f} ms for its batch"
+        f"{profile.batch_size:.1f} observations per batch, {profile.batch_fill:.0%} of its rows used; "
+        f"an observation waits {profile.queue_wait_ms:.1f} ms for its batch"
     )
     yield ""
     yield "share of a process's time"
-    for kind, process in figures.processes.items():
+    for kind, process in profile.processes.items():
         if process.phases:
             shares = {name: share for name, share in process.phases.items() if share >= LEAST_SHARE}
             ordered = sorted(shares.items(), key=lambda item: -item[1])
@@ -52,17 +52,17 @@ def _lines(figures: Figures) -> Iterator[str]:
             yield from textwrap.wrap("  ".join(words), 118, initial_indent=title, subsequent_indent=" " * len(title))
     yield ""
     yield f"{'CPU':<16}{'cores used':>12}{'waits for a core':>18}{'memory':>18}"
-    for kind, process in figures.system_processes.items():
+    for kind, process in profile.system_processes.items():
         each = " each" if process.count > 1 else ""
         yield (
             f"  {_title(kind, process.count):<14}{process.cores:>12.2f}{process.queued:>17.0%} "
             f"{f'{process.memory_mb:,.0f} MB{each}':>18}"
         )
-    yield f"  {'other programs':<14}{figures.cores_of_others:>12.2f}"
-    cores = " ".join(f"{share:.0%}" for share in figures.core_shares)
-    busy = f"{cores} busy; {figures.cpus} of them may be kept busy"
+    yield f"  {'other programs':<14}{profile.cores_of_others:>12.2f}"
+    cores = " ".join(f"{share:.0%}" for share in profile.core_shares)
+    busy = f"{cores} busy; {profile.cpus} of them may be kept busy"
     yield from textwrap.wrap(busy, 118, initial_indent=f"  {'each core':<14}  ", subsequent_indent=" " * 18)
-    for index, gpu in enumerate(figures.gpus):
+    for index, gpu in enumerate(profile.gpus):
         used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
         yield f"GPU {index}, {gpu.name}: {gpu.utilization:.0%} busy, {used:.1f} of {total:.1f} GB used"
 
@@ -71,37 +71,37 @@ def _title(kind: str, count: int) -> str:
     return f"{kind} x{count}" if count > 1 else kind
 
 
-def as_json(figures: Figures, diagnosis: Diagnosis) -> dict[str, Any]:
+def as_json(profile: RunProfile, diagnosis: Diagnosis) -> dict[str, Any]:
     """Everything in the report, ready for JSON."""
-    derived = {"cores": figures.cores, "cores_of_others": figures.cores_of_others, "free_cores": figures.free_cores}
-    report: dict[str, Any] = json_safe({**diagnosis._asdict(), **asdict(figures), **derived})
-    report["core_shares"] = [round(share, 4) for share in figures.core_shares]
-    report["gpus"] = [gpu._asdict() for gpu in figures.gpus]
+    derived = {"cores": profile.cores, "cores_of_others": profile.cores_of_others, "free_cores": profile.free_cores}
+    report: dict[str, Any] = json_safe({**diagnosis._asdict(), **asdict(profile), **derived})
+    report["core_shares"] = [round(share, 4) for share in profile.core_shares]
+    report["gpus"] = [gpu._asdict() for gpu in profile.gpus]
     return report
 
 
-def scalars(figures: Figures) -> dict[str, float]:
+def scalars(profile: RunProfile) -> dict[str, float]:
     """TensorBoard values: shares of time, cores, and GPUs."""
-    values = {"profile/cores/other_programs": figures.cores_of_others}
-    for kind, process in figures.processes.items():
+    values = {"profile/cores/other_programs": profile.cores_of_others}
+    for kind, process in profile.processes.items():
         values |= {f"profile/{kind}/{name}": share for name, share in process.phases.items()}
-    for kind, process in figures.system_processes.items():
+    for kind, process in profile.system_processes.items():
         values |= {f"profile/cores/{kind}": process.cores, f"profile/waits_for_a_core/{kind}": process.queued}
-    values |= {f"profile/core_busy/{core}": share for core, share in enumerate(figures.core_shares)}
-    for index, gpu in enumerate(figures.gpus):
+    values |= {f"profile/core_busy/{core}": share for core, share in enumerate(profile.core_shares)}
+    for index, gpu in enumerate(profile.gpus):
         values[f"profile/gpu_busy/{index}"] = gpu.utilization
         values[f"profile/gpu_memory_gb/{index}"] = gpu.memory_used / 1e9
     return values
 
 
-def picture(figures: Figures, diagnosis: Diagnosis) -> tuple[bytes, int, int]:
-    """A PNG file with its width and height in pixels: a bar per kind of process, waits in grey, and the cores.
+def picture(profile: RunProfile, diagnosis: Diagnosis) -> tuple[bytes, int, int]:
+    """A PNG file, its width and its height in pixels: a bar per kind of process, with waits in grey, and the cores.
 
     Raises ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
-    kinds = {kind: process for kind, process in figures.processes.items() if process.phases}
+    kinds = {kind: process for kind, process in profile.processes.items() if process.phases}
     figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     above, below = figure.subplots(2, height_ratios=[3, 1.2])
     for row, process in enumerate(kinds.values()):
@@ -118,11 +118,11 @@ def picture(figures: Figures, diagnosis: Diagnosis) -> tuple[bytes, int, int]:
     above.invert_yaxis()
     above.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     left = 0.0
-    used = {kind: process.cores for kind, process in figures.system_processes.items()}
-    for index, (kind, cores) in enumerate({**used, "other programs": figures.cores_of_others}.items()):
+    used = {kind: process.cores for kind, process in profile.system_processes.items()}
+    for index, (kind, cores) in enumerate({**used, "other programs": profile.cores_of_others}.items()):
         below.barh(0, cores, left=left, color=f"C{index}", edgecolor="white", label=f"{kind} {cores:.2f}")
         left += cores
-    below.set(xlim=(0, max(figures.cpus, left)), yticks=[], title=f"cores used, of {figures.cpus}")
+    below.set(xlim=(0, max(profile.cpus, left)), yticks=[], title=f"cores used, of {profile.cpus}")
     below.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
     figure.suptitle(textwrap.fill(diagnosis.sentence, 105), fontsize=10)
     png = io.BytesIO()

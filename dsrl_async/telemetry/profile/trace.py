@@ -1,7 +1,7 @@
 """The spans of all processes as one file in Chrome's trace-event format, which Perfetto (ui.perfetto.dev) opens.
 
-The format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-Timestamps are microseconds of CLOCK_MONOTONIC, which all processes of a machine share, and other profilers too.
+Format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+Timestamps are microseconds of CLOCK_MONOTONIC, which all processes of a machine share, as do other profilers.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.spans import TRACKS, newest_spans
 
 LONGEST_S = 30.0
-"""A trace goes back so far at most."""
-MACHINE, INFERENCE, LEARNER, FIRST_ACTOR = 1, 2, 3, 10
-"""Numbers of the processes in the trace: those that processes really have change when one is replaced."""
+"""Upper limit on the length of a trace."""
+MACHINE, INFERENCE, LEARNER, FIRST_WORKER = 1, 2, 3, 10
+"""Process numbers in the trace. Real ones would change when a process is replaced."""
 TITLES = {"inference": "phases", "inference_stage": "stages", "learner": "phases", "learner_stage": "stages"}
 
 
 def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, dict[str, float]]]) -> dict[str, Any]:
-    """The last stretch before `until_ns` that the spans of every process cover, LONGEST_S at most, ready for JSON.
+    """The stretch before `until_ns` that every process's spans cover, at most LONGEST_S, ready for JSON.
 
-    `samples` are (time in ns, name, series -> value), drawn as curves. A span's `step` counts the decisions of its
-    environment, the batches, or the updates.
+    `samples` are (time in ns, name, series -> value) and are drawn as curves. A span's `step` is the number of its
+    decision, batch or update.
     """
     begin_ns = until_ns - round(LONGEST_S * 1e9)
-    tracks = []  # process, thread, name of the process, of the track, of the spans, spans
+    tracks = []  # process, thread, process name, track name, span names, spans
     for track, names in TRACKS.items():
         for ring in range(len(arena[f"span/{track}"])):
             spans = newest_spans(arena, track, ring)
             if len(spans) and arena[f"span/{track}_count"][ring] >= arena[f"span/{track}"].shape[1]:
-                begin_ns = max(begin_ns, int(spans[0, 1]))  # what was before has been overwritten
+                begin_ns = max(begin_ns, int(spans[0, 1]))  # earlier spans have been overwritten
             kind, _, stage = track.partition("_")
-            process = {"inference": INFERENCE, "learner": LEARNER}.get(kind, FIRST_ACTOR + ring)
+            process = {"inference": INFERENCE, "learner": LEARNER}.get(kind, FIRST_WORKER + ring)
             thread = 1 + bool(stage)
             title = f"actor-{ring:03d}" if kind == "actor" else kind
             track_title = TITLES.get(track, "phases")
