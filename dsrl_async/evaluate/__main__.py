@@ -28,12 +28,7 @@ from dsrl_async.evaluate.episodes import across_tasks
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.play import evaluate
 from dsrl_async.evaluate.resolve import SETTINGS, identity, resolve
-from dsrl_async.evaluate.results import (
-    ResultDirectory,
-    summarise,
-    summarise_tasks,
-    table,
-)
+from dsrl_async.evaluate.results import ResultDirectory, result_of, table
 from dsrl_async.host.signals import StopRequest
 
 
@@ -92,28 +87,18 @@ def main(argv: Sequence[str]) -> int:
         console.width = 120
     try:
         options = build_parser().parse_args(list(argv))
-        plan = resolve(options)
-        settings = identity(plan)
+        evaluation = resolve(options)
+        settings = identity(evaluation)
         with contextlib.ExitStack() as stack:
             out = None
             if options.out:
                 out = stack.enter_context(contextlib.closing(ResultDirectory(Path(options.out), settings)))
             films = None
             if options.video:
-                numbers = [episode.number for episode in across_tasks(plan.episodes)]
+                numbers = [episode.number for episode in across_tasks(evaluation.episodes)]
                 films = Films(writable_directory("--video", Path(options.video)), options.videos, numbers)
-            outcomes = evaluate(plan, out, films, stop, console)
-            played = [outcomes[episode.number] for episode in plan.episodes]
-            result = {
-                **summarise(played),
-                "policy": "base" if plan.mode == "base" else str(plan.checkpoint),
-                "noise": plan.mode,
-                "seed": plan.config.seed,
-                "tasks": summarise_tasks(played, plan.instructions),
-                "versions": settings.pop("versions"),
-                "settings": settings,
-                "wall_s": round(time.monotonic() - begin, 2),
-            }
+            outcomes = evaluate(evaluation, out, films, stop, console)
+            result = result_of(evaluation, settings, outcomes, time.monotonic() - begin)
             if out is not None:
                 out.finish(result)
     except ValueError as error:  # ConfigError, or what LIBERO or a checkpoint lacks
@@ -125,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if plan.config.env.name != "tabletop":
+    if evaluation.config.env.name != "tabletop":
         console.print(table(result))
     print(json.dumps(result), flush=True)
     return 0

@@ -16,12 +16,9 @@ from torch import Tensor
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.evaluate.episodes import Episode, Schedule
 from dsrl_async.evaluate.films import Films
-from dsrl_async.evaluate.progress import Bar
-from dsrl_async.evaluate.resolve import Plan
-from dsrl_async.evaluate.results import (
-    Outcome,
-    ResultDirectory,
-)
+from dsrl_async.evaluate.progress import ProgressBar
+from dsrl_async.evaluate.resolve import Evaluation
+from dsrl_async.evaluate.results import Outcome, ResultDirectory
 from dsrl_async.host import processes
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import cpu_threads
@@ -53,9 +50,9 @@ def load_actor(checkpoint: Path, server: InferenceServer) -> None:
 
 
 def evaluate(
-    plan: Plan, out: ResultDirectory | None, films: Films | None, stop: StopRequest, console: Console
+    evaluation: Evaluation, out: ResultDirectory | None, films: Films | None, stop: StopRequest, console: Console
 ) -> dict[int, Outcome]:
-    """Play the plan's episodes, but for those that `out` has already; returns all outcomes by number.
+    """Play the episodes, but for those that `out` has already; return all outcomes by number.
 
     Raises:
         ConfigError: the policy or the checkpoint cannot be used.
@@ -71,26 +68,21 @@ def evaluate(
         if out is not None:
             out.add(outcome)
 
-    remaining = [episode for episode in plan.episodes if episode.number not in outcomes]
+    remaining = [episode for episode in evaluation.episodes if episode.number not in outcomes]
     complete = False
     try:
         if remaining:
-            with Bar(plan, outcomes, console) as bar:
-                play(plan, remaining, films, finish, bar.update, stop)
+            with ProgressBar(evaluation, outcomes, console) as bar:
+                play(evaluation, remaining, films, finish, bar.update, stop)
         complete = True
     finally:
         if films is not None and (complete or out is None):  # else the films are chosen when all is finished
-            films.keep({number: film_name(outcome) for number, outcome in outcomes.items()})
+            films.keep(outcomes)
     return outcomes
 
 
-def film_name(outcome: Outcome) -> str:
-    scene = "" if outcome.init_state is None else f"task-{outcome.task}-init-{outcome.init_state}-"
-    return f"episode-{outcome.number:04d}-{scene}{'success' if outcome.success else 'failure'}.mp4"
-
-
 def play(
-    plan: Plan,
+    evaluation: Evaluation,
     episodes: Sequence[Episode],
     films: Films | None,
     finish: Callable[[Outcome], None],
@@ -101,8 +93,8 @@ def play(
 
     `finish` is told what came of each, and `update` is called now and then. Raises what `evaluate` does.
     """
-    checkpoint, mode = plan.checkpoint, plan.mode
-    config = plan.config.model_copy(update={"actors": min(plan.config.actors, len(episodes))})
+    checkpoint, mode = evaluation.checkpoint, evaluation.mode
+    config = evaluation.config.model_copy(update={"actors": min(evaluation.config.actors, len(episodes))})
     policy, spec = preflight.check_policy(config)
     preflight.check_descriptors(config, "--processes")
     preflight.check_memory(config, spec, policy.action_horizon, lower="--processes")
@@ -153,10 +145,10 @@ def play(
         video_dir = str(films.directory.absolute()) if films else None
         one_task = len({episode.task for episode in episodes}) == 1
         begin_with = episodes[0].number if one_task else None  # of several, a process compiles what it is given
-        evaluation = {"video_dir": video_dir, "rate_hz": rate_hz, "begin_with": begin_with}
+        episode_settings = {"video_dir": video_dir, "rate_hz": rate_hz, "begin_with": begin_with}
         env_config, notify_fds = config.env.model_dump(), [observation_ready]
         template = Template(
-            arena, config.seed, env_config, wake, notify_fds, logs / "template.log", evaluation=evaluation
+            arena, config.seed, env_config, wake, notify_fds, logs / "template.log", evaluation=episode_settings
         )
         try:
             begin_ns = time.monotonic_ns()

@@ -7,25 +7,27 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsrl_async.evaluate.resolve import Plan
-from dsrl_async.evaluate.results import (
-    Outcome,
-)
+from dsrl_async.evaluate.resolve import Evaluation
+from dsrl_async.evaluate.results import Outcome
 
-PLAIN_INTERVAL_S = 60.0  # between two lines about the progress, where there is no terminal
+PLAIN_INTERVAL_S = 60.0
+"""Seconds between two lines about the progress, where stderr is not a terminal."""
 
 
-class Bar:
-    """The progress on stderr: a bar where there is a terminal, else a line now and then."""
+class ProgressBar:
+    """Shows the progress on stderr: a bar on a terminal, elsewhere a line now and then.
 
-    def __init__(self, plan: Plan, outcomes: dict[int, Outcome], console: Console) -> None:
-        self._name, self._total = f"{plan.mode} policy", len(plan.episodes)
+    `outcomes` are those of the finished episodes, by number; who plays the evaluation adds to them.
+    """
+
+    def __init__(self, evaluation: Evaluation, outcomes: dict[int, Outcome], console: Console) -> None:
+        self._name, self._total = f"{evaluation.mode} policy", len(evaluation.episodes)
         self._outcomes, self._console = outcomes, console
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._next_line = time.monotonic() + PLAIN_INTERVAL_S
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         self._bar = self._progress.add_task(self._name, total=self._total)
         self.update()

@@ -1,21 +1,23 @@
-"""What an evaluation's command line asks for: its configuration, policy, episodes and identity."""
+"""What an evaluation's command line asks for: its configuration, policy and episodes, and what identifies it."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.load import read_run_settings, read_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs.libero import versions as simulator_versions
 from dsrl_async.envs.libero import with_preset
 from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
-from dsrl_async.evaluate.results import (
-    identify_files,
-    versions,
-)
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
@@ -25,30 +27,35 @@ from dsrl_async.run.inference.steering import Mode
 from dsrl_async.run.preflight.policy import policy_directory
 
 SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
-"""The settings, or sections of them, that an evaluation uses."""
-
+"""Settings, or prefixes of their names, that an evaluation uses."""
 
 TABLETOP_EPISODES = 100
+"""How many episodes of the tabletop are played unless `--episodes` says otherwise."""
+MAX_PROCESSES = 16
+"""Upper limit on the number of environment workers unless `--processes` says otherwise."""
+DIGEST_BYTES = 2 << 30
+"""Weights of up to this size are identified by a digest, larger ones by their size and date."""
 
 
-MAX_PROCESSES = 16  # where nothing else is said
-
-
-class Plan(NamedTuple):
-    """An evaluation, resolved: what a command line asks for."""
+class Evaluation(NamedTuple):
+    """An evaluation that is asked for."""
 
     config: Config
-    """With evaluation's own number of actors and seed, and without a profile."""
+    """The settings, with the evaluation's own `seed` and its number of environment workers as `actors`."""
     checkpoint: Path | None
-    """Of a run, with the agent that steers; None for a policy without one."""
+    """The checkpoint directory whose agent steers the policy; None if the policy is not steered."""
     mode: Mode
+    """How the policy's noise is chosen."""
     episodes: list[Episode]
     instructions: tuple[str, ...]
-    """Of the environment's tasks, by number."""
+    """The instruction of each of the environment's tasks, by the task's number."""
 
 
-def resolve(options: argparse.Namespace) -> Plan:
-    """What the options ask for; raises ValueError, of which ConfigError is one, with one sentence."""
+def resolve(options: argparse.Namespace) -> Evaluation:
+    """Return the evaluation that the options ask for.
+
+    Raises ValueError (often a ConfigError) with one sentence if it cannot be played.
+    """
     for name in ("episodes", "processes", "videos"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
@@ -94,11 +101,11 @@ def resolve(options: argparse.Namespace) -> Plan:
         mode = "base"
     if mode == "deterministic" and config.env.name != "tabletop":
         check_repeats(config.env.name, episodes, with_preset(config.env.model_dump())["seeding"])
-    return Plan(config, checkpoint, mode, episodes, spec.prompts)
+    return Evaluation(config, checkpoint, mode, episodes, spec.prompts)
 
 
 def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
-    """Settings of the run or file to evaluate, or none, and the run's checkpoint."""
+    """Return the settings of the run or file to evaluate, empty if there is none, and the run's checkpoint."""
     if options.checkpoint is None:
         return read_yaml(Path(options.config)) if options.config is not None else {}, None
     if options.config is not None:
@@ -110,22 +117,28 @@ def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | N
     return read_run_settings(checkpoint.parent.parent), checkpoint
 
 
-def identity(plan: Plan) -> dict[str, Any]:
-    """All that outcomes depend on: JSON-ready, with the presets' values filled in."""
-    config, mode = plan.config, plan.mode
+def identity(evaluation: Evaluation) -> dict[str, Any]:
+    """Return everything that outcomes depend on, ready for JSON, with the presets' values filled in."""
+    config, mode = evaluation.config, evaluation.mode
     env = config.env.model_dump()
     if env["name"] != "tabletop":
         env = with_preset(env)
-        env["task_ids"] = sorted({episode.task for episode in plan.episodes})
-        env["init_states"] = sorted({episode.init_state for episode in plan.episodes if episode.init_state is not None})
+        env["task_ids"] = sorted({episode.task for episode in evaluation.episodes})
+        env["init_states"] = sorted(
+            {episode.init_state for episode in evaluation.episodes if episode.init_state is not None}
+        )
     directory = policy_directory(config)
     device = resolve_device(config.device)
     steering = {}
-    if plan.checkpoint is not None and mode != "base":
-        agent = identify_files([plan.checkpoint / checkpoints.AGENT])
-        steering = {"agent": str(plan.checkpoint.absolute()), "agent_files": agent, "sac": config.sac.model_dump()}
+    if evaluation.checkpoint is not None and mode != "base":
+        agent = identify_files([evaluation.checkpoint / checkpoints.AGENT])
+        steering = {
+            "agent": str(evaluation.checkpoint.absolute()),
+            "agent_files": agent,
+            "sac": config.sac.model_dump(),
+        }
     return {
-        "episodes": len(plan.episodes),
+        "episodes": len(evaluation.episodes),
         "seed": config.seed,
         "noise": mode,
         "env": env,
@@ -137,5 +150,27 @@ def identity(plan: Plan) -> dict[str, Any]:
         },
         **steering,
         "device": device.type,
-        "versions": versions(simulator_versions()),
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the version of everything that success rates may depend on."""
+    libraries = {name: version(name) for name in ("torch", "numpy")}
+    return {"dsrl_async": __version__, "python": platform.python_version(), **libraries, **simulator_versions()}
+
+
+def identify_files(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return each file's name, size and SHA-256, or for large files the time of their last change instead of a hash."""
+    digest = sum(file.stat().st_size for file in files) <= DIGEST_BYTES
+    found = []
+    for file in files:
+        status = file.stat()
+        entry: dict[str, Any] = {"file": file.name, "bytes": status.st_size}
+        if digest:
+            with file.open("rb") as opened:
+                entry["sha256"] = hashlib.file_digest(opened, "sha256").hexdigest()
+        else:
+            entry["modified"] = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds")
+        found.append(entry)
+    return found

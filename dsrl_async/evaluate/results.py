@@ -1,29 +1,21 @@
-"""What came of an evaluation: outcomes of episodes, their summary as JSON and as a table, and the directory they are
-kept in."""
+"""Outcomes of episodes, their summary as JSON and as a table, and the directory that keeps them."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from dsrl_async import __version__
 from dsrl_async.config.settings import ConfigError
+from dsrl_async.evaluate.resolve import Evaluation
 from dsrl_async.host.files import temporary_path, write_text
 
-DIGEST_BYTES = 2 << 30
-"""Weights up to this size are identified by a digest, larger ones by their size and date."""
-
 BEFORE_SETTINGS = ("episodes.jsonl", temporary_path(Path("settings.json")).name)
-"""Files of an evaluation that was killed as it began."""
+"""Files that an evaluation leaves which is killed just after its start."""
 
 
 class Outcome(NamedTuple):
@@ -33,14 +25,16 @@ class Outcome(NamedTuple):
     task: int
     init_state: int | None
     seed: int
-    """Of scene and noise; follows from the evaluation's seed and the number."""
+    """The seed of scene and noise, which follows from the evaluation's seed and `number`."""
     success: bool
     steps: int
+    """Environment steps."""
     wall_s: float
+    """Seconds from the moment when a worker was given the episode to its end."""
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % confidence interval of a success rate (Wilson score; sensible also at 0 % and 100 %)."""
+    """Return the 95 % confidence interval of a success rate (Wilson score; sensible also at 0 % and 100 %)."""
     rate = successes / episodes
     centre = (rate + z * z / (2 * episodes)) / (1 + z * z / episodes)
     half = z / (1 + z * z / episodes) * (rate * (1 - rate) / episodes + z * z / (4 * episodes**2)) ** 0.5
@@ -48,7 +42,7 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Episodes, successes, their rate with its interval, and the mean length in environment steps."""
+    """Count episodes and successes; add the success rate, its interval, and the mean length in environment steps."""
     episodes, successes = len(outcomes), sum(outcome.success for outcome in outcomes)
     low, high = wilson_interval(successes, episodes)
     return {
@@ -62,67 +56,64 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def summarise_tasks(outcomes: Iterable[Outcome], instructions: Sequence[str]) -> list[dict[str, Any]]:
-    """The summary of every task that was played."""
+    """Return the summary of every task that was played, in the order of their numbers."""
     of_task: dict[int, list[Outcome]] = {}
     for outcome in outcomes:
         of_task.setdefault(outcome.task, []).append(outcome)
     return [{"task": task, "instruction": instructions[task], **summarise(of_task[task])} for task in sorted(of_task)]
 
 
+def result_of(
+    evaluation: Evaluation, identity: Mapping[str, Any], outcomes: Mapping[int, Outcome], wall_s: float
+) -> dict[str, Any]:
+    """Return what the command prints as JSON, given the outcomes of all episodes by number.
+
+    `identity` is what `resolve.identity` returned, `wall_s` the seconds that the evaluation took.
+    """
+    played = [outcomes[episode.number] for episode in evaluation.episodes]
+    return {
+        **summarise(played),
+        "policy": "base" if evaluation.mode == "base" else str(evaluation.checkpoint),
+        "noise": evaluation.mode,
+        "seed": evaluation.config.seed,
+        "tasks": summarise_tasks(played, evaluation.instructions),
+        "versions": identity["versions"],
+        "settings": {key: value for key, value in identity.items() if key != "versions"},
+        "wall_s": round(wall_s, 2),
+    }
+
+
 def table(result: Mapping[str, Any]) -> Table:
-    """The result by task, for people."""
+    """Return the result by task, for people."""
     shown = Table("task", "instruction")
     for heading in ("successes", "success rate", "95 % interval", "mean steps"):
         shown.add_column(heading, justify="right", no_wrap=True)
-
-    def figures(summary: Mapping[str, Any]) -> list[str]:
-        return [
-            f"{summary['successes']}/{summary['episodes']}",
-            f"{summary['success_rate']:.1%}",
-            f"{summary['ci95_low']:.1%} to {summary['ci95_high']:.1%}",
-            f"{summary['mean_episode_len']:.1f}",
-        ]
-
     for summary in result["tasks"]:
-        shown.add_row(str(summary["task"]), summary["instruction"], *figures(summary))
+        shown.add_row(str(summary["task"]), summary["instruction"], *_cells(summary))
     shown.add_section()
-    shown.add_row("all", "", *figures(result))
+    shown.add_row("all", "", *_cells(result))
     return shown
 
 
-def versions(simulator: Mapping[str, str]) -> dict[str, str]:
-    """Of everything that success rates may depend on."""
-    libraries = {name: version(name) for name in ("torch", "numpy")}
-    return {"dsrl_async": __version__, "python": platform.python_version(), **libraries, **simulator}
-
-
-def identify_files(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Name and size of files, with their SHA-256, or where they are large together with the time of their change."""
-    digest = sum(file.stat().st_size for file in files) <= DIGEST_BYTES
-    found = []
-    for file in files:
-        status = file.stat()
-        entry: dict[str, Any] = {"file": file.name, "bytes": status.st_size}
-        if digest:
-            with file.open("rb") as opened:
-                entry["sha256"] = hashlib.file_digest(opened, "sha256").hexdigest()
-        else:
-            entry["modified"] = datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds")
-        found.append(entry)
-    return found
+def _cells(summary: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{summary['successes']}/{summary['episodes']}",
+        f"{summary['success_rate']:.1%}",
+        f"{summary['ci95_low']:.1%} to {summary['ci95_high']:.1%}",
+        f"{summary['mean_episode_len']:.1f}",
+    ]
 
 
 class ResultDirectory:
-    """The directory of an evaluation, which can be interrupted and continued; locked while it is open.
+    """The directory of an evaluation, which can be interrupted and continued; it is locked while it is open.
 
         settings.json      what is evaluated; another evaluation is refused
         episodes.jsonl     an `Outcome` for each finished episode, in the order in which they finished
-        result.json        when all are finished
+        result.json        the result, written when all episodes are finished
 
-    `outcomes` holds, by number, what was finished before and since.
+    `outcomes` holds all finished episodes by number, those of earlier attempts included.
 
-    Raises ConfigError with one sentence: the directory cannot be written or read, is in use, or belongs to something
-    else.
+    Raises ConfigError with one sentence if the directory cannot be written or read, is in use, or holds something else.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -182,7 +173,7 @@ class ResultDirectory:
                 )
 
     def _read(self) -> None:
-        """Take over the finished episodes; a last line that was not written to its end is dropped."""
+        """Take over the finished episodes; drop a last line that was not written to its end."""
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]

@@ -30,13 +30,13 @@ import dsrl_async
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs import ChunkOutcome, libero_files
 from dsrl_async.envs.recording import RecordingEnvironment, unsorted_film
-from dsrl_async.evaluate import results as evaluation_results
+from dsrl_async.evaluate import resolve as resolving
 from dsrl_async.evaluate.__main__ import build_parser, main
 from dsrl_async.evaluate.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 from dsrl_async.evaluate.films import FILMED_PER_VIDEO, Films, choose_films
 from dsrl_async.evaluate.play import check_alive
-from dsrl_async.evaluate.resolve import Plan, identity, resolve
-from dsrl_async.evaluate.results import Outcome, ResultDirectory, identify_files, summarise, summarise_tasks, table
+from dsrl_async.evaluate.resolve import Evaluation, identify_files, identity, resolve
+from dsrl_async.evaluate.results import Outcome, ResultDirectory, summarise, summarise_tasks, table, wilson_interval
 from dsrl_async.host.signals import SIGNALS
 from dsrl_async.pi0 import synthetic
 from dsrl_async.run import checkpoints
@@ -49,7 +49,7 @@ SMALL_LIBERO = CONFIGS / "libero_spatial_small.yaml"
 SMALL_LIBERO_POLICY = Path(dsrl_async.__file__).parent / "assets" / "libero_spatial_pi0_small"
 
 
-def resolved(*options: str) -> Plan:
+def resolved(*options: str) -> Evaluation:
     return resolve(build_parser().parse_args(options))
 
 
@@ -58,8 +58,8 @@ def resolved(*options: str) -> Plan:
 
 def test_a_profiled_run_is_evaluated_without_a_profile(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("profile: true")
-    plan = resolve(build_parser().parse_args(["--config", str(tmp_path / "run.yaml")]))
-    assert not plan.config.profile
+    evaluation = resolve(build_parser().parse_args(["--config", str(tmp_path / "run.yaml")]))
+    assert not evaluation.config.profile
 
 
 def test_a_suite_is_every_initial_state_of_every_task_once() -> None:
@@ -194,7 +194,7 @@ def test_summary_by_task_and_its_table() -> None:
 def test_wilson_interval_has_published_values() -> None:
     # Newcombe (1998), Statistics in Medicine 17: 857-872, table I, method 3
     for successes, episodes, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)):
-        found = evaluation_results.wilson_interval(successes, episodes)
+        found = wilson_interval(successes, episodes)
         assert np.round(found, 4).tolist() == [low, high]
 
 
@@ -206,7 +206,7 @@ def test_weights_are_told_apart_by_digest_or_where_large_by_size_and_time(
     (entry,) = identify_files([file])
     assert entry["bytes"] == 3
     assert entry["sha256"].startswith("ba7816bf")
-    monkeypatch.setattr(evaluation_results, "DIGEST_BYTES", 2)
+    monkeypatch.setattr(resolving, "DIGEST_BYTES", 2)
     (entry,) = identify_files([file])
     assert "sha256" not in entry
     assert entry["modified"].startswith("20")
@@ -310,8 +310,9 @@ def test_filming_stops_when_there_is_enough_and_is_taken_up_again(tmp_path: Path
     after = Films(tmp_path, 2, numbers)
     after.resume({0: True, 1: True, 3: False, 90: True})
     assert not after.wanted(4)
-    after.keep({number: f"film-{number}.mp4" for number in numbers})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["film-0.mp4", "film-3.mp4"]
+    after.keep({number: outcome(number, number != 3) for number in numbers})
+    names = ["episode-0000-task-0-init-0-success.mp4", "episode-0003-task-0-init-3-failure.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_first_films_are_of_different_tasks() -> None:
@@ -384,10 +385,10 @@ for name in ("launch", "evaluate.__main__", "doctor.__main__", "plan.__main__", 
 
 def test_settings_of_a_run_are_options_here_too() -> None:
     options = ["--policy.denoise-steps", "3", "--env.layout", "fixed", "--env.max_episode_steps", "20"]
-    plan = resolve(build_parser().parse_args(options))
-    assert (plan.config.policy.denoise_steps, plan.config.env.layout) == (3, "fixed")
-    assert plan.config.env.max_episode_steps == 20
-    assert plan.episodes == [Episode(number, 0, None) for number in range(100)]
+    evaluation = resolve(build_parser().parse_args(options))
+    assert (evaluation.config.policy.denoise_steps, evaluation.config.env.layout) == (3, "fixed")
+    assert evaluation.config.env.max_episode_steps == 20
+    assert evaluation.episodes == [Episode(number, 0, None) for number in range(100)]
 
 
 @needs_libero
@@ -400,12 +401,12 @@ def test_what_a_suite_plays_and_what_its_configuration_plays(tmp_path: Path) -> 
     )
 
     def planned(*options: str) -> tuple[str, set[int], set[int | None], int]:
-        plan = resolve(build_parser().parse_args(["--config", str(config), *options]))
-        assert plan.config.env.preset == "rlinf"
-        assert plan.config.env.task_ids is plan.config.env.init_states is None
-        assert plan.config.env.scene_order == "cycled"
-        tasks, states = ({episode[index] for episode in plan.episodes} for index in (1, 2))
-        return plan.config.env.name, tasks, states, len(plan.episodes)
+        evaluation = resolve(build_parser().parse_args(["--config", str(config), *options]))
+        assert evaluation.config.env.preset == "rlinf"
+        assert evaluation.config.env.task_ids is evaluation.config.env.init_states is None
+        assert evaluation.config.env.scene_order == "cycled"
+        tasks, states = ({episode[index] for episode in evaluation.episodes} for index in (1, 2))
+        return evaluation.config.env.name, tasks, states, len(evaluation.episodes)
 
     assert planned() == ("libero_goal", {3}, {1, 2}, 2)
     assert planned("--init-states", "40-49") == ("libero_goal", {3}, set(range(40, 50)), 10)
