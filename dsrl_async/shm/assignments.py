@@ -1,7 +1,7 @@
-"""Which episode each environment process of an evaluation plays next, given out one by one.
+"""Which episode each environment worker of an evaluation plays next, given out one by one.
 
-The evaluating process owns all of it. It writes an episode's number and then counts it; the process waits for the
-count to grow. Nothing is written for a lane before its episode has ended, so there is no lock.
+The evaluating process writes an episode's number and then counts it; the worker that owns the lane waits for the count
+to grow. Nothing is written for a lane before its episode has ended, so there is no lock.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena, Fields
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, Stop
 
 NONE_LEFT = -1
 
@@ -25,7 +25,7 @@ def assignment_fields(lanes: int) -> Fields:
 
 
 class Assignments:
-    """Views of the assignment fields; row i belongs to the process of lane i."""
+    """Views of the assignment fields; row i belongs to lane i."""
 
     def __init__(self, arena: Arena) -> None:
         self.episode = arena["assignment/episode"]
@@ -47,7 +47,7 @@ class Assignments:
             for fd in notify_fds:  # the last episode has ended
                 events.notify(fd)
             while self.given[lane] == taken:
-                if counters.control_stop[0]:
+                if counters.stop >= Stop.WORKERS:
                     return
                 events.wait(wake_fd, timeout_s=1.0)
                 counters.actor_heartbeat_ns[lane] = time.monotonic_ns()

@@ -1,14 +1,15 @@
 """What every process counts and times, in shared memory: a few stores per decision, read by the supervisor.
 
-All counters only grow. Each element has one writer. An actor here is an environment, with its lane; where a process has
-several, its heartbeat and its waits are noted in the first one's.
+Counts and times only grow, and each element has one writer. The names are also those of metrics and of checkpoints;
+`actor` in them means an environment worker and its lane, not the policy network.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import SimpleNamespace
+from enum import IntEnum
+from typing import Annotated, get_type_hints
 
 import numpy as np
 
@@ -17,52 +18,94 @@ from dsrl_async.shm.arena import Arena, Fields
 ACTOR_PHASES = ("physics", "render", "reset", "replay_write", "wait_action")
 INFERENCE_PHASES = ("wait_request", "wait_batch", "wait_learner", "gather", "compute", "scatter", "weights")
 LEARNER_PHASES = ("wait_data", "wait_ratio", "sample", "update", "publish", "checkpoint")
-EPISODE_LOG = 64  # finished episodes kept per actor until the supervisor has read them
+EPISODE_LOG = 64  # finished episodes that are kept per lane until the supervisor has read them
 LEARNER_METRICS = 16  # room for the metrics of the last update
 
-
-def counter_fields(actors: int) -> Fields:
-    per_actor, scalar = (actors,), (1,)
-    return {
-        "control/stop": (scalar, "int64"),  # 1: actors finish, 2: everyone
-        "control/wall_s": (scalar, "float64"),  # of this run so far, over all resumes
-        "template/heartbeat_ns": (scalar, "int64"),
-        "template/prepared": (scalar, "int64"),  # the incarnation that is ready to fork actors
-        "actor/decisions": (per_actor, "int64"),
-        "actor/env_steps": (per_actor, "int64"),
-        "actor/episodes": (per_actor, "int64"),
-        "actor/started_episodes": (per_actor, "int64"),
-        "actor/successes": (per_actor, "int64"),
-        "actor/policy_lag": (per_actor, "int64"),  # sum over decisions, in gradient updates
-        "actor/heartbeat_ns": (per_actor, "int64"),
-        "actor/phase_s": ((actors, len(ACTOR_PHASES)), "float64"),
-        "actor/episode_return": ((actors, EPISODE_LOG), "float64"),
-        "actor/episode_len": ((actors, EPISODE_LOG), "int64"),
-        "actor/episode_success": ((actors, EPISODE_LOG), "int64"),
-        "inference/batches": (scalar, "int64"),
-        "inference/rows": (scalar, "int64"),  # observations answered
-        "inference/padded_rows": (scalar, "int64"),  # sum of bucket sizes
-        "inference/queue_wait_s": (scalar, "float64"),  # sum over observations, request to gather
-        "inference/policy_version": (scalar, "int64"),
-        "inference/heartbeat_ns": (scalar, "int64"),
-        "inference/phase_s": ((len(INFERENCE_PHASES),), "float64"),
-        "learner/updates": (scalar, "int64"),
-        "learner/replay_size": (scalar, "int64"),
-        "learner/failed_checkpoints": (scalar, "int64"),
-        "learner/lost_updates": (scalar, "int64"),  # done by a learner that died, and not in the agent any more
-        "learner/heartbeat_ns": (scalar, "int64"),
-        "learner/phase_s": ((len(LEARNER_PHASES),), "float64"),
-        "learner/metrics": ((LEARNER_METRICS,), "float32"),  # in the order of sac.METRIC_NAMES
-        "learner/metrics_update": (scalar, "int64"),  # the update they belong to, 0: none yet
-    }
+LANES = -1  # in the shape of a counter: the number of lanes
+Count = Annotated[np.ndarray, "int64", 1]
+LaneCounts = Annotated[np.ndarray, "int64", LANES]
 
 
-class Counters(SimpleNamespace):
-    """Attribute access to the counters: `counters.actor_decisions[lane] += 1`, `counters.learner_updates[0]`."""
+class Stop(IntEnum):
+    """Who is to end now."""
+
+    RUNNING = 0
+    WORKERS = 1
+    """The environment workers; the others go on, so that the last checkpoint holds all transitions."""
+    EVERYONE = 2
+
+
+class Counters:
+    """Views of the counters, each annotated with its dtype and shape: `counters.actor_decisions[lane] += 1`."""
+
+    control_stop: Count
+    """A value of `Stop`; see `stop`."""
+    control_wall_s: Annotated[np.ndarray, "float64", 1]
+    """Seconds that this run has taken so far, over all resumes."""
+
+    template_heartbeat_ns: Count
+    """When the template last gave a sign of life, as all heartbeats by `time.monotonic_ns`."""
+    template_prepared: Count
+    """The incarnation that is ready to fork environment workers."""
+
+    actor_decisions: LaneCounts
+    """Decisions that were executed to their end."""
+    actor_env_steps: LaneCounts
+    actor_episodes: LaneCounts
+    """Episodes that have ended."""
+    actor_started_episodes: LaneCounts
+    actor_successes: LaneCounts
+    actor_policy_lag: LaneCounts
+    """Age of the policy that took a decision, in gradient updates when it ended; summed over the decisions."""
+    actor_heartbeat_ns: LaneCounts
+    actor_phase_s: Annotated[np.ndarray, "float64", LANES, len(ACTOR_PHASES)]
+    """Seconds in each of `ACTOR_PHASES`."""
+    actor_episode_return: Annotated[np.ndarray, "float64", LANES, EPISODE_LOG]
+    """Sum of an episode's rewards; episode n of a lane is at n % EPISODE_LOG, here and in the next two."""
+    actor_episode_len: Annotated[np.ndarray, "int64", LANES, EPISODE_LOG]
+    """Environment steps of the episode."""
+    actor_episode_success: Annotated[np.ndarray, "int64", LANES, EPISODE_LOG]
+    """1 for an episode that succeeded."""
+
+    inference_batches: Count
+    inference_rows: Count
+    """Observations that were answered."""
+    inference_padded_rows: Count
+    """Rows of the batches, with those that only fill them up."""
+    inference_queue_wait_s: Annotated[np.ndarray, "float64", 1]
+    """Seconds from a request to the start of its batch, summed over the observations."""
+    inference_policy_version: Count
+    """The gradient updates behind the weights in use."""
+    inference_heartbeat_ns: Count
+    inference_phase_s: Annotated[np.ndarray, "float64", len(INFERENCE_PHASES)]
+    """Seconds in each of `INFERENCE_PHASES`."""
+
+    learner_updates: Count
+    """Gradient updates."""
+    learner_replay_size: Count
+    """Decisions in the replay ring that can be sampled, as of the supervisor's last look."""
+    learner_failed_checkpoints: Count
+    learner_lost_updates: Count
+    """Updates by a learner that died which are not in the agent any more."""
+    learner_heartbeat_ns: Count
+    learner_phase_s: Annotated[np.ndarray, "float64", len(LEARNER_PHASES)]
+    """Seconds in each of `LEARNER_PHASES`."""
+    learner_metrics: Annotated[np.ndarray, "float32", LEARNER_METRICS]
+    """Metrics of the last update, in the order of `sac.METRIC_NAMES`."""
+    learner_metrics_update: Count
+    """The update that they belong to; 0 before the first."""
 
     def __init__(self, arena: Arena) -> None:
-        names = counter_fields(1)
-        super().__init__(**{name.replace("/", "_"): arena[name] for name in names})
+        vars(self).update({name: arena[_field(name)] for name in _LAYOUTS})
+
+    @property
+    def stop(self) -> Stop:
+        """Who is to end now. (Comparing `control_stop` itself with a `Stop` would take numpy 10 microseconds.)"""
+        return Stop(int(self.control_stop[0]))
+
+    @stop.setter
+    def stop(self, who: Stop) -> None:
+        self.control_stop[0] = who
 
     def decisions(self) -> int:
         return int(self.actor_decisions.sum())
@@ -70,6 +113,22 @@ class Counters(SimpleNamespace):
     def snapshot(self) -> dict[str, np.ndarray]:
         """A private copy of everything, name -> array."""
         return {name: array.copy() for name, array in vars(self).items()}
+
+
+_LAYOUTS = {name: hint.__metadata__ for name, hint in get_type_hints(Counters, include_extras=True).items()}
+
+
+def _field(name: str) -> str:
+    """`actor_env_steps` -> `actor/env_steps`, its name in the shared memory."""
+    return name.replace("_", "/", 1)
+
+
+def counter_fields(lanes: int) -> Fields:
+    """The arrays of the counters for a run of `lanes` environment workers."""
+    return {
+        _field(name): (tuple(lanes if size == LANES else size for size in shape), dtype)
+        for name, (dtype, *shape) in _LAYOUTS.items()
+    }
 
 
 class Phases:
@@ -83,7 +142,7 @@ class Phases:
 
 
 class Phase:
-    """One phase. Not a generator, as `contextmanager` makes them, because actors enter five for every decision."""
+    """One phase. It is no generator, as `contextmanager` makes them: a worker enters five for every decision."""
 
     __slots__ = ("_index", "_start", "_sums")
 

@@ -1,12 +1,13 @@
-"""The replay buffer: a ring of rows in shared memory, one lane per actor.
+"""The replay buffer: a ring of rows in shared memory for each lane.
 
 A row is one decision: the observation SAC saw, the noise that was used, and what came of it. Next observations are
 not stored: a decision's next observation is the next row of its lane. A lane's newest row is always *pending*: its
-observation is there, its outcome is not. When an episode ends (or the actor dies) the pending row simply never gets
-an outcome; it stays as the last decision's next observation and is never sampled itself.
+observation is there, its outcome is not. When an episode ends (or the environment worker dies) the pending row simply
+never gets an outcome; it stays as the last decision's next observation and is never sampled itself.
 
-Only the actor writes its lane, and it advances `head` after the data, so nothing is locked. A reader copies rows
-first and then looks whether the writer has come round to them meanwhile; if so, it draws others (`sampling.py`).
+Only the environment worker that owns a lane writes it, and it advances `head` after the data, so nothing is locked. A
+reader copies rows first and then looks whether the writer has come round to them meanwhile; if so, it draws others
+(`sampling.py`).
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: i
 
 
 class ReplayRing:
-    """The ring, for writers and readers. `head` counts rows started in a lane; row r lies at r % rows_per_lane."""
+    """The rings of all lanes, for writers and readers.
+
+    `head` counts the rows that were started in a lane; row r lies at r % rows_per_lane.
+    """
 
     def __init__(self, arena: Arena) -> None:
         self.rows = {name: arena[f"replay/{name}"] for name in ROW_FIELDS}
         self.head = arena["replay/head"]  # row number of the pending row + 1; 0: nothing was ever written
         self.lanes, self.rows_per_lane = self.rows["reward"].shape
 
-    # ---- the actor's side
+    # ---- the environment worker's side
 
     def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray) -> None:
         """Write an episode's first observation, image uint8 [64, 64, 3] and state float32 [8]."""
@@ -124,7 +128,7 @@ class ReplayRing:
         return copied
 
     def import_rows(self, lane: int, columns: dict[str, np.ndarray]) -> None:
-        """Append exported rows to a lane (before its actor starts); the oldest are dropped if they do not fit."""
+        """Append exported rows to a lane, before its worker starts; the oldest are dropped if they do not fit."""
         columns = {name: column[-self.rows_per_lane :] for name, column in columns.items()}
         count, head = len(columns["complete"]), int(self.head[lane])
         numbers = np.arange(head, head + count) % self.rows_per_lane

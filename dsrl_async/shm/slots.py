@@ -1,9 +1,9 @@
-"""One slot per actor: the observation on its way to the policy, and the action chunk on its way back.
+"""One slot per lane: the observation on its way to the policy, and the action chunk on its way back.
 
-An actor owns its slot's request fields, the inference process the response fields, so there is no lock. A request
-is published by writing its number after the data it covers, and answered by writing the same number after the
-answer. The number holds the incarnation of the actor process, so an answer to a process that has died is never
-taken for an answer to its successor.
+An environment worker owns the request fields of its lane's slot, the inference process the response fields, so there is
+no lock. A request is published by writing its number after the data it covers, and answered by writing the same number
+after the answer. The number holds the worker's incarnation, so an answer to a worker that has died is never taken for
+an answer to its successor.
 
 This relies on x86-64, which makes stores visible in order; a port to ARM needs a barrier before each publication.
 """
@@ -19,30 +19,31 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.shm.arena import Arena, Fields
 
 SAC_IMAGE_SHAPE = (SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)
+INCARNATION_SHIFT = 32  # of a request's number; the bits below count the requests of that incarnation
 
 
-def slot_fields(actors: int, spec: EnvironmentSpec, chunk: int, noise_width: int, standard_normal_width: int) -> Fields:
+def slot_fields(lanes: int, spec: EnvironmentSpec, chunk: int, noise_width: int, standard_normal_width: int) -> Fields:
     return {
-        "slot/images": ((actors, spec.cameras, spec.image_size, spec.image_size, 3), "uint8"),
-        "slot/sac_image": ((actors, *SAC_IMAGE_SHAPE), "uint8"),
-        "slot/state": ((actors, spec.state_dim), "float32"),
-        "slot/task_index": ((actors,), "int64"),
-        "slot/standard_normal": ((actors, standard_normal_width), "float32"),
-        "slot/request_id": ((actors,), "int64"),
-        "slot/request_ns": ((actors,), "int64"),
-        "slot/action_chunk": ((actors, chunk, spec.action_dim), "float32"),
-        "slot/noise": ((actors, noise_width), "float32"),
-        "slot/policy_version": ((actors,), "int64"),
-        "slot/response_id": ((actors,), "int64"),
+        "slot/images": ((lanes, spec.cameras, spec.image_size, spec.image_size, 3), "uint8"),
+        "slot/sac_image": ((lanes, *SAC_IMAGE_SHAPE), "uint8"),
+        "slot/state": ((lanes, spec.state_dim), "float32"),
+        "slot/task_index": ((lanes,), "int64"),
+        "slot/standard_normal": ((lanes, standard_normal_width), "float32"),
+        "slot/request_id": ((lanes,), "int64"),
+        "slot/request_ns": ((lanes,), "int64"),
+        "slot/action_chunk": ((lanes, chunk, spec.action_dim), "float32"),
+        "slot/noise": ((lanes, noise_width), "float32"),
+        "slot/policy_version": ((lanes,), "int64"),
+        "slot/response_id": ((lanes,), "int64"),
     }
 
 
 class Slots:
-    """Views of the slot fields; row i belongs to actor i.
+    """Views of the slot fields; row i of N belongs to lane i.
 
     images uint8 [N, cameras, S, S, 3], sac_image uint8 [N, 64, 64, 3], state float32 [N, 8], standard_normal
-    float32 [N, H * 32] (drawn by the actor, so that noise depends on the episode's seed and not on how batches
-    form), action_chunk float32 [N, chunk, 7], noise float32 [N, A], policy_version int64 [N].
+    float32 [N, H * 32] (drawn by the environment worker, so that noise depends on the episode's seed and not on how
+    batches form), action_chunk float32 [N, chunk, 7], noise float32 [N, A], policy_version int64 [N].
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -59,11 +60,16 @@ class Slots:
         self.response_id = arena["slot/response_id"]
 
     def request(self, lane: int, incarnation: int, count: int) -> int:
-        """Publish the observation written in slot `lane`; returns the request's number."""
-        number = (incarnation << 32) | count
+        """Publish the observation that is written in the slot of `lane`, as the `count`-th request (below 2^32) of an
+        incarnation; returns the request's number."""
+        number = (incarnation << INCARNATION_SHIFT) | count
         self.request_ns[lane] = time.monotonic_ns()
         self.request_id[lane] = number
         return number
+
+    def incarnation(self, lane: int) -> int:
+        """The incarnation of the environment worker that made the last request of `lane`; 0 before the first one."""
+        return int(self.request_id[lane]) >> INCARNATION_SHIFT
 
     def answered(self, lane: int, number: int) -> bool:
         return int(self.response_id[lane]) == number
@@ -83,7 +89,7 @@ class Slots:
     ) -> np.ndarray:
         """Write the answers to requests `numbers` of `lanes`; returns the lanes that still wanted theirs.
 
-        An actor that was replaced after its request was gathered gets nothing.
+        A lane gets nothing if its environment worker was replaced after the request was gathered.
         """
         current = self.request_id[lanes] == numbers
         if not current.all():

@@ -23,11 +23,17 @@ TRACKS = {
     "learner": LEARNER_PHASES,
     "learner_stage": STAGES["learner"],
 }
-"""Track -> names of its spans; environments have a track each."""
-STEPS = {"actor": "actor/decisions", "inference": "inference/batches", "learner": "learner/updates"}
-"""Kind of process -> the counter that numbers its steps."""
+"""Track -> names of its spans; every lane has an `actor` track, the other processes have one of each of theirs."""
+STEPS = {
+    "actor": "actor/decisions",
+    "inference": "inference/batches",
+    "inference_stage": "inference/batches",
+    "learner": "learner/updates",
+    "learner_stage": "learner/updates",
+}
+"""Track -> the counter that numbers the steps of its process."""
 ACTOR_SPANS, MODEL_SPANS = 1024, 4096
-"""Spans that are kept of an environment, about 200 decisions, and of each track of the other processes."""
+"""Spans that are kept of a lane, about 200 decisions, and of each track of the other processes."""
 
 
 def span_fields(lanes: int) -> Fields:
@@ -52,7 +58,7 @@ class Spans:
     def __init__(self, arena: Arena, track: str, ring: int = 0) -> None:
         self._rows = arena[f"span/{track}"][ring]
         self._count = arena[f"span/{track}_count"][ring : ring + 1]
-        self._steps = arena[STEPS[track.partition("_")[0]]][ring : ring + 1]
+        self._steps = arena[STEPS[track]][ring : ring + 1]
 
     def add(self, name: int, start_ns: int, end_ns: int) -> None:
         """Note a span of the step that is being done."""

@@ -32,6 +32,7 @@ from dsrl_async.run.supervisor.serial import join
 from dsrl_async.run.worker.worker import Lane, play
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Stop
 from dsrl_async.shm.memory import create_memory
 
 torch.set_num_threads(1)
@@ -94,7 +95,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
         updates = int(counters.learner_updates[0])
         owed.append(updates_due(counters.decisions(), updates, 1.5, config.replay.warmup_decisions))
         if len(done) == 14:
-            counters.control_stop[0] = 2
+            counters.stop = Stop.EVERYONE
 
     for thread in threads:
         thread.start()
@@ -125,7 +126,7 @@ def test_nobody_is_woken_before_all_are_ready(small_config: Config, spec: Enviro
     assert events.wait(wake[0], timeout_s=20)
     assert events.wait(wake[1], timeout_s=20)
     assert len(server.slots.ready()) == 0
-    server.counters.control_stop[0] = 2
+    server.counters.stop = Stop.EVERYONE
     events.notify(observation_ready)
     thread.join()
     events.close([observation_ready, *wake])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import ALIGNMENT, Arena, layout
-from dsrl_async.shm.counters import Counters, counter_fields
+from dsrl_async.shm.counters import ACTOR_PHASES, Counters, Stop, counter_fields
 from dsrl_async.shm.slots import Slots
 
 DTYPES = ["uint8", "bool", "int32", "int64", "float32", "float64"]
@@ -111,6 +111,16 @@ def test_answer_for_a_dead_incarnation_is_dropped(memory: Arena) -> None:
     assert slots.ready().tolist() == [0]
 
 
+def test_incarnation_is_that_of_the_last_request(memory: Arena) -> None:
+    slots = Slots(memory)
+    assert [slots.incarnation(lane) for lane in (0, 1)] == [0, 0]
+    request(slots, 0, 1, incarnation=1, count=2**32 - 1)
+    request(slots, 1, 1, incarnation=2**20, count=1)
+    assert [slots.incarnation(lane) for lane in (0, 1)] == [1, 2**20]
+    request(slots, 0, 1, incarnation=2, count=1)
+    assert slots.incarnation(0) == 2
+
+
 def test_the_others_of_a_batch_get_their_own_answers_when_one_has_died(memory: Arena) -> None:
     slots = Slots(memory)
     old, wanted = request(slots, 0, 1, incarnation=1), request(slots, 1, 2)
@@ -134,3 +144,25 @@ def test_counters_have_no_shared_elements_and_snapshots_are_copies(memory: Arena
     assert counters.decisions() == 104
     assert snapshot["actor_decisions"].tolist() == [3, 4]
     assert len(snapshot) == len(counter_fields(2))
+
+
+def test_counters_have_the_dtype_and_the_shape_that_they_are_annotated_with() -> None:
+    arena = Arena.create(counter_fields(3))
+    counters = Counters(arena)
+    assert counters.actor_env_steps is arena["actor/env_steps"]
+    layouts = {name: (array.shape, array.dtype.name) for name, array in counters.snapshot().items()}
+    assert layouts["actor_env_steps"] == ((3,), "int64")
+    assert layouts["actor_phase_s"] == ((3, len(ACTOR_PHASES)), "float64")
+    assert layouts["learner_updates"] == ((1,), "int64")
+    assert layouts["learner_metrics"] == ((16,), "float32")
+    with pytest.raises(AttributeError):
+        counters.actor_decision  # noqa: B018
+
+
+def test_stop_is_told_to_all_who_share_the_memory(memory: Arena) -> None:
+    mine, theirs = Counters(memory), Counters(memory)
+    assert theirs.stop is Stop.RUNNING
+    for who in (Stop.WORKERS, Stop.EVERYONE):
+        mine.stop = who
+        assert theirs.stop is who
+        assert theirs.control_stop[0] == who.value

@@ -41,7 +41,7 @@ from dsrl_async.run.worker import worker
 from dsrl_async.sac.networks import Actor as SacActor
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters, Phases
+from dsrl_async.shm.counters import Counters, Phases, Stop
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
@@ -809,7 +809,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
         while counters.decisions() < decisions and not any(role.done() for role in roles):
             time.sleep(0.05)
             profiler.tick(counters.snapshot(), {})
-        counters.control_stop[0] = 2
+        counters.stop = Stop.EVERYONE
         for fd in (observation_ready, transition_ready, *wake):
             events.notify(fd)
     signal.signal(signal.SIGUSR1, handler)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsrl_async.run.inference.server import InferenceServer, notifier
 from dsrl_async.shm import events
+from dsrl_async.shm.counters import Stop
 
 IDLE_POLL_S = 1.0
 REFUSED_POLL_S = 0.005  # where nothing may be answered: the run's last decision is being executed
@@ -19,7 +20,7 @@ def serve_in_lock_step(server: InferenceServer, job: dict[str, Any], learn: Call
     The barrier: actors that have ended an episode reset before they are ready. `server` must wake nobody by itself.
     """
     counters, notify = server.counters, notifier(job["wake_fds"])
-    while counters.control_stop[0] < 2:
+    while counters.stop < Stop.EVERYONE:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
         ready = server.slots.ready()
         if len(ready) < server.config.actors:

@@ -32,7 +32,7 @@ from dsrl_async.run.weights import Weights, WeightSubscriber
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, Stop
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
 
@@ -199,7 +199,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
     enough = min(server.sizes[-1], config.actors)
     patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.tokens.device.type == "cpu")
     deadline = None  # until when to wait for a fuller batch
-    while counters.control_stop[0] < 2:
+    while counters.stop < Stop.EVERYONE:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
         if (weights := subscriber.newest()) is not None:
             server.load_weights(weights)

@@ -33,7 +33,7 @@ from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, Stop
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.spans import phases_of
 
@@ -198,7 +198,7 @@ def main(argument: str) -> None:
 def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -> None:
     """Do the updates that are due, and wait for decisions, until the run stops."""
     config, counters = learner.config, learner.counters
-    while counters.control_stop[0] < 2:
+    while counters.stop < Stop.EVERYONE:
         learner.beat()
         publisher.serve_late_joiners()
         learner.save_when_due()

@@ -17,6 +17,7 @@ from dsrl_async.run.supervisor.child import Child
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.worker.template import WORKER, Template
 from dsrl_async.shm import events
+from dsrl_async.shm.counters import Stop
 from dsrl_async.shm.slots import Slots
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class Supervisor:
 
     def _coming_up(self, child: Child) -> bool:
         """Whether an actor has not asked for its first action chunk yet."""
-        return child.is_actor and int(self.slots.request_id[child.number]) >> 32 != child.incarnation
+        return child.is_actor and self.slots.incarnation(child.number) != child.incarnation
 
     # ---- watching
 
@@ -265,10 +266,10 @@ class Supervisor:
         children = self.children.values()
         actors = [child.popen for child in children if child.is_actor]
         models = [child.popen for child in children if child.name in ("inference", "learner")]
-        self._set_stop(1)
+        self._stop(Stop.WORKERS)
         if not processes.wait_all(actors, time.monotonic() + ACTORS_STOP_S + ACTOR_STOP_S * len(actors)):
             processes.kill_all(actors)
-        self._set_stop(2)
+        self._stop(Stop.EVERYONE)
         stopped = time.monotonic()
         while not processes.wait_all(models, time.monotonic() + 0.2):
             learner = self.children.get("learner")
@@ -282,7 +283,7 @@ class Supervisor:
             return True
         return "learner" in self.children and self.children["learner"].popen.returncode == 0
 
-    def _set_stop(self, stage: int) -> None:
-        self.counters.control_stop[0] = stage
+    def _stop(self, who: Stop) -> None:
+        self.counters.stop = who
         for fd in (self.observation_ready, self.transition_ready, *self.wake):
             events.notify(fd)

@@ -17,7 +17,7 @@ from dsrl_async.envs import ChunkOutcome, Environment, make_environment
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
-from dsrl_async.shm.counters import EPISODE_LOG, Counters
+from dsrl_async.shm.counters import EPISODE_LOG, Counters, Stop
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
@@ -189,7 +189,7 @@ def play(lane: Lane, wake_fd: int, notify_fds: Sequence[int]) -> None:
     try:
         lane.start()
         announce()
-        while not (counters.control_stop[0] or lane.finished):
+        while counters.stop < Stop.WORKERS and not lane.finished:
             if lane.ready():
                 lane.advance()
                 announce()
