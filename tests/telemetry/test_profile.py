@@ -831,7 +831,7 @@ def test_report_names_the_stage_that_was_made_slow(
     original = getattr(owner, name)
 
     def delayed(*arguments: Any, **keywords: Any) -> Any:
-        if phase != "wait_batch" or arguments[0].lane == 1:
+        if phase != "wait_batch" or arguments[0].number == 1:
             time.sleep(seconds)
         return original(*arguments, **keywords)
 

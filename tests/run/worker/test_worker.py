@@ -140,7 +140,17 @@ def test_noise_depends_on_the_episode_and_not_on_the_process(memory: Arena, smal
     assert (third.slots.standard_normal[1] != noise).all()
 
 
-@pytest.mark.parametrize("module", ["worker", "supervisor", "session", "preflight", "envs.tabletop", "envs.recording"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "run.worker.worker",
+        "run.supervisor.supervisor",
+        "run.supervisor.session",
+        "run.preflight",
+        "envs.tabletop",
+        "envs.recording",
+    ],
+)
 def test_no_torch_in_environment_processes_and_supervisor(module: str) -> None:
     code = f"import sys, dsrl_async.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
