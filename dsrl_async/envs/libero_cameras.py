@@ -1,4 +1,4 @@
-"""What LIBERO's two cameras show: kept at the moment when LIBERO would draw it, drawn when somebody looks."""
+"""What LIBERO's two cameras show: kept at the moment at which LIBERO would draw it, drawn when it is needed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from dsrl_async.envs import light_graphics
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-CONTEXT_SIZE = {"max_width": 640, "max_height": 480}  # robosuite's; what is drawn has a buffer of its own
+CONTEXT_SIZE = {"max_width": 640, "max_height": 480}  # as in robosuite; drawing uses a buffer of its own
 MAX_SCENE_GEOMS = 1000  # robosuite's
 FAST_MESH_FACES = 600
-"""Faces that a mesh with more of them keeps where `render_quality` is fast."""
+"""Upper limit on a mesh's faces if `render_quality` is fast."""
 FAST_TEXTURE_SIZE = 512
-"""Pixels along the longer side of a texture there."""
+"""Upper limit on the pixels along a texture's longer side if `render_quality` is fast."""
 
 
 def no_rendering(error: Exception) -> str:
-    """One sentence about OpenGL that cannot be had."""
+    """What to tell the user when OpenGL does not work, in one sentence."""
     return (
         f"LIBERO cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')} "
         f"({type(error).__name__}: {' '.join(str(error).split())}); without a GPU install libegl1, libegl-mesa0 and "
@@ -31,10 +31,9 @@ def no_rendering(error: Exception) -> str:
 
 
 class Cameras:
-    """The cameras of a compiled scene, whose pictures are square with `render_size` pixels; `fast` is
-    `render_quality: fast`.
+    """The cameras of a compiled scene. Frames are square with `render_size` pixels; `fast` is `render_quality: fast`.
 
-    OpenGL, which does not survive a fork, is first used when the first picture is drawn.
+    OpenGL, which does not survive a fork, is not used before the first frame is drawn.
     """
 
     def __init__(self, model: mujoco.MjModel, render_size: int, fast: bool) -> None:
@@ -47,7 +46,7 @@ class Cameras:
             self._drawn = light_graphics.lighter(model, FAST_MESH_FACES, FAST_TEXTURE_SIZE)
             light_graphics.release_pages(model.tex_data)
         self._options = mujoco.MjvOption()
-        self._options.geomgroup[:2] = 0, 1  # not the shapes for collisions, but those for the eye
+        self._options.geomgroup[:2] = 0, 1  # hides the shapes for collisions and shows those for the eye
         self._perturbation = mujoco.MjvPerturb()
         self._scenes = [mujoco.MjvScene(model, maxgeom=MAX_SCENE_GEOMS) for _ in CAMERAS]
         for scene in self._scenes:
@@ -57,7 +56,7 @@ class Cameras:
         self._context: Any = None
 
     def capture(self, data: mujoco.MjData) -> None:
-        """Keeps what the cameras would show now, which takes microseconds."""
+        """Keeps what the cameras show now, within microseconds."""
         camera = mujoco.MjvCamera()
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         for name, scene in zip(CAMERAS, self._scenes, strict=True):
@@ -68,10 +67,10 @@ class Cameras:
         self._frames = []
 
     def frame(self, camera: int) -> NDArray[np.uint8]:
-        """The captured picture of camera 0 (agentview) or 1 (wrist), uint8[render_size, render_size, 3], its rows from
-        bottom to top as OpenGL and LIBERO have them; drawn at most once.
+        """The captured frame of camera 0 (agentview) or 1 (wrist), uint8[render_size, render_size, 3].
 
-        Raises ValueError, in one sentence, if OpenGL cannot be had.
+        Its rows go from bottom to top, as in OpenGL and LIBERO. It is drawn at most once. Raises ValueError if OpenGL
+        does not work.
         """
         if not self._frames:
             if self._context is None:
@@ -96,18 +95,17 @@ class Cameras:
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, context)
             self._opengl, self._context = opengl, context
         except Exception as error:
-            # Raised below, when what is left of the context is gone: it complains, and would have the last word.
+            # It is raised below, once the remains of the context are gone: they print complaints of their own.
             problem = no_rendering(error)
         if problem is not None:
             raise ValueError(problem)
         assert self._drawn is not None
-        # The graphics have their own copy of the textures.
-        light_graphics.release_pages(self._drawn.tex_data)
+        light_graphics.release_pages(self._drawn.tex_data)  # the graphics have their own copy
         self._drawn = None
         ctypes.CDLL(None).malloc_trim(0)
 
     def close(self) -> None:
-        """Frees the graphics; nothing can be drawn afterwards."""
+        """Frees the graphics. Nothing can be drawn afterwards."""
         if self._context is not None:
             self._opengl.make_current()
             self._context.free()

