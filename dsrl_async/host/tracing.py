@@ -51,8 +51,8 @@ class OperationTrace(TorchDispatchMode):
 
     `operations` holds, in order, the name of each operation and for each of its arguments the value, or for a tensor
     its storage, offset, shape, strides and dtype. `kernels` counts those that are not views, which is what a GPU
-    would launch or more (a few, such as an `empty`, launch nothing and are left out); `host_syncs` counts what
-    `guarded` would refuse.
+    would launch or more (a few, such as an `empty`, launch nothing and are left out); `hidden_copies` counts what it
+    would launch besides, see `copies_first`; `host_syncs` counts what `guarded` would refuse.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class OperationTrace(TorchDispatchMode):
         self.guarded, self.forbidden, self.static = guarded, frozenset(forbidden), dict(static or {})
         self.operations: list[Operation] = []
         self.kernels = 0
+        self.hidden_copies = 0
         self.host_syncs = 0
         self._functions = _ForbidTransfers() if guarded else contextlib.nullcontext()
 
@@ -84,6 +85,7 @@ class OperationTrace(TorchDispatchMode):
         described = tuple(self._describe(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         self.operations.append((name, described))
         self.kernels += is_kernel(func)
+        self.hidden_copies += copies_first(func, args)
         return func(*args, **(kwargs or {}))
 
     def _describe(self, tensor: Tensor) -> tuple[object, ...]:
@@ -117,3 +119,10 @@ def is_kernel(operation: Any) -> bool:
     """Whether an ATen overload launches work: it is not a view, and not an allocation without contents."""
     name = operation.overloadpacket.__name__
     return not (operation.is_view or re.match(r"(new_)?empty|detach|_reshape_alias|_unsafe_view", name))
+
+
+def copies_first(operation: Any, arguments: Sequence[Any]) -> bool:
+    """Whether a product that is added to a tensor of its own shape copies that tensor first, as CUDA does unless the
+    sum is made in place. (A vector, such as a bias, is added by the product itself.)"""
+    name = operation.overloadpacket.__name__
+    return name in ("addmm", "baddbmm") and arguments[0].ndim == arguments[1].ndim

@@ -133,12 +133,17 @@ def attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
-def add_projected(x: Tensor, update: Tensor, projection: nn.Linear, gate: Tensor | None) -> Tensor:
-    """x + gate * projection(update), for x [B, T, width]; the projection has no bias."""
-    if gate is None:
-        added = torch.addmm(x.flatten(0, 1), update.flatten(0, 1), projection.weight.t())
-        return added.view_as(x)
-    return torch.addcmul(x, projection(update), gate)
+def add_projected(x: Tensor, update: Tensor, projection: nn.Linear, gate: Tensor | None, in_place: bool) -> Tensor:
+    """x + gate * projection(update), for x [B, T, width]; the projection has no bias.
+
+    In place, without autograd, it spares a GPU a copy: there the sum starts as a copy of x, unless it is x itself.
+    """
+    if gate is not None:
+        update = projection(update)
+        return x.addcmul_(update, gate) if in_place else torch.addcmul(x, update, gate)
+    rows, update, weight = x.view(-1, x.shape[-1]), update.flatten(0, 1), projection.weight.t()
+    added = rows.addmm_(update, weight) if in_place else torch.addmm(rows, update, weight)
+    return added.view_as(x)
 
 
 def rope_frequency(head_dim: int) -> Tensor:
@@ -269,14 +274,18 @@ class GemmaLayer(nn.Module):
         extend: Callable[[Tensor], Tensor],
         scratch: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, width] -> the same; `scratch`, of the same shape and dtype, is for intermediate results."""
+        """x [B, T, width] -> the same.
+
+        `scratch`, of the same shape and dtype, is for intermediate results; with it x is overwritten.
+        """
         qkv = self.qkv(rms_norm(x, attention_norm, scratch)).unflatten(-1, (-1, self.head_dim))
         rotate_(qkv[:, :, : self.heads + self.kv_heads], rope)
         keys_values = extend(qkv[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
         attention = attend(qkv[:, :, : self.heads], keys_values, mask)
-        x = add_projected(x, attention, self.out, attention_norm.gate)
+        x = add_projected(x, attention, self.out, attention_norm.gate, in_place=scratch is not None)
         gate, up = self.gate_up(rms_norm(x, mlp_norm, scratch)).chunk(2, dim=-1)
-        return add_projected(x, F.gelu(gate, approximate="tanh") * up, self.down, mlp_norm.gate)
+        update = F.gelu(gate, approximate="tanh") * up
+        return add_projected(x, update, self.down, mlp_norm.gate, in_place=scratch is not None)
 
 
 class GemmaStack(nn.Module):
@@ -307,7 +316,8 @@ class GemmaStack(nn.Module):
     ) -> Tensor:
         """The hidden state behind the last layer, or before it when that is to give keys and values only.
 
-        x [B, T, width]; `scratch`, of the same shape and dtype, saves operations and forbids autograd.
+        x [B, T, width]; `scratch`, of the same shape and dtype, saves operations and forbids autograd, and x is
+        overwritten.
         """
         blocks = self.blocks[:-1] if last_keys_only else self.blocks
         for i, block in enumerate(blocks):

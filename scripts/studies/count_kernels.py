@@ -4,8 +4,9 @@
 
 Prints a JSON line per model and stage. The widths are small, which changes no count. Eager: ATen operations that are
 neither views nor empty allocations. Compiled: calls of generated kernels and of library kernels, read from what
-torch.compile generates for this device. Host syncs are operations that make the host wait; there must be none, and
-the count would fail at the first.
+torch.compile generates for this device. `copies` are those that CUDA would make within eager operations, see
+`dsrl_async.host.tracing.copies_first`. Host syncs are operations that make the host wait; there must be none, and the
+count would fail at the first.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ def make_sampler(pi05: bool, denoise_steps: int, compiled: bool) -> Sampler:
 def eager(pi05: bool, denoise_steps: int) -> dict[str, int]:
     sampler = make_sampler(pi05, denoise_steps, compiled=False)
     counts = {}
+    copies = 0
     for name, half in (("encode", sampler.encode), ("denoise", sampler.denoise)):
         with OperationTrace(guarded=True) as trace:
             half()
         counts[name] = trace.kernels
-    return counts
+        copies += trace.hidden_copies
+    return counts | {"copies": copies}
 
 
 def compiled(pi05: bool, denoise_steps: int) -> dict[str, int]:
@@ -69,7 +72,7 @@ def main() -> None:
         ways = {"eager": eager} | ({"compiled": compiled} if args.compiled else {})
         for way, count in ways.items():
             counts = count(pi05, args.denoise_steps)
-            line = {"model": "pi0.5" if pi05 else "pi0", "way": way, **counts, "total": sum(counts.values())}
+            line = {"model": "pi0.5" if pi05 else "pi0", "way": way, **counts, "total": counts["encode"] + counts["denoise"]}
             print(json.dumps(line), flush=True)
 
 

@@ -317,6 +317,28 @@ def test_full_depth_needs_few_kernels(pi05: bool) -> None:
     assert 2000 < trace.kernels < KERNELS_ALLOWED
 
 
+@pytest.mark.parametrize("pi05", [False, True])
+def test_residuals_are_added_in_place(pi05: bool) -> None:
+    """On a GPU a product that is added to a tensor of its own shape copies it first, unless it is added in place."""
+    steered = make_steered(make_model(small_config(pi05))[0], batch=2)
+    with OperationTrace() as trace:
+        steered.encode()
+        steered.denoise()
+    assert trace.hidden_copies == 0
+
+
+def test_residuals_are_not_added_in_place_for_autograd() -> None:
+    sampler = make_sampler(make_model(small_config())[0], batch=2)
+    model = sampler.model
+    with OperationTrace() as trace:
+        prefix = model.encode_prefix(sampler.images, sampler.tokens, sampler.token_mask, sampler.state)
+        velocity = model.velocity(sampler.noise, torch.tensor([0.3, 0.7]), prefix)
+    depth = model.config.depth
+    assert trace.hidden_copies == 2 * (2 * (depth - 1) + depth)  # two in each layer of prefix, state and actions
+    velocity.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.expert.layers[1].parameters())
+
+
 def test_wrong_shapes_are_named() -> None:
     model, _ = make_model(small_config())
     sampler = make_sampler(model, batch=2)
