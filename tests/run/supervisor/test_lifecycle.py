@@ -268,7 +268,7 @@ def slow(owner, name, seconds):
 if "dsrl_async.run.learner.learner" in sys.orig_argv and {learner_s}:
     from dsrl_async.sac.agent import SacAgent
     slow(SacAgent, "update", {learner_s})
-if "dsrl_async.run.worker.worker" in sys.orig_argv and {actor_s}:
+if "dsrl_async.run.worker.template" in sys.orig_argv and {actor_s}:
     from dsrl_async.envs.tabletop import TabletopEnvironment
     slow(TabletopEnvironment, "step_chunk", {actor_s})
 """
