@@ -65,7 +65,7 @@ class SlowLane(Lane):
 def test_lock_step_waits_for_all_learns_answers_all(
     small_config: Config, spec: EnvironmentSpec, tmp_path: Path
 ) -> None:
-    """Every actor does one decision per barrier, and no one acts while the learner is behind."""
+    """Every lane does one decision per barrier, and no one acts while the learner is behind."""
     config = small_config.model_copy(update={"actors": 3, "replay_ratio": 1.5})
     config.replay.warmup_decisions = 17  # within a round
     config.policy.denoise_steps = 1

@@ -19,6 +19,7 @@ from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
 from dsrl_async.pi0.sampler import Sampler
 from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.run import preflight
+from dsrl_async.run.preflight.memory import policy_bytes
 
 
 class Allocations(TorchDispatchMode):
@@ -74,11 +75,9 @@ def test_samplers_count_in_what_a_run_needs(monkeypatch: pytest.MonkeyPatch) -> 
     settings = {"actors": 12, "device": "cpu", "inference": {"buckets": [2, 8, 16, 32]}}
     sizes, rows = (full, 1, full.max_token_len, 4), 2 + 8 + 16
     expected = rows * buffer_bytes(*sizes) + 16 * activation_bytes(*sizes) + 4 * parameter_count(full)
-    assert preflight.policy_bytes(validate(settings), full.action_horizon) == expected
-    assert preflight.policy_bytes(
-        validate(settings | {"actors": 40}), full.action_horizon
-    ) > expected + 32 * buffer_bytes(*sizes)
-    assert preflight.policy_bytes(validate(settings | {"device": "cuda"}), full.action_horizon) == 0
+    assert policy_bytes(validate(settings), full.action_horizon) == expected
+    assert policy_bytes(validate(settings | {"actors": 40}), full.action_horizon) > expected + 32 * buffer_bytes(*sizes)
+    assert policy_bytes(validate(settings | {"device": "cuda"}), full.action_horizon) == 0
 
 
 def test_too_little_memory_for_the_policy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

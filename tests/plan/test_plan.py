@@ -21,6 +21,7 @@ from dsrl_async.bench.pipeline import DEVICES
 from dsrl_async.config.settings import InferenceConfig
 from dsrl_async.plan import __main__ as plan
 from dsrl_async.plan.capacity import Figures, Payload, curve, judge, machines, predict
+from dsrl_async.plan.report import sentence
 from dsrl_async.plan.simulation import EnvironmentTimes
 
 GIVEN = ["--env-ms", "60", "--reset-s", "0.6", "--device-ms", "1:7", "32:153", "--cores", "64", "--memory-gib", "64"]
@@ -157,7 +158,7 @@ def test_a_run_may_have_no_more_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     small = figures(most_actors=7)
     verdict = judge(small, curve(small))
     assert (verdict.enough.actors, verdict.bound) == (7, "actors")
-    assert "actors that a run may have are the bound: more machines" in plan.sentence(small, verdict)
+    assert "actors that a run may have are the bound: more machines" in sentence(small, verdict)
 
 
 def test_one_actor_can_be_enough() -> None:

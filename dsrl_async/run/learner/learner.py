@@ -62,7 +62,7 @@ class Learner:
         self.stage = stages_of(arena, "learner", device)
         self.agent = SacAgent(config.sac, horizon, device, config.seed)
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
-        self._metrics_read = 0.0
+        self._metrics_read = -math.inf
         self._checkpoint_time = self._recovery_time = time.monotonic()
         self._restore()
         if device.type == "cuda":
