@@ -132,9 +132,7 @@ def prepare_import() -> None:
     temporary.write_text(content)
     temporary.replace(directory / "config.yaml")
     os.environ["LIBERO_CONFIG_PATH"] = str(directory)
-    os.environ.setdefault(
-        "MPLCONFIGDIR", str(directory)
-    )  # LIBERO imports matplotlib
+    os.environ.setdefault("MPLCONFIGDIR", str(directory))  # LIBERO imports matplotlib
 
 
 @cache

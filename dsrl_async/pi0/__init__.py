@@ -1,7 +1,7 @@
 """The frozen flow-matching policy: Pi0 and Pi0.5 networks, sampler, checkpoints and processing.
 
-The entry points for use from Python are `Pi0Config`, `load_model`, `load_policy` and `sample_actions`; see
-docs/pi0.md. They are imported when they are first asked for, since processes without torch use this package too.
+The entry points from Python are `Pi0Config`, `load_model`, `load_policy` and `sample_actions`; see docs/pi0.md. They
+are imported at first use, since processes without torch use this package too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weights: from the checkpoints of openpi, RLinf, LeRobot and this project into the model, and back to disk.
 
-The model is made without memory, then every parameter gets its memory once, in its final dtype and on its final
-device, and the files are read into it piece by piece. Nothing is mapped and nothing is held twice: loading needs the
-weights and one staging buffer.
+The model is made without memory. Every parameter then gets its memory once, in its final dtype and on its final device,
+and the files are read into it piece by piece. Nothing is mapped and nothing is held twice, so loading needs memory for
+the weights and one staging buffer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,7 @@ from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER
 from dsrl_async.pi0.files import NormStats, find_policy, read_config, save_norm_stats
 from dsrl_async.pi0.model import Pi0, rope_frequency, time_frequency
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pi0.tensors import (
-    EMBEDDING,
-    TIED_EMBEDDING,
-    Part,
-    StoredTensor,
-    check_stored,
-    check_tensors,
-    find_tensors,
-    infer_config,
-    model_tensors,
-)
+from dsrl_async.pi0.tensors import Part, StoredTensor, check_tensors, find_tensors, infer_config, model_tensors
 
 STAGING_BYTES = 32 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -40,7 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 
 @dataclass
 class LoadedPolicy:
-    """A policy ready to sample."""
+    """A policy that is ready to sample."""
 
     config: Pi0Config
     model: Pi0
@@ -49,7 +39,7 @@ class LoadedPolicy:
 
 
 def parts_of(model: Pi0) -> Iterator[tuple[Part, Tensor]]:
-    """Every openpi tensor that the model holds, with the rows of a parameter that it is, as a view."""
+    """Every openpi tensor of the model, with a view of the rows of a parameter that hold it."""
     for parameter, parts in model_tensors(model.config).items():
         rows = model.get_parameter(parameter).split([part.shape[0] for part in parts])
         yield from zip(parts, rows, strict=True)
@@ -60,43 +50,29 @@ def export_tensors(model: Pi0) -> dict[str, Tensor]:
     return {part.name: rows.detach().contiguous() for part, rows in parts_of(model)}
 
 
-@torch.no_grad()
-def import_tensors(model: Pi0, tensors: Mapping[str, Tensor], source: str = "checkpoint") -> None:
-    """Fills the model from tensors under openpi's names, cast to the model's dtypes.
-
-    Raises ValueError naming `source` and the tensor when one is missing, unexpected or of another shape.
-    """
-    tensors = dict(tensors)
-    if EMBEDDING not in tensors and TIED_EMBEDDING in tensors:
-        tensors[EMBEDDING] = tensors[TIED_EMBEDDING]
-    check_tensors(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
-    for part, target in parts_of(model):
-        target.copy_(tensors[part.name])
-
-
 def load_model(
     path: Path | str,
     config: Pi0Config | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Pi0:
-    """Reads the network alone, from a safetensors file or from a directory of them in any of the layouts.
+    """Reads only the network, from a safetensors file or from a directory of them in any of the layouts.
 
-    Without a `config`, one is made from the tensors (and the directory's config.json), which is possible where the
-    head geometry is the published one (`tensors.infer_config`). `dtype` is that of the transformer stacks; bfloat16
-    keeps in float32 what openpi keeps. Raises ValueError, naming file and tensor, when something does not fit.
+    Without a `config`, one is made from the tensors (and the directory's config.json), which requires the published
+    head geometry (`tensors.infer_config`). `dtype` is that of the transformer stacks; bfloat16 leaves in float32 what
+    openpi leaves. Raises ValueError, naming file and tensor, when something does not fit.
     """
     path = Path(path)
     tensors = find_tensors(path)
     if config is None:
         config = infer_config(tensors, path) if path.is_file() else read_config(path, tensors)
-    check_stored(config, tensors, path)
+    check_tensors(config, tensors, path)
     return _read_model(config, tensors, device, dtype)
 
 
 @torch.no_grad()
 def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtype) -> Pi0:
-    """A frozen model whose parameters are still to be filled; nothing is initialised first, or held twice."""
+    """A frozen model whose parameters have memory but no values yet."""
     with torch.device("meta"):
         model = Pi0(config).set_dtype(dtype)
     model.to_empty(device=device).eval().requires_grad_(False)
@@ -109,7 +85,7 @@ def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtyp
 def _read_model(
     config: Pi0Config, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype
 ) -> Pi0:
-    """The model with the weights of a checkpoint that `tensors.check_stored` has checked."""
+    """The model with the weights of a checkpoint that has passed `check_tensors`."""
     model = empty_model(config, device, dtype)
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
     for part, target in parts_of(model):
@@ -118,9 +94,9 @@ def _read_model(
 
 
 def _read_tensor(stored: StoredTensor, target: Tensor, staging: Tensor) -> None:
-    """Copies a stored tensor into contiguous `target` by way of `staging` uint8 [bytes], converting dtype and device.
+    """Copies a stored tensor through `staging` uint8 [bytes] into contiguous `target`, converting dtype and device.
 
-    Reading instead of mapping the file keeps its pages out of this process.
+    The file is read and not mapped, which keeps its pages out of this process.
     """
     flat, dtype = target.view(-1), DTYPES[stored.dtype]
     step = len(staging) // dtype.itemsize
@@ -142,7 +118,7 @@ def _read_bytes(descriptor: int, target: Tensor, offset: int, stored: StoredTens
 
 
 def save_policy(directory: Path | str, model: Pi0, stats: NormStats, tokenizer: PromptTokenizer) -> None:
-    """Writes a checkpoint that `load_policy` reads; the directory is made if need be."""
+    """Writes a checkpoint that `load_policy` reads, and makes the directory if necessary."""
     assert isinstance(tokenizer.tokenizer, Tokenizer), "only tokenizers of the tokenizers library can be written"
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -158,9 +134,9 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> LoadedPolicy:
-    """Reads a checkpoint directory in any of the layouts; without arguments, the embedded tabletop policy.
+    """Reads a checkpoint directory in any of the layouts, by default the embedded tabletop policy.
 
-    `dtype` is that of the transformer stacks (bfloat16 follows openpi's mixed precision); `overrides` are those of
+    `dtype` is that of the transformer stacks (bfloat16 follows openpi's mixed precision); `overrides` go to
     `files.find_policy`. Raises ValueError, naming file and tensor, when something is missing or does not fit.
     """
     files = find_policy(Path(directory), **overrides)
@@ -170,7 +146,7 @@ def load_policy(
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """The element type that `policy.dtype` means on a device: `auto` is bfloat16 on a GPU, float32 on the CPU."""
+    """The element type that `policy.dtype` means on a device. `auto` is bfloat16 on a GPU and float32 on the CPU."""
     if setting == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[setting]

@@ -13,30 +13,27 @@ from typing import Any, Literal
 WEIGHTS, CONFIG, NORM_STATS, TOKENIZER = "model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"
 """The files of a policy checkpoint."""
 TRAINING = "training.json"
-"""A file that a checkpoint of this project may hold: what it was trained on, such as {"render_quality": "fast"}."""
+"""An optional file of a checkpoint of this project: what it was trained on, such as {"render_quality": "fast"}."""
 EMBEDDED_POLICY = Path(__file__).resolve().parent.parent / "assets" / "tabletop_pi0"
 """The checkpoint that comes with the package."""
-
-
 COMMON_NAMES = {
     *("pi05", "cameras", "image_size", "patch_size", "depth", "heads", "kv_heads", "head_dim", "vocab_size"),
     *("max_token_len", "action_dim", "action_horizon"),
 }
-"""Fields of `Pi0Config` that another project's `config.json` may well have too: they do not make it one of this
-project's."""
+"""Fields of `Pi0Config` that another project's `config.json` may have too, so they do not identify one of ours."""
 
 
 @dataclass(frozen=True)
 class Pi0Config:
-    """Everything that has a size or a variant in a Pi0 policy. The defaults are openpi's pi0 for LIBERO.
+    """Sizes and variants of a Pi0 policy. The defaults are those of openpi's pi0 for LIBERO.
 
     Raises ValueError when the sizes contradict each other.
     """
 
     pi05: bool = False
-    """pi0.5: time enters through adaptive RMSNorm in the expert, and there is no state token."""
+    """Whether this is pi0.5: time enters through adaptive RMSNorm in the expert, and there is no state token."""
     cameras: int = 2
-    """Cameras that are given; a camera that openpi masks out is simply not part of the sequence."""
+    """Number of cameras. A camera that openpi masks out is not part of the sequence."""
     image_size: int = 224
     patch_size: int = 14
     vision_width: int = 1152
@@ -48,35 +45,34 @@ class Pi0Config:
     expert_width: int = 1024
     expert_mlp: int = 4096
     depth: int = 18
-    """Layers of the VLM and of the expert: expert layer i reads the keys and values of VLM layer i."""
+    """Number of layers of both the VLM and the expert: expert layer i reads the keys and values of VLM layer i."""
     heads: int = 8
     kv_heads: int = 1
     head_dim: int = 256
     vocab_size: int = 257152
     max_token_len: int = 48
-    """Language slots."""
+    """Number of language slots."""
     action_dim: int = 32
     """Width of the state token's input, of the noise and of the model's actions."""
     action_horizon: int = 50
-    """Action slots of one sampled chunk."""
+    """Number of action slots of a sampled chunk."""
     robot_state_dim: int = 8
     """Width of the robot's state before it is padded to `action_dim`."""
     robot_action_dim: int = 7
-    """Width of the robot's action: the first so many of `action_dim`."""
+    """Width of the robot's action, which comes first in `action_dim`."""
     normalisation: Literal["z_score", "quantile"] = "z_score"
     """How states and actions are scaled (openpi: z-score for pi0, quantiles for pi0.5)."""
     normalisation_epsilon: Literal["openpi", "lerobot"] = "openpi"
-    """What keeps a spread from being zero: openpi adds 1e-6 to all; LeRobot adds 1e-8 to the state's standard
-    deviation, and elsewhere replaces zero by 1e-8 where it divides."""
+    """What keeps a spread from being zero. openpi adds 1e-6 everywhere; LeRobot adds 1e-8 to the state's standard
+    deviation, and elsewhere divides by 1e-8 instead of zero."""
     state_in_prompt: bool = False
-    """The normalised state is written into the prompt (openpi's `discrete_state_input`, and always in LeRobot's
-    pi0.5)."""
+    """Whether the prompt contains the normalised state (openpi's `discrete_state_input`; always in LeRobot's pi0.5)."""
     delta_action_dims: int = 0
-    """The raw state's first so many dimensions are added to the action (openpi's `extra_delta_transform`)."""
+    """Number of leading dimensions of the raw state that are added to the action (openpi's `extra_delta_transform`)."""
     vision_float32: bool = False
-    """The vision tower stays in float32 when the rest is in bfloat16, as LeRobot has it; openpi casts it too."""
+    """Whether the vision tower stays in float32 when the rest is in bfloat16, as in LeRobot; openpi casts it too."""
     time_grid: Literal["accumulated", "exact"] = "accumulated"
-    """Denoising times: summed up in float32 as openpi does, or 1 - k/n as LeRobot does."""
+    """How denoising times are computed: summed up in float32 as in openpi, or as 1 - k/n as in LeRobot."""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -110,12 +106,12 @@ class Pi0Config:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one camera."""
+        """Number of tokens per camera."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def prefix_length(self) -> int:
-        """Tokens of all cameras and all language slots."""
+        """Number of tokens of all cameras and language slots together."""
         return self.cameras * self.image_tokens + self.max_token_len
 
     @property
@@ -131,17 +127,11 @@ class Pi0Config:
         return bool(content.keys() & {field.name for field in dataclasses.fields(cls)} - COMMON_NAMES)
 
     @classmethod
-    def load(cls, path: Path) -> Pi0Config:
-        """Reads `config.json`, which has all sizes; conventions that it lacks have their defaults.
+    def from_json(cls, content: Mapping[str, Any], path: Path) -> Pi0Config:
+        """Makes a config from the contents of its file, which has all sizes; missing conventions have their defaults.
 
         Raises ValueError naming the file when it is not valid.
         """
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} must hold a JSON object with the fields of Pi0Config")
         unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}")
@@ -155,7 +145,7 @@ class Pi0Config:
 
 
 def tabletop_config() -> Pi0Config:
-    """The embedded policy: Pi0 in miniature (about 0.7 M parameters) for the tabletop scene."""
+    """The embedded policy: a miniature Pi0 (about 0.7 M parameters) for the tabletop scene."""
     return Pi0Config(
         image_size=64,
         patch_size=16,

@@ -1,6 +1,6 @@
-"""What a policy checkpoint's directory holds: sizes, tensors, norm stats, tokenizer. No torch here.
+"""What a policy checkpoint's directory holds: sizes, tensors, norm stats, tokenizer. This needs no torch.
 
-openpi, RLinf, LeRobot and this project each have a layout; `find_policy` tells them apart and checks everything, so
+openpi, RLinf, LeRobot and this project each have a layout. `find_policy` tells them apart and checks everything, so
 that a run is refused before anything starts. `checkpoint.load_policy` then reads the weights.
 """
 
@@ -18,12 +18,20 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
-from dsrl_async.pi0.tensors import StoredTensor, check_stored, field, find_tensors, infer_config, read_header, read_json
+from dsrl_async.pi0.tensors import (
+    StoredTensor,
+    check_tensors,
+    field,
+    find_tensors,
+    infer_config,
+    read_header,
+    read_json,
+)
 from dsrl_async.pi0.tokenizer import find_tokenizer, load_tokenizer, make_encoder
 
 STATISTICS = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
 LIBERO_ASSET = "physical-intelligence/libero"
-"""openpi's asset id: norm stats are in assets/<asset id> (openpi) or <asset id> (RLinf)."""
+"""openpi's asset id. Norm stats are in assets/<asset id> (openpi) or <asset id> (RLinf)."""
 OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
 LEROBOT_NORMALISATION = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
 LEROBOT_STATE, LEROBOT_ACTION, LEROBOT_IMAGES = "observation.state", "action", "observation.images."
@@ -33,18 +41,18 @@ NormStats = dict[str, dict[str, list[float]]]
 
 
 class PolicyFiles(NamedTuple):
-    """A checkpoint that is complete and fits itself."""
+    """A checkpoint that is complete and consistent."""
 
     config: Pi0Config
     tensors: dict[str, StoredTensor]
     norm_stats: NormStats
     norm_stats_source: Path
     tokenizer: Any
-    """Of the tokenizers or of the sentencepiece library."""
+    """An object of the tokenizers or the sentencepiece library."""
 
 
 class Scaling(NamedTuple):
-    """(x - offset) / scale normalises the state, x * scale + offset un-normalises actions; float64 [width]."""
+    """(x - offset) / scale normalises the state, x * scale + offset un-normalises actions; all float64 [width]."""
 
     state_offset: NDArray[np.float64]
     state_scale: NDArray[np.float64]
@@ -59,10 +67,10 @@ def find_policy(
     action_horizon: int | None = None,
     delta_action_dims: int | None = None,
 ) -> PolicyFiles:
-    """Reads everything about a checkpoint but its weights; the arguments override what is found (`policy.*`).
+    """Reads a checkpoint except its weights. The arguments override what is found (`policy.*`).
 
-    Raises ValueError with one sentence naming the file, and the tensor if it is about one; it begins with the setting
-    where an argument is to blame.
+    Raises ValueError naming the file, and the tensor if one is wrong; the message begins with the setting if an
+    argument is to blame.
     """
     if directory.is_file():
         raise ValueError(f"{directory} is a file, give the directory that it is in")
@@ -73,7 +81,7 @@ def find_policy(
         if value is not None:
             with _blaming(f"policy.{name}"):
                 config = dataclasses.replace(config, **{name: value})
-    check_stored(config, tensors, directory)
+    check_tensors(config, tensors, directory)
     with _blaming("policy.norm_stats" if norm_stats else None):
         stats, source = read_norm_stats(directory, Path(norm_stats) if norm_stats else None)
         scaling(config, stats, source)
@@ -86,22 +94,21 @@ def find_policy(
 
 
 @contextlib.contextmanager
-def _blaming(setting: str | None) -> Iterator[None]:
-    """Puts a setting, if there is one, in front of the ValueErrors of a block."""
+def _blaming(culprit: Path | str | None) -> Iterator[None]:
+    """Puts a setting or a file, if given, in front of the message of any ValueError in the block."""
     try:
         yield
     except ValueError as error:
-        if setting is None:
+        if culprit is None:
             raise
-        raise ValueError(f"{setting}: {str(error).removeprefix('policy config: ')}") from None
+        raise ValueError(f"{culprit}: {str(error).removeprefix('policy config: ')}") from None
 
 
 def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Config:
-    """From `config.json` where it is this project's; otherwise from the tensors, with what openpi's or LeRobot's adds.
+    """Reads this project's `config.json`, or infers the config from the tensors and openpi's or LeRobot's file.
 
-    Any other project's `config.json` (Hugging Face's, say) is left alone.
-
-    Raises ValueError naming the file when they contradict each other or ask for what is not supported.
+    A `config.json` of any other project (such as Hugging Face's) is ignored. Raises ValueError naming the file when
+    it contradicts the tensors or asks for something unsupported.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -110,24 +117,18 @@ def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Conf
     if "type" in content:
         return _lerobot_config(content, infer_config(tensors, directory), path)
     if Pi0Config.wrote(content):
-        return Pi0Config.load(path)
+        return Pi0Config.from_json(content, path)
     config = infer_config(tensors, directory)
     if "paligemma_variant" not in content:
         return config
     if content.get("action_dim", config.action_dim) != config.action_dim:
         raise ValueError(f"{path}: action_dim is {content['action_dim']}, that of the tensors is {config.action_dim}")
-    return _replace(config, path, action_horizon=content.get("action_horizon", config.action_horizon))
-
-
-def _replace(config: Pi0Config, path: Path, **changes: Any) -> Pi0Config:
-    try:
-        return dataclasses.replace(config, **changes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    with _blaming(path):
+        return dataclasses.replace(config, action_horizon=content.get("action_horizon", config.action_horizon))
 
 
 def _lerobot_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -> Pi0Config:
-    """LeRobot's horizon, widths, cameras, normalisation and conventions on top of the sizes of the tensors."""
+    """Adds LeRobot's horizon, widths, cameras, normalisation and conventions to the sizes of the tensors."""
     kind = "pi05" if config.pi05 else "pi0"
     if content["type"] != kind:
         raise ValueError(f"{path} is of a policy of type {content['type']!r}, the tensors beside it are of {kind!r}")
@@ -145,32 +146,32 @@ def _lerobot_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -
         )
 
     def width(features: Mapping[str, Any], name: str, libero: int) -> Any:
-        """A width like the model's own is that of the padding, and says nothing of the robot."""
+        """The robot's width. A width equal to the model's own is that of the padding and says nothing of the robot."""
         shape = field(field(features, name, dict, path), "shape", list, path)
         return shape[0] if shape and shape[0] != config.action_dim else libero
 
     cameras = [name for name in inputs if name.startswith(LEROBOT_IMAGES) and "empty_camera" not in name]
-    return _replace(
-        config,
-        path,
-        action_horizon=content.get("chunk_size", 50),
-        max_token_len=content.get("tokenizer_max_length", config.max_token_len),
-        cameras=len(cameras) or config.cameras,
-        robot_state_dim=width(inputs, LEROBOT_STATE, config.robot_state_dim),
-        robot_action_dim=width(outputs, LEROBOT_ACTION, config.robot_action_dim),
-        normalisation=LEROBOT_NORMALISATION[state_mode],
-        normalisation_epsilon="lerobot",
-        delta_action_dims=0,
-        state_in_prompt=config.pi05,
-        time_grid="exact",
-    )
+    changes: dict[str, Any] = {
+        "action_horizon": content.get("chunk_size", 50),
+        "max_token_len": content.get("tokenizer_max_length", config.max_token_len),
+        "cameras": len(cameras) or config.cameras,
+        "robot_state_dim": width(inputs, LEROBOT_STATE, config.robot_state_dim),
+        "robot_action_dim": width(outputs, LEROBOT_ACTION, config.robot_action_dim),
+        "normalisation": LEROBOT_NORMALISATION[state_mode],
+        "normalisation_epsilon": "lerobot",
+        "delta_action_dims": 0,
+        "state_in_prompt": config.pi05,
+        "time_grid": "exact",
+    }
+    with _blaming(path):
+        return dataclasses.replace(config, **changes)
 
 
 def read_norm_stats(directory: Path, given: Path | None = None) -> tuple[NormStats, Path]:
-    """Norm stats and the file they are from: `given` (a file, or a directory with one), or what the checkpoint has.
+    """Norm stats and their file: `given` (a file, or a directory with one) or what the checkpoint has.
 
-    That is LeRobot's processors, or a `norm_stats.json` up to three directories down; of several, LIBERO's. Raises
-    ValueError when there is none, or no telling which.
+    A checkpoint has LeRobot's processors or a `norm_stats.json` up to three directories down; of several, LIBERO's is
+    taken. Raises ValueError when there is none or the choice is ambiguous.
     """
     if given is not None:
         path = given / NORM_STATS if given.is_dir() else given
@@ -193,7 +194,7 @@ def read_norm_stats(directory: Path, given: Path | None = None) -> tuple[NormSta
 
 
 def _lerobot_norm_stats(processors: list[Path], directory: Path) -> NormStats:
-    """The state's statistics are the preprocessor's, the actions' the postprocessor's."""
+    """Reads the state's statistics from the preprocessor and those of the actions from the postprocessor."""
     stats: NormStats = {"state": {}, "actions": {}}
     features = {"policy_preprocessor": ("state", LEROBOT_STATE), "policy_postprocessor": ("actions", LEROBOT_ACTION)}
     for file in processors:
@@ -214,7 +215,7 @@ def _lerobot_norm_stats(processors: list[Path], directory: Path) -> NormStats:
 
 
 def load_norm_stats(path: Path) -> NormStats:
-    """Reads openpi's `norm_stats.json`; raises ValueError naming the file when it has another form."""
+    """Reads openpi's `norm_stats.json`. Raises ValueError naming the file when it has another form."""
     content = read_json(path).get("norm_stats")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("state", "actions")):
         raise ValueError(f'{path} must hold {{"norm_stats": {{"state": ..., "actions": ...}}}}')
@@ -228,11 +229,11 @@ def save_norm_stats(stats: NormStats, path: Path) -> None:
 def scaling(config: Pi0Config, stats: NormStats, source: Path | str) -> Scaling:
     """Offsets and scales of the robot's dimensions.
 
-    openpi: z-score (x - mean) / (std + 1e-6), quantile (x - q01) / (q99 - q01 + 1e-6) * 2 - 1, and the exact inverse.
-    LeRobot: the same with 1e-8 for the z-score of the state, none for its inverse, and for quantiles only where q99
-    equals q01.
+    openpi uses z-scores (x - mean) / (std + 1e-6) or quantiles (x - q01) / (q99 - q01 + 1e-6) * 2 - 1, and the exact
+    inverse. LeRobot adds 1e-8 for the z-score of the state, nothing for that of actions, and for quantiles only where
+    q99 equals q01.
 
-    Raises ValueError, naming `source`, when a statistic is missing, has the wrong length, or is not of finite numbers.
+    Raises ValueError, naming `source`, when a statistic is missing, has the wrong length or is not finite.
     """
     parts: list[NDArray[np.float64]] = []
     for key, width in (("state", config.robot_state_dim), ("actions", config.robot_action_dim)):

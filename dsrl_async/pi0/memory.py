@@ -1,6 +1,6 @@
-"""How much memory sampling takes beside the weights, from sizes alone: it is asked for before a run starts.
+"""Estimates the memory that sampling takes beside the weights, from sizes alone, before a run starts.
 
-No torch here. `bytes_per_value` is the size of an element of the transformer stacks: 4 for float32, 2 for bfloat16.
+`bytes_per_value` is the size of an element of the transformer stacks: 4 for float32, 2 for bfloat16.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from dsrl_async.pi0.config import Pi0Config
 
 
 def buffer_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
-    """Memory that a `Sampler` keeps: inputs, output, keys and values, and the results of norms.
+    """Memory that a `Sampler` keeps for inputs, output, keys and values, and the results of norms.
 
-    Its masks and tables (a few MB) are left out.
+    Masks and tables (a few MB) are left out.
     """
     c = config
     inputs = 4 * 3 * c.cameras * c.image_size**2 + 8 * language_length + 4 * c.action_dim * (1 + 2 * c.action_horizon)
@@ -23,10 +23,10 @@ def buffer_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes
 
 
 def activation_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
-    """Memory that a run of a `Sampler` takes for a while.
+    """Memory that a `Sampler` takes temporarily while it runs.
 
-    Most is alive in an MLP of the language model: gate and up, the gate's GELU, the product of the two, and about six
-    hidden states (the stack's input and the layer's, queries, attention).
+    The peak is in an MLP of the language model: gate and up, the gate's GELU, the product of the two, and about six
+    hidden states (the input of the stack and of the layer, queries, attention).
     """
     c = config
     tokens = c.cameras * c.image_tokens + language_length

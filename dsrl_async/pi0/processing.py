@@ -1,7 +1,6 @@
 """From observations to the policy's inputs and back: pixels, robot state, prompt, actions.
 
-The tensor functions work on given tensors without host synchronisation, so that they can be part of a
-captured graph.
+The tensor functions do not synchronise with the host, so that they can be part of a captured graph.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from dsrl_async.pi0.tokenizer import make_encoder, pad_ids, prompt_ids
 def scale_images(images: Tensor, out: Tensor | None = None) -> Tensor:
     """uint8 [B, cameras, size, size, 3] -> float32 [B, cameras, 3, size, size] in [-1, 1], written to `out` if given.
 
-    pixel / 127.5 - 1 is openpi's pixel / 255 * 2 - 1 to the last bit, since a factor of 2 rounds nothing.
+    pixel / 127.5 - 1 equals openpi's pixel / 255 * 2 - 1 to the last bit, since a factor of 2 rounds nothing.
     """
     return torch.div(images.permute(0, 1, 4, 2, 3), 127.5, out=out).sub_(1)
 
@@ -32,7 +31,7 @@ def scale_images(images: Tensor, out: Tensor | None = None) -> Tensor:
 class Normaliser(nn.Module):
     """Scales robot states and actions, and adds the state to actions, as the config says (`files.scaling`).
 
-    Dimensions beyond the robot's are zero.
+    Dimensions beyond those of the robot are zero.
     """
 
     state_offset: Tensor
@@ -55,7 +54,7 @@ class Normaliser(nn.Module):
     def actions(self, actions: Tensor) -> Tensor:
         """Robot actions [..., robot_action_dim] -> the model's [..., action_dim] (training targets).
 
-        With `delta_action_dims` the state must have been subtracted before.
+        If there are `delta_action_dims`, the state must already have been subtracted.
         """
         scaled = (actions - self.action_offset) / self.action_scale
         return F.pad(scaled, (0, self.config.action_dim - self.config.robot_action_dim))
@@ -63,7 +62,7 @@ class Normaliser(nn.Module):
     def robot_actions(self, actions: Tensor, state: Tensor) -> Tensor:
         """The model's actions [B, H, action_dim] -> robot actions [B, H, robot_action_dim].
 
-        state is the raw one [B, robot_state_dim]; `delta_action_dims` of it are added.
+        `state` is raw, [B, robot_state_dim]; its first `delta_action_dims` are added.
         """
         out = actions[..., : self.config.robot_action_dim] * self.action_scale + self.action_offset
         dims = self.config.delta_action_dims
@@ -73,10 +72,10 @@ class Normaliser(nn.Module):
 
 
 class PromptTokenizer:
-    """Prompts to token ids as openpi's PaliGemma tokenizer does it."""
+    """Turns prompts into token ids as openpi's PaliGemma tokenizer does."""
 
     def __init__(self, tokenizer: Any, length: int, source: Path | str = "tokenizer") -> None:
-        """`tokenizer` is of the tokenizers or of the sentencepiece library, `length` the number of language slots.
+        """`tokenizer` comes from the tokenizers or sentencepiece library; `length` is the number of language slots.
 
         Raises ValueError, naming `source`, when there is no token <bos>.
         """
@@ -85,13 +84,13 @@ class PromptTokenizer:
         self._encoder = make_encoder(tokenizer, source)
 
     def ids(self, prompt: str, state: NDArray[np.float32] | None = None) -> list[int]:
-        """Ids of a prompt, neither padded nor cut; `state` as in `tokenizer.prompt_ids`."""
+        """Ids of a prompt, neither padded nor cut. `state` is as in `tokenizer.prompt_ids`."""
         return prompt_ids(self._encoder, prompt, state)
 
     def __call__(self, prompts: Sequence[str], states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Token ids int64 [B, L] and validity bool [B, L] on the CPU, padded or cut to the language slots.
 
-        `states`, for a policy with `state_in_prompt`: normalised, float32 [B, robot_state_dim].
+        `states` are normalised, float32 [B, robot_state_dim], for a policy with `state_in_prompt`.
         """
         rows = [None] * len(prompts) if states is None else list(states.cpu().numpy())
         ids = [self.ids(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]

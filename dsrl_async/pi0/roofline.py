@@ -1,4 +1,4 @@
-"""How fast sampling could be: the work of its three stages, and the time that a device needs for it at least.
+"""How fast sampling could be: the work of its three stages and a lower bound on a device's time for it.
 
 A stage takes at least as long as its matrix products at the device's peak rate, and at least as long as reading its
 weights once at the device's memory bandwidth. Norms, softmax and elementwise work are left out.
@@ -18,20 +18,20 @@ from dsrl_async.pi0.config import Pi0Config
 
 @dataclass(frozen=True)
 class Work:
-    """Of one stage."""
+    """The work of one stage."""
 
     flops: float
-    """Floating-point operations of the matrix products, per observation; a multiply-add is two."""
+    """Floating-point operations of the matrix products per observation; a multiply-add counts as two."""
     weights: int
-    """Parameters that are read, whatever the batch size."""
+    """Number of parameters that are read, at any batch size."""
 
     def bound_s(self, batch_size: int, flops_per_s: float, bytes_per_s: float, bytes_per_weight: int = 2) -> float:
-        """Seconds that a batch takes at least."""
+        """Lower bound on the seconds that a batch takes."""
         return max(batch_size * self.flops / flops_per_s, self.weights * bytes_per_weight / bytes_per_s)
 
 
 def stages(config: Pi0Config, language_length: int, denoise_steps: int) -> dict[str, Work]:
-    """Work of `vision`, `prefill` (the language model over images and prompt) and `denoise` (all steps)."""
+    """The work of `vision`, `prefill` (the language model over images and prompt) and `denoise` (all steps)."""
     c = config
     tokens = c.image_tokens
     layer = 4 * c.vision_width**2 + 2 * c.vision_width * c.vision_mlp
@@ -61,16 +61,16 @@ def stages(config: Pi0Config, language_length: int, denoise_steps: int) -> dict[
 
 
 def _gemma_layer(config: Pi0Config, width: int, mlp: int) -> tuple[int, int]:
-    """Parameters of the projections of a layer, and of one that computes keys and values only."""
+    """Number of parameters of a layer's projections, and of those of a layer that computes keys and values only."""
     heads, kv = config.heads * config.head_dim, 2 * config.kv_heads * config.head_dim
     return width * (2 * heads + kv + 3 * mlp), width * kv
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bounds of full-size Pi0, in milliseconds, as a Markdown table.")
-    parser.add_argument("--pi05", action="store_true", help="of Pi0.5 as trained for LIBERO")
-    parser.add_argument("--tflops", type=float, default=800, help="matrix products, 1e12 operations a second")
-    parser.add_argument("--terabytes", type=float, default=3.35, help="memory, 1e12 bytes a second")
+    parser.add_argument("--pi05", action="store_true", help="bounds of Pi0.5 as trained for LIBERO")
+    parser.add_argument("--tflops", type=float, default=800, help="rate of matrix products, 1e12 operations a second")
+    parser.add_argument("--terabytes", type=float, default=3.35, help="memory bandwidth, 1e12 bytes a second")
     parser.add_argument("--prompt-tokens", type=int, default=24)
     parser.add_argument("--denoise-steps", type=int, default=10)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 16, 32])

@@ -1,11 +1,10 @@
-"""Writes a random policy checkpoint as openpi, RLinf or LeRobot would: for tests, and to measure loading at full size.
+"""Writes a random policy checkpoint as openpi, RLinf or LeRobot would, for tests and to measure loading at full size.
 
     python -m dsrl_async.pi0.synthetic /tmp/pi0 --layout openpi
     python -m dsrl_async.pi0.synthetic /tmp/small --layout lerobot --pi05 --sizes '{"depth": 2}'
 
-Weights are bfloat16, depend on the seed and on openpi's name of the tensor alone, and are scaled so that activations
-stay finite. They are written as they are drawn, so that little memory is needed. The tokenizer is a toy that takes
-characters for words.
+Weights are bfloat16, depend only on the seed and openpi's name of the tensor, and are scaled so that activations stay
+finite. They are written as they are drawn, which takes little memory. The toy tokenizer treats characters as words.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ CHUNK = 1 << 22
 
 
 def pi0_config(pi05: bool, **sizes: Any) -> Pi0Config:
-    """What loading a checkpoint of LIBERO's Pi0 or Pi0.5 finds out; `sizes` are fields of `Pi0Config`."""
+    """The config that loading a checkpoint of LIBERO's Pi0 or Pi0.5 infers. `sizes` are fields of `Pi0Config`."""
     if pi05:
         defaults: dict[str, Any] = {"max_token_len": 200, "action_horizon": 10}
         return Pi0Config(pi05=True, normalisation="quantile", **{**defaults, **sizes})
@@ -49,7 +48,7 @@ def pi0_config(pi05: bool, **sizes: Any) -> Pi0Config:
 
 
 def random_bfloat16(part: Part, seed: int) -> Iterator[NDArray[np.uint16]]:
-    """The tensor's elements, in pieces, as the upper halves of float32."""
+    """A tensor's elements, in pieces, as the upper halves of float32."""
     mean, spread = moments(part)
     generator = np.random.default_rng([seed, zlib.crc32(part.name.encode())])
     for start in range(0, math.prod(part.shape), CHUNK):
@@ -60,7 +59,7 @@ def random_bfloat16(part: Part, seed: int) -> Iterator[NDArray[np.uint16]]:
 
 def moments(part: Part) -> tuple[float, float]:
     """Mean and standard deviation of a tensor's elements."""
-    if "layer_norm" in part.name or "post_layernorm." in part.name:  # SigLIP's; Gemma's add 1 themselves
+    if "layer_norm" in part.name or "post_layernorm." in part.name:  # SigLIP's; Gemma's add the 1 themselves
         return (1.0, 0.05) if part.name.endswith("weight") else (0.0, 0.05)
     if len(part.shape) == 1 or "position_embedding" in part.name:
         return 0.0, 0.02
@@ -70,7 +69,7 @@ def moments(part: Part) -> tuple[float, float]:
 
 
 def write_tensors(path: Path, parts: list[Part], prefix: str, seed: int, metadata: dict[str, str]) -> None:
-    """A safetensors file of bfloat16 tensors, written as they are drawn."""
+    """Writes a safetensors file of bfloat16 tensors as they are drawn."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for part in parts:
@@ -104,7 +103,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_checkpoint(directory: Path, config: Pi0Config, layout: Layout, seed: int = 0) -> None:
-    """A directory as openpi's converter, RLinf or LeRobot leaves it, with the same weights in each."""
+    """Writes a directory as openpi's converter, RLinf or LeRobot would, with the same weights in each."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = [part for rows in model_tensors(config).values() for part in rows] + unused_tensors(config)
     stats = random_norm_stats(config, seed)
@@ -133,7 +132,7 @@ def write_checkpoint(directory: Path, config: Pi0Config, layout: Layout, seed: i
 
 
 def write_lerobot_files(directory: Path, config: Pi0Config, stats: NormStats) -> None:
-    """LeRobot's config.json, and the statistics of its normaliser and un-normaliser."""
+    """Writes LeRobot's config.json and the statistics of its normaliser and un-normaliser."""
     mode = "QUANTILES" if config.normalisation == "quantile" else "MEAN_STD"
     image = {"type": "VISUAL", "shape": [3, config.image_size, config.image_size]}
     cameras = [f"image{index or ''}" for index in range(config.cameras)] + ["empty_camera_0"]
@@ -164,6 +163,6 @@ if __name__ == "__main__":
     parser.add_argument("--layout", choices=["openpi", "rlinf", "lerobot"], default="openpi")
     parser.add_argument("--pi05", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sizes", type=json.loads, default={}, help="JSON object of fields of Pi0Config")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="a JSON object with fields of Pi0Config")
     options = parser.parse_args()
     write_checkpoint(options.directory, pi0_config(options.pi05, **options.sizes), options.layout, options.seed)

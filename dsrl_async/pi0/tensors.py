@@ -1,14 +1,14 @@
 """The tensors of a policy: openpi's names and shapes, and where a checkpoint's files hold them.
 
-No torch here: the same code finds a damaged checkpoint before a run starts, in a process without torch,
-and tells the loader (`checkpoint.py`) what to read. Files are read through their safetensors headers only.
+This needs no torch: the same code finds a damaged checkpoint before a run starts, in a process without torch, and tells
+the loader (`checkpoint.py`) what to read. It reads only the safetensors headers of the files.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ PROJECTOR = ROOT + "paligemma.model.multi_modal_projector.linear"
 VLM = ROOT + "paligemma.model.language_model."
 EXPERT = ROOT + "gemma_expert.model."
 EMBEDDING, TIED_EMBEDDING = ROOT + "paligemma.lm_head.weight", VLM + "embed_tokens.weight"
-"""Two names of one table. openpi stores the first only; when both are stored, the first is read."""
+"""Two names of one table. openpi stores only the first; if both are stored, the first is read."""
 LEROBOT_PREFIX = "model."
 RLINF_PREFIXES = (
     *("dsrl_action_noise_net.", "q_head.", "value_head.", "noise_head.", "rlt_module."),
@@ -30,26 +30,25 @@ RLINF_PREFIXES = (
 )
 """Modules that RLinf's reinforcement learning adds to openpi's policy and stores with it."""
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""Stored element types that can be loaded."""
+"""Bytes of the stored element types that can be loaded."""
 
 VISION_WIDTH, VISION_HEADS = 1152, 16
 HEADS, KV_HEADS, HEAD_DIM = 8, 1, 256
-"""Shapes do not tell how many heads there are; these are SigLIP So400m's and those of gemma_2b and gemma_300m."""
-
+"""Numbers of heads, which shapes do not tell: those of SigLIP So400m, and of gemma_2b and gemma_300m."""
 
 T = TypeVar("T")
 JSON_TYPES: dict[type, str] = {dict: "a JSON object", list: "a list", str: "text"}
 
 
 class Part(NamedTuple):
-    """An openpi tensor: its name and shape."""
+    """Name and shape of an openpi tensor."""
 
     name: str
     shape: tuple[int, ...]
 
 
 class StoredTensor(NamedTuple):
-    """Where a file holds a tensor: its name there, its element type in safetensors' spelling, first byte, length."""
+    """Where a file holds a tensor: its name there, element type as safetensors spells it, first byte and length."""
 
     file: Path
     name: str
@@ -60,7 +59,7 @@ class StoredTensor(NamedTuple):
 
 
 def model_tensors(config: Pi0Config) -> dict[str, list[Part]]:
-    """Every parameter of `model.Pi0` by name, and the openpi tensors that are its rows, in order."""
+    """Every parameter of `model.Pi0` by name, with the openpi tensors that make up its rows, in order."""
     table: dict[str, list[Part]] = {}
 
     def linear(parameter: str, name: str, rows: int, columns: int, bias: bool = True) -> None:
@@ -130,10 +129,10 @@ def model_tensors(config: Pi0Config) -> dict[str, list[Part]]:
 
 
 def unused_tensors(config: Pi0Config) -> list[Part]:
-    """What openpi stores and action sampling never reads.
+    """The tensors that openpi stores and action sampling never reads.
 
-    That is the expert's language-model head, the language model's final norm, and of its last layer all but
-    keys and values. (The language model's own head is the embedding table.)
+    They are the expert's language-model head, the language model's final norm, and its last layer except keys and
+    values. (The language model's own head is the embedding table.)
     """
     width, rows = config.vlm_width, config.heads * config.head_dim
     last = f"{VLM}layers.{config.depth - 1}."
@@ -152,10 +151,10 @@ def unused_tensors(config: Pi0Config) -> list[Part]:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file.
 
-    Raises ValueError, naming the file, when it is not one, or shorter or longer than its header says.
+    Raises ValueError, naming the file, when it is not one or does not have the length that its header says.
     """
     try:
-        with safe_open(path, "numpy"):  # checks header and length; maps the file, but touches no tensor
+        with safe_open(path, "numpy"):  # checks header and length; maps the file but touches no tensor
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a valid safetensors file or is cut short, copy it again: {error}") from None
@@ -180,9 +179,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, or of all those in a directory, under openpi's names.
 
-    LeRobot's prefix, and its old names of pi0's time MLP, are translated, what RLinf adds is left out, and the
-    embedding table is found under either name. Raises ValueError with one sentence when there are no tensors,
-    files are missing or damaged, or a tensor is there twice.
+    LeRobot's prefix and its old names of pi0's time MLP are translated, RLinf's additions are left out, and the
+    embedding table is found under either name. Raises ValueError when there are no tensors, files are missing or
+    damaged, or a tensor exists twice.
     """
     found: dict[str, StoredTensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
@@ -207,7 +206,7 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold a checkpoint's weights; LeRobot's processors have some of their own."""
+    """The safetensors files that hold a checkpoint's weights, without those of LeRobot's processors."""
     files = [
         file
         for file in sorted(directory.glob("*.safetensors"))
@@ -239,7 +238,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError naming the file."""
+    """Reads a JSON object. Raises ValueError naming the file."""
     try:
         content = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -250,7 +249,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def field(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
-    """An entry of a JSON object, empty if there is none or it is null; ValueError names the file for another type."""
+    """An entry of a JSON object, empty if missing or null. Raises ValueError naming the file if it has another type."""
     value = content.get(key)
     if value is None:
         return kind()
@@ -260,19 +259,19 @@ def field(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
 
 
 def is_pi05(tensors: Mapping[str, object]) -> bool:
-    """Whether the expert's norms are adaptive. (pi0 can have `time_mlp_in` too, in old LeRobot files.)"""
+    """Whether the expert's norms are adaptive. (In old LeRobot files pi0 has `time_mlp_in` too.)"""
     return any(name.startswith(EXPERT) and ".dense." in name for name in tensors)
 
 
 def infer_config(tensors: Mapping[str, StoredTensor], source: Path) -> Pi0Config:
-    """The sizes that shapes determine; head geometry is the published one, all else as openpi has it for LIBERO.
+    """Infers a config from the shapes, the published head geometry and openpi's conventions for LIBERO.
 
-    LIBERO: two cameras, an 8-dimensional state, 7-dimensional actions. pi0: z-scores, 48 language slots, 50 action
-    slots, and the first six state dimensions are added to the actions. pi0.5: quantiles, 200 language slots,
-    10 action slots, nothing is added.
+    LIBERO has two cameras, an 8-dimensional state and 7-dimensional actions. pi0 has z-scores, 48 language slots and
+    50 action slots, and adds the first six state dimensions to the actions. pi0.5 has quantiles, 200 language slots and
+    10 action slots, and adds nothing.
 
-    Raises ValueError, naming `source`, when a tensor is missing, or when the widths are not the published ones, so
-    that the number of heads cannot be known.
+    Raises ValueError, naming `source`, when a tensor is missing, or when the widths are not the published ones, so that
+    the number of heads is unknown.
     """
 
     def size(name: str, axis: int) -> int:
@@ -324,50 +323,33 @@ def infer_config(tensors: Mapping[str, StoredTensor], source: Path) -> Pi0Config
         raise ValueError(f"{source}: {error}") from None
 
 
-def check_tensors(
-    config: Pi0Config,
-    shapes: Mapping[str, tuple[int, ...]],
-    source: Path | str,
-    files: Mapping[str, Path] | None = None,
-) -> None:
-    """Compares the tensors that there are, by openpi's names, with those that the config asks for.
+def check_tensors(config: Pi0Config, tensors: Mapping[str, StoredTensor], source: Path) -> None:
+    """Compares the tensors of a checkpoint, under openpi's names, with those that the config asks for.
 
-    Raises ValueError naming the tensor, and its file or `source`, when one is missing, of another shape, or unknown.
+    Raises ValueError naming the tensor, and its file or `source`, when one is missing, unknown, of another shape or not
+    of a floating-point type.
     """
-    files = files or {}
+    files = {tensor.file for tensor in tensors.values()}
     expected = {part.name: part.shape for parts in model_tensors(config).values() for part in parts}
     for name, shape in expected.items():
-        if name not in shapes:
-            raise ValueError(f"{source} lacks the tensor '{name}'")
-        if tuple(shapes[name]) != shape:
+        if name not in tensors:
+            raise ValueError(f"{files.pop() if len(files) == 1 else source} lacks the tensor '{name}'")
+        if tensors[name].shape != shape:
             raise ValueError(
-                f"{files.get(name, source)}: tensor '{name}' has shape {list(shapes[name])}, "
+                f"{tensors[name].file}: tensor '{name}' has shape {list(tensors[name].shape)}, "
                 f"the config expects {list(shape)}"
             )
     known = {part.name for part in unused_tensors(config)} | {TIED_EMBEDDING}
-    if unexpected := sorted(shapes.keys() - expected.keys() - known):
+    if unexpected := sorted(tensors.keys() - expected.keys() - known):
         others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        where = files.get(unexpected[0], source)
-        raise ValueError(f"{where} has an unexpected tensor '{unexpected[0]}'{others}")
-
-
-def check_stored(config: Pi0Config, tensors: Mapping[str, StoredTensor], source: Path) -> None:
-    """`check_tensors` for a checkpoint's files; also refuses element types that are not floating point."""
-    files = {name: tensor.file for name, tensor in tensors.items()}
-    if len(set(files.values())) == 1:
-        source = next(iter(files.values()))
-    check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, source, files)
+        raise ValueError(f"{tensors[unexpected[0]].file} has an unexpected tensor '{unexpected[0]}'{others}")
     for name, tensor in tensors.items():
         if tensor.dtype not in ELEMENT_BYTES:
-            known = ", ".join(ELEMENT_BYTES)
-            raise ValueError(f"{tensor.file}: tensor '{name}' holds {tensor.dtype}, not one of {known}")
+            raise ValueError(
+                f"{tensor.file}: tensor '{name}' holds {tensor.dtype}, not one of {', '.join(ELEMENT_BYTES)}"
+            )
 
 
 def parameter_count(config: Pi0Config) -> int:
-    """Parameters that a loaded policy has."""
-    return sum(math.prod(part.shape) for part in _parts(config))
-
-
-def _parts(config: Pi0Config) -> Iterator[Part]:
-    for parts in model_tensors(config).values():
-        yield from parts
+    """Number of parameters of a loaded policy."""
+    return sum(math.prod(part.shape) for parts in model_tensors(config).values() for part in parts)

@@ -1,4 +1,4 @@
-"""Tokenizer files and prompts: text to token ids as openpi's PaliGemma tokenizer does it. No torch here."""
+"""Tokenizer files and prompts: text becomes token ids as in openpi's PaliGemma tokenizer. This needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 logger = logging.getLogger(__name__)
 
 TOKENIZER_NAMES = ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model")
-"""What a tokenizer is called in a checkpoint's directory, the first one found is used."""
+"""Names of a tokenizer's file in a checkpoint's directory; the first that exists is used."""
 WHERE_TO_GET_ONE = (
     "copy one there or give policy.tokenizer: PaliGemma's is on the Hugging Face hub in RLinf/openpi_tokenizer and "
     "in google/paligemma-3b-pt-224, and at gs://big_vision/paligemma_tokenizer.model"
@@ -25,8 +25,7 @@ STATE_BINS = 256
 class Encoder(NamedTuple):
     """A tokenizer: text to ids without special tokens, its special ids, and how many embeddings its ids need.
 
-    Tokens that were added to the vocabulary behind it, such as PaliGemma's `<image>`, need none: prompts do not have
-    them.
+    Tokens that were added behind the vocabulary, such as PaliGemma's `<image>`, need none: no prompt contains them.
     """
 
     encode: Callable[[str], list[int]]
@@ -36,9 +35,9 @@ class Encoder(NamedTuple):
 
 
 def find_tokenizer(directory: Path, given: Path | None) -> Path:
-    """The tokenizer's file: `given`, or in the directory that it is, or in the checkpoint's.
+    """The tokenizer's file: `given`, or one in `given` if that is a directory, or one in the checkpoint's directory.
 
-    Raises ValueError when `given` does not exist, or that says where to get a tokenizer.
+    Raises ValueError when `given` does not exist or there is no tokenizer; the message says where to get one.
     """
     if given is not None and given.is_file():
         return given
@@ -75,7 +74,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def make_encoder(tokenizer: Any, source: Path | str = "tokenizer") -> Encoder:
-    """The same calls for both libraries; raises ValueError, naming `source`, when there is no token <bos>."""
+    """Makes the same calls for both libraries. Raises ValueError, naming `source`, when there is no token <bos>."""
     if isinstance(tokenizer, Tokenizer):
         bos, pad = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<pad>")
         size = tokenizer.get_vocab_size(with_added_tokens=False)
@@ -96,9 +95,9 @@ def make_encoder(tokenizer: Any, source: Path | str = "tokenizer") -> Encoder:
 def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None = None) -> list[int]:
     """Ids of a prompt, neither padded nor cut.
 
-    Without `state` (pi0, pi05_libero): <bos>, the prompt, and a newline that is encoded by itself. With the normalised
-    state (pi0.5 with `state_in_prompt`): <bos> and "Task: ..., State: ...;" and "Action: " on a line of its own,
-    where the state is written as numbers of 256 equal bins of [-1, 1] (-1 below it, 255 above).
+    Without `state` (pi0, pi05_libero) they are <bos>, the prompt and a newline that is encoded by itself. With the
+    normalised state (pi0.5 with `state_in_prompt`) they are <bos>, "Task: ..., State: ...;" and "Action: " on a line of
+    its own; the state is written as numbers of 256 equal bins of [-1, 1] (-1 below it, 255 above).
     """
     text = prompt.strip().replace("_", " ").replace("\n", " ")
     if state is None:
@@ -111,13 +110,13 @@ def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None 
 def longest_prompt(
     ids: Callable[[str, NDArray[np.float32] | None], list[int]], prompt: str, slots: int, state_width: int | None
 ) -> int:
-    """How many ids a prompt can have, all of `state_width` numbers of the state in it (or none) being the longest one.
+    """Upper limit on a prompt's ids, reached when all `state_width` numbers of the state (if any) are the longest.
 
-    `ids` is `prompt_ids` of a tokenizer. Logs a warning where a prompt does not fit the `slots` of the policy.
+    `ids` is `prompt_ids` of a tokenizer. Logs a warning if the prompt does not fit into the policy's `slots`.
     """
     states: list[NDArray[np.float32] | None] = [None]
     if state_width is not None:
-        centres = (np.arange(-1, STATE_BINS) + 0.5) * 2 / STATE_BINS - 1  # of every bin, and of one below them
+        centres = (np.arange(-1, STATE_BINS) + 0.5) * 2 / STATE_BINS - 1  # the bins' centres, and one below them
         states = [np.full(state_width, centre, np.float32) for centre in centres]
     length = max(len(ids(prompt, state)) for state in states)
     if length > slots:
@@ -126,7 +125,7 @@ def longest_prompt(
 
 
 def pad_ids(encoder: Encoder, rows: Sequence[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Ids [B, length] and validity [B, length]; rows are filled up, or cut, to the language slots."""
+    """Ids [B, length] and validity [B, length]; rows are padded or cut to the language slots."""
     tokens = np.full((len(rows), length), encoder.pad, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=np.bool_)
     for index, row in enumerate(rows):

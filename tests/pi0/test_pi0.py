@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.pi0_models import make_model, make_sampler, small_config
+from support.pi0_models import import_tensors, make_model, make_sampler, small_config
 from support.pi0_reference import Reference, tensor_shapes
 from torch import Tensor
 
-from dsrl_async.pi0.checkpoint import export_tensors, import_tensors
+from dsrl_async.pi0.checkpoint import export_tensors
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0, time_grid
 from dsrl_async.pi0.sampler import Sampler

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.paths import SCRIPTS
+from support.pi0_models import import_tensors
 from support.pi0_reference import Reference
 from tokenizers import Tokenizer, models
 
@@ -24,7 +25,6 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import environment_spec
 from dsrl_async.pi0 import Pi0Config, load_model, load_policy, sample_actions
 from dsrl_async.pi0 import synthetic as writer
-from dsrl_async.pi0.checkpoint import import_tensors
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.tensors import EMBEDDING, TIED_EMBEDDING, find_tensors, parameter_count
 from dsrl_async.run.inference.policies import load_policies

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from support.pi0_reference import random_state_dict
 from torch import Tensor
 
-from dsrl_async.pi0.checkpoint import import_tensors
+from dsrl_async.pi0.checkpoint import parts_of
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import NormStats
@@ -34,6 +35,13 @@ def norm_stats() -> NormStats:
         return {name: part.tolist() for name, part in parts.items()}
 
     return {"state": of(8), "actions": of(7)}
+
+
+@torch.no_grad()
+def import_tensors(model: Pi0, tensors: Mapping[str, Tensor]) -> None:
+    """Fills the model from tensors under openpi's names, cast to the model's dtypes."""
+    for part, target in parts_of(model):
+        target.copy_(tensors[part.name])
 
 
 def make_model(config: Pi0Config, seed: int = 0) -> tuple[Pi0, dict[str, Tensor]]:
