@@ -72,7 +72,12 @@ def main() -> None:
         ways = {"eager": eager} | ({"compiled": compiled} if args.compiled else {})
         for way, count in ways.items():
             counts = count(pi05, args.denoise_steps)
-            line = {"model": "pi0.5" if pi05 else "pi0", "way": way, **counts, "total": counts["encode"] + counts["denoise"]}
+            line = {
+                "model": "pi0.5" if pi05 else "pi0",
+                "way": way,
+                **counts,
+                "total": counts["encode"] + counts["denoise"],
+            }
             print(json.dumps(line), flush=True)
 
 

@@ -508,9 +508,9 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
 
 def test_checks_before_a_run_do_without_torch(written: Path) -> None:
     code = (
-        "import sys; from dsrl_async.run import preflight; from dsrl_async.config.settings import validate; "
+        "import sys; from dsrl_async.run.preflight import policy; from dsrl_async.config.load import validate; "
         "import dsrl_async.envs.images; "
-        f"preflight.check_policy(validate({{'policy': {{'checkpoint': '{written / 'pi0' / 'lerobot'}'}}}})); "
+        f"policy.check_policy(validate({{'policy': {{'checkpoint': '{written / 'pi0' / 'lerobot'}'}}}})); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
