@@ -56,7 +56,7 @@ def start_as(system: str) -> None:
             threads = available_cpus()
         return start(module, job, fds, log, threads)
 
-    processes.start = start_child  # type: ignore[assignment]
+    processes.start = start_child
 
 
 def pin(pids: dict[str, list[int]]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -314,16 +315,14 @@ def test_a_policy_is_not_shown_pictures_of_another_quality(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    settings = {
-        "env": {"name": "libero_spatial", "render_quality": quality},
-        "policy": {"checkpoint": str(tmp_path)},
-    }
+    policy: dict[str, Any] = {"checkpoint": str(tmp_path)}
+    settings = {"env": {"name": "libero_spatial", "render_quality": quality}, "policy": policy}
     if refused is None:
         preflight.check_render_quality(validate(settings))
     else:
         with pytest.raises(ConfigError, match=f"trained on {refused} pictures.*policy.ignore_render_quality"):
             preflight.check_render_quality(validate(settings))
-    settings["policy"]["ignore_render_quality"] = True
+    policy["ignore_render_quality"] = True
     preflight.check_render_quality(validate(settings))
 
 

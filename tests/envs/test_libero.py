@@ -139,6 +139,7 @@ def draw_the_present(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) 
     observe = environment.observe
 
     def late(*arrays: Any) -> None:
+        assert environment._cameras is not None
         environment._cameras.capture(environment.data)
         observe(*arrays)
 
@@ -154,7 +155,7 @@ def seed_otherwise(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) ->
     patch.setattr(environment, "_preset_seed", environment._preset_seed + 1)
 
 
-PLANTED = {
+PLANTED: dict[Callable[[LiberoEnvironment, pytest.MonkeyPatch], None], set[str]] = {
     forget_the_gripper: {"simulation", "state", "images"},
     draw_the_present: {"images"},
     nudge_an_action: {"simulation"},

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from dsrl_async.config.load import validate
-from dsrl_async.envs import environment_spec, libero_files
+from dsrl_async.envs import EnvironmentSpec, environment_spec, libero_files
 
 TASKS = ("pick_up_the_bowl", "KITCHEN_SCENE10_open_the_top_drawer", "STUDY_SCENE1_pick_up_the_book")
 
@@ -55,7 +55,7 @@ def make_assets(directory: Path) -> Path:
     return directory
 
 
-def spec(**settings: object) -> object:
+def spec(**settings: object) -> EnvironmentSpec:
     return environment_spec(validate({"env": {"name": "libero_goal", **settings}}).env.model_dump())
 
 

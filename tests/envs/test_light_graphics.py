@@ -16,7 +16,8 @@ from dsrl_async.envs import light_graphics
 
 def shell(rings: int, sides: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """An open bowl of two walls 4 % apart: vertices [V, 3] and faces [F, 3]."""
-    vertices, faces = [], []
+    vertices: list[NDArray[np.float64]] = []
+    faces: list[tuple[int, ...]] = []
     for wall, radius in enumerate((1.0, 0.96)):
         first = len(vertices)
         for ring in range(rings + 1):
@@ -95,8 +96,8 @@ def test_a_large_texture_is_averaged_and_a_small_one_left(model: mujoco.MjModel)
 
 
 def test_the_model_itself_stays_as_it_is(model: mujoco.MjModel) -> None:
-    names = ("mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
-    names += ("tex_data", "tex_width", "tex_height")
+    names = ["mesh_vert", "mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum"]
+    names += ["tex_data", "tex_width", "tex_height"]
     before = {name: getattr(model, name).copy() for name in names}
     assert light_graphics.lighter(model, 600, 64).mesh_facenum[0] < before["mesh_facenum"][0]
     for name, values in before.items():

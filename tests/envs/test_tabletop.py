@@ -51,7 +51,7 @@ def random_chunks(seed: int, count: int) -> NDArray[np.float32]:
 def expert_actions(environment: TabletopEnvironment, goal: int, limit: int = 50) -> NDArray[np.float32]:
     """What the expert does until the block has landed on `goal`, or `limit` steps."""
     expert = TabletopExpert(goal)
-    actions = []
+    actions: list[NDArray[np.float32]] = []
     while len(actions) < limit and not environment.landed_on(goal):
         actions.append(expert.action(environment))
         environment.step(actions[-1])

@@ -360,7 +360,7 @@ def test_films_show_every_step_of_all_cameras_in_real_time_and_change_nothing(tm
     assert outcomes[0] == outcomes[1]
     assert [path.name for path in (tmp_path / ".unsorted").iterdir()] == ["12.mp4"]
     film = imageio.get_reader(unsorted_film(tmp_path, 12), "ffmpeg")
-    frames = [np.asarray(frame) for frame in film]
+    frames = [np.asarray(frame) for frame in film.iter_data()]
     assert film.get_meta_data()["fps"] == 20
     assert frames[0].shape == (256, 512, 3)
     brightness = [float(frame[:, :256].mean()) / 30 for frame in frames]
@@ -400,7 +400,7 @@ def test_what_a_suite_plays_and_what_its_configuration_plays(tmp_path: Path) -> 
         f"policy: {{checkpoint: {SMALL_LIBERO_POLICY}}}\n"
     )
 
-    def planned(*options: str) -> tuple[str, set[int], set[int | None], int]:
+    def planned(*options: str) -> tuple[str, set[int | None], set[int | None], int]:
         evaluation = resolve(build_parser().parse_args(["--config", str(config), *options]))
         assert evaluation.config.env.preset == "rlinf"
         assert evaluation.config.env.task_ids is evaluation.config.env.init_states is None

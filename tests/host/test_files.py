@@ -49,7 +49,7 @@ def test_what_cannot_be_brought_to_the_disk_or_renamed_leaves_the_old_file(
     def fail(*arguments: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
+    monkeypatch.setattr(os if failing == "fsync" else Path, failing, fail)
     with pytest.raises(OSError, match="the disk is full"):
         files.write_text(tmp_path / "file", "new")
     assert contents(tmp_path) == {"file": "old"}

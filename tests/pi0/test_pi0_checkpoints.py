@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,8 +34,8 @@ from dsrl_async.run.preflight.policy import check_policy
 from dsrl_async.shm.arena import Arena
 
 torch.set_num_threads(1)
-LAYOUTS = ("openpi", "rlinf", "lerobot")
-SIZES = {
+LAYOUTS: tuple[writer.Layout, ...] = ("openpi", "rlinf", "lerobot")
+SIZES: dict[str, Any] = {
     **{"image_size": 64, "patch_size": 16, "vision_depth": 1, "vision_mlp": 24, "vlm_width": 40, "vlm_mlp": 48},
     **{"expert_width": 32, "expert_mlp": 56, "depth": 2, "vocab_size": 120},
 }
@@ -112,8 +113,8 @@ def test_bfloat16_is_read_as_if_it_had_been_cast(written: Path, pi05: bool) -> N
         assert parameter.dtype == expected.dtype, name
         assert torch.equal(parameter, expected), name
         assert not parameter.requires_grad
-    for (name, buffer), expected in zip(model.named_buffers(), cast.buffers(), strict=True):
-        assert torch.equal(buffer, expected), name
+    for (name, buffer), right in zip(model.named_buffers(), cast.buffers(), strict=True):
+        assert torch.equal(buffer, right), name
 
 
 def test_tensors_are_read_in_pieces(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +248,7 @@ def test_tokens_behind_the_vocabulary_need_no_embedding(copy: Callable[..., Path
     words = ["<bos>", *map(str, range(SIZES["vocab_size"] - 1))]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="0"))
     tokenizer.add_special_tokens(["<image>"])
-    assert tokenizer.get_vocab_size() == tokenizer.token_to_id("<image>") + 1 == SIZES["vocab_size"] + 1
+    assert tokenizer.token_to_id("<image>") == SIZES["vocab_size"] == tokenizer.get_vocab_size() - 1
     tokenizer.save(str(directory / "tokenizer.json"))
     assert load_policy(directory).tokenizer.ids("7") == [0, 8, 1]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words[1:])}, unk_token="0"))
@@ -306,6 +307,10 @@ def rewrite_json(name: str, change: Callable[[dict], object]) -> Callable[[Path]
         path.write_text(json.dumps(content))
 
     return apply
+
+
+def write_json(name: str, content: object) -> Callable[[Path], object]:
+    return lambda directory: (directory / name).write_text(json.dumps(content))
 
 
 def truncate(directory: Path, missing: int = 1000) -> None:
@@ -439,7 +444,7 @@ STATE_BIAS = "state_proj.bias"
         ),
         ("openpi", lambda d: shutil.rmtree(d / "assets"), r"should have one norm_stats\.json .* it has none"),
         *(
-            ("lerobot", rewrite_json("config.json", lambda c, change=change: change(c)), rf"config\.json: {message}")
+            ("lerobot", rewrite_json("config.json", change), rf"config\.json: {message}")
             for change, message in MALFORMED_LEROBOT
         ),
         (
@@ -454,7 +459,7 @@ STATE_BIAS = "state_proj.bias"
         ),
         (
             "openpi",
-            rewrite_json("config.json", lambda c: (c.clear(), c.update(state_in_prompt=True))),
+            write_json("config.json", {"state_in_prompt": True}),
             r"config\.json lacks the fields pi05, cameras, image_size, ",
         ),
         ("openpi", large_tokenizer, r"tokenizer\.json has 201 tokens, the policy embeds 120"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,9 @@ def policy_of(model: str, dtype: torch.dtype) -> Pi0:
 def sample(policy: Pi0, model: str, rows: list[int], slots: int, leak: Leak | None) -> Tensor:
     """Actions of the given rows of one batch of observations, in this order, with so many language slots."""
     arrays = synthetic.observation(synthetic.sizes(model, "toy"), PROMPTS, seed=0)
-    inputs = {name: torch.from_numpy(np.ascontiguousarray(array[rows])) for name, array in arrays.items()}
+    inputs: dict[str, Any] = {
+        name: torch.from_numpy(np.ascontiguousarray(array[rows])) for name, array in arrays.items()
+    }
     for name in ("tokens", "token_mask"):
         inputs[name] = inputs[name][:, :slots]
     if leak is not None:

@@ -11,7 +11,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from dsrl_async.pi0.tensors import model_tensors
 torch.set_num_threads(1)
 
 GOLDENS = Path(__file__).parent / "goldens"
-TIME_GRIDS = {"openpi": "accumulated", "lerobot": "exact"}
+TIME_GRIDS: dict[str, Literal["accumulated", "exact"]] = {"openpi": "accumulated", "lerobot": "exact"}
 FLOAT32_TOLERANCE = 1e-5
 BFLOAT16_FACTOR = 1.5
 """How much farther from the float32 truth than the reference's own bfloat16 the policy's may be (RMS)."""

@@ -342,7 +342,7 @@ def test_residuals_are_not_added_in_place_for_autograd() -> None:
 def test_wrong_shapes_are_named() -> None:
     model, _ = make_model(small_config())
     sampler = make_sampler(model, batch=2)
-    good = [sampler.images, sampler.tokens, sampler.token_mask, sampler.state, sampler.noise]
+    good: list[Any] = [sampler.images, sampler.tokens, sampler.token_mask, sampler.state, sampler.noise]
     assert torch.equal(sample_actions(model, *good), sample_actions(model, *good))
     for index, name in ((0, "images"), (2, "token_mask"), (3, "state")):
         bad = list(good)

@@ -132,7 +132,9 @@ FRAMES = 11
 def synthetic(plan: Plan) -> Episode:
     random = np.random.default_rng(plan.noise_seed)
     shapes = {"actions": 7, "obs/robot_state": 8, "obs/target_position": 3, "obs/goal_position": 3}
-    fields = {name: random.normal(size=(FRAMES, width)).astype(np.float32) for name, width in shapes.items()}
+    fields: dict[str, np.ndarray] = {
+        name: random.normal(size=(FRAMES, width)).astype(np.float32) for name, width in shapes.items()
+    }
     fields["states"] = random.normal(size=(FRAMES, 92))
     for name in ("agentview_rgb", "eye_in_hand_rgb"):
         fields[f"obs/{name}"] = random.integers(256, size=(FRAMES, 16, 16, 3)).astype(np.uint8)

@@ -49,8 +49,8 @@ def fill(memory: Arena, decisions: int, seed: int = 0) -> None:
 
 
 def make_learner(config: Config, memory: Arena, run_dir: Path, frames: list[bytes] | None = None) -> Learner:
-    publish = [].append if frames is None else frames.append
-    return Learner(config, memory, HORIZON, torch.device("cpu"), run_dir, publish)
+    published = [] if frames is None else frames
+    return Learner(config, memory, HORIZON, torch.device("cpu"), run_dir, published.append)
 
 
 def test_learner_follows_the_ratio_publishes_and_measures(

@@ -156,7 +156,7 @@ def test_counters_have_the_dtype_and_the_shape_that_they_are_annotated_with() ->
     assert layouts["learner_updates"] == ((1,), "int64")
     assert layouts["learner_metrics"] == ((16,), "float32")
     with pytest.raises(AttributeError):
-        counters.actor_decision  # noqa: B018
+        counters.actor_decision  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_stop_is_told_to_all_who_share_the_memory(memory: Arena) -> None:

@@ -121,7 +121,8 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
 
 def test_modes(small_config: Config, memory: Arena) -> None:
     answers = {}
-    for count, mode in enumerate(("stochastic", "deterministic", "base"), start=1):
+    modes: tuple[Mode, ...] = ("stochastic", "deterministic", "base")
+    for count, mode in enumerate(modes, start=1):
         server = make_server(small_config, memory, mode, training=False)
         ask(server, 0, seed=1, count=count)
         server.serve_ready(server.slots.ready())

@@ -86,12 +86,12 @@ def write(ring: ReplayRing, decisions: int, seed: int) -> None:
 
     def observation() -> tuple[np.ndarray, np.ndarray]:
         image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        return image, rng.standard_normal(ring.rows["state"].shape[-1]).astype(np.float32)
+        return image, rng.standard_normal(ring.rows["state"].shape[-1:]).astype(np.float32)
 
     for lane in range(ring.lanes):
         ring.begin_episode(lane, *observation())
         for index in range(decisions):
-            noise = rng.standard_normal(ring.rows["noise"].shape[-1]).astype(np.float32)
+            noise = rng.standard_normal(ring.rows["noise"].shape[-1:]).astype(np.float32)
             last = index == decisions - 1
             ring.append(lane, noise, -float(not last), int(rng.integers(1, 6)), last, index, *observation())
 
@@ -353,8 +353,13 @@ def test_learning_from_a_mirror_is_learning_from_the_ring() -> None:
 def test_overwritten_batches_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
     updates = make_updates()
     answers = iter([True, True, False])
-    drawn = []
-    monkeypatch.setattr(updates.source, "overtaken", lambda positions: drawn.append(positions.clone()) or next(answers))
+    drawn: list[Tensor] = []
+
+    def overtaken(positions: Tensor) -> bool:
+        drawn.append(positions.clone())
+        return next(answers)
+
+    monkeypatch.setattr(updates.source, "overtaken", overtaken)
     assert updates.draw_batch()
     assert len({tuple(positions.tolist()) for positions in drawn}) == 3
     monkeypatch.setattr(updates.source, "overtaken", lambda positions: True)
