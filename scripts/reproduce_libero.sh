@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the figures of docs/libero_policy.md for one task of LIBERO-Spatial: base success from its 50 initial states, and
+# Makes the figures of docs/measurements/libero_policy.md for one task of LIBERO-Spatial: base success from its 50 initial
+# states, and
 # for each seed a run on initial states 0 to 39, whose learning rates are a fifth for the last 4,000 of 19,000 decisions,
 # its evaluation from all 50 initial states, and the picture. The ten states that no training saw are evaluated once more,
 # five times each with other places of the fixtures. What was interrupted is continued, what is there is kept.

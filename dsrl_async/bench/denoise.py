@@ -84,7 +84,7 @@ class Worker:
             if not (ENVIRONMENT / "complete").exists():
                 raise ValueError(
                     f"openpi's environment {ENVIRONMENT} is not there; make it with "
-                    f"'bash {ROOT}/scripts/references/setup.sh', or measure this project alone with "
+                    f"'bash {ROOT}/scripts/references/setup.sh openpi', or measure this project alone with "
                     f"'--system {OWN}'"
                 )
         self.system = system

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, cast
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """A thread that waits for others of its team sleeps. By default it spins, on a core that the one it waits for may need:
-other processes want the cores, too (docs/tuning.md has figures)."""
+other processes want the cores, too (docs/measurements/threads.md)."""
 PR_SET_PDEATHSIG = 1
 REAP_S = 5.0  # a killed process that is still there after this is stuck in the kernel, and left to it
 

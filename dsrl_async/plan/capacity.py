@@ -1,6 +1,6 @@
 """What a machine can do for a run: throughput against the number of actors, and what bounds it. Pure functions.
 
-The actors, of one environment each, and the device that answers them are simulated (`throughput_model.simulate`). What
+The actors, of one environment each, and the device that answers them are simulated (`simulation.simulate`). What
 that leaves out, the cores and the learner, are bounds of their own, by the work of a decision; the smallest of all is
 the prediction. Where the cores are the bound this supposes that their scheduler slows everything down alike.
 

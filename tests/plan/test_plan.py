@@ -83,7 +83,7 @@ def test_waiting_for_a_fuller_batch_takes_its_time() -> None:
 
 @pytest.mark.parametrize(("actors", "rate"), [(8, 86), (16, 162), (32, 205), (64, 203)])
 def test_published_figures(actors: int, rate: float) -> None:
-    """The ideal of docs/throughput.md times the share of it that the table there gives for the run's batch sizes."""
+    """The ideal of docs/measurements/throughput.md times its share that the table there gives for the run's sizes."""
     sizes = InferenceConfig().buckets
     device_s = {size: DEVICES["h100"](size) for size in sizes}
     known = figures(environment=EnvironmentTimes(), device_s=device_s, batch_sizes=sizes)

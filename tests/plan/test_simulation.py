@@ -131,7 +131,7 @@ def test_lock_step_serves_more_than_a_batch_one_after_the_other() -> None:
 
 
 def test_published_figures_of_lock_step_and_readiness() -> None:
-    """An H100 at 1.3 x its bound, chunks of 60 ms, resets of 600 ms: the figures of docs/throughput.md."""
+    """An H100 at 1.3 x its bound, chunks of 60 ms, resets of 600 ms: the figures of docs/measurements/throughput.md."""
     times = EnvironmentTimes()
     expected = {8: (86, 28), 16: (162, 36), 32: (209, 48), 64: (209, 68)}
     for actors, (by_readiness, in_lock_step) in expected.items():

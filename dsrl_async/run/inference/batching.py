@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dsrl_async.config.settings import Config
 
 FEWEST_USED_ROWS = 0.9
-"""A batch is padded only when so large a share of its rows is used; docs/throughput.md has the figures behind it."""
+"""A batch is padded only when so large a share of its rows is used (docs/measurements/throughput.md)."""
 
 CPU_BATCH_WAIT_S = 0.001
 

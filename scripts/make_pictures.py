@@ -1,0 +1,308 @@
+"""Makes the pictures of the documents from a run of its own: docs/pictures/steering.gif, display.svg, trace.png and
+tensorboard.png.
+
+    python scripts/make_pictures.py --minutes 5
+
+It steers the embedded task for so many minutes, with `--profile` and in a terminal of its own; then it films the base
+policy and the steered one in the same episodes, and draws. What is in the working directory already (`--work`) is not
+made again. The picture of TensorBoard needs Chromium, and is left out where there is none. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import http.server
+import io
+import itertools
+import json
+import os
+import pty
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import imageio.v2 as imageio
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS, LINES = 82, 50
+"""Size of the terminal that the live display is recorded in."""
+ERASE = re.compile(rb"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K)+")
+"""How rich takes away the frame before the next one."""
+BEFORE_THE_END = 15
+"""The frame that is shown is so many frames before the last one, when all processes are at work."""
+EPISODES, FILM_SEED, SHOWN = 12, 1000, 3
+NOISE, STILL = 13, 5
+"""Levels of 255 that the compression of a film adds to a pixel; still frames that end a film."""
+FRAME, GAP, CAPTION = 256, 12, 34  # pixels of the GIF
+COLOURS_OF_GIF = 160
+HOLD = 12  # frames for which an episode's end is shown
+TAGS = "async/success_rate|env/episode_len"
+PATIENCE_S = 20.0  # for TensorBoard's page
+SHOT = (1240, 600)
+WORKERS_SHOWN, TRACE_S = 6, 1.0
+COLOURS = {
+    "physics": "#2f9150",
+    "render": "#8fd19e",
+    "reset": "#d9a400",
+    "replay_write": "#7a5195",
+    "prefix": "#1f5fbf",
+    "denoise": "#7db3f2",
+    "gather": "#e07a5f",
+    "scatter": "#c0392b",
+    "update": "#8e44ad",
+    "sample": "#c39bd3",
+    "publish": "#f39c12",
+    "weights": "#f39c12",
+    "checkpoint": "#555555",
+}
+"""Of the phases and stages in the trace; waits are grey, and `compute` is what the stages inside it say."""
+WAITING = "#e3e6ea"
+
+
+def run(work: Path, minutes: float) -> None:
+    """Steer the embedded task, and keep all that its live display wrote in display.ansi."""
+    if (work / "run" / "summary.json").is_file():
+        return
+    command = [sys.executable, "-m", "dsrl_async.launch", "--profile", "--max-minutes", str(minutes)]
+    command += ["--run-dir", str(work / "run"), "--log.console", "live"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(LINES)}
+    process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+    os.close(theirs)
+    with (work / "display.ansi").open("wb") as file:
+        while True:
+            try:
+                file.write(os.read(ours, 1 << 16))
+            except OSError:  # the run has ended, and its terminal with it
+                break
+    if process.wait() != 0:
+        raise SystemExit(f"the run failed; see {work / 'display.ansi'}")
+
+
+def film(work: Path, name: str, *options: str) -> dict[int, Path]:
+    """Play the episodes and film them all; returns the films of a kind by episode number."""
+    directory = work / name
+    if not directory.is_dir():
+        command = [sys.executable, "-m", "dsrl_async.evaluate", "--episodes", str(EPISODES), "--seed", str(FILM_SEED)]
+        command += ["--video", str(directory), "--videos", str(EPISODES), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return {int(path.name.split("-")[1]): path for path in sorted(directory.glob("*.mp4"))}
+
+
+def read_film(path: Path) -> list[np.ndarray]:
+    """The frames of the first camera, uint8 [256, 256, 3] each, without the still ones at the end.
+
+    What differs from the frame before only by the film's compression is taken from there, so that the GIF is small.
+    """
+    frames = [np.array(frame)[:, :256] for frame in imageio.mimread(path, memtest=False)]
+    for before, frame in itertools.pairwise(frames):
+        still = np.abs(frame.astype(int) - before).max(-1, keepdims=True) < NOISE
+        np.copyto(frame, before, where=still)
+    return frames[: len(frames) - STILL]
+
+
+def draw_steering(work: Path, out: Path) -> None:
+    """The same episodes side by side: where the base policy fails and the steered one succeeds."""
+    base, steered = film(work, "base"), film(work, "steered", "--checkpoint", str(work / "run"))
+    numbers = [
+        number
+        for number in sorted(base.keys() & steered.keys())
+        if base[number].stem.endswith("failure") and steered[number].stem.endswith("success")
+    ][:SHOWN]
+    if not numbers:
+        raise SystemExit(f"no episode in which only the steered policy succeeds; train longer, or look into {work}")
+    minutes = json.loads((work / "run" / "summary.json").read_text())["wall_s"] / 60
+    titles = ("the frozen policy", f"steered for {minutes:.0f} minutes")
+    pages = []
+    for number in numbers:
+        pair = [read_film(base[number]), read_film(steered[number])]
+        longest = max(map(len, pair))
+        for index in range(longest + HOLD):
+            ended = ("failure" if index >= len(pair[0]) else "", "success" if index >= len(pair[1]) else "")
+            images = [frames[min(index, len(frames) - 1)] for frames in pair]
+            pages.append(side_by_side(images, titles, ended))
+    some = np.hstack([np.asarray(page) for page in pages[:: max(1, len(pages) // 10)]])
+    palette = Image.fromarray(some).quantize(COLOURS_OF_GIF)
+    pages = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    pages[0].save(out, save_all=True, append_images=pages[1:], duration=100, loop=0, optimize=True)
+
+
+def side_by_side(images: list[np.ndarray], titles: tuple[str, ...], ended: tuple[str, ...]) -> Image.Image:
+    page = Image.new("RGB", (2 * FRAME + 3 * GAP, FRAME + CAPTION + 2 * GAP), "#ffffff")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(18)
+    for column, (image, title, end) in enumerate(zip(images, titles, ended, strict=True)):
+        left = GAP + column * (FRAME + GAP)
+        draw.text((left + FRAME // 2, GAP + CAPTION // 2 - 4), title, "#1c2430", font, anchor="mm")
+        page.paste(Image.fromarray(image).resize((FRAME, FRAME), Image.Resampling.LANCZOS), (left, GAP + CAPTION))
+        if end:
+            colour = "#2f9150" if end == "success" else "#c0392b"
+            box = (left, GAP + CAPTION, left + FRAME - 1, GAP + CAPTION + FRAME - 1)
+            draw.rectangle(box, outline=colour, width=5)
+            draw.rectangle((left + 5, GAP + CAPTION + 5, left + 97, GAP + CAPTION + 33), fill=colour)
+            draw.text((left + 51, GAP + CAPTION + 19), end, "#ffffff", font, anchor="mm")
+    return page
+
+
+def draw_display(work: Path, out: Path) -> None:
+    """A frame of the live display, as text in an SVG."""
+    written = (work / "display.ansi").read_bytes()
+    pieces = [piece.decode(errors="replace") for piece in ERASE.split(written.replace(b"\r\n", b"\n"))]
+    frames = [piece[piece.rindex("╭") :] for piece in pieces if "╭" in piece and "╯" in piece]
+    frame = frames[-min(BEFORE_THE_END, len(frames))]
+    colour = re.match(r".*?(\x1b\[[\d;]*m)?$", pieces[0].partition("╭")[0], re.DOTALL)  # of the panel's corner
+    text = Text.from_ansi((colour[1] or "" if colour else "") + frame[: frame.rindex("╯") + 1])
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console.print(text)
+    picture = console.export_svg(title="bash scripts/run.sh --max-minutes 5", unique_id="display")
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # nothing is to be fetched for a picture
+    out.write_text(picture.replace("Fira Code", "ui-monospace, DejaVu Sans Mono"))
+
+
+def draw_trace(work: Path, out: Path) -> None:
+    """Two seconds of all kinds of processes, from the trace that the run left for Perfetto."""
+    events = json.loads((work / "run" / "profile" / "trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    spans = [event for event in events if event["ph"] == "X"]
+    begin = busiest(spans) / 1e6
+    workers = sorted(name for name in names.values() if name.startswith("actor"))[:WORKERS_SHOWN]
+    rows = [*workers, "inference", "learner"]
+    labels = [name.replace("actor-", "worker ") for name in workers] + ["inference", "learner"]
+    figure, axes = plt.subplots(figsize=(10.5, 4.8), layout="constrained")
+    used = set()
+    for span in sorted(spans, key=lambda span: not span["name"].startswith("wait")):
+        start = span["ts"] / 1e6 - begin
+        process, name = names[span["pid"]], span["name"]
+        if process not in rows or start > TRACE_S or start + span["dur"] / 1e6 < 0 or name == "compute":
+            continue
+        if span["tid"] == 2 and process == "learner":  # its stage is its phase
+            continue
+        waiting = name.startswith("wait")
+        colour = WAITING if waiting else COLOURS[name]
+        used.add(name if not waiting else "waiting")
+        axes.barh(rows.index(process), span["dur"] / 1e6, left=start, height=0.66, color=colour, linewidth=0)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, TRACE_S)
+    axes.set_xlabel("seconds")
+    axes.tick_params(left=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    shown = [name for name in COLOURS if name in used]
+    if {"publish", "weights"} <= used:
+        shown.remove("publish")  # the two sides of one thing, in one colour
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in shown]
+    handles.append(plt.Rectangle((0, 0), 1, 1, color=WAITING))
+    titles = [*(name.replace("_", " ") for name in shown), "waiting"]
+    figure.legend(handles, titles, loc="outside upper center", ncols=7, frameon=False, handlelength=1.2)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def busiest(spans: list[dict[str, Any]]) -> float:
+    """When the TRACE_S with the most batches begin, in the trace's microseconds."""
+    batches = np.array([span["ts"] for span in spans if span["name"] == "compute"])
+    counts = [np.count_nonzero((batches >= begin) & (batches < begin + TRACE_S * 1e6)) for begin in batches]
+    return float(batches[int(np.argmax(counts))]) - 0.05e6
+
+
+def draw_tensorboard(work: Path, out: Path) -> None:
+    """TensorBoard as a browser shows it, without its pane of settings."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        print("no Chromium: the picture of TensorBoard is left out", file=sys.stderr)
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    board = f"http://localhost:{port}/?darkMode=false&smoothing=0.6&tagFilter={quote(TAGS, safe='')}#timeseries"
+    frame = f'<iframe src="{board}" style="border:0;width:1500px;height:{SHOT[1]}px"></iframe>'
+    page = f'<body style="margin:0;overflow:hidden">{frame}<img src="/late" style="display:none">'
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        """A page that is complete only when TensorBoard's, inside it, has had the time to draw."""
+
+        def do_GET(self) -> None:
+            if self.path == "/late":
+                time.sleep(PATIENCE_S)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(work / "run"), "--port", str(port)]
+    server = subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.DEVNULL)
+    outer = http.server.ThreadingHTTPServer(("localhost", 0), Page)
+    threading.Thread(target=outer.serve_forever, daemon=True).start()
+    try:
+        with tempfile.TemporaryDirectory() as profile:
+            time.sleep(PATIENCE_S)  # until the server has read the run
+            options = (
+                "--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --hide-scrollbars --no-first-run "
+            )
+            options += "--disable-background-networking --disable-component-update --disable-sync --disable-quic"
+            subprocess.run(
+                [
+                    browser,
+                    *options.split(),
+                    f"--user-data-dir={profile}",
+                    f"--window-size={SHOT[0]},{SHOT[1]}",
+                    f"--screenshot={out}",
+                    f"http://localhost:{outer.server_port}/",
+                ],
+                check=True,
+                stderr=subprocess.DEVNULL,
+                timeout=10 * PATIENCE_S,
+            )
+    finally:
+        outer.shutdown()
+        server.terminate()
+        server.wait()
+
+
+PICTURES = {
+    "steering.gif": draw_steering,
+    "display.svg": draw_display,
+    "trace.png": draw_trace,
+    "tensorboard.png": draw_tensorboard,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long to steer (default 5)")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "pictures", help="where the run and films are kept"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures", help="where the pictures are written")
+    parser.add_argument("--only", nargs="*", choices=PICTURES, default=list(PICTURES), help="only these pictures")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    run(arguments.work, arguments.minutes)
+    for name in arguments.only:
+        PICTURES[name](arguments.work, arguments.out / name)
+
+
+if __name__ == "__main__":
+    main()
