@@ -6,3 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS, DOCS, SCRIPTS = ROOT / "configs", ROOT / "docs", ROOT / "scripts"
+FIXTURES = ROOT / "tests" / "fixtures"

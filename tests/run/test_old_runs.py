@@ -1,0 +1,48 @@
+"""Run directories of earlier versions, which every later one resumes and evaluates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import call
+from support.launched import Launched, checkpoint_of, state_of
+from support.paths import FIXTURES
+
+from dsrl_async.evaluate.__main__ import main as evaluate
+
+DECISIONS, UPDATES, EPISODES = 100, 84, 10
+"""That the run had when it ended; all of its decisions are in its replay ring."""
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FIXTURES / "run_beb78af", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("mode", [[], ["--serial"]], ids=["asynchronous", "serial"])
+def test_it_goes_on_where_it_was(old_run: Path, mode: list[str]) -> None:
+    run = Launched(old_run, "--resume", str(old_run), "--max-decisions", "130", *mode)
+    result = run.finish()
+    assert result["returncode"] == 0, result["stderr"]
+    assert (result["exit_reason"], result["decisions"]) == ("max_decisions", 130)
+    assert result["episodes"] >= EPISODES + 2
+    # An update for each decision after the warm-up: those of the old run are counted, and no burst makes up for them.
+    assert UPDATES + 20 <= result["updates"] <= 130 - 16
+    lines: list[dict[str, Any]] = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["decisions"] for line in lines] == sorted(line["decisions"] for line in lines)
+    resumed = [line["replay_size"] for line in lines if line["decisions"] > DECISIONS]
+    assert min(resumed) > DECISIONS
+    assert sum(state_of(old_run)["counters"]["actor_decisions"]) == 130
+    assert len(list((checkpoint_of(old_run) / "replay").iterdir())) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--base"]], ids=["steered", "base"])
+def test_it_is_evaluated(old_run: Path, options: list[str]) -> None:
+    arguments = ["--checkpoint", str(old_run), "--episodes", "2", "--processes", "1", "--env.max-episode-steps", "20"]
+    result = call(evaluate, *arguments, *options).result
+    assert result["episodes"] == 2
+    assert result["policy"] == ("base" if options else str(checkpoint_of(old_run)))
