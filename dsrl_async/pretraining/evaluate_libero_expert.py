@@ -1,5 +1,5 @@
-"""How often the scripted LIBERO expert succeeds from all initial states, with its most reliable way of each task and as
-openpi plays LIBERO; nothing is drawn."""
+"""Measures how often the scripted LIBERO expert succeeds from all initial states, with its most reliable way of each
+task and openpi's preset. It renders nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situa
 
 
 def play(job: tuple[int, int, float], advance: Callable[[], None]) -> list[tuple[bool, int]]:
-    """Success and steps of the task's episodes from each of its first initial states; job: task, episodes, side."""
+    """Success and steps from each of the first initial states of a task. `job`: task, episodes, side."""
     task, episodes, side = job
     settings = {"name": "libero_spatial", "task_ids": [task], "preset": "openpi", "scene_order": "cycled"}
     environment = LiberoEnvironment(validate({"env": settings | {"render_quality": "fast"}}).env.model_dump())
@@ -43,9 +43,9 @@ def play(job: tuple[int, int, float], advance: Callable[[], None]) -> list[tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--init-states", type=int, default=50, help="episodes per way of a task: the first so many")
-    parser.add_argument("--tasks", type=int, nargs="+", default=list(SIDES), help="numbers of tasks")
-    parser.add_argument("--all-sides", action="store_true", help="every known side of the bowl, not only the best one")
+    parser.add_argument("--init-states", type=int, default=50, help="number of initial states to start from")
+    parser.add_argument("--tasks", type=int, nargs="+", default=list(SIDES), help="numbers of the tasks")
+    parser.add_argument("--all-sides", action="store_true", help="play every known side of the bowl, not only the best")
     parser.add_argument("--processes", type=int, default=available_cpus(), help="worker processes")
     parser.add_argument("--out", type=Path, default=Path("libero_expert.json"), help="JSON file to write")
     options = parser.parse_args()

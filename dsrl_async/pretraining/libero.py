@@ -2,14 +2,14 @@
 
     python -m dsrl_async.pretraining.libero --data data/libero_spatial --out runs/libero_spatial_pi0_small
 
-Reads every `<task>_demo.hdf5` in a directory (LIBERO's own layout, with what
+It reads every `<task>_demo.hdf5` in a directory (LIBERO's own layout and what
 `dsrl_async.pretraining.libero_demonstrations` adds to it) and goes through the two stages of
-`dsrl_async.pretraining.stages`; the auxiliary loss of the first one asks where the object to take and the place to put
-it are, in the frame of the world and from the hand. The demonstrations of a few initial states per task are held out;
+`dsrl_async.pretraining.training`, with an auxiliary loss in the first on the positions of the object to take and of its
+goal, in the frame of the world and from the hand. The demonstrations of a few initial states per task are held out, and
 their losses are printed beside those of training.
 
-The output directory holds the policy as it is so far from the first checkpoint on, and in `training.json` what it was
-trained on: a policy sees the same kind of pictures later or fails. Interrupted, the same command with --resume goes on.
+From the first checkpoint on, the output directory holds the latest policy, and in `training.json` what it was trained
+on: a policy needs the same kind of images later. After an interruption, the same command with --resume continues.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from dsrl_async.pi0.config import TRAINING, Pi0Config, libero_small_config
 from dsrl_async.pi0.files import NormStats
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pretraining.stages import (
+from dsrl_async.pretraining.training import (
     Demonstrations,
     Expert,
     Joint,
-    Stage,
+    StageSettings,
     action_chunks,
     build_tokenizer,
     load_training_state,
@@ -59,31 +59,31 @@ from dsrl_async.pretraining.stages import (
 CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
 POSITIONS = ("target", "goal", "target from hand", "goal from hand")
 SMALLEST_POSITION_STD = 0.01
-"""Metres: an error of a centimetre weighs at most as much as a standard deviation."""
+"""Floor in metres, so that an error of a centimetre weighs at most as much as a standard deviation."""
 SMALLEST_STATE_STD = 0.01
-"""Metres and radians: what hardly varies in the demonstrations is not blown up when the robot strays from them."""
+"""Floor in metres and radians: what hardly varies in the demonstrations is not blown up when the robot strays."""
 SAME_IN_ALL_FILES = ("suite", "render_quality", "image_size", "settling_steps", "versions")
 FREE_SETTINGS = ("data", "out", "resume", "threads", "checkpoint_minutes", "stop_after")
 """Options that may change when a training is resumed."""
 SAME_WHEN_RESUMED = ("settings", "demonstrations")
 RESUME = "resume/state.safetensors"
-"""In a directory of its own: the files of a policy are all those of the upper one that end in .safetensors."""
+"""It has a directory of its own, since all files of the parent that end in .safetensors belong to the policy."""
 
 
 class Recording(NamedTuple):
-    """One demonstration in a file."""
+    """A demonstration in a file."""
 
     held_out: bool
-    """Of an initial state that is not trained on."""
+    """Whether its initial state is not trained on."""
     task: int
-    """Which file, of all of them."""
+    """Index of the file."""
     name: str
     frames: int
 
 
 @dataclass
 class Frames:
-    """All frames of all files, as they were recorded but for the pictures' size and orientation, held-out ones last."""
+    """All frames of all files as recorded, except for the images' size and orientation. Held-out ones come last."""
 
     images: Tensor
     """uint8 [F, 2, size, size, 3], as the environment shows them to a policy."""
@@ -92,23 +92,23 @@ class Frames:
     action: Tensor
     """float32 [F, 7]"""
     positions: Tensor
-    """float32 [F, 12], in metres: the places of `POSITIONS`."""
+    """float32 [F, 12], the `POSITIONS` in metres."""
     task: Tensor
-    """int64 [F]: which of `prompts`."""
+    """int64 [F], indices into `prompts`."""
     episode: Tensor
-    """int64 [F], rising."""
+    """int64 [F], increasing."""
     training: int
-    """How many of the frames are to train on."""
+    """Number of frames to train on."""
     prompts: list[str]
     described: dict[str, Any]
-    """What the files say about themselves, for `training.json`."""
+    """The files' attributes, for `training.json`."""
 
 
 def find_recordings(paths: Sequence[Path], held_out_states: int) -> tuple[list[Recording], list[str], dict[str, Any]]:
-    """All demonstrations, the instruction of each file, and what the files say about themselves.
+    """All demonstrations, the instruction of each file, and the files' attributes.
 
     The `held_out_states` highest initial states of each file are held out. Raises ValueError, naming the file, when
-    that leaves none, or when the files were not recorded alike.
+    that leaves none or the files were not recorded alike.
     """
     recordings, prompts, tasks = [], [], []
     common: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def find_recordings(paths: Sequence[Path], held_out_states: int) -> tuple[list[R
 
 
 def read_frames(directory: Path, image_size: int, held_out_states: int, console: Console) -> Frames:
-    """Reads all demonstrations in a directory; raises ValueError as `find_recordings` does, or when there are none."""
+    """Reads all demonstrations in a directory. Raises ValueError as `find_recordings` does, or when there are none."""
     paths = sorted(directory.glob("*_demo.hdf5"))
     if not paths:
         raise ValueError(f"there is no *_demo.hdf5 in {directory}; record demonstrations first (docs/libero_policy.md)")
@@ -165,7 +165,7 @@ def read_frames(directory: Path, image_size: int, held_out_states: int, console:
 
 
 def _plain(attribute: Any) -> Any:
-    """An HDF5 attribute as JSON has it."""
+    """An HDF5 attribute as a JSON value."""
     value = attribute.item() if isinstance(attribute, np.generic) else attribute
     return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
 
@@ -173,8 +173,8 @@ def _plain(attribute: Any) -> Any:
 def _fill(frames: Frames, rows: slice, demo: h5py.Group) -> None:
     size = frames.images.shape[2]
     for camera, name in enumerate(CAMERAS):
-        pictures: NDArray[np.uint8] = demo["obs"][name][:]
-        resized = np.stack([libero_image(picture, size) for picture in pictures])
+        images: NDArray[np.uint8] = demo["obs"][name][:]
+        resized = np.stack([libero_image(image, size) for image in images])
         frames.images[rows, camera] = torch.from_numpy(resized)
     state, target, goal = (
         torch.from_numpy(demo["obs"][name][:]).float() for name in ("robot_state", "target_position", "goal_position")
@@ -188,7 +188,7 @@ def _fill(frames: Frames, rows: slice, demo: h5py.Group) -> None:
 def prepare(
     frames: Frames, config: Pi0Config, tokenizer: PromptTokenizer
 ) -> tuple[Demonstrations, Demonstrations | None, NormStats]:
-    """Frames to train on and held-out ones, both scaled by the statistics of the former."""
+    """Splits the frames into those to train on and held-out ones, both scaled by the statistics of the former."""
     train, held_out = slice(frames.training), slice(frames.training, None)
     stats = {
         "state": statistics(frames.state[train], SMALLEST_STATE_STD),
@@ -210,7 +210,7 @@ def prepare(
 
 
 class Checkpoints:
-    """Writes, every few minutes, the policy as it is so far and all that the rest of the training depends on."""
+    """Writes the latest policy and everything that the rest of the training depends on, every few minutes."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class Checkpoints:
         self.stop_after = args.stop_after
         self.seconds, self.written = 60 * args.checkpoint_minutes, time.monotonic()
         self.started = time.monotonic()
-        """Earlier by the time that the training took before it was interrupted."""
+        """Moved back by the time that training took before an interruption."""
 
     def after_update(self, stage: Joint | Expert) -> None:
         stopping = isinstance(stage, Expert) and stage.optimiser.step == self.stop_after
@@ -238,7 +238,7 @@ class Checkpoints:
         self.written = time.monotonic()
 
     def minutes(self) -> float:
-        """Of training, over all interruptions."""
+        """Minutes of training, with those before interruptions."""
         return round((time.monotonic() - self.started) / 60, 1)
 
     def write_state(self, stage: Joint | Expert) -> None:
@@ -251,7 +251,7 @@ class Checkpoints:
             save_file(tensors, temporary, metadata)
 
     def write_policy(self, model: Pi0, stage: str, step: int, **described: Any) -> None:
-        """An evaluation that reads the directory meanwhile sees the old or the new weights."""
+        """Replaces the files, so that an evaluation that reads the directory meanwhile gets old or new weights."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.directory) as temporary:
             save_policy(temporary, model, self.stats, self.tokenizer)
@@ -261,9 +261,9 @@ class Checkpoints:
                 file.replace(self.directory / file.name)
 
     def read_state(self) -> tuple[str, dict[str, Tensor]]:
-        """The name of the stage that was interrupted, and its state.
+        """The name and the state of the interrupted stage.
 
-        Raises ValueError if there is nothing to resume or it is of another run.
+        Raises ValueError if there is nothing to resume or it belongs to another run.
         """
         path = self.directory / RESUME
         if not path.is_file():
@@ -285,7 +285,7 @@ class Checkpoints:
         return metadata["stage"], state
 
     def finish(self) -> None:
-        """Removes what is needed for resuming only."""
+        """Removes the files that only resuming needs."""
         path = self.directory / RESUME
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -301,20 +301,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/libero_spatial"), help="directory of *_demo.hdf5")
     out = Path("runs/libero_spatial_pi0_small")
     parser.add_argument("--out", type=Path, default=out, help="checkpoint directory to write")
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted training in --out")
+    parser.add_argument("--resume", action="store_true", help="continue the interrupted training in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--held-out", type=int, default=2, help="initial states of each task that are only measured")
+    parser.add_argument("--held-out", type=int, default=2, help="initial states per task to measure but not train on")
     parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
     parser.add_argument("--joint-batch", type=int, default=64, help="observations per update, first stage")
     parser.add_argument("--expert-steps", type=int, default=5000, help="updates of the second stage")
     parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
     parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate of both stages")
     parser.add_argument(
-        "--stop-after", type=int, help="updates of the second stage to end after; --resume without it goes on"
+        "--stop-after", type=int, help="end after this many updates of the second stage; --resume without it continues"
     )
-    parser.add_argument("--checkpoint-minutes", type=float, default=3.0, help="between two checkpoints")
+    parser.add_argument("--checkpoint-minutes", type=float, default=3.0, help="minutes between two checkpoints")
     return parser.parse_args()
 
 
@@ -327,7 +327,7 @@ def main() -> None:
 
 
 def pretrain(args: argparse.Namespace, console: Console) -> None:
-    """Raises ValueError if the options, the demonstrations or what is to be resumed cannot be used."""
+    """Trains or resumes. Raises ValueError if options, demonstrations or the interrupted training are unusable."""
     if args.stop_after is not None and args.stop_after < 1:
         raise ValueError(f"--stop-after must be at least 1, not {args.stop_after}")
     torch.set_num_threads(args.threads)
@@ -354,13 +354,13 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
     losses = {}
     with progress_bar(console) as progress:
         if name == "joint":
-            stage = Stage(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
+            stage = StageSettings(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
             joint = Joint(model, data, stage, held_out)
             if state is not None:
                 load_training_state(joint, state)
             losses["joint"] = joint.train(progress, checkpoints.after_update)
             checkpoints.write_state(joint)
-        stage = Stage(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
+        stage = StageSettings(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
         expert = Expert(model, data, stage, held_out)
         if state is not None and name == "expert":
             load_training_state(expert, state)

@@ -1,7 +1,7 @@
 """Demonstrations of the scripted LIBERO expert, in the HDF5 layout of LIBERO's own (docs/libero_demonstrations.md).
 
-Several ways of doing the task are mixed: sides of the bowl's rim, carry heights and speeds. In two thirds of the
-episodes the executed action carries Gaussian noise while the recorded action stays the expert's clean one (DART: Laskey
+They mix several ways of doing the task: sides of the bowl's rim, carry heights and speeds. In two thirds of the
+episodes the executed action carries Gaussian noise while the recorded action is the expert's clean one (DART: Laskey
 et al., "DART: Noise Injection for Robust Imitation Learning", 2017), and some first grasps miss, so that a policy that
 imitates them also learns to recover.
 """
@@ -33,47 +33,46 @@ if TYPE_CHECKING:
     from dsrl_async.envs.libero import LiberoEnvironment
 
 NOISE_SCALES = (0.0, 0.15, 0.3)
-"""Standard deviations of the noise in a translation, as a fraction of the largest action."""
+"""Standard deviations of the noise in a translation, as fractions of the largest action."""
 ROTATION_NOISE = 1 / 3
 """Noise in a rotation, as a fraction of that in a translation."""
 CARRY_HEIGHTS = (0.08, 0.16)
 SPEEDS = (0.7, 1.0)
 SLOPPY_FRACTION = 0.12
 SLOPPY_OFFSET = (0.040, 0.050)
-"""Metres: the first grasp closes beside the rim, inside or outside of the bowl."""
+"""Distance in metres by which the first grasp closes beside the rim, inside or outside the bowl."""
 HOVER_FRAMES = 8
-"""Frames recorded after the hand has let go of the bowl on the plate."""
+"""Number of frames recorded after the hand has released the bowl on the plate."""
 MAX_STEPS = 220
 ATTEMPTS = 4
-"""At most so many attempts per wanted episode; a task that needs more is broken."""
+"""Upper limit on the attempts per wanted episode; a task that needs more is broken."""
 CHUNK_FRAMES = 8
-"""Frames in one compressed piece of the file."""
+"""Number of frames in a compressed piece of the file."""
 
 
-class Plan(NamedTuple):
-    """What is chosen for an attempt before it starts."""
+class Attempt(NamedTuple):
+    """The choices for an attempt, made before it starts."""
 
     init_state: int
     scene_seed: int
-    """Of `LiberoEnvironment.reset`: where the fixtures stand."""
+    """Seed for `LiberoEnvironment.reset`, which decides where the fixtures stand."""
     way: Way
     noise_scale: float
     sloppy_offset: float
     noise_seed: int
 
 
-class Episode(NamedTuple):
-    """A recorded episode of T frames; frame t is what a policy would see before action t."""
+class Demonstration(NamedTuple):
+    """A recorded episode of T frames. Frame t is what a policy would see before action t."""
 
-    plan: Plan
+    attempt: Attempt
     fields: dict[str, NDArray[Any]]
-    """By their names in the file, the first axis being T."""
+    """Name in the file -> array whose first axis is T."""
 
 
-def plan_of(seed: int, task: int, attempt: int, init_states: Sequence[int]) -> Plan:
-    """Attempt number `attempt` (from 0) at a task; it depends on nothing else, neither on other attempts nor on the
-    process that makes it. The initial states take turns."""
-    random = np.random.default_rng([seed, task, attempt])
+def draw_attempt(seed: int, task: int, number: int, init_states: Sequence[int]) -> Attempt:
+    """Attempt `number` (from 0) at a task. It depends only on the arguments; the initial states take turns."""
+    random = np.random.default_rng([seed, task, number])
     way = Way(
         side=float(random.choice(SIDES[task])),
         carry_height=float(random.uniform(*CARRY_HEIGHTS)),
@@ -81,8 +80,8 @@ def plan_of(seed: int, task: int, attempt: int, init_states: Sequence[int]) -> P
     )
     sloppy = random.random() < SLOPPY_FRACTION
     offset = random.choice([-1, 1]) * random.uniform(*SLOPPY_OFFSET) if sloppy else 0.0
-    return Plan(
-        init_state=init_states[attempt % len(init_states)],
+    return Attempt(
+        init_state=init_states[number % len(init_states)],
         scene_seed=int(random.integers(2**31)),
         way=way,
         noise_scale=float(random.choice(NOISE_SCALES)),
@@ -92,7 +91,7 @@ def plan_of(seed: int, task: int, attempt: int, init_states: Sequence[int]) -> P
 
 
 def environment_for(suite: str, task: int, image_size: int, render_quality: str) -> LiberoEnvironment:
-    """One task whose pictures are as LIBERO's files have them; its reset with number k starts from initial state k."""
+    """One task with images as in LIBERO's files. A reset with number k starts from initial state k."""
     from dsrl_async.envs.libero import LiberoEnvironment
 
     settings = {
@@ -106,17 +105,17 @@ def environment_for(suite: str, task: int, image_size: int, render_quality: str)
         "rotate_images": False,
     }
     environment = LiberoEnvironment(validate({"env": settings}).env.model_dump())
-    # Not among what our policies see, but in LIBERO's files; sampled in the same moment of a step as the pictures.
+    # LIBERO's files have these too, which our policies do not see. They are sampled at the same moment as the images.
     for name in ("robot0_eef_quat", "robot0_joint_pos"):
         environment.domain._observables[name]._enabled = True
     return environment
 
 
-def record_episode(environment: LiberoEnvironment, plan: Plan) -> Episode | None:
-    """Plays the planned episode; None if the bowl does not end on the plate, let go, within `MAX_STEPS` steps."""
-    environment.reset(plan.scene_seed, plan.init_state)
-    random = np.random.default_rng(plan.noise_seed)
-    expert = LiberoExpert(plan.way, plan.sloppy_offset)
+def record_episode(environment: LiberoEnvironment, attempt: Attempt) -> Demonstration | None:
+    """Plays an attempt. Returns None if the bowl is not released on the plate within `MAX_STEPS` steps."""
+    environment.reset(attempt.scene_seed, attempt.init_state)
+    random = np.random.default_rng(attempt.noise_seed)
+    expert = LiberoExpert(attempt.way, attempt.sloppy_offset)
     domain, size = environment.domain, environment.spec.image_size
     sac_image = np.empty((SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3), np.uint8)
     frames: list[dict[str, NDArray[Any]]] = []
@@ -143,10 +142,10 @@ def record_episode(environment: LiberoEnvironment, plan: Plan) -> Episode | None
             "obs/goal_position": now.plate.astype(np.float32),
         }
         executed = action.copy()
-        noise = plan.noise_scale * random.standard_normal(6)
+        noise = attempt.noise_scale * random.standard_normal(6)
         noise[3:] *= ROTATION_NOISE
         executed[:6] = np.clip(executed[:6] + noise, -1, 1)
-        # Not `step_chunk`, for which a success is the end.
+        # `step_chunk` would end the episode at a success.
         success = environment._step(executed)
         frames.append({**frame, "executed_actions": executed, "rewards": np.asarray(success, np.uint8)})
         hovered += success and expert.phase == "raise"
@@ -155,23 +154,23 @@ def record_episode(environment: LiberoEnvironment, plan: Plan) -> Episode | None
     fields = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
     fields["dones"] = np.zeros(len(frames), np.uint8)
     fields["dones"][-1] = 1
-    return Episode(plan, fields)
+    return Demonstration(attempt, fields)
 
 
-def write_episode(data: h5py.Group, number: int, episode: Episode) -> None:
+def write_demonstration(data: h5py.Group, number: int, demonstration: Demonstration) -> None:
     """Adds `data/demo_<number>`."""
     group = data.create_group(f"demo_{number}")
-    plan, frames = episode.plan, len(episode.fields["actions"])
+    attempt, frames = demonstration.attempt, len(demonstration.fields["actions"])
     group.attrs.update(
         num_samples=frames,
-        init_state=plan.init_state,
-        scene_seed=plan.scene_seed,
-        way=f"side {plan.way.side:g}",
-        **plan.way._asdict(),
-        noise_scale=plan.noise_scale,
-        sloppy_offset=plan.sloppy_offset,
+        init_state=attempt.init_state,
+        scene_seed=attempt.scene_seed,
+        way=f"side {attempt.way.side:g}",
+        **attempt.way._asdict(),
+        noise_scale=attempt.noise_scale,
+        sloppy_offset=attempt.sloppy_offset,
     )
-    for name, values in episode.fields.items():
+    for name, values in demonstration.fields.items():
         pictures = values.dtype == np.uint8 and values.ndim == 4
         packed = {"compression": "gzip", "compression_opts": 1, "shuffle": False} if pictures else {}
         chunks = (min(CHUNK_FRAMES, frames), *values.shape[1:]) if pictures else None
@@ -179,7 +178,7 @@ def write_episode(data: h5py.Group, number: int, episode: Episode) -> None:
 
 
 class Request(NamedTuple):
-    """What to record of one task."""
+    """Which demonstrations to record of one task, and where."""
 
     suite: str
     task: int
@@ -192,9 +191,9 @@ class Request(NamedTuple):
 
 
 def record_task(request: Request, advance: Callable[[], None] = lambda: None) -> Path:
-    """Writes `<out>/<task name>_demo.hdf5`, which appears when it is complete; one that exists is left as it is.
+    """Writes `<out>/<task name>_demo.hdf5`, which appears when it is complete. An existing file stays as it is.
 
-    `advance` is called after each kept episode. Raises ValueError if the one that exists is of another request, or if
+    `advance` is called after each kept episode. Raises ValueError if an existing file was made for another request or
     too few attempts succeed.
     """
     path = file_of(request)
@@ -209,15 +208,15 @@ def record_task(request: Request, advance: Callable[[], None] = lambda: None) ->
     try:
         with h5py.File(partial, "w") as file:
             data = file.create_group("data")
-            for attempt in range(ATTEMPTS * request.episodes):
-                plan = plan_of(request.seed, request.task, attempt, request.init_states)
-                episode = record_episode(environment, plan)
-                name = f"side {plan.way.side:g}, noise {plan.noise_scale:g}"
+            for number in range(ATTEMPTS * request.episodes):
+                attempt = draw_attempt(request.seed, request.task, number, request.init_states)
+                demonstration = record_episode(environment, attempt)
+                name = f"side {attempt.way.side:g}, noise {attempt.noise_scale:g}"
                 attempted[name] += 1
-                if episode is None:
+                if demonstration is None:
                     continue
-                write_episode(data, kept.total(), episode)
-                data[f"demo_{kept.total()}"].attrs["attempt"] = attempt
+                write_demonstration(data, kept.total(), demonstration)
+                data[f"demo_{kept.total()}"].attrs["attempt"] = number
                 kept[name] += 1
                 advance()
                 if kept.total() == request.episodes:
@@ -225,7 +224,7 @@ def record_task(request: Request, advance: Callable[[], None] = lambda: None) ->
             else:
                 raise ValueError(
                     f"task {request.task}: only {kept.total()} of {attempted.total()} attempts succeeded; "
-                    "try other initial states, or fewer episodes"
+                    "try other initial states or fewer episodes"
                 )
             ways = {name: [kept[name], attempted[name]] for name in sorted(attempted)}
             _describe(data, request, environment, ways)
@@ -236,20 +235,13 @@ def record_task(request: Request, advance: Callable[[], None] = lambda: None) ->
     return path
 
 
-def libero_versions() -> dict[str, str]:
-    """See `dsrl_async.envs.libero.versions`."""
-    from dsrl_async.envs.libero import versions
-
-    return versions()
-
-
 def file_of(request: Request) -> Path:
-    """Where a task's demonstrations are."""
+    """The file of a task's demonstrations."""
     return Path(request.out) / f"{libero_files.task_names(request.suite)[request.task]}_demo.hdf5"
 
 
 def check_file(request: Request) -> None:
-    """Raises ValueError if the file of the request's task, which exists, was made for another request."""
+    """Raises ValueError if the existing file of the task was made for another request."""
     path = file_of(request)
     wanted = {
         "num_demos": request.episodes,
@@ -268,6 +260,8 @@ def check_file(request: Request) -> None:
 
 
 def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment, ways: dict[str, list[int]]) -> None:
+    from dsrl_async.envs.libero import versions
+
     name = libero_files.task_names(request.suite)[request.task]
     language = libero_files.instruction(name)
     bddl = f"{request.suite}/{name}.bddl"
@@ -301,7 +295,7 @@ def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment
         language_instruction=language,
         seed=request.seed,
         init_states=list(request.init_states),
-        versions=json.dumps({**libero_versions(), "dsrl_async": __version__, "numpy": np.__version__}),
+        versions=json.dumps({**versions(), "dsrl_async": __version__, "numpy": np.__version__}),
         render_quality=request.render_quality,
         image_size=request.image_size,
         settling_steps=environment.settling_steps,
@@ -329,10 +323,10 @@ def _call(function: Callable[..., Any], argument: Any) -> Any:
 def spread(
     function: Callable[..., Any], arguments: Sequence[Any], processes: int, total: int, description: str
 ) -> list[Any]:
-    """`function(argument, advance)` of each argument, in processes of their own, with a bar of `total` calls of
-    `advance`; the results in order.
+    """Runs `function(argument, advance)` for each argument in `processes` processes and returns the results in order.
 
-    Raises, when all have ended, what the first one that failed raised, or ValueError if a process was killed.
+    A progress bar shows how many of `total` calls of `advance` have been made. When all have ended, raises what the
+    first failure raised, or ValueError if a process was killed.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -343,7 +337,7 @@ def spread(
     )
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
-    # Not multiprocessing's Pool, which waits for ever for what a killed process would have returned.
+    # multiprocessing's Pool would wait for ever for the result of a killed process.
     with ProcessPoolExecutor(processes, context, _share, (counter,)) as pool, Progress(*columns) as progress:
         bar = progress.add_task(description, total=total)
         results = [pool.submit(_call, function, argument) for argument in arguments]
@@ -353,14 +347,14 @@ def spread(
     try:
         return [result.result() for result in results]
     except BrokenProcessPool as error:
-        raise ValueError("a process was killed; if the memory did not suffice, start fewer of them") from error
+        raise ValueError("a process was killed; if memory ran out, use fewer processes") from error
 
 
 def make_demonstrations(requests: Sequence[Request], processes: int) -> list[Path]:
-    """Records each of the requests, as many at a time as there are processes; returns the files.
+    """Records the requests in `processes` processes and returns the files, which depend only on the requests.
 
-    What is in them depends on the requests alone. Raises ValueError as `record_task` does, or if a number is not
-    positive, or a task has no known ways or no such initial state.
+    Raises ValueError as `record_task` does, or if a number is not positive, the suite is unknown to the expert or a
+    task has no such initial state.
     """
     if processes < 1 or any(request.episodes < 1 for request in requests):
         raise ValueError("the numbers of episodes and processes must be at least 1")

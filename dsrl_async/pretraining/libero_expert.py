@@ -1,8 +1,8 @@
-"""A scripted expert for LIBERO-Spatial, the source of demonstrations.
+"""A scripted expert for LIBERO-Spatial, which produces demonstrations.
 
-It looks at the simulator's state, not at the pictures, and reacts to what it finds at every step, so that it
-recovers from disturbed actions, from a missed grasp and from a dropped bowl. The bowl is wider than the gripper opens,
-so it is taken by its rim. On which side, how fast and how high it is carried is the caller's choice: `Way`.
+It sees the simulator's state, not the images, and reacts to it at every step, so that it recovers from disturbed
+actions, a missed grasp and a dropped bowl. The bowl is wider than the open gripper, so it is taken by its rim. The
+caller chooses the side, the speed and the height at which it is carried (`Way`).
 """
 
 from __future__ import annotations
@@ -17,41 +17,42 @@ if TYPE_CHECKING:
     from dsrl_async.envs.libero import LiberoEnvironment
 
 TRANSLATION_SCALE = 0.05
-"""Metres that the controller's goal lies ahead of the hand for an action of 1."""
+"""Distance in metres of the controller's goal from the hand at an action of 1."""
 ROTATION_SCALE = 0.5
-"""Likewise radians."""
+"""Angle in radians of the controller's goal from the hand at an action of 1."""
 _GAIN = 2.0
-"""Of the proportional control on top of the controller's own: damping ratio 1 / sqrt(2)."""
+"""Gain of the proportional control on top of the controller's own, for a damping ratio of 1 / sqrt(2)."""
 
 _RIM_RADIUS = 0.048
-"""Metres from the bowl's axis to the middle of its wall at the height of the grasp."""
+"""Distance in metres from the bowl's axis to the middle of its wall at the height of the grasp."""
 _GRASP_HEIGHT = 0.038
-"""Of the hand's grip site above the bowl's origin, here and below in metres."""
+"""Height of the hand's grip site above the bowl's origin, in metres as all lengths below."""
 _CLEARANCE = 0.07
 """Height above the grasp at which the hand arrives."""
 _LIFT_HEIGHT = 0.07
-"""How far the bowl is lifted before it is carried."""
+"""Height by which the bowl is lifted before it is carried."""
 _RELEASE_HEIGHT = 0.012
-"""Of the bowl's origin above the plate's when it is let go."""
+"""Height of the bowl's origin above that of the plate when the bowl is released."""
 _FINAL_HEIGHT = 0.14
-"""Of the hand above the plate, at the end."""
+"""Height of the hand above the plate at the end."""
 _GLIDE = 1.5
-"""Slope at which the way to the plate comes down."""
+"""Slope of the descent to the plate."""
 _FUNNEL = 5.0
-"""Slope of the funnel in which the open fingers come down on the rim, and below it how far off they may be."""
+"""Slope of the funnel through which the open fingers come down on the rim."""
 _ON_RIM = 0.006
+"""Horizontal distance from the grasp at which the funnel ends."""
 _DESCENT_SPEED = 0.7
 _PATIENCE = 25
-"""Steps after which a descent or a closing that comes to nothing is given up."""
+"""Steps after which an unsuccessful descent or closing is given up."""
 _LOST = 0.035
-"""Between the grasp point and the hand; more than this and the bowl is not held."""
+"""If the hand is farther than this from the grasp point, it does not hold the bowl."""
 _CLOSED = 0.008
-"""Metres from a finger to the middle of the hand, mean of both, when they have met the wall."""
+"""Mean distance of a finger from the middle of the hand when both have met the wall."""
 _WEDGED = 0.02
-"""Likewise when the bowl is askew between them."""
+"""The same distance when the bowl is askew between the fingers."""
 _OPEN = 0.030
 _SIDESTEP = math.radians(12)
-"""From the side of a grasp that failed, first to one hand and then to the other."""
+"""Angle from the side of a failed grasp to the next ones, alternately in both directions."""
 _LEAST_YAW = math.radians(-60)
 
 
@@ -67,41 +68,41 @@ SIDES: dict[int, tuple[float, ...]] = {
     8: (270, 225, 135, 315),
     9: (135, 180, 0, 90),
 }
-"""By task of libero_spatial, the sides (`Way.side`) at which the hand gets at the bowl; the most reliable one first."""
+"""Task of libero_spatial -> sides (`Way.side`) from which the hand reaches the bowl, the most reliable one first."""
 
 
 class Way(NamedTuple):
     """A way to do the task."""
 
     side: float
-    """Where the rim is taken: direction from the bowl's axis, in degrees from the robot's forward axis to its left."""
+    """Direction from the bowl's axis to the grasp, in degrees from the robot's forward axis towards its left."""
     carry_height: float = 0.10
-    """Of the bowl above the plate on its way, in metres."""
+    """Height in metres at which the bowl is carried above the plate."""
     speed: float = 1.0
-    """Largest component of a translation, at most 1."""
+    """Upper limit on the components of a translation, at most 1."""
 
 
 class Situation(NamedTuple):
-    """What the expert looks at, positions in metres in the frame of the world."""
+    """What the expert sees. Positions are in metres in the frame of the world."""
 
     hand: NDArray[np.float64]
     """Position of the grip site between the finger tips."""
     pointing: NDArray[np.float64]
-    """Unit vector along the fingers, down when the hand is upright."""
+    """Unit vector along the fingers, which points down when the hand is upright."""
     yaw: float
-    """Of the hand about the vertical in radians, 0 with the fingers apart along the y axis."""
+    """Angle of the hand about the vertical in radians, 0 when the fingers open along the y axis."""
     opening: float
     """Mean distance of a finger from the middle."""
     bowl: NDArray[np.float64]
     axis: NDArray[np.float64]
-    """Unit vector along the bowl's axis, up when it stands upright."""
+    """Unit vector along the bowl's axis, which points up when the bowl is upright."""
     plate: NDArray[np.float64]
 
 
 def goal_objects(environment: LiberoEnvironment) -> tuple[str, str]:
-    """The names of what has to be moved and of what it has to be put on, in the task of the last reset.
+    """The names of the object to move and of the object to put it on, in the task of the last reset.
 
-    Raises ValueError if the task's goal is another one.
+    Raises ValueError if the task's goal is of another kind.
     """
     goals = environment.domain.parsed_problem["goal_state"]
     if len(goals) != 1 or goals[0][0] != "on" or "bowl" not in goals[0][1] or "plate" not in goals[0][2]:
@@ -110,7 +111,7 @@ def goal_objects(environment: LiberoEnvironment) -> tuple[str, str]:
 
 
 def situation(environment: LiberoEnvironment) -> Situation:
-    """The present one."""
+    """Reads the present situation from the simulator."""
     domain, data = environment.domain, environment.data
     bowl, plate = (data.body(domain.obj_body_id[name]) for name in goal_objects(environment))
     robot = domain.robots[0]
@@ -136,8 +137,8 @@ def _wrapped(angle: float) -> float:
 class LiberoExpert:
     """Brings the bowl to the plate in the given way and then hovers above it.
 
-    sloppy_offset: metres outward from the rim, added to where the first grasp aims; a large one misses, and the
-    expert opens and tries again.
+    `sloppy_offset`, in metres outward from the rim, is added to the aim of the first grasp; with a large one the expert
+    misses, opens the gripper and tries again.
     """
 
     def __init__(self, way: Way, sloppy_offset: float = 0.0) -> None:
@@ -151,15 +152,15 @@ class LiberoExpert:
         self._tries = 0
 
     def _aim(self, side: float) -> None:
-        """Chooses where the rim is taken, and so how the hand is turned."""
+        """Chooses where to take the rim, and thereby how to turn the hand."""
         self._side = side
         self._outward = np.array([math.cos(side), math.sin(side), 0.0])
-        # The fingers close along the radius, and half a turn is no difference to them: the wrist turns to where its
-        # joint is farther from its limits.
+        # The fingers close along the radius. Half a turn makes no difference to them, so the wrist takes the angle that
+        # is farther from its joint's limits.
         self._yaw = (side - _LEAST_YAW - math.pi / 2) % math.pi + _LEAST_YAW
 
     def _grasp(self, now: Situation) -> NDArray[np.float64]:
-        """Where the wall of the bowl, which may stand askew, is to be taken."""
+        """Where to take the wall of the bowl, which may stand askew."""
         radius = self._outward - (self._outward @ now.axis) * now.axis
         radius *= (_RIM_RADIUS + self._offset) / np.linalg.norm(radius)
         return np.asarray(now.bowl + radius + _GRASP_HEIGHT * now.axis)
@@ -169,7 +170,7 @@ class LiberoExpert:
         grasp = self._grasp(now)
         self._advance(now, grasp)
         hand, bowl, plate = now.hand, now.bowl, now.plate
-        # What is held may sit anywhere between the fingers; it is the bowl that has to reach the plate.
+        # The bowl may sit anywhere between the fingers, and it is the bowl that has to reach the plate.
         place = plate[:2] - (bowl[:2] - hand[:2])
         hangs = hand[2] - bowl[2]
         off_plate = float(np.hypot(*(bowl[:2] - plate[:2])))
@@ -202,7 +203,7 @@ class LiberoExpert:
         return action
 
     def _advance(self, now: Situation, grasp: NDArray[np.float64]) -> None:
-        """Moves to the phase that the state calls for."""
+        """Changes to the phase that the situation calls for."""
         hand, bowl, phase = now.hand, now.bowl, self.phase
         off_grasp = float(np.hypot(*(grasp - hand)[:2]))
         off_plate = float(np.hypot(*(bowl[:2] - now.plate[:2])))

@@ -1,6 +1,6 @@
 """Records demonstrations of the scripted expert for LIBERO; see docs/libero_demonstrations.md.
 
-Tasks that are complete in the output directory are left as they are, so the same command goes on after an interruption.
+Tasks that are complete in the output directory are skipped, so the same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dsrl_async.pretraining.libero_demonstrations import Request, make_demonstra
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--suite", default="libero_spatial", help="the only one that the expert knows")
-    parser.add_argument("--tasks", help="such as 0-3,7; all if not given")
-    parser.add_argument("--init-states", default="0-39", help="taken in turns")
-    parser.add_argument("--episodes-per-task", type=int, default=60, help="successful ones, the others are not kept")
+    parser.add_argument("--suite", default="libero_spatial", help="the only suite that the expert knows")
+    parser.add_argument("--tasks", help="such as 0-3,7; all by default")
+    parser.add_argument("--init-states", default="0-39", help="initial states to start from in turn")
+    parser.add_argument("--episodes-per-task", type=int, default=60, help="successful episodes to keep")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--processes", type=int, default=available_cpus(), help="tasks at the same time")
-    parser.add_argument("--image-size", type=int, default=128, help="height and width of the pictures")
+    parser.add_argument("--processes", type=int, default=available_cpus(), help="number of tasks at the same time")
+    parser.add_argument("--image-size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--render-quality", choices=("fast", "exact"), default="fast", help="as env.render_quality")
-    parser.add_argument("--out", default="data/libero_spatial", help="directory of the files, one per task")
+    parser.add_argument("--out", default="data/libero_spatial", help="directory for the files, one per task")
     options = parser.parse_args()
     try:
         chosen = parse_numbers("--tasks", options.tasks) if options.tasks else None

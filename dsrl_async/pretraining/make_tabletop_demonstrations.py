@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
+from dsrl_async.host.machine import available_cpus
 from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
 
 
@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--episodes", type=int, default=1200, help="episodes to attempt")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    parser.add_argument("--processes", type=int, default=available_cpus(), help="worker processes")
     parser.add_argument("--out", default="data/tabletop_demonstrations.safetensors", help="file to write")
     options = parser.parse_args()
     try:

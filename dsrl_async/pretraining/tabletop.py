@@ -2,10 +2,9 @@
 
     python -m dsrl_async.pretraining.tabletop --out runs/tabletop_pi0
 
-The two stages of `dsrl_async.pretraining.stages`; the auxiliary loss of the first one asks where the block is.
-
-The demonstrations head for a random plate each time, so the policy is multimodal: which plate it chooses
-depends on the noise, and that is what DSRL steers.
+It goes through the two stages of `dsrl_async.pretraining.training`, with an auxiliary loss on the block's position in
+the first. Each demonstration goes to a random plate, so the policy is multimodal: the plate that it chooses depends on
+the noise, and that is what DSRL steers.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.files import NormStats
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pretraining.stages import (
+from dsrl_async.pretraining.training import (
     Demonstrations,
     Expert,
     Joint,
-    Stage,
+    StageSettings,
     action_chunks,
     build_tokenizer,
     progress_bar,
@@ -59,17 +58,17 @@ def parse() -> argparse.Namespace:
         "--data",
         type=Path,
         default=Path("data/tabletop_demonstrations.safetensors"),
-        help="made when missing",
+        help="demonstrations, recorded if the file does not exist",
     )
-    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to make")
+    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to record")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the training")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads for training")
     parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
     parser.add_argument("--joint-batch", type=int, default=64, help="observations per update, first stage")
     parser.add_argument("--expert-steps", type=int, default=6000, help="updates of the second stage")
     parser.add_argument("--expert-batch", type=int, default=96, help="observations per update, second stage")
     parser.add_argument("--samples", type=int, default=4, help="noise samples per observation")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak, of both stages")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate of both stages")
     return parser.parse_args()
 
 
@@ -81,7 +80,7 @@ def main() -> None:
     if not args.data.is_file():
         from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
 
-        console.print(f"making {args.episodes} demonstrations: {args.data}")
+        console.print(f"recording {args.episodes} demonstrations: {args.data}")
         args.data.parent.mkdir(parents=True, exist_ok=True)
         make_demonstrations(args.data, args.episodes, args.seed, args.threads)
     made = time.monotonic()
@@ -91,8 +90,8 @@ def main() -> None:
     tokenizer = build_tokenizer(config, prompts)
     data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
     model = Pi0(config)
-    joint_stage = Stage(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
-    expert_stage = Stage(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
+    joint_stage = StageSettings(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
+    expert_stage = StageSettings(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
     console.print(f"{len(data)} frames, {sum(p.numel() for p in model.parameters()):,} parameters")
     with progress_bar(console) as progress:
         joint = Joint(model, data, joint_stage).train(progress)

@@ -1,10 +1,9 @@
 """Demonstrations of the scripted tabletop expert, for pretraining the embedded policy.
 
-The goal plate is uniformly random and the colours are shuffled, so a policy that imitates these episodes goes
-to any plate, whatever its colour. In two thirds of the episodes the executed translation carries
-Gaussian noise while the recorded action stays the expert's clean one (DART: Laskey et al., "DART: Noise
-Injection for Robust Imitation Learning", 2017), and some first grasps miss, so that the policy also learns to
-recover.
+The goal plate is uniformly random and the colours are shuffled, so a policy that imitates these episodes goes to any
+plate, whatever its colour. In two thirds of the episodes the executed translation carries Gaussian noise while the
+recorded action is the expert's clean one (DART: Laskey et al., "DART: Noise Injection for Robust Imitation Learning",
+2017), and some first grasps miss, so that the policy also learns to recover.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _NOISE_SCALES = (0.0, 0.2, 0.4)
 _SLOPPY_FRACTION = 0.15
 _MAX_STEPS = 60
 _HOVER_FRAMES = 8
-"""Frames recorded after the block has landed, in which the gripper rises to the end and hovers."""
+"""Number of frames recorded after the block has landed, while the gripper rises and hovers."""
 
 
 @cache
@@ -37,11 +36,11 @@ def _environment() -> TabletopEnvironment:
 
 
 def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
-    """Episode number `index` of the demonstrations of `seed`; None if the block missed its goal plate.
+    """Records episode `index` of the demonstrations of `seed`.
 
-    Returns, for its F frames, images uint8[F, 2, 64, 64, 3], state float32[F, 8], action float32[F, 7] (what
-    the expert would do there, without noise), block_position float32[F, 3] (m), episode int32[F] (`index`)
-    and goal int32[F] (the location of the plate that the expert goes to).
+    Returns, for its F frames, images uint8[F, 2, 64, 64, 3], state float32[F, 8], action float32[F, 7] (the expert's
+    own, without noise), block_position float32[F, 3] (m), episode int32[F] (`index`) and goal int32[F] (the location of
+    the expert's goal plate), or None if the block missed its goal plate.
     """
     random = np.random.default_rng([seed, index])
     environment = _environment()
@@ -85,11 +84,10 @@ def _record(task: tuple[int, int]) -> dict[str, NDArray] | None:
 
 
 def make_demonstrations(path: str | Path, episodes: int, seed: int, processes: int) -> tuple[int, int]:
-    """Writes demonstrations to the safetensors file `path`; returns how many episodes and frames it holds.
+    """Writes demonstrations to the safetensors file `path`. Returns how many episodes and frames it holds.
 
-    `episodes` are attempted; those that missed their goal plate (a few percent) are left out. The fields are
-    those of `record_episode`, episode after episode; they depend on `seed`, not on `processes`. A frame takes
-    25 kB.
+    `episodes` are attempted, and those that missed their goal plate (a few percent) are left out. The fields are those
+    of `record_episode`, episode after episode; they depend on `seed`, not on `processes`. A frame takes 25 kB.
 
     Raises ValueError if `episodes` or `processes` is not positive.
     """

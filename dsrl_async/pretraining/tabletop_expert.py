@@ -1,8 +1,7 @@
-"""A scripted expert for the tabletop scene, the source of demonstrations.
+"""A scripted expert for the tabletop scene, which produces demonstrations.
 
-It looks at the simulator's state, not at the pictures, and reacts to what it finds at every step, so that it
-recovers from disturbed actions, from a missed grasp and from a dropped block. Which plate it goes to is its
-caller's choice, whatever the plate's colour.
+It sees the simulator's state, not the images, and reacts to it at every step, so that it recovers from disturbed
+actions, a missed grasp and a dropped block. The caller chooses the plate.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ _CARRY_HEIGHT = 0.09
 _RELEASE_HEIGHT = 0.028
 _FINAL_HEIGHT = 0.15
 _HOLDING = 0.010
-"""Fingers further closed than this, on average, hold nothing; the block keeps each at 0.02."""
+"""Fingers that are closed farther than this on average hold nothing; the block keeps each at 0.02."""
 _CLOSED = 0.024
-"""Fingers closed this far have met the block, or nothing."""
+"""Fingers that are closed this far have met the block or nothing."""
 _OPEN = 0.030
-"""Fingers open this far have let go."""
+"""Fingers that are open this far have released the block."""
 
 
 class TabletopExpert:
     """Brings the block to the plate at location `goal` and then hovers above it.
 
-    sloppy_offset: float64[2] in metres, added to where the first grasp aims; a large one misses, and the
-    expert opens and tries again.
+    `sloppy_offset`, float64[2] in metres, is added to the aim of the first grasp; with a large one the expert misses,
+    opens the gripper and tries again.
     """
 
     def __init__(self, goal: int, sloppy_offset: NDArray[np.float64] | None = None) -> None:
@@ -38,7 +37,7 @@ class TabletopExpert:
         self._phase = "approach"
 
     def action(self, environment: TabletopEnvironment) -> NDArray[np.float32]:
-        """The action float32[7], each component within [-1, 1], for the environment's present state."""
+        """The action for the environment's present state, float32[7] with components within [-1, 1]."""
         hand = environment.gripper_position
         fingers = environment.finger_positions
         block = environment.block_position
@@ -46,7 +45,7 @@ class TabletopExpert:
         self._advance(hand, fingers, block, plate)
 
         grasp = block[:2] + self._offset
-        # What is held may sit off the grasp point; it is the block that has to reach the plate.
+        # The block may sit off the grasp point, and it is the block that has to reach the plate.
         place = plate - (block[:2] - hand[:2])
         target = {
             "approach": (*grasp, _HOVER_HEIGHT),
@@ -61,7 +60,7 @@ class TabletopExpert:
         }[self._phase]
         action = np.zeros(7, np.float32)
         move = (np.asarray(target) - hand) / ACTION_SCALE
-        move[:2] /= max(1, np.abs(move[:2]).max())  # keeps the direction: straight to the plate
+        move[:2] /= max(1, np.abs(move[:2]).max())  # keeps the direction straight to the plate
         action[:3] = np.clip(move, -1, 1)
         action[6] = 1 if self._phase in ("close", "lift", "carry", "lower") else -1
         return action
@@ -73,7 +72,7 @@ class TabletopExpert:
         block: NDArray[np.float64],
         plate: NDArray[np.float64],
     ) -> None:
-        """Moves to the phase that the state calls for."""
+        """Changes to the phase that the state calls for."""
         off_block = np.abs(block[:2] + self._offset - hand[:2]).max()
         off_plate = np.hypot(*(block[:2] - plate))
         opening = fingers.mean()

@@ -17,9 +17,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dsrl_async.envs import libero_files
+from dsrl_async.envs import libero, libero_files
 from dsrl_async.pretraining import libero_demonstrations
-from dsrl_async.pretraining.libero_demonstrations import Episode, Plan, Request, file_of, make_demonstrations, plan_of
+from dsrl_async.pretraining.libero_demonstrations import (
+    Attempt,
+    Demonstration,
+    Request,
+    draw_attempt,
+    file_of,
+    make_demonstrations,
+)
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Situation, Way
 
 TABLE = 0.9
@@ -110,17 +117,17 @@ def test_speed_and_carry_height_are_the_callers() -> None:
     assert heights[1] > heights[0] + 0.05
 
 
-def test_plans_depend_on_nothing_but_seed_task_and_attempt() -> None:
+def test_attempts_depend_on_nothing_but_seed_task_and_number() -> None:
     states = (3, 4, 5)
-    plans = [plan_of(0, 2, attempt, states) for attempt in range(60)]
-    assert plan_of(0, 2, 17, states) == plans[17]
-    assert [plan.init_state for plan in plans[:4]] == [3, 4, 5, 3]
-    assert {plan.way.side for plan in plans} == set(SIDES[2])
-    assert {plan.noise_scale for plan in plans} == set(libero_demonstrations.NOISE_SCALES)
-    assert 0 < sum(plan.sloppy_offset != 0 for plan in plans) < 30
-    for other in (plan_of(1, 2, 17, states), plan_of(0, 3, 17, states), plans[18]):
-        assert other.scene_seed != plans[17].scene_seed
-        assert other.noise_seed != plans[17].noise_seed
+    attempts = [draw_attempt(0, 2, number, states) for number in range(60)]
+    assert draw_attempt(0, 2, 17, states) == attempts[17]
+    assert [attempt.init_state for attempt in attempts[:4]] == [3, 4, 5, 3]
+    assert {attempt.way.side for attempt in attempts} == set(SIDES[2])
+    assert {attempt.noise_scale for attempt in attempts} == set(libero_demonstrations.NOISE_SCALES)
+    assert 0 < sum(attempt.sloppy_offset != 0 for attempt in attempts) < 30
+    for other in (draw_attempt(1, 2, 17, states), draw_attempt(0, 3, 17, states), attempts[18]):
+        assert other.scene_seed != attempts[17].scene_seed
+        assert other.noise_seed != attempts[17].noise_seed
 
 
 # Files, without LIBERO
@@ -129,8 +136,8 @@ def test_plans_depend_on_nothing_but_seed_task_and_attempt() -> None:
 FRAMES = 11
 
 
-def synthetic(plan: Plan) -> Episode:
-    random = np.random.default_rng(plan.noise_seed)
+def synthetic(attempt: Attempt) -> Demonstration:
+    random = np.random.default_rng(attempt.noise_seed)
     shapes = {"actions": 7, "obs/robot_state": 8, "obs/target_position": 3, "obs/goal_position": 3}
     fields: dict[str, np.ndarray] = {
         name: random.normal(size=(FRAMES, width)).astype(np.float32) for name, width in shapes.items()
@@ -138,7 +145,7 @@ def synthetic(plan: Plan) -> Episode:
     fields["states"] = random.normal(size=(FRAMES, 92))
     for name in ("agentview_rgb", "eye_in_hand_rgb"):
         fields[f"obs/{name}"] = random.integers(256, size=(FRAMES, 16, 16, 3)).astype(np.uint8)
-    return Episode(plan, fields)
+    return Demonstration(attempt, fields)
 
 
 @pytest.fixture
@@ -147,12 +154,12 @@ def request_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     domain = SimpleNamespace(control_freq=20)
     environment = SimpleNamespace(settling_steps=10, domain=domain, close=lambda: None)
     monkeypatch.setattr(libero_demonstrations, "environment_for", lambda *arguments: environment)
-    monkeypatch.setattr(libero_demonstrations, "libero_versions", lambda: {"mujoco": "0"})
+    monkeypatch.setattr(libero, "versions", lambda: {"mujoco": "0"})
     monkeypatch.setattr(libero_files, "task_names", lambda suite: ("put_it_there",))
     monkeypatch.setattr(
         libero_demonstrations,
         "record_episode",
-        lambda environment, plan: synthetic(plan) if plan.init_state == 0 else None,
+        lambda environment, attempt: synthetic(attempt) if attempt.init_state == 0 else None,
     )
     return Request("libero_spatial", 0, (0, 1), 2, 0, 16, "fast", str(tmp_path / "out"))
 
@@ -168,11 +175,11 @@ def test_files_have_the_layout_of_liberos(request_of_two: Request) -> None:
         assert data.attrs["language_instruction"] == "put it there"
         assert [data[name].attrs["attempt"] for name in sorted(data)] == [0, 2]
         demo = data["demo_1"]
-        plan = plan_of(0, 0, 2, (0, 1))
+        attempt = draw_attempt(0, 0, 2, (0, 1))
         assert demo.attrs["num_samples"] == FRAMES
-        assert demo.attrs["scene_seed"] == plan.scene_seed
-        assert demo.attrs["way"] == f"side {plan.way.side:g}"
-        for name, values in synthetic(plan).fields.items():
+        assert demo.attrs["scene_seed"] == attempt.scene_seed
+        assert demo.attrs["way"] == f"side {attempt.way.side:g}"
+        for name, values in synthetic(attempt).fields.items():
             assert demo[name].dtype == values.dtype
             np.testing.assert_array_equal(demo[name][:], values)
 
@@ -182,10 +189,10 @@ def test_complete_files_are_left_and_incomplete_ones_do_not_appear(
 ) -> None:
     path = file_of(request_of_two)
 
-    def interrupted(environment: Any, plan: Plan) -> Episode | None:
-        if plan.init_state == 1:
+    def interrupted(environment: Any, attempt: Attempt) -> Demonstration | None:
+        if attempt.init_state == 1:
             raise KeyboardInterrupt
-        return synthetic(plan)
+        return synthetic(attempt)
 
     with monkeypatch.context() as patch:
         patch.setattr(libero_demonstrations, "record_episode", interrupted)
@@ -200,7 +207,7 @@ def test_complete_files_are_left_and_incomplete_ones_do_not_appear(
 
 
 def test_a_task_that_keeps_failing_is_reported(request_of_two: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libero_demonstrations, "record_episode", lambda environment, plan: None)
+    monkeypatch.setattr(libero_demonstrations, "record_episode", lambda environment, attempt: None)
     with pytest.raises(ValueError, match="task 0: only 0 of 8 attempts succeeded"):
         libero_demonstrations.record_task(request_of_two)
     assert list(file_of(request_of_two).parent.iterdir()) == []
@@ -247,10 +254,10 @@ def test_recorded_episode_is_what_a_policy_would_have_seen() -> None:
         if "cannot render" not in str(error):
             raise
         pytest.skip(str(error))
-    plan = plan_of(0, 0, 0, (0,))._replace(noise_scale=0.3, sloppy_offset=0.0)
-    episode = libero_demonstrations.record_episode(environment, plan)
-    assert episode is not None  # the expert succeeded in spite of the noise
-    fields = episode.fields
+    attempt = draw_attempt(0, 0, 0, (0,))._replace(noise_scale=0.3, sloppy_offset=0.0)
+    demonstration = libero_demonstrations.record_episode(environment, attempt)
+    assert demonstration is not None  # the expert succeeded in spite of the noise
+    fields = demonstration.fields
     frames = len(fields["actions"])
     assert fields["rewards"][-1] == 1
     assert np.abs(fields["executed_actions"] - fields["actions"]).max() > 0.3
@@ -258,7 +265,7 @@ def test_recorded_episode_is_what_a_policy_would_have_seen() -> None:
 
     images, sac_image = np.empty((2, 64, 64, 3), np.uint8), np.empty((64, 64, 3), np.uint8)
     state = np.empty(8, np.float32)
-    environment.reset(plan.scene_seed, plan.init_state)
+    environment.reset(attempt.scene_seed, attempt.init_state)
     for frame in range(frames):
         np.testing.assert_array_equal(environment.domain.sim.get_state().flatten(), fields["states"][frame])
         if frame % 20 == 0:

@@ -18,9 +18,9 @@ from torch import Tensor
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import libero_small_config, tabletop_config
 from dsrl_async.pretraining import libero as libero_program
-from dsrl_async.pretraining import stages as pretraining
 from dsrl_async.pretraining import tabletop
-from dsrl_async.pretraining.stages import action_chunks, build_tokenizer
+from dsrl_async.pretraining import training as pretraining
+from dsrl_async.pretraining.training import action_chunks, build_tokenizer
 
 torch.set_num_threads(1)
 

@@ -1,9 +1,9 @@
 """Pretraining of a small Pi0 by flow matching, in two stages that fit a CPU.
 
-First everything is trained jointly, with an auxiliary loss that asks the language model's last hidden state where
-things are (the flow loss alone is slow to make the image matter). Then the VLM is frozen, its keys and values are
-computed once for every frame, and only the expert goes on: many more updates per minute. What comes out is an
-exponential moving average of the second stage.
+The first stage trains everything jointly, with an auxiliary loss that reads positions of objects off the language
+model's last hidden state (with the flow loss alone, the policy is slow to use the images). The second freezes the VLM,
+computes its keys and values once for every frame, and trains only the expert, at many more updates per minute. The
+result is an exponential moving average of the second stage.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from dsrl_async.pi0.model import Pi0, Prefix, key_mask
 from dsrl_async.pi0.processing import PromptTokenizer, scale_images
 
 PADDING_WEIGHT = 0.1
-"""Loss weight of action dimensions beyond the robot's, whose target is zero."""
+"""Loss weight of the action dimensions beyond those of the robot, whose target is zero."""
 POSITION_WEIGHT = 1.0
 """Weight of the auxiliary position loss in the first stage."""
 SMALLEST_STD = 1e-3
 """Floor of the standard deviations: small enough to keep constant actions constant when they are sampled."""
 GENERIC_WORDS = "pick up move place take blue yellow green black white left right near far to of in"
-REPORT_INTERVAL = 250
-"""Updates between two printed reports."""
+LOG_INTERVAL = 250
+"""Number of updates between two printed lines."""
 HELD_OUT_BATCH = 256
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class Demonstrations:
-    """F frames on the CPU, with the action chunk that starts at each frame, ready for the model."""
+    """F frames on the CPU, each with the action chunk that starts at it, ready for the model."""
 
     images: Tensor
     """uint8 [F, cameras, size, size, 3]"""
     tokens: Tensor
-    """int64 [F, L]: the instruction."""
+    """int64 [F, L], the instruction."""
     token_mask: Tensor
     """bool [F, L]"""
     state: Tensor
@@ -52,9 +52,9 @@ class Demonstrations:
     chunks: Tensor
     """float32 [F, action_horizon, action_dim], normalised."""
     positions: Tensor
-    """float32 [F, 3 K], standardised: the K places that the auxiliary loss asks for."""
+    """float32 [F, 3 K], the K positions of the auxiliary loss, standardised."""
     position_scale: Tensor
-    """float32 [3 K]: metres of one unit of `positions`."""
+    """float32 [3 K], metres per unit of `positions`."""
     position_names: tuple[str, ...]
     """[K]"""
 
@@ -63,21 +63,22 @@ class Demonstrations:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """How long and with what a stage trains."""
+class StageSettings:
+    """Hyperparameters of a stage."""
 
     steps: int
+    """Number of updates."""
     batch: int
-    """Observations of an update."""
+    """Number of observations per update."""
     samples: int
-    """Noise samples of each observation."""
+    """Number of noise samples per observation."""
     learning_rate: float
-    """At its peak."""
+    """Peak learning rate."""
     seed: int
 
 
 def build_tokenizer(config: Pi0Config, prompts: Sequence[str]) -> PromptTokenizer:
-    """A word-level vocabulary that covers the prompts and some variations.
+    """Makes a word-level tokenizer for the prompts and some variations.
 
     Raises ValueError when the prompts have more words than the config embeds.
     """
@@ -91,7 +92,7 @@ def build_tokenizer(config: Pi0Config, prompts: Sequence[str]) -> PromptTokenize
 
 
 def statistics(values: Tensor, smallest_std: float = SMALLEST_STD) -> dict[str, list[float]]:
-    """openpi's four statistics per dimension of float32 [F, D]; spreads have a floor."""
+    """openpi's four statistics of each dimension of float32 [F, D], with a floor for the spreads."""
     mean, std = values.mean(0), values.std(0).clamp_min(smallest_std)
     low, high = torch.quantile(values, torch.tensor([0.01, 0.99]), dim=0)
     high = torch.maximum(high, low + 2 * smallest_std)
@@ -99,9 +100,9 @@ def statistics(values: Tensor, smallest_std: float = SMALLEST_STD) -> dict[str, 
 
 
 def action_chunks(action: Tensor, episode: Tensor, horizon: int) -> Tensor:
-    """The `horizon` actions from each frame on, [F, horizon, D].
+    """The `horizon` actions that begin at each frame, [F, horizon, D].
 
-    Behind the end of an episode the arm stays where it is, with the gripper as in the last frame.
+    Beyond the end of an episode the arm stays where it is, with the gripper as in the last frame.
     """
     frames = torch.arange(len(action))
     last = torch.searchsorted(episode, episode, right=True) - 1
@@ -125,7 +126,7 @@ def flow_loss(model: Pi0, prefix: Prefix, actions: Tensor, generator: torch.Gene
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up over 5 %, then a cosine to 2 % of the peak; as a fraction of the peak."""
+    """The fraction of the peak learning rate: linear warm-up over 5 % of the steps, then a cosine to 2 %."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
@@ -133,21 +134,21 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 class Optimiser:
-    """AdamW with the schedule above and gradient clipping, over named parameters; optionally their moving average."""
+    """AdamW with the schedule above and gradient clipping; optionally keeps a moving average of the parameters."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], stage: Stage, average: bool) -> None:
-        self.parameters, self.stage = dict(parameters), stage
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: StageSettings, average: bool) -> None:
+        self.parameters, self.settings = dict(parameters), settings
         self.adam = torch.optim.AdamW(
-            self.parameters.values(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
+            self.parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
         )
-        self.generator = torch.Generator().manual_seed(stage.seed)
-        """Of everything random in the stage."""
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        """Source of all random numbers of the stage."""
         self.averages = [p.detach().clone() for p in self.parameters.values()] if average else []
         self.step = 0
 
     def update(self, loss: Tensor) -> None:
         for group in self.adam.param_groups:
-            group["lr"] = self.stage.learning_rate * learning_rate(self.step, self.stage.steps)
+            group["lr"] = self.settings.learning_rate * learning_rate(self.step, self.settings.steps)
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -167,7 +168,7 @@ class Optimiser:
             average.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next update depends on, but the parameters."""
+        """Everything but the parameters that the next update depends on."""
         state = {"generator": self.generator.get_state(), "step": torch.tensor(self.step)}
         for index, (name, parameter) in enumerate(self.parameters.items()):
             state |= {f"{moment}.{name}": self.adam.state[parameter][moment] for moment in ADAM_STATE}
@@ -177,7 +178,7 @@ class Optimiser:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises KeyError or RuntimeError if the state is of other parameters."""
+        """Restores `state()`. Raises KeyError or RuntimeError if it belongs to other parameters."""
         for index, (name, parameter) in enumerate(self.parameters.items()):
             self.adam.state[parameter] = {moment: state[f"{moment}.{name}"].clone() for moment in ADAM_STATE}
             if self.averages:
@@ -187,7 +188,7 @@ class Optimiser:
 
 
 AfterUpdate = Callable[["Joint | Expert"], None]
-"""Called after every update, for checkpoints."""
+"""Hook that is called after every update, for checkpoints."""
 
 
 def progress_bar(console: Console) -> Progress:
@@ -200,8 +201,8 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-class Report:
-    """Running means of losses: in the progress bar, printed now and then, and kept for the summary."""
+class LossLog:
+    """Means of losses, shown in the progress bar, printed every LOG_INTERVAL updates and kept for the summary."""
 
     def __init__(self, progress: Progress, name: str, steps: int, start: int = 0) -> None:
         self.progress, self.name, self.steps = progress, name, steps
@@ -211,57 +212,59 @@ class Report:
         self.last: dict[str, float] = {}
 
     def add(self, held_out: Callable[[], dict[str, float]] | None = None, **losses: float) -> None:
-        """`held_out` computes the losses of held-out frames, which go into a report as they are."""
+        """Take in an update's losses. `held_out` computes those of held-out frames, which are not averaged."""
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss
         self.count += 1
         self.step += 1
-        if self.step % REPORT_INTERVAL == 0 or self.step == self.steps:
+        if self.step % LOG_INTERVAL == 0 or self.step == self.steps:
             self.last = {name: total / self.count for name, total in self.sums.items()}
             if held_out is not None:
                 self.last |= {f"held-out {name}": loss for name, loss in held_out().items()}
             text = "  ".join(f"{name} {loss:.4f}" for name, loss in self.last.items())
             minutes = (time.monotonic() - self.start) / 60
             line = f"{self.name} {self.step}/{self.steps}  {text}  {minutes:.1f} min"
-            self.progress.console.print(line, soft_wrap=True)  # one line in a log file, too
+            self.progress.console.print(line, soft_wrap=True)  # stays one line in a log file
             self.progress.update(self.task, losses=text)
             self.sums, self.count = {}, 0
         self.progress.advance(self.task)
 
 
 class Joint:
-    """First stage: everything, with the auxiliary position loss."""
+    """The first stage, which trains everything with the auxiliary position loss."""
 
-    def __init__(self, model: Pi0, data: Demonstrations, stage: Stage, held_out: Demonstrations | None = None) -> None:
-        self.model, self.data, self.stage, self.held_out = model, data, stage, held_out
+    def __init__(
+        self, model: Pi0, data: Demonstrations, settings: StageSettings, held_out: Demonstrations | None = None
+    ) -> None:
+        self.model, self.data, self.settings, self.held_out = model, data, settings, held_out
         self.image_tokens = model.config.cameras * model.config.image_tokens
         self.head = nn.Linear(self.image_tokens * model.config.vlm_width, data.positions.shape[1])
         self.modules = nn.ModuleDict({"model": model, "head": self.head})
-        self.optimiser = Optimiser(dict(self.modules.named_parameters()), stage, average=False)
+        self.optimiser = Optimiser(dict(self.modules.named_parameters()), settings, average=False)
 
     def train(self, progress: Progress, after_update: AfterUpdate | None = None) -> dict[str, float]:
-        """Runs what is left of the stage; returns the last reported losses."""
+        """Runs the rest of the stage. Returns the last logged losses."""
         data, generator = self.data, self.optimiser.generator
-        report = Report(progress, "joint", self.stage.steps, self.optimiser.step)
-        while self.optimiser.step < self.stage.steps:
-            rows = torch.randint(len(data), (self.stage.batch,), generator=generator)
+        log = LossLog(progress, "joint", self.settings.steps, self.optimiser.step)
+        while self.optimiser.step < self.settings.steps:
+            rows = torch.randint(len(data), (self.settings.batch,), generator=generator)
             flow, found = self._run(data, rows, generator)
             position = F.mse_loss(found, data.positions[rows])
             self.optimiser.update(flow + POSITION_WEIGHT * position)
-            report.add(self._measure if self.held_out else None, flow=flow.item(), position=position.item())
+            log.add(self._measure if self.held_out else None, flow=flow.item(), position=position.item())
             if after_update is not None:
                 after_update(self)
-        return report.last
+        return log.last
 
     def _run(self, data: Demonstrations, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The flow loss, and the positions [N, K] that are read off the images."""
+        """The flow loss and the positions [N, K] that the head reads off the images."""
         model = self.model
         images = scale_images(data.images[rows])
         prefix = model.encode_prefix(images, data.tokens[rows], data.token_mask[rows], data.state[rows])
         assert prefix.hidden is not None
         found = self.head(prefix.hidden[:, : self.image_tokens].flatten(1))
-        actions = data.chunks[rows].repeat_interleave(self.stage.samples, dim=0)
-        return flow_loss(model, prefix.repeat(self.stage.samples), actions, generator), found
+        actions = data.chunks[rows].repeat_interleave(self.settings.samples, dim=0)
+        return flow_loss(model, prefix.repeat(self.settings.samples), actions, generator), found
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -284,7 +287,7 @@ class Joint:
 
 @torch.no_grad()
 def cache_prefixes(model: Pi0, data: Demonstrations, progress: Progress) -> Tensor:
-    """Keys and values of every frame: float16 [F, depth, 2, kv_heads, P, head_dim]."""
+    """Keys and values of every frame, float16 [F, depth, 2, kv_heads, P, head_dim]."""
     config, batch = model.config, 256
     shape = (len(data), config.depth, 2, config.kv_heads, config.prefix_length, config.head_dim)
     cache = torch.empty(shape, dtype=torch.float16)
@@ -299,25 +302,27 @@ def cache_prefixes(model: Pi0, data: Demonstrations, progress: Progress) -> Tens
 
 
 class Expert:
-    """Second stage: expert and projections on cached prefixes."""
+    """The second stage, which trains the expert and the projections on cached prefixes."""
 
-    def __init__(self, model: Pi0, data: Demonstrations, stage: Stage, held_out: Demonstrations | None = None) -> None:
-        self.model, self.data, self.stage, self.held_out = model, data, stage, held_out
+    def __init__(
+        self, model: Pi0, data: Demonstrations, settings: StageSettings, held_out: Demonstrations | None = None
+    ) -> None:
+        self.model, self.data, self.settings, self.held_out = model, data, settings, held_out
         frozen = (model.vision, model.embedding, model.vlm)
         fixed = {id(parameter) for module in frozen for parameter in module.parameters()}
         self.modules = nn.ModuleDict({"model": model})
         parameters = {name: p for name, p in self.modules.named_parameters() if id(p) not in fixed}
-        self.optimiser = Optimiser(parameters, stage, average=True)
+        self.optimiser = Optimiser(parameters, settings, average=True)
 
     def train(
         self, progress: Progress, after_update: AfterUpdate | None = None, stop_after: int | None = None
     ) -> dict[str, float]:
-        """Runs what is left of the stage and leaves the averages in the model; returns the last reported losses.
+        """Runs the rest of the stage and leaves the averages in the model. Returns the last logged losses.
 
-        With `stop_after` it ends early, after so many updates of the stage; the schedule stays that of the whole stage.
+        `stop_after` ends it early, after that many updates of the stage; the schedule stays that of the whole stage.
         """
         data, generator = self.data, self.optimiser.generator
-        end = self.stage.steps if stop_after is None else min(stop_after, self.stage.steps)
+        end = self.settings.steps if stop_after is None else min(stop_after, self.settings.steps)
         cache = cache_prefixes(self.model, data, progress)
         measure = None
         if self.held_out is not None:
@@ -326,16 +331,16 @@ class Expert:
             def measure() -> dict[str, float]:
                 return self._measure(held_out_cache)
 
-        report = Report(progress, "expert", self.stage.steps, self.optimiser.step)
+        log = LossLog(progress, "expert", self.settings.steps, self.optimiser.step)
         while self.optimiser.step < end:
-            rows = torch.randint(len(data), (self.stage.batch,), generator=generator)
+            rows = torch.randint(len(data), (self.settings.batch,), generator=generator)
             loss = self._loss(data, cache, rows, generator)
             self.optimiser.update(loss)
-            report.add(measure, flow=loss.item())
+            log.add(measure, flow=loss.item())
             if after_update is not None:
                 after_update(self)
         self.optimiser.swap()
-        return report.last
+        return log.last
 
     def _loss(self, data: Demonstrations, cache: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
         model, token_mask = self.model, data.token_mask[rows]
@@ -343,12 +348,12 @@ class Expert:
         mask = key_mask(token_mask, before, 0, model.dtype)
         layers = list(cache[rows].float().unbind(1))
         prefix = model.append_state(Prefix(layers, mask, before + token_mask.sum(1)), data.state[rows])
-        actions = data.chunks[rows].repeat_interleave(self.stage.samples, dim=0)
-        return flow_loss(model, prefix.repeat(self.stage.samples), actions, generator)
+        actions = data.chunks[rows].repeat_interleave(self.settings.samples, dim=0)
+        return flow_loss(model, prefix.repeat(self.settings.samples), actions, generator)
 
     @torch.no_grad()
     def _measure(self, cache: Tensor) -> dict[str, float]:
-        """The averaged weights' loss."""
+        """The loss of the averaged weights."""
         assert self.held_out is not None
         generator = torch.Generator().manual_seed(0)
         self.optimiser.swap()
@@ -359,12 +364,12 @@ class Expert:
 
 
 def training_state(stage: Joint | Expert) -> dict[str, Tensor]:
-    """All that the rest of a stage depends on, but the demonstrations."""
+    """Everything but the demonstrations that the rest of a stage depends on."""
     return {**stage.modules.state_dict(prefix="modules."), **stage.optimiser.state()}
 
 
 def load_training_state(stage: Joint | Expert, state: Mapping[str, Tensor]) -> None:
-    """Continues where `training_state` was; raises KeyError or RuntimeError if it is of another stage or model."""
+    """Restores `training_state`. Raises KeyError or RuntimeError if it belongs to another stage or model."""
     prefix = "modules."
     stage.modules.load_state_dict(
         {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
