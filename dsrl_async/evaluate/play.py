@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsrl_async.config.settings import ConfigError
+from dsrl_async.envs import environment_record
 from dsrl_async.evaluate.episodes import Episode, Schedule
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.progress import ProgressBar
@@ -34,8 +35,6 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import NONE_LEFT, Assignments, assignment_fields
 from dsrl_async.shm.counters import EPISODE_LOG, Counters
 from dsrl_async.shm.memory import run_fields
-
-TABLETOP_RATE_HZ, LIBERO_RATE_HZ = 10, 20
 
 
 def load_actor(checkpoint: Path, server: InferenceServer) -> None:
@@ -141,7 +140,7 @@ def play(
     actors: list[processes.Process] = []
     with tempfile.TemporaryDirectory() as directory:
         logs = Path(directory)
-        rate_hz = TABLETOP_RATE_HZ if config.env.name == "tabletop" else LIBERO_RATE_HZ
+        rate_hz = environment_record(config.env.model_dump()).rate_hz
         video_dir = str(films.directory.absolute()) if films else None
         one_task = len({episode.task for episode in episodes}) == 1
         begin_with = episodes[0].number if one_task else None  # of several, a process compiles what it is given

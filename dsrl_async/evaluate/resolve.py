@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +15,7 @@ from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.load import read_run_settings, read_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs.libero import versions as simulator_versions
-from dsrl_async.envs.libero import with_preset
+from dsrl_async.envs import environment_record
 from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import available_cpus
@@ -29,8 +28,6 @@ from dsrl_async.run.preflight.policy import policy_directory
 SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
 """Settings, or prefixes of their names, that an evaluation uses."""
 
-TABLETOP_EPISODES = 100
-"""How many episodes of the tabletop are played unless `--episodes` says otherwise."""
 MAX_PROCESSES = 16
 """Upper limit on the number of environment workers unless `--processes` says otherwise."""
 DIGEST_BYTES = 2 << 30
@@ -75,14 +72,16 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     override(settings, given)
     config = validate(settings)
     make_paths_absolute(config.policy)
-    if config.env.name == "tabletop":
+    record = environment_record(config.env.model_dump())
+    if record.suite is None:
         if options.tasks is not None or options.init_states is not None:
             raise ConfigError("--tasks and --init-states are of LIBERO; give --suite, too")
-        episodes = [Episode(number, 0, None) for number in range(options.episodes or TABLETOP_EPISODES)]
+        assert record.evaluation_episodes is not None
+        episodes = [Episode(number, 0, None) for number in range(options.episodes or record.evaluation_episodes)]
         processes = MAX_PROCESSES
     else:
         episodes = plan_suite(
-            config.env.name,
+            record.suite,
             parse_numbers("--tasks", options.tasks) if options.tasks else config.env.task_ids,
             parse_numbers("--init-states", options.init_states) if options.init_states else config.env.init_states,
             options.episodes,
@@ -99,8 +98,8 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
         mode = "base"
-    if mode == "deterministic" and config.env.name != "tabletop":
-        check_repeats(config.env.name, episodes, with_preset(config.env.model_dump())["seeding"])
+    if mode == "deterministic" and record.suite is not None:
+        check_repeats(record.suite, episodes, record.settings["seeding"])
     return Evaluation(config, checkpoint, mode, episodes, spec.prompts)
 
 
@@ -120,9 +119,9 @@ def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | N
 def identity(evaluation: Evaluation) -> dict[str, Any]:
     """Return everything that outcomes depend on, ready for JSON, with the presets' values filled in."""
     config, mode = evaluation.config, evaluation.mode
-    env = config.env.model_dump()
-    if env["name"] != "tabletop":
-        env = with_preset(env)
+    record = environment_record(config.env.model_dump())
+    env = dict(record.settings)
+    if record.suite is not None:
         env["task_ids"] = sorted({episode.task for episode in evaluation.episodes})
         env["init_states"] = sorted(
             {episode.init_state for episode in evaluation.episodes if episode.init_state is not None}
@@ -150,14 +149,14 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
         },
         **steering,
         "device": device.type,
-        "versions": versions(),
+        "versions": versions(record.versions()),
     }
 
 
-def versions() -> dict[str, str]:
+def versions(simulator: Mapping[str, str]) -> dict[str, str]:
     """Return the version of everything that success rates may depend on."""
     libraries = {name: version(name) for name in ("torch", "numpy")}
-    return {"dsrl_async": __version__, "python": platform.python_version(), **libraries, **simulator_versions()}
+    return {"dsrl_async": __version__, "python": platform.python_version(), **libraries, **simulator}
 
 
 def identify_files(files: Sequence[Path]) -> list[dict[str, Any]]:

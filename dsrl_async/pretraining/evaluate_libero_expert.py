@@ -13,7 +13,8 @@ from rich.table import Table
 
 from dsrl_async.config.load import validate
 from dsrl_async.envs import libero_files
-from dsrl_async.envs.libero import LiberoEnvironment, versions
+from dsrl_async.envs.libero import LiberoEnvironment
+from dsrl_async.envs.shipped import libero_versions
 from dsrl_async.evaluate.results import wilson_interval
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pretraining.libero_demonstrations import spread
@@ -90,8 +91,9 @@ def main() -> None:
             " ".join(map(str, row["failed_init_states"])),
         )
     Console().print(table)
-    print(", ".join(f"{name} {number}" for name, number in versions().items()))
-    options.out.write_text(json.dumps({"versions": versions(), "preset": "openpi", "ways": rows}, indent=1) + "\n")
+    versions = libero_versions()
+    print(", ".join(f"{name} {number}" for name, number in versions.items()))
+    options.out.write_text(json.dumps({"versions": versions, "preset": "openpi", "ways": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

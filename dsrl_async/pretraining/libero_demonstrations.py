@@ -27,6 +27,7 @@ from dsrl_async import __version__
 from dsrl_async.config.load import validate
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.envs import libero_files
+from dsrl_async.envs.shipped import libero_versions
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situation
 
 if TYPE_CHECKING:

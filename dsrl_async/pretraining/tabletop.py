@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dsrl_async.envs import environment_spec
+from dsrl_async.envs.shipped import TABLETOP
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.files import NormStats
@@ -86,7 +86,7 @@ def main() -> None:
     made = time.monotonic()
     torch.manual_seed(args.seed)
     config = tabletop_config()
-    prompts = environment_spec({"name": "tabletop"}).prompts
+    prompts = TABLETOP.prompts
     tokenizer = build_tokenizer(config, prompts)
     data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
     model = Pi0(config)

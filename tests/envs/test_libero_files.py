@@ -221,10 +221,11 @@ def test_missing_init_states_are_named(package: Path) -> None:
 
 
 def test_a_specification_imports_neither_simulator_nor_libero() -> None:
+    settings = validate({"env": {"name": "libero_spatial"}}).env.model_dump()
     program = (
         "import sys, dsrl_async.envs as envs\n"
         "try:\n"
-        "    envs.environment_spec({'name': 'libero_spatial', 'task_ids': None, 'image_size': 224})\n"
+        f"    envs.environment_spec({settings})\n"
         "except ValueError:\n"
         "    pass\n"  # LIBERO is not installed
         "assert not {'libero', 'robosuite', 'mujoco', 'torch'} & sys.modules.keys()\n"

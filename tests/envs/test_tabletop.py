@@ -18,6 +18,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from dsrl_async.config.settings import EnvConfig
 from dsrl_async.envs import ChunkOutcome, Environment, environment_spec, make_environment
 from dsrl_async.envs.tabletop import (
     _LIGHT,
@@ -32,7 +33,7 @@ from dsrl_async.pretraining import tabletop_demonstrations
 from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
 from dsrl_async.pretraining.tabletop_expert import TabletopExpert
 
-CONFIG = {"name": "tabletop", "layout": "swap2", "max_episode_steps": 50}
+CONFIG = EnvConfig(name="tabletop", layout="swap2", max_episode_steps=50).model_dump()
 
 
 def observation(environment: Environment) -> tuple[NDArray, NDArray, NDArray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsrl_async.config.settings import MOST_ACTORS, Config, ConfigError
-from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.envs import EnvironmentSpec, environment_record
 from dsrl_async.host.machine import available_memory
 from dsrl_async.pi0.files import read_config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
@@ -16,23 +16,6 @@ from dsrl_async.pi0.tensors import find_tensors, parameter_count
 from dsrl_async.run.preflight.policy import policy_directory
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
-
-ACTOR_BYTES = 20 << 20
-"""Private memory of an actor of the tabletop, beside what it shares with the template."""
-
-
-LIBERO_ACTOR_BYTES = {"exact": 700 << 20, "fast": 300 << 20}
-"""Private memory of an environment of LIBERO, by `env.render_quality`: mostly what the graphics keep."""
-
-
-TEMPLATE_BYTES = 100 << 20
-"""What the template and its actors share: imported modules."""
-
-
-LIBERO_SCENE_BYTES = 700 << 20
-"""A compiled scene of LIBERO, with room for what compiling it takes for a moment. It is the template's if there is but
-one task, and else each environment's own."""
-
 
 MODEL_PROCESS_BYTES = 500 << 20
 """Private memory of the inference process without the policy, and of the learner."""
@@ -58,22 +41,14 @@ def policy_bytes(config: Config, horizon: int) -> int:
     )
 
 
-def one_scene(config: Config) -> bool:
-    """Whether all actors have the same compiled scene of LIBERO, which is then the template's."""
-    return config.env.name != "tabletop" and len(config.env.task_ids or ()) == 1
-
-
 def actor_bytes(config: Config) -> int:
     """Estimated private memory of one actor."""
-    if config.env.name == "tabletop":
-        return ACTOR_BYTES
-    own_scene = 0 if one_scene(config) else LIBERO_SCENE_BYTES
-    return LIBERO_ACTOR_BYTES[config.env.render_quality] + own_scene
+    return environment_record(config.env.model_dump()).worker_bytes
 
 
 def template_bytes(config: Config) -> int:
-    """Estimated memory of the actors' template, which they share; it has compiled the scene that all have."""
-    return TEMPLATE_BYTES + (LIBERO_SCENE_BYTES if one_scene(config) else 0)
+    """Estimated memory of the actors' template, which they share."""
+    return environment_record(config.env.model_dump()).template_bytes
 
 
 class MemoryNeed(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentSpec, environment_spec, libero_files
+from dsrl_async.envs import EnvironmentSpec, environment_record, environment_spec
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, TRAINING, Pi0Config
 from dsrl_async.pi0.files import PolicyFiles, find_policy
 from dsrl_async.pi0.tensors import read_json
@@ -25,13 +25,8 @@ def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
 
 def check_environment(config: Config) -> EnvironmentSpec:
     """The environment's shapes; raises ConfigError when it is not installed, or has no such task or initial state."""
-    env = config.env
     try:
-        spec = environment_spec(env.model_dump())
-        if env.name != "tabletop" and env.init_states is not None:
-            for task in libero_files.selected_tasks(env.name, env.task_ids):
-                libero_files.selected_init_states(env.name, task, env.init_states)
-        return spec
+        return environment_spec(config.env.model_dump())
     except ValueError as error:
         key = "" if str(error).startswith("env.") else "env.name: "
         raise ConfigError(f"{key}{error}") from error
@@ -48,11 +43,11 @@ def check_checkpoint(config: Config) -> PolicyFiles:
 
 def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
     """Raises ConfigError unless policy, environment and agent have the same shapes."""
-    directory, suite = policy_directory(config), config.env.name
-    if config.policy.checkpoint is None and suite != "tabletop":
-        ours = ", or --config configs/libero_spatial_small.yaml" if suite == "libero_spatial" else ""
+    directory, record = policy_directory(config), environment_record(config.env.model_dump())
+    if config.policy.checkpoint is None and not record.embedded_policy:
+        ours = f", or --config {record.example}" if record.example else ""
         raise ConfigError(
-            f"policy.checkpoint: null means the tabletop's policy; for {suite} give --policy.checkpoint DIR{ours}"
+            f"policy.checkpoint: null means the tabletop's policy; for {record.name} give --policy.checkpoint DIR{ours}"
         )
     for what, of_policy, of_env in (
         ("cameras", policy.cameras, spec.cameras),
@@ -61,10 +56,11 @@ def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
         ("robot action", policy.robot_action_dim, spec.action_dim),
     ):
         if of_policy != of_env:
+            settable = what == "image size" and "image_size" in record.own_settings
+            remedy = f"; set env.image_size to {of_policy}" if settable else ""
             raise ConfigError(
                 f"policy.checkpoint: the {what} of {directory} is {of_policy}, "
-                f"that of the environment {suite} is {of_env}"
-                f"{f'; set env.image_size to {of_policy}' if what == 'image size' and suite != 'tabletop' else ''}"
+                f"that of the environment {record.name} is {of_env}{remedy}"
             )
     if config.env.chunk > policy.action_horizon:
         raise ConfigError(
@@ -104,7 +100,8 @@ def trained_quality(directory: Path) -> str | None:
 
 def check_render_quality(config: Config) -> None:
     """Raises ConfigError when the policy was trained on other pictures than the run would show it."""
-    if config.env.name == "tabletop" or config.policy.ignore_render_quality:
+    own_settings = environment_record(config.env.model_dump()).own_settings
+    if "render_quality" not in own_settings or config.policy.ignore_render_quality:
         return
     directory = policy_directory(config)
     try:

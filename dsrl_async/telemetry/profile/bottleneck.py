@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dsrl_async.config.settings import Config
+from dsrl_async.envs import environment_record
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.telemetry.profile.hardware import Gpu
 
@@ -205,7 +206,8 @@ def _advice(kind: str, phase: str, profile: RunProfile, config: Config) -> tuple
     on_cpu = not profile.on_gpu.get(kind, False)
     spare = on_cpu and profile.free_cores >= 1
     if kind == "actor":
-        if phase == "render" and config.env.name != "tabletop" and config.env.render_quality == "exact":
+        own_settings = environment_record(config.env.model_dump()).own_settings
+        if phase == "render" and "render_quality" in own_settings and config.env.render_quality == "exact":
             return "env.render_quality", "set env.render_quality to fast, with a policy trained on such images"
         return _more_actors(profile, config)
     if phase in ("publish", "weights"):

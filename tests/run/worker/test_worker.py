@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dsrl_async.config.settings import Config
-from dsrl_async.envs import ChunkOutcome, EnvironmentSpec, environment_spec
+from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
+from dsrl_async.envs.shipped import TABLETOP
 from dsrl_async.run.worker.worker import EVALUATION, TRAINING, Lane, decision_reward, episode_seed
 from dsrl_async.shm.arena import Arena
 
@@ -22,7 +23,7 @@ class ScriptedEnvironment:
     """Plays given outcomes; its observation tells how many have been played."""
 
     def __init__(self, outcomes: list[ChunkOutcome]) -> None:
-        self.spec: EnvironmentSpec = environment_spec({"name": "tabletop"})
+        self.spec: EnvironmentSpec = TABLETOP
         self.outcomes, self.played = outcomes, 0
         self.seeds: list[int] = []
         self.actions: list[np.ndarray] = []

@@ -1,0 +1,135 @@
+"""What an environment does, chunk by chunk, and what is known of it without making it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Settings = Mapping[str, Any]
+"""The section `env` of a configuration, as from `EnvConfig.model_dump()`."""
+
+
+class EnvironmentSpec(NamedTuple):
+    """Shapes of what an environment shows and takes."""
+
+    cameras: int
+    """Number of images in an observation."""
+    image_size: int
+    """Height and width in pixels of the images for the policy."""
+    state_dim: int
+    """Width of the robot state."""
+    action_dim: int
+    """Width of one action."""
+    prompts: tuple[str, ...]
+    """All instructions that the environment may show; a task_index is an index into it."""
+
+
+class ChunkOutcome(NamedTuple):
+    """What came of executing one action chunk."""
+
+    steps: int
+    """Executed environment steps; fewer than the chunk's length if the episode ended inside it."""
+    success_step: int
+    """Index within the chunk of the first successful step, -1 if there was none."""
+    terminated: bool
+    """The episode ended in success."""
+    truncated: bool
+    """The episode ended because its step limit was reached without success."""
+
+
+class Environment(Protocol):
+    """An environment that executes action chunks and renders only when observed."""
+
+    spec: EnvironmentSpec
+
+    def reset(self, seed: int, number: int = 0) -> int:
+        """Starts the episode that `seed` and `number` fully determine; returns its task_index.
+
+        `number` counts the episodes of all actors, for environments that go through their scenes in order.
+        """
+        ...
+
+    def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
+        """Executes float32[k, action_dim], stopping early where the episode ends."""
+        ...
+
+    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        """Renders the present moment into the given C-contiguous arrays.
+
+        images uint8[cameras, image_size, image_size, 3], sac_image uint8[64, 64, 3],
+        state float32[state_dim].
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the simulator holds; the environment cannot be used afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class EnvironmentRecord:
+    """Everything that the rest of the package asks of an environment with given settings, short of stepping it.
+
+    `dsrl_async.envs.environment_record` returns it for the settings of a run, and nobody else looks at `env.name`.
+    Neither torch nor a simulator is imported for it: `spec` and `make` are functions, and all else is plain data. A
+    user's environment will provide the same record. Its module belongs into child processes, so `environment_record`
+    will have one of them import it and answer with these values, and only a worker will call `make`.
+    """
+
+    name: str
+    """`env.name`."""
+    settings: Settings
+    """The settings, with the values that a preset chooses where they are null. JSON-ready."""
+    own_settings: frozenset[str]
+    """The keys of `env` that only environments of this kind read; what is not among them has no effect."""
+    spec: Callable[[], EnvironmentSpec]
+    """The shapes. Raises ValueError if the environment is not installed, or lacks what the settings select."""
+    make: Callable[[], Environment]
+    """Makes the environment, with its simulator. Raises ValueError if it cannot be had, or a setting does not fit."""
+    needs_opengl: bool
+    """Whether its cameras are rendered with OpenGL."""
+    rate_hz: int
+    """Environment steps per second of the robot's time."""
+    episode_steps: int
+    """Environment steps after which an episode is truncated."""
+    worker_bytes: int
+    """Private memory of an environment worker, beside what it shares with the template."""
+    template_bytes: int
+    """Memory of the template, which all workers share."""
+    packages: tuple[str, ...]
+    """The distributions that success rates depend on, as far as they are installed."""
+    suite: str | None = None
+    """The suite of LIBERO whose tasks and initial states number the episodes (see `libero_files`); None: the number of
+    an episode only seeds it."""
+    evaluation_episodes: int | None = None
+    """How many episodes an evaluation plays unless told; None: each scene of the suite once."""
+    embedded_policy: bool = False
+    """Whether the policy that comes with the package, for a null `policy.checkpoint`, was trained on it."""
+    example: str | None = None
+    """A configuration of this project that has a policy for it."""
+
+    def versions(self) -> dict[str, str]:
+        return installed_versions(self.packages)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of the distributions that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def check_chunk(action_chunk: NDArray[np.float32], action_dim: int) -> None:
+    """Raises ValueError unless the chunk is [k, action_dim], with k >= 1, of finite numbers."""
+    if action_chunk.ndim != 2 or action_chunk.shape[1] != action_dim or not len(action_chunk):
+        raise ValueError(f"an action chunk must have shape [k, {action_dim}] with k >= 1, not {action_chunk.shape}")
+    if not np.isfinite(action_chunk).all():
+        raise ValueError("the action chunk holds values that are not finite; look at the policy's outputs")

