@@ -24,6 +24,7 @@ from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
 from dsrl_async.telemetry.console import make_console
@@ -31,7 +32,7 @@ from dsrl_async.telemetry.console import make_console
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str], programs: Mapping[str, Program] = PROGRAMS) -> int:
+def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> int:
     """Returns the exit code; for `programs` see `Supervisor`."""
     stop = StopRequest()
     try:
@@ -62,7 +63,7 @@ def run(
     spec: EnvironmentSpec,
     horizon: int,
     stop: StopRequest,
-    programs: Mapping[str, Program] = PROGRAMS,
+    programs: Mapping[Kind, Program] = PROGRAMS,
 ) -> dict[str, Any]:
     """Run in an opened run directory; returns the summary, which is also written there.
 

@@ -23,7 +23,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from dsrl_async.config.settings import Config
 from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES
-from dsrl_async.telemetry.usage import ProcessUsage
+from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ class RunMonitor:
         restart = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, session_log=restart))
 
-    def tick(self, snapshot: Snapshot, pids: dict[str, int], more: Mapping[str, float] | None = None) -> View:
-        """Take in a snapshot of the counters and the processes (name -> pid, workers being named `actor-<lane>`).
+    def tick(self, snapshot: Snapshot, pids: Pids, more: Mapping[str, float] | None = None) -> View:
+        """Take in a snapshot of the counters and the processes.
 
         `more` holds further values for TensorBoard.
         """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import psutil
 
@@ -12,9 +14,8 @@ MEMORY_WORKERS = 8  # environment workers are alike: the mean of a few stands fo
 MEASURING_SHARE = 0.01  # upper limit on the share of time spent on measuring
 
 
-def kind_of(name: str) -> str:
-    """The kind of a process: `actor` for `actor-007`, otherwise the name itself."""
-    return name.partition("-")[0]
+Pids = Mapping[str, Sequence[int]]
+"""Kind of process (supervisor, inference, learner, template, actor) -> the process numbers of all of that kind."""
 
 
 def template_bytes(template: psutil.Process) -> int:
@@ -38,11 +39,11 @@ class ProcessUsage:
         self.cpu_percent: dict[str, float] = {}
         self.memory_mb: dict[str, float] = {}
         self.processes: dict[str, int] = {}
-        self._handles: dict[str, psutil.Process] = {}
+        self._handles: dict[tuple[str, int], psutil.Process] = {}  # (kind, pid) -> handle
         self._next_cpu = self._next_memory = self._memory_rested = float("-inf")
 
-    def measure(self, pids: dict[str, int], now: float) -> None:
-        """Measure the processes name -> pid, as far as that is due at time `now` (seconds)."""
+    def measure(self, pids: Pids, now: float) -> None:
+        """Measure the processes, as far as that is due at time `now` (seconds)."""
         if now >= self._next_cpu:
             start = time.perf_counter()
             self._open(pids)
@@ -55,30 +56,23 @@ class ProcessUsage:
             self._memory_rested = now + (time.perf_counter() - start) / MEASURING_SHARE
             self._next_memory = max(now + MEMORY_INTERVAL_S, self._memory_rested)
 
-    def _open(self, pids: dict[str, int]) -> None:
+    def _open(self, pids: Pids) -> None:
+        self.processes = {kind: len(of_kind) for kind, of_kind in pids.items()}
         handles = {}
-        self.processes = defaultdict(int)
-        for name, pid in pids.items():
-            self.processes[kind_of(name)] += 1
-            handle = self._handles.get(name)
-            try:
-                handles[name] = handle if handle is not None and handle.pid == pid else psutil.Process(pid)
-            except psutil.Error:
-                continue
+        for key in ((kind, pid) for kind, of_kind in pids.items() for pid in of_kind):
+            with contextlib.suppress(psutil.Error):
+                handles[key] = self._handles.get(key) or psutil.Process(key[1])
         self._handles = handles
 
     def _measure_cpu(self) -> None:
         self.cpu_percent = dict.fromkeys(self.processes, 0.0)
-        for name, handle in self._handles.items():
-            try:
-                self.cpu_percent[kind_of(name)] += handle.cpu_percent()
-            except psutil.Error:
-                continue
+        for (kind, _), handle in self._handles.items():
+            with contextlib.suppress(psutil.Error):
+                self.cpu_percent[kind] += handle.cpu_percent()
 
     def _measure_memory(self) -> None:
         uss: defaultdict[str, list[float]] = defaultdict(list)
-        for name, handle in self._handles.items():
-            kind = kind_of(name)
+        for (kind, _), handle in self._handles.items():
             if len(uss[kind]) == MEMORY_WORKERS:
                 continue
             try:

@@ -74,10 +74,7 @@ def measure(system: str, supervisor: Supervisor, stop: StopRequest, seconds: flo
     patience_ends = time.monotonic() + PATIENCE_S
     while counters.learner_updates[0] < LEARNING_UPDATES and time.monotonic() < patience_ends and not stop.reason:
         time.sleep(0.05)
-    pids = {
-        kind: [child.popen.pid for name, child in supervisor.children.items() if name.startswith(kind)]
-        for kind in KINDS
-    }
+    pids = supervisor.pids()
     if system == "pinned":
         pin(pids)
     moments = []

@@ -476,7 +476,7 @@ def test_stages_of_the_cpu_are_timed_by_the_host(memory: Arena, profile_memory: 
 
 def test_cpu_watch_counts_running_processes_only() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    pids = {"supervisor": os.getpid(), "actor-000": child.pid, "actor-001": child.pid}
+    pids = {"supervisor": [os.getpid()], "actor": [child.pid, child.pid]}
     watch = CpuWatch()
     watch.measure(pids)
     assert watch.kinds == {}
@@ -493,7 +493,7 @@ def test_cpu_watch_counts_running_processes_only() -> None:
     assert sum(watch.cores) - sum(before) >= 0.1
     child.communicate(b"\n")
     watch._due = 0.0
-    watch.measure(pids | {"actor-001": os.getpid()})  # one has ended, one was replaced
+    watch.measure(pids | {"actor": [child.pid, os.getpid()]})  # one has ended, one was replaced
     assert watch.kinds["actor"] == kinds["actor"]
 
 
@@ -514,7 +514,7 @@ def test_cpu_watch_counts_what_this_kernel_counts(
         while time.process_time() < begin + until:
             pass
         watch._due = 0.0
-        watch.measure({"supervisor": os.getpid()})
+        watch.measure({"supervisor": [os.getpid()]})
     assert watch.kinds["supervisor"].running >= 0.05
     assert watch.kinds["supervisor"].queued == 0
     assert len(watch.cores) == 2
@@ -691,7 +691,7 @@ def test_profile_starts_anew_when_the_run_has_got_going(
             counters.actor_phase_s[:, 1] += render
             counters.learner_phase_s[3] += update
             counters.learner_updates[0] += update > 0
-            return profiler.tick(counters.snapshot(), {"supervisor": os.getpid()})
+            return profiler.tick(counters.snapshot(), {"supervisor": [os.getpid()]})
 
         for _ in range(5):
             second(render=0.9, update=0.0)

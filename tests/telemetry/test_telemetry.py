@@ -25,7 +25,7 @@ from dsrl_async.config.load import validate
 from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES, counter_fields
 from dsrl_async.telemetry.console import LiveDisplay, make_console, phase_bar, plain_line, render, sparkline
 from dsrl_async.telemetry.monitor import HISTORY_POINTS, RunMonitor, View, finished_episodes
-from dsrl_async.telemetry.usage import ProcessUsage
+from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 METRIC_NAMES = (
     "train/sac/critic_loss",
@@ -64,9 +64,9 @@ class FakeRun:
     def snapshot(self) -> dict[str, np.ndarray]:
         return {name: array.copy() for name, array in self.counters.items()}
 
-    def tick(self, seconds: float = 1.0, pids: dict[str, int] | None = None) -> View:
+    def tick(self, seconds: float = 1.0, pids: Pids | None = None) -> View:
         self.now += seconds
-        return self.monitor.tick(self.snapshot(), pids or {"supervisor": os.getpid()})
+        return self.monitor.tick(self.snapshot(), pids or {"supervisor": [os.getpid()]})
 
     def finish_episode(self, lane: int, episode_return: float, length: int, success: bool) -> None:
         counters, entry = self.counters, self.counters["actor_episodes"][lane] % EPISODE_LOG
@@ -222,7 +222,7 @@ def test_success_rate_is_of_the_last_100_episodes(run: FakeRun) -> None:
 
 def test_tensorboard_has_exactly_the_documented_names(run: FakeRun) -> None:
     busy(run)
-    run.tick(pids={"supervisor": os.getpid(), "actor-000": os.getpid()})
+    run.tick(pids={"supervisor": [os.getpid()], "actor": [os.getpid()]})
     scalars = run.scalars()
     assert {tag for tag in scalars if tag.startswith(("env/", "train/"))} == DOCUMENTED
     phases = {"actor": ACTOR_PHASES, "inference": INFERENCE_PHASES, "learner": LEARNER_PHASES}
@@ -316,7 +316,7 @@ def test_dead_process_is_tolerated_and_its_last_memory_kept() -> None:
     child = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1)
     assert child.stdout is not None
     child.stdout.readline()
-    pids = {"supervisor": os.getpid(), "inference": child.pid}
+    pids = {"supervisor": [os.getpid()], "inference": [child.pid]}
     usage = ProcessUsage()
     usage.measure(pids, 0.0)
     memory = usage.memory_mb["inference"]
@@ -328,20 +328,20 @@ def test_dead_process_is_tolerated_and_its_last_memory_kept() -> None:
     usage.measure(pids, 2e3)  # gone
     assert usage.cpu_percent["inference"] == 0.0
     assert usage.memory_mb["inference"] == memory
-    usage.measure({**pids, "inference": os.getpid()}, 3e3)  # restarted
+    usage.measure({**pids, "inference": [os.getpid()]}, 3e3)  # restarted
     assert usage.memory_mb["inference"] == pytest.approx(usage.memory_mb["supervisor"], rel=0.2)
     ProcessUsage().measure(pids, 0.0)  # never seen alive
 
 
 def test_memory_of_a_kind_that_comes_later_is_not_waited_for() -> None:
-    usage, pids = ProcessUsage(), {"supervisor": os.getpid()}
+    usage, pids = ProcessUsage(), {"supervisor": [os.getpid()]}
     usage.measure(pids, 0.0)
-    usage.measure(pids | {"actor-000": os.getpid()}, 9.9)
+    usage.measure(pids | {"actor": [os.getpid()]}, 9.9)
     assert usage.memory_mb["actor"] == pytest.approx(usage.memory_mb["supervisor"], rel=0.2)
 
 
 def test_actors_are_added_for_cpu_and_averaged_for_memory(run: FakeRun) -> None:
-    pids = {"supervisor": os.getpid(), "actor-000": os.getpid(), "actor-001": os.getpid()}
+    pids = {"supervisor": [os.getpid()], "actor": [os.getpid(), os.getpid()]}
     view = run.tick(pids=pids)
     assert view.processes == {"supervisor": 1, "actor": 2}
     assert view.memory_mb["actor_mean"] == pytest.approx(view.memory_mb["supervisor"], rel=0.2)
@@ -363,8 +363,8 @@ def huge(run: FakeRun) -> View:
     for name in ("actor_decisions", "actor_env_steps"):
         run.counters[name] += 10**9 // run.config.actors
     run.counters["inference_phase_s"] += 50.0
-    busy_kinds = {f"actor-{lane:03d}": os.getpid() for lane in range(run.config.actors)}
-    view = run.tick(pids={"supervisor": os.getpid(), "inference": os.getpid(), **busy_kinds})
+    own = os.getpid()
+    view = run.tick(pids={"supervisor": [own], "inference": [own], "actor": [own] * run.config.actors})
     cpu_percent = {"actor": 100.0 * run.config.actors, "inference": 9_999.0, "supervisor": 107.0}
     return replace(view, cpu_percent=cpu_percent, memory_mb=dict.fromkeys(view.memory_mb, 123_456.0))
 

@@ -23,6 +23,7 @@ from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program, raise_descriptor_limit
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import Supervisor
 from dsrl_async.shm.counters import INFERENCE_PHASES
@@ -115,7 +116,7 @@ class _Watch(threading.Thread):
         self.begun = time.monotonic()
         self.start_s = self.stopped = self.memory = 0.0
         self.moments: list[tuple[float, dict[str, np.ndarray], Usage, Usage, Usage]] = []
-        self.pids: dict[str, int] = {}
+        self.pids: dict[str, list[int]] = {}
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -134,7 +135,7 @@ class _Watch(threading.Thread):
             time.sleep(0.01)
         self.start_s = time.monotonic() - self.begun
         time.sleep(self.warm_s)
-        self.pids = {name: child.popen.pid for name, child in self.supervisor.children.items()}
+        self.pids = self.supervisor.pids()
         self._note()
         target = counters.decisions() + self.decisions
         until = time.monotonic() + self.seconds
@@ -143,18 +144,17 @@ class _Watch(threading.Thread):
                 return
             time.sleep(min(0.1, max(0.001, until - time.monotonic())))
         self._note()
-        actors = [pid for name, pid in self.pids.items() if name.startswith("actor")][:MEMORY_ACTORS]
+        actors = self.pids["actor"][:MEMORY_ACTORS]
         self.memory = float(np.mean([psutil.Process(pid).memory_full_info().uss for pid in actors]))
 
     def _note(self) -> None:
-        actors = [pid for name, pid in self.pids.items() if name.startswith("actor")]
         self.moments.append(
             (
                 time.monotonic(),
                 self.supervisor.counters.snapshot(),
                 thread_usage(os.getpid(), self.main_thread),
-                usage([self.pids["inference"]]),
-                usage(actors),
+                usage(self.pids["inference"]),
+                usage(self.pids["actor"]),
             )
         )
 
@@ -183,8 +183,8 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
             "record": simulation.record,
         }
         programs = {
-            "inference": Program("dsrl_async.bench.simulated.device", device),
-            "actor": Program("dsrl_async.bench.simulated.environment", {"times": asdict(simulation.times)}),
+            Kind.INFERENCE: Program("dsrl_async.bench.simulated.device", device),
+            Kind.WORKER: Program("dsrl_async.bench.simulated.environment", {"times": asdict(simulation.times)}),
         }
         supervisor = Supervisor(session, programs)
         watch = _Watch(supervisor, stop, warm_s, seconds, decisions)
@@ -221,6 +221,6 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         start_s=watch.start_s,
         stop_s=ended - watch.stopped,
         actor_memory=watch.memory,
-        killed=sum(child.popen.returncode != 0 for child in supervisor.children.values()),
-        left_over=sum(psutil.pid_exists(pid) for pid in watch.pids.values()),
+        killed=sum(child.popen is None or child.popen.returncode != 0 for child in supervisor.children),
+        left_over=sum(psutil.pid_exists(pid) for of_kind in watch.pids.values() for pid in of_kind),
     )

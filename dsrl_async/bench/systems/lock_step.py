@@ -12,9 +12,10 @@ import sys
 
 from dsrl_async import launch
 from dsrl_async.host.processes import Program
+from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.worker.template import WORKER
 
-PROGRAMS = {"inference": Program("dsrl_async.bench.systems.lock_step_process"), "actor": WORKER}
+PROGRAMS = {Kind.INFERENCE: Program("dsrl_async.bench.systems.lock_step_process"), Kind.WORKER: WORKER}
 
 
 if __name__ == "__main__":

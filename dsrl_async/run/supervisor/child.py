@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from dsrl_async.host import processes
 
 
-@dataclass
+class Kind(StrEnum):
+    """What a child is. The values are the public names: in logs, metrics and the summary."""
+
+    INFERENCE = "inference"
+    LEARNER = "learner"
+    TEMPLATE = "template"
+    WORKER = "actor"
+    """An environment worker, of which there is one for each lane; there is one process of each other kind."""
+
+
+@dataclass(eq=False)
 class Child:
-    """A process and its history; an actor's name is `actor-NUMBER`."""
+    """A process that is started, watched and replaced, through all of its incarnations."""
 
-    name: str
-    log: Path
-    started: float
-    log_start: int  # size of the log when this incarnation was started
-    popen: processes.Process = field(init=False)
-    incarnation: int = 1
-    quick_failures: int = 0
-    episodes: int = 0  # of an actor's lane, when this incarnation was started
+    kind: Kind
+    logs: Path
+    """The directory of its log."""
+    number: int = 0
+    """The lane of an environment worker; 0 for the other kinds."""
+    popen: processes.Process | None = field(default=None, init=False)
+    """None while there is none, and a successor is to be started."""
+    incarnation: int = field(default=0, init=False)
+    started: float = field(default=0.0, init=False)
+    """When the start of this incarnation began, by time.monotonic."""
+    log_start: int = field(default=0, init=False)
+    """Size of the log at that time."""
+    quick_failures: int = field(default=0, init=False)
+    """How many incarnations in a row have failed soon after their start."""
 
     @property
-    def is_actor(self) -> bool:
-        return self.name.startswith("actor-")
+    def name(self) -> str:
+        """`actor-007` for the environment worker of lane 7, the kind for the others."""
+        return f"{self.kind}-{self.number:03d}" if self.kind is Kind.WORKER else self.kind.value
 
     @property
-    def number(self) -> int:
-        """Of an actor."""
-        return int(self.name.removeprefix("actor-"))
+    def log(self) -> Path:
+        return self.logs / f"{self.name}.log"
+
+    def begin(self) -> None:
+        """Begin a new incarnation, which is about to be started."""
+        self.incarnation += 1
+        self.started = time.monotonic()
+        self.log_start = self.log.stat().st_size if self.log.is_file() else 0

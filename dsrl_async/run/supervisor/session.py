@@ -18,6 +18,7 @@ from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.telemetry.console import Display
 from dsrl_async.telemetry.monitor import SUCCESS_EPISODES, RunMonitor, View
 from dsrl_async.telemetry.profile.profiler import Profiler
+from dsrl_async.telemetry.usage import Pids
 
 
 class Session:
@@ -46,13 +47,13 @@ class Session:
         self._next_tick = self._begin + config.log.interval_s
         self._view: View | None = None
 
-    def tick(self, pids: dict[str, int]) -> None:
+    def tick(self, pids: Pids) -> None:
         """Write and show the figures of this moment."""
         now = time.monotonic()
         self._next_tick = max(self._next_tick + self.config.log.interval_s, now)
         self.counters.control_wall_s[0] = self._wall_before + now - self._begin
         self.counters.learner_replay_size[0] = self.ring.size()
-        snapshot, pids = self.counters.snapshot(), {"supervisor": os.getpid(), **pids}
+        snapshot, pids = self.counters.snapshot(), {"supervisor": [os.getpid()], **pids}
         profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
         self._view = self.monitor.tick(snapshot, pids, profile)
         self._console.update(self._view)
@@ -88,7 +89,7 @@ class Session:
             return "stop_at_success"
         return None
 
-    def finish(self, reason: str, pids: dict[str, int]) -> dict[str, Any]:
+    def finish(self, reason: str, pids: Pids) -> dict[str, Any]:
         """Last figures and the summary; the monitor is closed."""
         profile = {}
         if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it

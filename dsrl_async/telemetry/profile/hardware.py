@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from dsrl_async.host.cpu_time import thread_usage
-from dsrl_async.telemetry.usage import MEASURING_SHARE, kind_of
+from dsrl_async.telemetry.usage import MEASURING_SHARE, Pids
 
 logger = logging.getLogger(__name__)
 
@@ -50,27 +50,26 @@ class CpuWatch:
         self._allowed = sorted(os.sched_getaffinity(0))
         self.cores: tuple[float, ...] = tuple(_busy_seconds(self._allowed))
         self.measured = time.monotonic()
-        self._last: dict[str, tuple[int, float, float, float]] = {}  # name -> pid, when, running, queued
+        self._last: dict[tuple[str, int], tuple[float, float, float]] = {}  # (kind, pid) -> when, running, queued
         self._due = float("-inf")
         self._counts_waits = True
 
-    def measure(self, pids: dict[str, int]) -> None:
-        """Take in the processes name -> pid. New ones and those that have ended add nothing."""
+    def measure(self, pids: Pids) -> None:
+        """Take in the processes. New ones and those that have ended add nothing."""
         begin = time.monotonic()
         if begin < self._due:
             return
         kinds: defaultdict[str, CpuTime] = defaultdict(CpuTime, self.kinds)
         now_last = {}
-        for name, pid in pids.items():
+        for kind, pid in ((kind, pid) for kind, of_kind in pids.items() for pid in of_kind):
             try:
                 times = psutil.Process(pid).cpu_times()  # includes threads that have ended
                 running, queued = times.user + times.system, self._queued_seconds(pid)
             except (psutil.Error, OSError):  # the process has ended
                 continue
-            now_last[name] = pid, time.monotonic(), running, queued
-            if (before := self._last.get(name)) is not None and before[0] == pid:
-                change = (now - then for now, then in zip(now_last[name][1:], before[1:], strict=True))
-                kinds[kind_of(name)] = kinds[kind_of(name)].plus(*change)
+            now_last[kind, pid] = times_now = time.monotonic(), running, queued
+            if (before := self._last.get((kind, pid))) is not None:
+                kinds[kind] = kinds[kind].plus(*(now - then for now, then in zip(times_now, before, strict=True)))
         self.kinds, self._last = dict(kinds), now_last
         self.cores = tuple(_busy_seconds(self._allowed))
         self.measured = time.monotonic()

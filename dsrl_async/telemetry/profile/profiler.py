@@ -28,6 +28,7 @@ from dsrl_async.telemetry.profile import report
 from dsrl_async.telemetry.profile.bottleneck import SERIAL, Diagnosis, ProcessProfile, RunProfile, diagnose
 from dsrl_async.telemetry.profile.hardware import CpuTime, CpuWatch, Gpu, Gpus
 from dsrl_async.telemetry.profile.trace import LONGEST_S, chrome_trace
+from dsrl_async.telemetry.usage import Pids
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class Profiler:
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
 
-    def tick(self, counters: Snapshot, pids: dict[str, int]) -> dict[str, float]:
-        """Take in a snapshot of the counters and the processes (name -> pid). Returns values for TensorBoard."""
+    def tick(self, counters: Snapshot, pids: Pids) -> dict[str, float]:
+        """Take in a snapshot of the counters and the processes. Returns values for TensorBoard."""
         self._cpu.measure({SERIAL: pids["supervisor"]} if self.config.serial else pids)
         self._now = self._moment(counters, self._now)
         if (progress := self._progress_of(counters)) > self._progress:  # earlier seconds would blur the picture

@@ -16,7 +16,14 @@ LONGEST_S = 30.0
 """Upper limit on the length of a trace."""
 MACHINE, INFERENCE, LEARNER, FIRST_WORKER = 1, 2, 3, 10
 """Process numbers in the trace. Real ones would change when a process is replaced."""
-TITLES = {"inference": "phases", "inference_stage": "stages", "learner": "phases", "learner_stage": "stages"}
+PLACES = {
+    "actor": ("actor", FIRST_WORKER, 1, "phases"),
+    "inference": ("inference", INFERENCE, 1, "phases"),
+    "inference_stage": ("inference", INFERENCE, 2, "stages"),
+    "learner": ("learner", LEARNER, 1, "phases"),
+    "learner_stage": ("learner", LEARNER, 2, "stages"),
+}
+"""Track -> kind of process, its number and the thread in the trace, and the thread's name."""
 
 
 def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, dict[str, float]]]) -> dict[str, Any]:
@@ -26,20 +33,17 @@ def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, 
     decision, batch or update.
     """
     begin_ns = until_ns - round(LONGEST_S * 1e9)
-    tracks = []  # process, thread, process name, track name, span names, spans
+    tracks = []  # kind, process, thread, process name, track name, span names, spans
     for track, names in TRACKS.items():
         for ring in range(len(arena[f"span/{track}"])):
             spans = newest_spans(arena, track, ring)
             if len(spans) and arena[f"span/{track}_count"][ring] >= arena[f"span/{track}"].shape[1]:
                 begin_ns = max(begin_ns, int(spans[0, 1]))  # earlier spans have been overwritten
-            kind, _, stage = track.partition("_")
-            process = {"inference": INFERENCE, "learner": LEARNER}.get(kind, FIRST_WORKER + ring)
-            thread = 1 + bool(stage)
+            kind, process, thread, track_title = PLACES[track]
             title = f"actor-{ring:03d}" if kind == "actor" else kind
-            track_title = TITLES.get(track, "phases")
-            tracks.append((process, thread, title, track_title, names, spans))
+            tracks.append((kind, process + ring, thread, title, track_title, names, spans))
     events: list[dict[str, Any]] = [_name("process_name", MACHINE, 0, "machine")]
-    for process, thread, title, track_title, names, spans in tracks:
+    for kind, process, thread, title, track_title, names, spans in tracks:
         if thread == 1:
             events.append(_name("process_name", process, thread, title))
         events.append(_name("thread_name", process, thread, track_title))
@@ -48,7 +52,7 @@ def chrome_trace(arena: Arena, until_ns: int, samples: Iterable[tuple[int, str, 
             {
                 "ph": "X",
                 "name": names[name],
-                "cat": title.partition("-")[0],
+                "cat": kind,
                 "pid": process,
                 "tid": thread,
                 "ts": start_ns / 1e3,

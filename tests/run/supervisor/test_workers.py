@@ -1,0 +1,204 @@
+"""Who is there and who is missing, without processes: children, and the workers that a pretended template forks."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from dsrl_async.config.load import validate
+from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host.processes import Program
+from dsrl_async.run.supervisor import workers
+from dsrl_async.run.supervisor.child import Child, Kind
+from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
+from dsrl_async.run.supervisor.workers import Workers
+from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.memory import create_memory
+
+
+class PretendedProcess:
+    def __init__(self, pid: int, returncode: int | None = None) -> None:
+        self.pid, self.returncode = pid, returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        return 0 if self.returncode is None else self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+
+class PretendedTemplate:
+    """Forks at once while `answers` is set; notes what it was asked for."""
+
+    asked: ClassVar[list[tuple[int, int]]] = []
+    answers = True
+    pids = itertools.count(100)
+
+    def __init__(self, *arguments: Any, program: Program) -> None:
+        self.popen, self.prepared, self.problem, self.forked = PretendedProcess(next(self.pids)), True, None, 0
+        self.refuses = False
+
+    def ask(self, number: int, incarnation: int, log: Path) -> None:
+        if self.refuses:
+            raise RuntimeError("the template of the actors is of no use")
+        self.asked.append((number, incarnation))
+
+    def answer(self, wait_s: float, last: bool) -> PretendedProcess | None:
+        return PretendedProcess(next(self.pids)) if self.answers else None
+
+    def close(self) -> None:
+        self.popen.kill()
+
+
+@pytest.fixture
+def session(tmp_path: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the supervisor takes from a session, of a run of five environments."""
+    monkeypatch.setattr(workers, "Template", PretendedTemplate)
+    monkeypatch.setattr(PretendedTemplate, "asked", [])
+    monkeypatch.setattr(workers, "available_cpus", lambda: 1)
+    config = validate({"actors": 5, "replay": {"capacity": 500}})
+    arena = create_memory(config, spec, 10)
+    (tmp_path / "logs").mkdir()
+    return SimpleNamespace(config=config, run_dir=tmp_path, arena=arena, counters=Counters(arena), horizon=10)
+
+
+def make_workers(session: Any) -> Workers:
+    return Workers(session, [0] * 5, [], Program("nothing"))
+
+
+def test_names_are_those_of_logs_and_metrics(session: Any) -> None:
+    run = Supervisor(session)
+    assert [child.name for child in run.children] == [
+        *("inference", "learner", "template"),
+        *(f"actor-{lane:03d}" for lane in range(5)),
+    ]
+    assert [(child.kind, child.number) for child in run.workers.by_lane] == [(Kind.WORKER, lane) for lane in range(5)]
+    assert run.children[-1].log == session.run_dir / "logs" / "actor-004.log"
+    assert run.restarts == {"actor": 0, "inference": 0, "learner": 0, "template": 0}
+    assert run.pids() == {}
+    for pid, child in enumerate(run.children):
+        child.popen = None if child.number == 3 else PretendedProcess(pid)
+    assert run.pids() == {"inference": [0], "learner": [1], "template": [2], "actor": [3, 4, 5, 7]}
+
+
+def test_without_a_program_there_is_no_learner(session: Any) -> None:
+    run = Supervisor(session, {kind: program for kind, program in PROGRAMS.items() if kind is not Kind.LEARNER})
+    assert [child.kind for child in run.models] == [Kind.INFERENCE]
+
+
+def test_an_incarnation_knows_where_its_output_begins(tmp_path: Path) -> None:
+    child = Child(Kind.LEARNER, tmp_path)
+    child.begin()
+    assert (child.incarnation, child.log_start) == (1, 0)
+    first = child.started
+    child.log.write_text("first\n")
+    child.begin()
+    assert (child.incarnation, child.log_start) == (2, len("first\n"))
+    assert child.started > first
+
+
+def test_workers_come_up_two_at_a_time_where_there_is_one_core(session: Any) -> None:
+    run = make_workers(session)
+    run.start_missing()
+    run.start_missing()
+    assert PretendedTemplate.asked == [(0, 1), (1, 1)]
+    run._slots.request(1, incarnation=1, count=1)
+    run.start_missing()
+    assert PretendedTemplate.asked == [(0, 1), (1, 1), (2, 1)]
+    assert [worker.popen is not None for worker in run.by_lane] == [True, True, True, False, False]
+
+
+def test_a_worker_that_died_is_replaced_by_its_next_incarnation(session: Any) -> None:
+    run = make_workers(session)
+    run.start_missing()
+    for lane in (0, 1):
+        run._slots.request(lane, incarnation=1, count=1)
+    run.start_missing()
+    session.counters.actor_episodes[1] = 7
+    assert run.got_somewhere(run.by_lane[1])
+    run.by_lane[1].popen = None
+    PretendedTemplate.asked.clear()
+    run._slots.request(2, incarnation=1, count=1)
+    run.start_missing()  # what the first one has asked for is not the second one's request
+    run.start_missing()
+    assert PretendedTemplate.asked == [(1, 2)]
+    assert not run.got_somewhere(run.by_lane[1])
+    session.counters.actor_episodes[1] = 8
+    assert run.got_somewhere(run.by_lane[1])
+
+
+def test_one_worker_is_asked_for_at_a_time(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PretendedTemplate, "answers", False)
+    run = make_workers(session)
+    run.start_missing()
+    run.start_missing()
+    assert PretendedTemplate.asked == [(0, 1)]
+    assert run.by_lane[0].popen is None
+    monkeypatch.setattr(PretendedTemplate, "answers", True)
+    run.start_missing()
+    assert PretendedTemplate.asked == [(0, 1), (1, 1)]
+
+
+def test_a_template_of_no_use_is_killed_and_replaced(session: Any) -> None:
+    run = make_workers(session)
+    run.start_missing()
+    old: Any = run._forker
+    old.refuses = True
+    run._slots.request(0, incarnation=1, count=1)
+    run.start_missing()
+    assert run.template.popen is old.popen
+    assert old.popen.returncode == -9
+    run.template.popen = None
+    run.start_missing()
+    assert run.template.incarnation == 2
+    assert run._forker is not old
+    assert PretendedTemplate.asked[-1][0] == 2
+
+
+@pytest.mark.parametrize("kind", [Kind.WORKER, Kind.INFERENCE, Kind.LEARNER, Kind.TEMPLATE])
+def test_whoever_died_is_counted_by_kind_and_missing(
+    session: Any, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Supervisor(session)
+    run.workers.start_missing()
+    victim = next(child for child in run.children if child.kind is kind)
+    victim.begin()
+    victim.popen = PretendedProcess(1, returncode=-11)
+    assert run._give_up_dead() is None
+    assert victim.popen is None
+    assert run.restarts == {"actor": 0, "inference": 0, "learner": 0, "template": 0} | {kind.value: 1}
+    assert f"{victim.name} ended (killed by SIGSEGV) after 0 s" in caplog.text
+
+
+def test_silence_is_measured_by_the_heartbeat_of_ones_own_kind(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, counters, now = Supervisor(session), session.counters, [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    beats = {
+        "inference": counters.inference_heartbeat_ns[0:1],
+        "learner": counters.learner_heartbeat_ns[0:1],
+        "template": counters.template_heartbeat_ns[0:1],
+        **{f"actor-{lane:03d}": counters.actor_heartbeat_ns[lane : lane + 1] for lane in range(5)},
+    }
+    for pid, child in enumerate(run.children):
+        child.begin()
+        child.popen = PretendedProcess(pid)
+    now[0] += 1.0
+    for beat in beats.values():
+        beat[0] = round(now[0] * 1e9)
+    late = now[0] + session.config.heartbeat_timeout_s + 1.0
+    for silent in beats:
+        now[0] = late
+        for name, beat in beats.items():
+            if name != silent:
+                beat[0] = round(now[0] * 1e9)
+        gone = [child.name for child in run.children if run._kill_if_silent(child, child.popen)]  # type: ignore[arg-type]
+        assert gone == [silent]
+        beats[silent][0] = round(now[0] * 1e9)
+        late = now[0] + session.config.heartbeat_timeout_s + 1.0
