@@ -153,8 +153,8 @@ def test_a_template_of_no_use_is_killed_and_replaced(session: Any) -> None:
     old.refuses = True
     run._slots.request(0, incarnation=1, count=1)
     run.start_missing()
-    assert run.template.popen is old.popen
     assert old.popen.returncode == -9
+    assert run.template.popen is old.popen
     run.template.popen = None
     run.start_missing()
     assert run.template.incarnation == 2
@@ -198,7 +198,7 @@ def test_silence_is_measured_by_the_heartbeat_of_ones_own_kind(session: Any, mon
         for name, beat in beats.items():
             if name != silent:
                 beat[0] = round(now[0] * 1e9)
-        gone = [child.name for child in run.children if run._kill_if_silent(child, child.popen)]  # type: ignore[arg-type]
+        gone = [child.name for child in run.children if child.popen and run._kill_if_silent(child, child.popen)]
         assert gone == [silent]
         beats[silent][0] = round(now[0] * 1e9)
         late = now[0] + session.config.heartbeat_timeout_s + 1.0
