@@ -15,4 +15,4 @@ METRIC_NAMES = (
     "train/sac/q_mean",
     "train/sac/target_q_mean",
 )
-"""Meaning of each element of the metrics that `SacAgent.learn` returns."""
+"""Names of the metrics that `SacAgent.learn` returns, in order."""

@@ -1,9 +1,9 @@
 """The SAC agent: networks, optimiser state, random state, and the gradient update.
 
 `SacAgent.learn` is a fixed sequence of tensor operations on fixed storage. It reads no tensor's value on the host and
-draws no random numbers, so that it can be captured in a CUDA graph; on the CPU it is called. All losses of one update
-are evaluated at the parameters from before it, so each image is encoded once by each network that sees it; the critic's
-encoding of the observations serves its own loss, with gradient, and the actor's, detached.
+draws no random numbers, so that it can be captured in a CUDA graph; on the CPU it is simply called. All losses of an
+update use the parameters from before it, so each network encodes an image only once; the critic's encoding of the
+observations serves its own loss, with gradient, and the actor's loss, detached.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dsrl_async.sac.networks import Actor, Critic, aggregate_heads, log_prob, pr
 
 
 class Batch(NamedTuple):
-    """Transitions to learn from; B of them."""
+    """B transitions to learn from."""
 
     images: Tensor
-    """uint8 [2 * B, 64, 64, 3], of all observations, then of the next ones"""
+    """uint8 [2 * B, 64, 64, 3], those of the observations followed by those of the next observations"""
     states: Tensor
-    """fp32 [2 * B, state_dim], likewise"""
+    """fp32 [2 * B, state_dim], in the same order"""
     noise: Tensor
     """fp32 [B, A], the noise that the policy was given"""
     reward: Tensor
@@ -38,17 +38,17 @@ class Batch(NamedTuple):
 
 
 class RandomNumbers(NamedTuple):
-    """All that an update leaves to chance, drawn beforehand."""
+    """The random numbers of an update, drawn beforehand."""
 
     rows: Tensor
-    """fp64 [B] in [0, 1): which transitions; 53 bits, so that each of millions is as likely as the others"""
+    """fp64 [B] in [0, 1), which choose the transitions; 53 bits make each of millions equally likely"""
     augmentation: Tensor
-    """fp32 [2 * B, 5] in [0, 1): shift, then colours, of each image; [0, 5] when there is no augmentation"""
+    """fp32 [2 * B, 5] in [0, 1), two for the shift and three for the colours of each image; [0, 5] without it"""
     normal: Tensor
-    """fp32 [2, B, A]: for the noise of the next observations, then of the observations"""
+    """fp32 [2, B, A], for the noise of the next observations and then of the observations"""
 
     def draw_(self, generator: torch.Generator) -> None:
-        """Fill all three, in place."""
+        """Fill all three in place."""
         for uniform in (self.rows, self.augmentation):
             if uniform.numel():
                 uniform.uniform_(generator=generator)
@@ -59,10 +59,10 @@ def transition_discount(config: SacConfig, steps: Tensor, terminal: Tensor) -> T
     """Factor of the next observation's value in the target.
 
     Args:
-        config: reads `gamma` and `discount_per`.
-        steps: integer [B], environment steps that the decision really executed (fewer in a last, cut chunk).
-        terminal: bool or number [B], true where the episode ended by success. Not for truncation by the time
-            limit: there the value of the last observation still counts.
+        config: its `gamma` and `discount_per` are used.
+        steps: integer [B], environment steps that the decision executed (fewer in the last chunk of an episode).
+        terminal: bool or number [B], true where the episode ended by success. After truncation by the time limit the
+            value of the last observation still counts.
 
     Returns:
         fp32 [B]: 0 where terminal, else gamma^steps (`env_step`) or gamma (`decision`).
@@ -84,9 +84,10 @@ def alpha_from_raw(raw: Tensor, alpha_type: str) -> Tensor:
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015, epsilon 1e-8) of one flat parameter: one fused kernel, storage fixed from the start.
+    """Adam (Kingma and Ba 2015, epsilon 1e-8) of one flat parameter: one fused kernel on storage fixed from the start.
 
-    `torch.optim.Adam` makes its state in the first step, and has no meta device, on which captures are rehearsed.
+    `torch.optim.Adam` makes its state in the first step and does not run on the meta device, on which captures are
+    rehearsed.
     """
 
     def __init__(self, parameter: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
@@ -99,7 +100,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
-        """One step along `gradient`; the bias correction reads the count of steps on the device."""
+        """Make a step along `gradient`. The bias correction reads the step count on the device."""
         adam(
             [self.parameter],
             [gradient],
@@ -120,16 +121,16 @@ class SacAgent:
     """Everything that learning changes.
 
     Args:
-        config: all settings of DSRL-SAC.
-        horizon: action slots of the policy.
-        device: where everything lives; fp32 throughout.
-        seed: of the initial weights and of `generator`.
+        config: settings of DSRL-SAC.
+        horizon: number of action slots of the policy.
+        device: device of all tensors, which are fp32.
+        seed: determines the initial weights and seeds `generator`.
 
     Attributes:
         actor, critic, target_critic: the networks; `.flat` is the contiguous vector of their weights.
         raw_alpha: fp32 [], the temperature before softplus or exp.
-        generator: all random numbers of the updates come from here.
-        updates: critic updates so far, counted by whoever calls or replays `learn`.
+        generator: source of all random numbers of the updates.
+        updates: number of critic updates so far, which the caller of `learn` counts.
     """
 
     def __init__(self, config: SacConfig, horizon: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
@@ -147,14 +148,14 @@ class SacAgent:
             "critic": Adam(self.critic.flat, config.critic_lr),
             "alpha": Adam(self.raw_alpha, config.alpha_lr),
         }
-        # The meta device, on which captures are rehearsed, draws nothing, and has no generator.
+        # The meta device draws nothing and has no generator.
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(seed)
         self.updates = 0
         self._not_computed = torch.full((), math.nan, device=self.device)
 
     @property
     def actor_due(self) -> bool:
-        """Whether the next update trains actor and temperature: `train_actor_steps` updates are done."""
+        """Whether the next update trains actor and temperature, since `train_actor_steps` updates are done."""
         return self.updates >= self.config.train_actor_steps
 
     def random_numbers(self, batch_size: int) -> RandomNumbers:
@@ -167,7 +168,7 @@ class SacAgent:
         )
 
     def learn(self, batch: Batch, random: RandomNumbers, update_actor: bool) -> Tensor:
-        """One gradient step of the critic and, if `update_actor`, of actor and temperature; then the target.
+        """Make a gradient step of the critic and, if `update_actor`, of actor and temperature; then update the target.
 
         target = reward + discount * agg_heads Q_target(s', a') [- discount * alpha * log pi(a'|s')]
         critic loss = mean over batch and heads of (Q - target)^2
@@ -176,13 +177,12 @@ class SacAgent:
 
         Args:
             batch: transitions.
-            random: reads `augmentation` and `normal`.
+            random: its `augmentation` and `normal` are used.
             update_actor: pass `actor_due`.
 
         Returns:
-            fp32 [len(METRIC_NAMES)], from before the step, gradient norms from before clipping. What an
-            update without actor does not compute (actor loss, entropy, actor gradient norm, temperature loss)
-            is NaN.
+            fp32 [len(METRIC_NAMES)] from before the step, with gradient norms from before clipping. Metrics that an
+            update without actor does not compute (actor loss, entropy, actor gradient norm, temperature loss) are NaN.
         """
         config = self.config
         pixels, next_pixels = self._pixels(batch.images, random.augmentation)
@@ -231,7 +231,7 @@ class SacAgent:
 
     @torch.no_grad()
     def _pixels(self, images: Tensor, augmentation: Tensor) -> tuple[Tensor, Tensor]:
-        """Network input of observations and next observations, augmented independently of each other."""
+        """Network inputs for observations and next observations, each augmented independently."""
         config = self.config
         jitter = None
         if config.augmentation != "none":
@@ -265,14 +265,14 @@ class SacAgent:
         return tensors
 
     def _layout(self) -> Tensor:
-        """uint8 [2, 8]: layout hashes of actor and critic; flat vectors of equal length may still differ."""
+        """uint8 [2, 8], layout hashes of actor and critic: flat vectors of equal length may have different layouts."""
         hashes = [layout_hash(module).to_bytes(8, "little") for module in (self.actor, self.critic)]
         return torch.tensor([list(digest) for digest in hashes], dtype=torch.uint8)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything needed to continue exactly, as contiguous CPU tensors that share no memory.
 
-        `actor.flat` alone is what `Actor.load_flat_` takes.
+        Its `actor.flat` is what `Actor.load_flat_` takes.
         """
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()}
         tensors["layout"] = self._layout()
@@ -282,19 +282,19 @@ class SacAgent:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_tensors()`, in place; nothing is changed when an error is raised.
+        """Continue from `state_tensors()`, in place. If an error is raised, nothing has changed.
 
-        The continuation is exact on the kind of device that they come from; on another kind the generator starts anew.
+        The continuation is exact on the kind of device that saved them; on another kind the generator starts anew.
 
         Raises:
-            ValueError: a tensor is missing, or does not fit the agent's settings or device in shape or dtype.
+            ValueError: a tensor is missing, or its shape or dtype does not fit the agent's settings or device.
         """
         expected = self.state_tensors()
         for name, like in expected.items():
             if name not in tensors:
                 raise ValueError(f"the SAC checkpoint has no tensor {name!r}; it is incomplete, use another one")
             found = tensors[name]
-            if name == "generator":  # its state has another size on another kind of device
+            if name == "generator":  # the size of its state depends on the kind of device
                 continue
             if found.shape != like.shape or found.dtype != like.dtype:
                 raise ValueError(

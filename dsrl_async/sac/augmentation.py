@@ -1,6 +1,6 @@
-"""Image augmentation of training batches: random shift and colour jitter, for a whole batch at once.
+"""Image augmentation of training batches: random shift and colour jitter.
 
-The random numbers are arguments, so both functions are deterministic and can be captured.
+Random numbers are arguments, so both functions are deterministic and can be captured.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Largest change of brightness (added), contrast and saturation (factor - 1), as in the official DSRL code.
+# Largest changes of brightness (added), contrast and saturation (factor - 1), as in the official DSRL code.
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.1, 0.1
 
 
 def random_shift(image: Tensor, uniform: Tensor, pad: int) -> Tensor:
-    """Shift each image by its own whole number of pixels in [-pad, pad] in both directions.
+    """Shift each image by a random whole number of pixels in [-pad, pad] in each direction.
 
-    Equal to padding by `pad` with the edge pixels and cropping the original size at a random place
-    (DrQ, Kostrikov et al. 2020).
+    This equals padding by `pad` with the edge pixels and cropping the original size at a random place (DrQ, Kostrikov
+    et al. 2020).
 
     Args:
         image: uint8 [B, H, W, 3].
-        uniform: fp32 [B, 2] in [0, 1]; rows and columns.
+        uniform: fp32 [B, 2] in [0, 1], for rows and columns.
         pad: largest shift in pixels.
 
     Returns:
-        uint8 [B, H, W, 3]; output[y, x] = image[clamp(y + dy), clamp(x + dx)].
+        uint8 [B, H, W, 3] where output[y, x] = image[clamp(y + dy), clamp(x + dx)].
     """
     batch, height, width, _ = image.shape
     count = 2 * pad + 1
-    # A uniform number that was rounded up to 1 would give `count`, one more than the largest index.
+    # A uniform number that was rounded up to 1 would give `count`, one above the largest index.
     offset = (uniform * count).long().clamp_(max=count - 1) - pad
     row_index = torch.arange(height, device=image.device)
     column_index = torch.arange(width, device=image.device)
@@ -39,11 +39,11 @@ def random_shift(image: Tensor, uniform: Tensor, pad: int) -> Tensor:
 
 
 def colour_jitter(pixels: Tensor, uniform: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation of each image by random amounts, in this order.
+    """Change the brightness, contrast and saturation of each image by random amounts, in this order.
 
     Args:
         pixels: fp32 [B, 3, H, W] in [0, 1].
-        uniform: fp32 [B, 3] in [0, 1]; one per kind, 0.5 means no change.
+        uniform: fp32 [B, 3] in [0, 1], one per kind of change; 0.5 means none.
 
     Returns:
         fp32 [B, 3, H, W] in [0, 1].

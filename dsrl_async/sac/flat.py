@@ -1,8 +1,8 @@
 """Modules whose parameters are views of one contiguous buffer.
 
-One buffer per network makes the soft target update one `lerp_`, the gradient norm one reduction, Adam one
-fused kernel, and a broadcast of the weights one memory copy. A receiver writes into the same storage, so
-captured CUDA graphs that read the parameters stay valid.
+With one buffer per network, the soft target update is one `lerp_`, the gradient norm one reduction, Adam one fused
+kernel, and a broadcast of the weights one memory copy. A receiver writes into the same storage, so captured CUDA graphs
+that read the parameters stay valid.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ class FlatModule(nn.Module):
 
     Attributes:
         flat: fp32 [N], all parameters in the order of `named_parameters()`.
-        flat_grad: fp32 [N] likewise for the gradients that `backward_` computes; empty when the module is not
-            trainable.
+        flat_grad: fp32 [N], the gradients that `backward_` computes, in the same order; empty if not trainable.
     """
 
     flat: Tensor
     flat_grad: Tensor
 
     def flatten_(self, device: torch.device | str, trainable: bool) -> None:
-        """Move all parameters into one new buffer on `device`; called once, at the end of `__init__`."""
+        """Move all parameters into one new buffer on `device`. Call it once, at the end of `__init__`."""
         parameters = list(self.parameters())
         self.flat = torch.cat([parameter.detach().reshape(-1) for parameter in parameters]).to(device)
         self.flat_grad = torch.zeros_like(self.flat) if trainable else self.flat.new_empty(0)
@@ -43,7 +42,7 @@ class FlatModule(nn.Module):
 
     @torch.no_grad()
     def load_flat_(self, values: Tensor) -> None:
-        """Copy `values` (fp32 [N], any device) into the parameters, in place.
+        """Copy `values` (fp32 [N], on any device) into the parameters.
 
         Raises:
             ValueError: the length or the dtype does not fit.
@@ -56,18 +55,18 @@ class FlatModule(nn.Module):
         self.flat.copy_(values)
 
     def backward_(self, loss: Tensor) -> None:
-        """Overwrite `flat_grad` with the gradient of `loss` with respect to this module's parameters only.
+        """Overwrite `flat_grad` with the gradient of `loss` with respect to this module's parameters.
 
-        Other networks that `loss` runs through get no gradient, and none is computed for them.
+        No gradient is computed for other networks that `loss` runs through.
         """
         gradients = torch.autograd.grad(loss, list(self.parameters()))
         torch.cat([gradient.reshape(-1) for gradient in gradients], out=self.flat_grad)
 
 
 def layout_hash(module: nn.Module) -> int:
-    """64-bit unsigned hash of the names and shapes of all parameters, in order.
+    """64-bit unsigned hash of the names and shapes of all parameters, in order, the same in every process.
 
-    Two modules with the same hash read the same flat vector in the same way. It is the same in every process.
+    Two modules with the same hash read a flat vector in the same way.
     """
     text = ";".join(f"{name}:{tuple(parameter.shape)}" for name, parameter in module.named_parameters())
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -81,6 +80,6 @@ def clip_gradient_(gradient: Tensor, limit: float | None) -> Tensor:
     """
     norm = torch.linalg.vector_norm(gradient)
     if limit is not None:
-        # The clamp, not a comparison on the host, keeps this free of synchronisation. limit / 0 is inf -> 1.
+        # Unlike a comparison on the host, the clamp does not synchronise. limit / 0 is inf, which becomes 1.
         gradient.mul_((limit / norm).clamp_(max=1.0))
     return norm

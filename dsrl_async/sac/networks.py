@@ -3,11 +3,11 @@
 Conventions, used by every function of this package:
 
 * The RL *action* is tanh(u) in [-1, 1]. The *noise* handed to the policy is action * action_magnitude.
-* Replay holds the noise that was really used, so warm-up noise, unsquashed N(0, I), may exceed the magnitude.
-* The critic sees the noise as the policy sees it, not divided by the magnitude: its input then stays of order
-  one for both kinds of noise, and its meaning does not depend on a setting of the actor.
-* Log-probabilities are those of the action: the constant log-volume `action_dim * log(action_magnitude)` of
-  the scaling is left out, so that `target_entropy` means the same for every magnitude.
+* Replay holds the noise that was used, so warm-up noise, unsquashed N(0, I), may exceed the magnitude.
+* The critic sees the noise as the policy sees it, not divided by the magnitude: its input then stays of order one for
+  both kinds of noise, and does not depend on a setting of the actor.
+* Log-probabilities are those of the action. They leave out the constant log-volume `action_dim * log(action_magnitude)`
+  of the scaling, so that `target_entropy` means the same for every magnitude.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from dsrl_async.sac.flat import FlatModule
 
 LAST_LAYER_GAIN = 0.01
 CACHED_NUMBERS = 2**21
-"""Numbers (8 MiB) of the largest activation that a CPU computes at a time: they stay in its last cache, and the
-allocator hands the same memory out again, which it does not from 32 MiB on (docs/learner.md has the figures)."""
+"""Size of the largest activation that a CPU computes at a time, in numbers (8 MiB). It stays in the last cache, and the
+allocator reuses the memory, which it does not from 32 MiB on (docs/learner.md has the measurements)."""
 
 
 def expand_noise(noise: Tensor, horizon: int, layout: str) -> Tensor:
@@ -39,11 +39,11 @@ def expand_noise(noise: Tensor, horizon: int, layout: str) -> Tensor:
 
     Args:
         noise: fp32 [B, A], A = `config.noise_width(horizon)`.
-        horizon: action slots of the policy.
+        horizon: number of action slots of the policy.
         layout: `repeat` or `per_slot`.
 
     Returns:
-        fp32 [B, horizon, noise_dim], a view; with `repeat` all slots share memory.
+        fp32 [B, horizon, noise_dim], a view. With `repeat` all slots share memory.
     """
     if layout == "per_slot":
         return noise.view(noise.shape[0], horizon, -1)
@@ -55,8 +55,8 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
 
     Args:
         image: uint8 [B, 64, 64, 3].
-        config: reads `image_pool` and `image_range`.
-        jitter: fp32 [B, 3] in [0, 1], random numbers for `colour_jitter`; None for no jitter.
+        config: its `image_pool` and `image_range` are used.
+        jitter: fp32 [B, 3] in [0, 1], random numbers for `colour_jitter`, or None.
 
     Returns:
         fp32 [B, 3, 64 / image_pool, 64 / image_pool], in channels-last memory format.
@@ -77,9 +77,10 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
 
 
 class Encoder(nn.Module):
-    """Convolutions with ReLU, then Linear, LayerNorm, tanh; the state likewise or raw; concatenated.
+    """Image features (convolutions with ReLU, Linear, LayerNorm, tanh) next to state features (Linear, LayerNorm, tanh,
+    or the raw state).
 
-    On the CPU the images pass through convolutions and projection a few at a time, forward and backward.
+    On the CPU, images pass through convolutions and projection a few at a time, forward and backward.
     """
 
     def __init__(self, config: SacConfig) -> None:
@@ -128,9 +129,9 @@ class Encoder(nn.Module):
 
 
 class _Trunk(NamedTuple):
-    """Convolutions with ReLU, flattened pixel by pixel, then a linear layer; `images_at_a_time`.
+    """Convolutions with ReLU, flattened pixel by pixel, then a linear layer, on `images_at_a_time` images.
 
-    `convolutions` are weight, bias, weight, bias, ... of the layers.
+    `convolutions` holds the weight and the bias of each layer in turn.
     """
 
     strides: list[int]
@@ -145,7 +146,7 @@ class _Trunk(NamedTuple):
         convolutions: Sequence[Tensor],
         kept: list[Tensor] | None,
     ) -> Tensor:
-        """fp32 [B, 3, S, S] -> fp32 [B, image_latent_dim]; what `backward` needs is appended to `kept`."""
+        """fp32 [B, 3, S, S] -> fp32 [B, image_latent_dim]. Appends what `backward` needs to `kept`."""
         outputs = []
         for x in pixels.split(self.images_at_a_time):
             for weight, bias, stride in zip(convolutions[::2], convolutions[1::2], self.strides, strict=True):
@@ -160,7 +161,7 @@ class _Trunk(NamedTuple):
     def backward(
         self, gradient: Tensor, projection: Tensor, convolutions: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Gradients of projection weight and bias and of `convolutions`, from that of the output."""
+        """Gradients of the projection's weight and bias and of `convolutions` from that of the output."""
         layers = len(self.strides)
         of_projection: Tensor | None = None
         of_convolutions: list[Tensor] = []
@@ -189,7 +190,7 @@ class _Trunk(NamedTuple):
 
 
 class _TrunkWithGradient(torch.autograd.Function):
-    """`_Trunk` for autograd; it keeps what backward needs where autograd would, and nothing else."""
+    """`_Trunk` for autograd, which keeps only what `backward` needs."""
 
     @staticmethod
     def forward(
@@ -219,10 +220,10 @@ class Actor(FlatModule):
 
     Args:
         config: network settings.
-        horizon: action slots of the policy; matters with `per_slot` only.
-        device: where the parameters live.
-        seed: of the initial weights; the global random state is left as it was.
-        trainable: whether gradients are kept; an actor that only acts needs none.
+        horizon: number of action slots of the policy; it matters only with `per_slot`.
+        device: device of the parameters.
+        seed: determines the initial weights. The global random state does not change.
+        trainable: whether gradients are kept. An actor that only acts needs none.
     """
 
     def __init__(
@@ -277,10 +278,7 @@ class Actor(FlatModule):
 
 
 class Critic(FlatModule):
-    """`num_q_heads` Q functions over one encoder; the heads are evaluated together by batched products.
-
-    Arguments as for `Actor`.
-    """
+    """`num_q_heads` Q functions over one encoder, evaluated together by batched products. Arguments as for `Actor`."""
 
     def __init__(
         self,
@@ -320,7 +318,7 @@ class Critic(FlatModule):
         self.flatten_(device, trainable)
 
     def q_values(self, features: Tensor, noise: Tensor) -> Tensor:
-        """Q heads from encoded observations.
+        """Evaluate the Q heads on encoded observations.
 
         Args:
             features: fp32 [B, F] from `encoder`.
@@ -354,14 +352,14 @@ def aggregate_heads(q: Tensor, rule: str) -> Tensor:
 def log_prob(u: Tensor, log_std: Tensor, eps: Tensor) -> Tensor:
     """Log-density of the action tanh(u) where u = mean + exp(log_std) * eps.
 
-    log N(u) - sum log(1 - tanh(u)^2), with log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which neither
+    It is log N(u) - sum log(1 - tanh(u)^2). The form log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) neither
     overflows nor loses digits for large |u|, where 1 - tanh(u)^2 rounds to 0.
 
     Args:
-        u, log_std, eps: [B, A]; u before squashing, eps the standard normal draw that it was made from.
+        u, log_std, eps: [B, A]; u is before squashing, eps the standard normal draw that u was made from.
 
     Returns:
-        [B], for the action in [-1, 1]: the volume of `action_magnitude` is not included.
+        [B], for the action in [-1, 1]; the volume of `action_magnitude` is not included.
     """
     half_log_jacobian = math.log(2.0) - u - F.softplus(-2.0 * u)
     per_dimension = -0.5 * eps.square() - log_std - 2.0 * half_log_jacobian
@@ -377,15 +375,15 @@ def act(
     use_gaussian: Tensor,
     deterministic: bool = False,
 ) -> Tensor:
-    """The noise with which the policy starts, for a batch of observations.
+    """The policy's initial noise for a batch of observations.
 
     Args:
         actor: the current actor.
         image: uint8 [B, 64, 64, 3].
         state: fp32 [B, state_dim].
         eps: fp32 [B, A], standard normal.
-        use_gaussian: bool or fp32 [B]; where true (non-zero), warm-up: the noise is `eps` itself.
-        deterministic: take tanh(mean) instead of a sample.
+        use_gaussian: bool or fp32 [B]; where true (non-zero), the noise is `eps` itself, as in the warm-up.
+        deterministic: whether to take tanh(mean) instead of a sample.
 
     Returns:
         fp32 [B, A].
