@@ -261,8 +261,6 @@ def check_file(request: Request) -> None:
 
 
 def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment, ways: dict[str, list[int]]) -> None:
-    from dsrl_async.envs.libero import versions
-
     name = libero_files.task_names(request.suite)[request.task]
     language = libero_files.instruction(name)
     bddl = f"{request.suite}/{name}.bddl"
@@ -296,7 +294,7 @@ def _describe(data: h5py.Group, request: Request, environment: LiberoEnvironment
         language_instruction=language,
         seed=request.seed,
         init_states=list(request.init_states),
-        versions=json.dumps({**versions(), "dsrl_async": __version__, "numpy": np.__version__}),
+        versions=json.dumps({**libero_versions(), "dsrl_async": __version__, "numpy": np.__version__}),
         render_quality=request.render_quality,
         image_size=request.image_size,
         settling_steps=environment.settling_steps,

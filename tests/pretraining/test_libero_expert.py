@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dsrl_async.envs import libero, libero_files
+from dsrl_async.envs import libero_files
 from dsrl_async.pretraining import libero_demonstrations
 from dsrl_async.pretraining.libero_demonstrations import (
     Attempt,
@@ -154,7 +154,7 @@ def request_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
     domain = SimpleNamespace(control_freq=20)
     environment = SimpleNamespace(settling_steps=10, domain=domain, close=lambda: None)
     monkeypatch.setattr(libero_demonstrations, "environment_for", lambda *arguments: environment)
-    monkeypatch.setattr(libero, "versions", lambda: {"mujoco": "0"})
+    monkeypatch.setattr(libero_demonstrations, "libero_versions", lambda: {"mujoco": "0"})
     monkeypatch.setattr(libero_files, "task_names", lambda suite: ("put_it_there",))
     monkeypatch.setattr(
         libero_demonstrations,
