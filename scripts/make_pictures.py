@@ -38,6 +38,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.text import Text
@@ -171,19 +172,20 @@ def draw_display(work: Path, out: Path) -> None:
     frame = frames[-min(BEFORE_THE_END, len(frames))]
     colour = re.match(r".*?(\x1b\[[\d;]*m)?$", pieces[0].partition("╭")[0], re.DOTALL)  # of the panel's corner
     text = Text.from_ansi((colour[1] or "" if colour else "") + frame[: frame.rindex("╯") + 1])
+    minutes = yaml.safe_load((work / "run" / "config.yaml").read_text())["max_minutes"]
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
     console.print(text)
-    picture = console.export_svg(title="bash scripts/run.sh --max-minutes 5", unique_id="display")
+    picture = console.export_svg(title=f"bash scripts/run.sh --max-minutes {minutes:g}", unique_id="display")
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # nothing is to be fetched for a picture
     out.write_text(picture.replace("Fira Code", "ui-monospace, DejaVu Sans Mono"))
 
 
 def draw_trace(work: Path, out: Path) -> None:
-    """Two seconds of all kinds of processes, from the trace that the run left for Perfetto."""
+    """A second of all kinds of processes, from the trace that the run left for Perfetto."""
     events = json.loads((work / "run" / "profile" / "trace.json").read_text())["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     spans = [event for event in events if event["ph"] == "X"]
-    begin = busiest(spans) / 1e6
+    begin = clearest(spans, names) / 1e6
     workers = sorted(name for name in names.values() if name.startswith("actor"))[:WORKERS_SHOWN]
     rows = [*workers, "inference", "learner"]
     labels = [name.replace("actor-", "worker ") for name in workers] + ["inference", "learner"]
@@ -217,11 +219,20 @@ def draw_trace(work: Path, out: Path) -> None:
     plt.close(figure)
 
 
-def busiest(spans: list[dict[str, Any]]) -> float:
-    """When the TRACE_S with the most batches begin, in the trace's microseconds."""
-    batches = np.array([span["ts"] for span in spans if span["name"] == "compute"])
-    counts = [np.count_nonzero((batches >= begin) & (batches < begin + TRACE_S * 1e6)) for begin in batches]
-    return float(batches[int(np.argmax(counts))]) - 0.05e6
+def clearest(spans: list[dict[str, Any]], names: dict[int, str]) -> float:
+    """When the TRACE_S begins in which other programs held up the workers least, in the trace's microseconds.
+
+    It begins with a batch, which the workers execute within it.
+    """
+    last = max(span["ts"] + span["dur"] for span in spans)
+    batches = [span["ts"] for span in spans if span["name"] == "compute" and span["ts"] + TRACE_S * 1e6 < last]
+    steps = [span for span in spans if names[span["pid"]].startswith("actor") and not span["name"].startswith("wait")]
+
+    def held_up(begin: float) -> float:
+        within = [span["dur"] for span in steps if begin < span["ts"] < begin + TRACE_S * 1e6]
+        return float(np.mean(within)) if len(within) >= 2 * WORKERS_SHOWN else float("inf")
+
+    return min(batches, key=held_up) - 0.03e6
 
 
 def draw_tensorboard(work: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ each answer.
   transfers   copies them row by row and field by field as for a GPU, but into memory of the host: the driver's time and
               the launches of a GPU are not in it
   launch      finds out who is ready and chooses the batch
-  scatter     writes the answers and wakes the actors
+  scatter     writes the answers and wakes the workers
 
 Simulated, with the draws of `bench pipeline`: decisions/s if none of it took time; the share of them that is left when
 the device waits for all of it, as it does; and with overlap: who waits is gathered while the device computes, and the
