@@ -17,8 +17,8 @@ the median of: --starts of the starts, --repeats of the others.
 With --together N, also
   start_together      seconds until N processes, started at once, all have their first observation
   memory_together     MB of memory of all these processes then (sum of their PSS)
-LIBERO's are N programs. This project's are the actors of a run, which are forked from one process that has imported and
-compiled what all of them need (template.py); that process counts.
+LIBERO's are N programs. This project's are the environment workers of a run, which are forked from one process that has
+imported and compiled what all of them need (run/worker/template.py); that process counts.
 
 Not measured: the policy, learning, and what carries observations; settling steps; changes between tasks; the time of a
 GPU, where one draws (none has yet).
@@ -34,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from dsrl_async.envs.libero_files import SUITES
 STOCK, OWN, FAST = "libero", "dsrl_async", "dsrl_async fast"
 IMAGE_SIZE = 224
 SEED = 0
+START_S = 3600.0  # until a worker that starts with many others has to be ready
 QUALITIES = {OWN: "exact", FAST: "fast"}
 UNITS = {
     "start": "CPU-s",
@@ -248,8 +249,6 @@ def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[Figure]:
 
 def start_together(arguments: argparse.Namespace, system: str, directory: Path) -> dict[str, float]:
     """`start_together` and `memory_together` of a system, each in the way that it is run in."""
-    from dsrl_async.bench.forked_actors import forked_actors
-
     begin = time.monotonic()
     with ExitStack() as started:
         if system == STOCK:
@@ -262,9 +261,36 @@ def start_together(arguments: argparse.Namespace, system: str, directory: Path) 
             pids = [program.pid for program in programs]
         else:
             settings = own_settings(arguments.suite, arguments.task, QUALITIES[system])
-            pids = started.enter_context(forked_actors(settings, arguments.together, directory))
+            pids = started.enter_context(forked_workers(settings, arguments.together))
         seconds = time.monotonic() - begin
         return {"start_together": seconds, "memory_together": sum(map(memory_mb, pids))}
+
+
+@contextmanager
+def forked_workers(env: dict[str, Any], count: int) -> Iterator[list[int]]:
+    """Start environment workers with the settings `env` as a run does, but all at once; end them in the end.
+
+    Yields the process numbers of their template and of all of them, when each has its first observation. Raises
+    ValueError if one of them ends before.
+    """
+    from dsrl_async.config.load import validate
+    from dsrl_async.envs import environment_spec
+    from dsrl_async.run.preflight.host import check_descriptors
+    from dsrl_async.run.worker.pool import WorkerPool
+    from dsrl_async.shm.memory import run_fields
+
+    config = validate({"actors": count, "env": env, "heartbeat_timeout_s": START_S})
+    check_descriptors(config, "--together")
+    try:
+        with WorkerPool(
+            config, run_fields(config, environment_spec(config.env.model_dump()), config.env.chunk)
+        ) as pool:
+            pool.await_template()
+            pool.fork_workers()
+            pool.await_observations()
+            yield pool.pids
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def summarise(samples: Samples, distance: dict[str, dict[str, float]]) -> Iterator[Figure]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -25,12 +24,10 @@ from dsrl_async.host import processes
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
 from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.run import preflight
-from dsrl_async.run.worker.template import Template
-from dsrl_async.shm import events
+from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.counters import ACTOR_PHASES, Counters
-from dsrl_async.shm.memory import create_memory, run_fields
-from dsrl_async.shm.slots import Slots
+from dsrl_async.shm.memory import run_fields
 from dsrl_async.telemetry.usage import template_bytes
 
 Status = Literal["ok", "warning", "problem"]
@@ -220,44 +217,24 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
     spec = preflight.check_environment(config)
     replay = config.replay.model_copy(update={"capacity": MIN_LANE_ROWS})
     config = config.model_copy(update={"actors": 1, "replay": replay})
-    arena = create_memory(config, spec, config.env.chunk)
-    wake, notify = events.create(), events.create()
+    fields = run_fields(config, spec, config.env.chunk)
     begin = time.monotonic()
-
-    def wait(process: processes.Process, what: str, done: Callable[[], bool], log: Path) -> float:
-        """Until `done`; returns the seconds since the check's begin."""
-        while not done():
-            if (code := process.poll()) is not None:
-                said = f": {processes.last_line(log)}" if code > 0 else ""
-                raise ConfigError(f"{what} ended in its start ({processes.how_ended(code)}){said}")
-            if time.monotonic() - begin > options.time_limit_s:
-                raise ConfigError(f"{what} was not ready within {options.time_limit_s:g} s")
-            events.wait(notify, timeout_s=0.05)
-        return time.monotonic() - begin
-
-    actor = None
-    with tempfile.TemporaryDirectory() as directory:
-        log, of_template = Path(directory) / "actor.log", Path(directory) / "template.log"
-        template = Template(arena, config.seed, config.env.model_dump(), [wake], [notify], of_template)
-        try:
-            prepared = wait(template.popen, "the actors' template", lambda: template.prepared, of_template)
-            try:
-                actor = template.fork(0, 1, log, lambda: None)
-            except RuntimeError as error:
-                raise ConfigError(f"no actor can be started: {error}") from error
-            started = wait(actor, "an actor", lambda: bool(Slots(arena).request_id.all()), log) - prepared
-            memory = psutil.Process(actor.pid).memory_full_info()
-            shared = template_bytes(psutil.Process(template.popen.pid))
-        finally:
-            template.close()
-            processes.kill_all([actor] if actor is not None else [])
-            events.close([wake, notify])
-    phases = {name: float(value) for name, value in zip(ACTOR_PHASES, Counters(arena).actor_phase_s[0], strict=True)}
-    arena.close()
+    try:
+        with WorkerPool(config, fields, start_limit_s=options.time_limit_s) as pool:
+            pool.await_template()
+            prepared_s = time.monotonic() - begin
+            pool.fork_workers()
+            pool.await_observations()
+            started_s = time.monotonic() - begin - prepared_s
+            template, worker = map(psutil.Process, pool.pids)
+            memory, shared = worker.memory_full_info(), template_bytes(template)
+            phase_s = dict(zip(ACTOR_PHASES, Counters(pool.arena).actor_phase_s[0].tolist(), strict=True))
+    except RuntimeError as error:
+        raise ConfigError(f"no actor can be started: {error}") from error
     estimate = preflight.actor_bytes(config)
     message = (
-        f"what all share is ready after {prepared:.1f} s, an actor {started:.1f} s later (first reset "
-        f"{phases['reset']:.1f} s, pictures {phases['render']:.2f} s); memory {memory.uss / 1e6:,.0f} MB private and "
+        f"what all share is ready after {prepared_s:.1f} s, an actor {started_s:.1f} s later (first reset "
+        f"{phase_s['reset']:.1f} s, pictures {phase_s['render']:.2f} s); memory {memory.uss / 1e6:,.0f} MB private and "
         f"{shared / 1e6:,.0f} MB that all share; {max(0, (available_memory() - shared) // memory.uss)} such actors fit "
         "beside nothing else"
     )

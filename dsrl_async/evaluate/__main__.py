@@ -30,6 +30,7 @@ from dsrl_async.evaluate.play import evaluate
 from dsrl_async.evaluate.resolve import SETTINGS, identity, resolve
 from dsrl_async.evaluate.results import ResultDirectory, result_of, table
 from dsrl_async.host.signals import StopRequest
+from dsrl_async.run.worker.pool import WorkerLost
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -104,6 +105,9 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:  # ConfigError, or what LIBERO or a checkpoint lacks
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerLost as error:
+        print(f"error: {error}: python -m dsrl_async.doctor looks for the reason", file=sys.stderr)
+        return 1
     except (RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -97,7 +97,7 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     _, spec = preflight.check_policy(config)
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
-        mode = "base"
+        checkpoint, mode = None, "base"
     if mode == "deterministic" and record.suite is not None:
         check_repeats(record.suite, episodes, record.settings["seeding"])
     return Evaluation(config, checkpoint, mode, episodes, spec.prompts)
@@ -129,7 +129,7 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
     directory = policy_directory(config)
     device = resolve_device(config.device)
     steering = {}
-    if evaluation.checkpoint is not None and mode != "base":
+    if evaluation.checkpoint is not None:
         agent = identify_files([evaluation.checkpoint / checkpoints.AGENT])
         steering = {
             "agent": str(evaluation.checkpoint.absolute()),

@@ -73,7 +73,7 @@ def result_of(
     played = [outcomes[episode.number] for episode in evaluation.episodes]
     return {
         **summarise(played),
-        "policy": "base" if evaluation.mode == "base" else str(evaluation.checkpoint),
+        "policy": "base" if evaluation.checkpoint is None else str(evaluation.checkpoint),
         "noise": evaluation.mode,
         "seed": evaluation.config.seed,
         "tasks": summarise_tasks(played, evaluation.instructions),

@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from dsrl_async.bench import env
-from dsrl_async.bench.env import FAST, OWN, STOCK, memory_mb, summarise
-from dsrl_async.bench.forked_actors import forked_actors
+from dsrl_async.bench.env import FAST, OWN, STOCK, forked_workers, memory_mb, summarise
 
 
 def test_medians_ratios_and_differences_are_those_of_their_samples() -> None:
@@ -95,9 +94,9 @@ def test_starts_and_episodes_are_counted_apart(monkeypatch: pytest.MonkeyPatch, 
     assert figures[f"{FAST}-{STOCK}", "robot_state"] == (0.25, 3)
 
 
-def test_forked_actors_share_what_the_template_has_made_and_leave_nothing(tmp_path: Path) -> None:
+def test_forked_workers_share_what_the_template_has_made_and_leave_nothing() -> None:
     before = set(psutil.Process().children())
-    with forked_actors({}, 3, tmp_path) as pids:
+    with forked_workers({}, 3) as pids:
         template, *actors = map(psutil.Process, pids)
         assert [actor.name() for actor in actors] == ["actor-000", "actor-001", "actor-002"]
         together, alone = sum(map(memory_mb, pids)), template.memory_info().rss / 1e6
@@ -117,7 +116,7 @@ def test_an_actor_that_ends_in_its_start_is_one_sentence(tmp_path: Path, monkeyp
     )
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
-    sentence = r"actor-00\d ended in its start \(exit code 1\): ValueError: no such scene"
-    with pytest.raises(ValueError, match=sentence), forked_actors({}, 2, tmp_path):
+    sentence = r"environment process \d ended \(exit code 1\): ValueError: no such scene"
+    with pytest.raises(ValueError, match=sentence), forked_workers({}, 2):
         pass
     assert not psutil.Process().children()

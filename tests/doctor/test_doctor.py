@@ -24,6 +24,7 @@ from dsrl_async.doctor.__main__ import main
 from dsrl_async.doctor.checks import Finding, Options
 from dsrl_async.host import machine
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.run.worker.template import Template, TemplateError
 
 LIBERO = {"env": {"name": "libero_spatial"}}
 
@@ -195,9 +196,9 @@ def test_an_actor_is_measured_and_gone(tmp_path: Path) -> None:
 
 def test_an_actor_that_cannot_be_forked_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fork(*arguments: object) -> None:
-        raise RuntimeError("the template of the actors is of no use: it has ended")
+        raise TemplateError("the template of the actors is of no use: it has ended")
 
-    monkeypatch.setattr(checks.Template, "fork", fork)
+    monkeypatch.setattr(Template, "fork", fork)
     with pytest.raises(ConfigError, match="no actor can be started: the template of the actors is of no use"):
         found(checks.check_actor, {}, measure=True)
     assert psutil.Process().children() == []

@@ -1,15 +1,16 @@
-"""The process that actors are forked from: what all of them would do when they start is done in it, once.
+"""The process that environment workers are forked from: it does once what all of them would do when they start.
 
-That is imports, and compiling the scene of the only task of a run or an evaluation (`worker.prepare`): seconds and
-hundreds of megabytes with LIBERO. A forked actor shares that memory with the others, as far as nobody writes to it, and
-takes the time that OpenGL takes, which does not survive a fork.
+That is the imports, and compiling the scene if a run or an evaluation has only one task (`worker.prepare`): seconds and
+hundreds of megabytes with LIBERO. A forked worker shares that memory with the others as long as nobody writes to it. It
+only has to set up OpenGL, which does not survive a fork.
 
-An actor is a child of the launched process, as if that had started it: the template forks twice, the process in between
-ends, and the kernel gives the orphan to its nearest ancestor that asked for such (`PR_SET_CHILD_SUBREAPER`).
+A worker is a child of the process that asked for it, as if that had started it: the template forks twice, the process
+in between ends, and the kernel gives the orphan to its nearest ancestor that takes such in (`PR_SET_CHILD_SUBREAPER`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -33,22 +34,26 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 
 PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
-FORK_S = 30.0  # until a forked actor has told its number; an actor that died before that never will
+FORK_S = 30.0  # until a forked worker has told its process number; one that died before that never will
 BEAT_S = 1.0
 WAIT_POLL_S, FORK_POLL_S = 0.005, 0.05
-CLOSE_S = 1.0  # a template that waits for requests ends at once
+CLOSE_S = 1.0  # a template that waits for requests answers and ends at once
 REQUEST_BYTES = 1 << 16
 WORKER = Program("dsrl_async.run.worker.worker")
 """What an environment worker runs, unless a benchmark says otherwise."""
 
 
+class TemplateError(RuntimeError):
+    """The template cannot start a worker, and will not start any other; the error is one sentence."""
+
+
 class Forked:
-    """A child that was forked by the template, with what is used of a `subprocess.Popen`."""
+    """A child that the template has forked, with the part of `subprocess.Popen` that is used here."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        """As of a Popen: None while it runs, negative for a signal."""
+        """None while the child runs, and negative if a signal ended it, as in a Popen."""
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -58,7 +63,7 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Raises subprocess.TimeoutExpired if it still runs after `timeout` seconds."""
+        """Wait for the end; raise subprocess.TimeoutExpired if the child still runs after `timeout` seconds."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() >= deadline:
@@ -72,20 +77,27 @@ class Forked:
 
 
 class Template:
-    """The template of a run's actors, in the process that owns them. One actor is asked for at a time.
+    """The template, as the process that owns its workers sees it. It is asked for one worker at a time.
 
     Args:
-        arena: the run's shared memory.
-        seed: of the run.
-        env_config: as from `EnvConfig.model_dump()`.
-        wake_fds: of each actor, on which it waits for answers.
-        notify_fds: on which the actors announce observations.
-        log: to which the template's output is appended.
-        incarnation: which template of this run it is, from 1.
-        evaluation: makes actors play the episodes that they are given (`shm.assignments`) and end:
-            {"video_dir": str or None, "rate_hz": int, of the films, "begin_with": int or None, the number of an episode
-            whose scene is made before any actor is forked}.
-        program: what an actor runs: a module with `prepare` and `main` as in `worker`.
+        arena: the shared memory.
+        seed: the seed of the run or the evaluation.
+        env_config: the environment's settings, as `EnvConfig.model_dump()` returns them.
+        wake_fds: for each lane, the event on which its worker waits for answers.
+        notify_fds: the events that a worker sets when it has an observation.
+        log: the file to which the template's output is appended.
+        incarnation: how many templates this run has had, this one included.
+        evaluation: makes the workers play the episodes that they are given (`shm.assignments`) and then end:
+            {"video_dir": directory of films or None, "rate_hz": frames per second of the films, "begin_with": number of
+            the episode whose scene is compiled before any worker is forked, or None}.
+        program: what a worker runs: a module with `prepare` and `main` as in `worker`.
+
+    Attributes:
+        popen: the template's process.
+        forked: the number of workers that it has started.
+        problem: why it is of no use any more, or None.
+
+    Raises OSError if there can be no further process.
     """
 
     def __init__(
@@ -102,9 +114,7 @@ class Template:
     ) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was inherited as ignored, nobody could be waited for
         self.forked = 0
-        """Actors so far."""
         self.problem: str | None = None
-        """Why it is of no use any more, if it is not."""
         self._asked: float | None = None  # time.monotonic of the request that is not answered yet
         self._counters, self._incarnation, self._wake_fds = Counters(arena), incarnation, list(wake_fds)
         self._connection, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -120,16 +130,23 @@ class Template:
             **program.settings,
         }
         fds = [arena.fd, child.fileno(), *self._wake_fds, *notify_fds]
-        with child:
-            self.popen = processes.start("dsrl_async.run.worker.template", job, fds, log, threads=1)
+        try:
+            with child:
+                self.popen = processes.start("dsrl_async.run.worker.template", job, fds, log, threads=1)
+        except BaseException:
+            self._connection.close()
+            raise
 
     @property
     def prepared(self) -> bool:
-        """Whether it is ready to fork actors."""
+        """Whether it is ready to fork workers."""
         return int(self._counters.template_prepared[0]) == self._incarnation
 
     def ask(self, number: int, incarnation: int, log: Path) -> None:
-        """Have actor `number` started, its output appended to `log`; `answer` is to be called until it gives it."""
+        """Ask for the worker of lane `number`, which appends its output to `log`; `answer` must be called for it.
+
+        Raises TemplateError.
+        """
         assert self._asked is None
         request = {
             "number": number,
@@ -146,11 +163,10 @@ class Template:
         self._asked = time.monotonic()
 
     def answer(self, wait_s: float = 0.0, last: bool = False) -> Forked | None:
-        """The actor that was asked for, None if it is not there yet after `wait_s`.
+        """Return the worker that was asked for, or None if it is not there after `wait_s` seconds.
 
-        `last`: this is not called again; an actor that is not there by now will end by itself.
-
-        Raises RuntimeError if there will be none; the template is of no use then.
+        Raises TemplateError if there will be none. So it does with `last`, which says that nobody will ask again: a
+        worker that is not there yet then ends by itself.
         """
         assert self._asked is not None
         if last or time.monotonic() - self._asked > FORK_S:
@@ -171,39 +187,43 @@ class Template:
         return Forked(int(answer))
 
     def fork(self, number: int, incarnation: int, log: Path, meanwhile: Callable[[], object]) -> Forked:
-        """`ask` and `answer` in one; `meanwhile` is called now and then, and may raise."""
+        """Ask for a worker and wait for it; `meanwhile` is called now and then, and may raise. Raises TemplateError."""
         self.ask(number, incarnation, log)
-        while (actor := self.answer(FORK_POLL_S)) is None:
+        while (worker := self.answer(FORK_POLL_S)) is None:
             meanwhile()
-        return actor
+        return worker
 
     def _fail(self, problem: str) -> NoReturn:
         self._connection.close()
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
         self.problem = f"it could not start an actor: {problem}"
-        raise RuntimeError(f"the template of the actors is of no use: {problem}")
+        raise TemplateError(f"the template of the actors is of no use: {problem}")
 
     def close(self) -> None:
-        """End the template; its actors live on."""
+        """End the template; its workers live on, but for one that was asked for and not taken."""
+        if self._asked is not None and self.problem is None:
+            with contextlib.suppress(TemplateError):
+                if (worker := self.answer(CLOSE_S) or self.answer(last=True)) is not None:
+                    processes.kill_all([worker])
         self._connection.close()
         if not self.prepared or not processes.wait_all([self.popen], time.monotonic() + CLOSE_S):
             processes.kill_all([self.popen])
 
 
 def main(argument: str) -> None:
-    """Run the template as a process; `argument` is the JSON of `Template`."""
+    """Run the template as a process; `argument` is the JSON that `Template` wrote."""
     job = json.loads(argument)
     processes.prepare_child(job["parent"])
     counters = Counters(Arena.attach(job["arena"]))
-    counters.template_heartbeat_ns[0] = time.monotonic_ns()  # a scene that hangs while it is made is found out
+    counters.template_heartbeat_ns[0] = time.monotonic_ns()  # so that a scene which hangs is noticed
     program = importlib.import_module(job["program"])
     prepared = None
     try:
         prepared = program.prepare(job)
     except Exception:
-        traceback.print_exc()  # each actor will meet the same, and end with it
+        traceback.print_exc()  # each worker meets the same error, and ends with it
     gc.collect()
-    gc.freeze()  # a later collection would write to memory that the actors share
+    gc.freeze()  # a later collection would write to memory that the workers share
     connection = socket.socket(fileno=job["socket_fd"])
     counters.template_prepared[0] = job["incarnation"]
     asked = select.poll()
@@ -213,7 +233,7 @@ def main(argument: str) -> None:
         if not asked.poll(BEAT_S * 1000):
             continue
         asking = connection.recv(REQUEST_BYTES)
-        if not asking:  # closed
+        if not asking:  # the owner has closed the connection
             return
         between = os.fork()
         if between == 0:
@@ -221,34 +241,36 @@ def main(argument: str) -> None:
             try:
                 between = os.getpid()
                 if os.fork() == 0:
-                    _be_actor(program.main, job | json.loads(asking), prepared, connection, between)
+                    _be_worker(program.main, job | json.loads(asking), prepared, connection, between)
                 code = 0
+            except OSError:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         if os.waitpid(between, 0)[1] != 0:
             connection.send(b"no process could be made; is there memory, and is the limit of processes reached?")
 
 
-def _be_actor(
+def _be_worker(
     run: Callable[[dict[str, Any], Any], None],
     job: dict[str, Any],
     prepared: Any,
     connection: socket.socket,
     between: int,
 ) -> None:
-    """Never returns."""
+    """Run a worker in this process, which was forked for it; never return."""
     code = 1
     try:
         while os.getppid() == between:
             time.sleep(0.001)
         processes.prepare_child(job["parent"])
+        ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
         connection.send(str(os.getpid()).encode())  # before anything that may fail, and by the only one who knows
         connection.close()
         output = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
         run(job, prepared)
         code = 0
     except BaseException:
