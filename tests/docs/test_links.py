@@ -95,9 +95,31 @@ def missing_names(text: str) -> Iterator[str]:
         path = next((base / file for base in (ROOT, PACKAGE) if (base / file).is_file()), None)
         source = path.read_text() if path is not None else ""
         for name in filter(None, names):
-            defined = (rf"^ *(?:(?:class|def) {part}\b|{part}\b.*? = )" for part in name.split("."))
-            if not all(re.search(pattern, source, re.MULTILINE) for pattern in defined):
+            if not defines(source, name.split(".")):
                 yield f"{name} in {file}"
+
+
+def missing_attributes(text: str) -> Iterator[str]:
+    """Names in backticks that begin with the package's and are neither modules nor defined in one."""
+    for name in re.findall(r"`(dsrl_async(?:\.\w+)+)", prose(text)):
+        parts = name.split(".")
+        while not (file := module_file(parts)):
+            parts.pop()
+        if not defines(file.read_text(), name.split(".")[len(parts) :]):
+            yield name
+
+
+def module_file(parts: list[str]) -> Path | None:
+    """The file of a module or package, if there is one."""
+    path = ROOT.joinpath(*parts)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def defines(source: str, parts: list[str]) -> bool:
+    """Whether Python code defines, or a package exports, each of some names."""
+    return all(
+        re.search(rf"^ *(?:(?:class|def) {part}\b|{part}\b.*? = |\"{part}\",$)", source, re.MULTILINE) for part in parts
+    )
 
 
 def missing_settings(text: str) -> Iterator[str]:
@@ -118,6 +140,7 @@ CHECKS = {
     "paths": missing_paths,
     "modules": missing_modules,
     "names": missing_names,
+    "attributes": missing_attributes,
     "settings": missing_settings,
 }
 
@@ -157,6 +180,7 @@ def test_every_picture_is_shown() -> None:
         ("`Lane.retreat` in `run/worker/worker.py`", "names"),
         ("`Lane.advance`\nin `run/worker/gone.py`", "names"),
         ("`updates_due` and `decisions_forbidden` in `run/replay_ratio.py`", "names"),
+        ("call `dsrl_async.envs.libero.gone()`", "attributes"),
         ("set `sac.gama`", "settings"),
         ("```bash\npython -m dsrl_async.launch --env.chunks 5\n```", "settings"),
     ],
