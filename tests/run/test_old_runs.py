@@ -23,19 +23,26 @@ def old_run(tmp_path: Path) -> Path:
     return Path(shutil.copytree(FIXTURES / "run_beb78af", tmp_path / "run"))
 
 
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("mode", [[], ["--serial"]], ids=["asynchronous", "serial"])
 def test_it_goes_on_where_it_was(old_run: Path, mode: list[str]) -> None:
+    before = metrics(old_run)
     run = Launched(old_run, "--resume", str(old_run), "--max-decisions", "130", *mode)
     result = run.finish()
     assert result["returncode"] == 0, result["stderr"]
     assert (result["exit_reason"], result["decisions"]) == ("max_decisions", 130)
     assert result["episodes"] >= EPISODES + 2
-    # An update for each decision after the warm-up: those of the old run are counted, and no burst makes up for them.
-    assert UPDATES + 20 <= result["updates"] <= 130 - 16
-    lines: list[dict[str, Any]] = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
+    assert UPDATES + 20 <= result["updates"] <= 130 - 16  # one for each decision after the warm-up
+    lines = metrics(old_run)
     assert [line["decisions"] for line in lines] == sorted(line["decisions"] for line in lines)
-    resumed = [line["replay_size"] for line in lines if line["decisions"] > DECISIONS]
-    assert min(resumed) > DECISIONS
+    assert lines[: len(before)] == before
+    resumed = lines[len(before) :]
+    assert resumed
+    assert min(line["replay_size"] for line in resumed) >= DECISIONS
+    assert min(line["updates"] for line in resumed) >= UPDATES
     assert sum(state_of(old_run)["counters"]["actor_decisions"]) == 130
     assert len(list((checkpoint_of(old_run) / "replay").iterdir())) == 2
 
