@@ -349,12 +349,6 @@ def test_actors_are_added_for_cpu_and_averaged_for_memory(run: FakeRun) -> None:
     assert total == pytest.approx(view.memory_mb["supervisor"] + 2 * view.memory_mb["actor_mean"])
 
 
-def test_telemetry_imports_no_torch() -> None:
-    code = "import sys; from dsrl_async.telemetry import console, monitor; print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout.strip() == "False"
-
-
 # ---- console
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -139,15 +137,3 @@ def test_noise_depends_on_the_episode_and_not_on_the_process(memory: Arena, smal
     assert (second.slots.standard_normal[1] == noise).all()
     third, _ = play(memory, small_config, [CONTINUES], incarnation=3)
     assert (third.slots.standard_normal[1] != noise).all()
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        *("launch", "run.supervisor.supervisor", "run.supervisor.session", "run.preflight"),
-        *("run.worker.template", "run.worker.worker", "envs.tabletop", "envs.recording"),
-    ],
-)
-def test_no_torch_in_environment_processes_and_supervisor(module: str) -> None:
-    code = f"import sys, dsrl_async.{module}; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60) == "False\n"
