@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from support.paths import ROOT, SCRIPTS
+from support.paths import SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsrl_async.config.load import validate
