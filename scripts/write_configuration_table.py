@@ -1,7 +1,8 @@
-"""Writes docs/configuration.md from `dsrl_async/config/settings.py`; a test fails when it is out of date."""
+"""Writes docs/configuration.md from `dsrl_async/config/settings.py`; with `--check`, says whether it is up to date."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from dsrl_async.config.command_line import type_name
@@ -29,4 +30,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(None if PAGE.read_text() == table() else f"{PAGE} is out of date; run {sys.argv[0]}")
     PAGE.write_text(table())

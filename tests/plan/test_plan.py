@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from support.paths import SCRIPTS
 
 from dsrl_async.bench.pipeline import DEVICES
 from dsrl_async.config.settings import InferenceConfig
@@ -355,71 +353,3 @@ def test_ctrl_c_while_it_measures_ends_it_and_leaves_nothing() -> None:
     assert "Traceback" not in error
     assert not psutil.wait_procs(children, timeout=5)[1]
     assert set(Path("/dev/shm").iterdir()) <= shared_memory
-
-
-# ---- against the benchmark
-
-
-@pytest.fixture
-def check_plan() -> Callable[[list[str]], int]:
-    script = SCRIPTS / "studies" / "check_plan.py"
-    return runpy.run_path(str(script))["main"]
-
-
-def pipeline_file(directory: Path, rates: dict[str, float]) -> str:
-    """Lines such as `bench pipeline` writes, of two systems; `rates` are decisions/s by case."""
-    path = directory / "pipeline.jsonl"
-    basis = {"benchmark": "pipeline", "unit": "", "repeats": 3, "load": 0.1}
-    lines = [
-        basis | {"case": case, "system": system, "metric": metric, "value": value}
-        for case, rate in rates.items()
-        for system, metric, value in (
-            ("dsrl_async", "decisions_per_s", rate),
-            ("dsrl_async", "cpu_wait", 0.01),
-            ("lock step", "decisions_per_s", 1.0),
-        )
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def test_check_prints_ratios_and_fails_where_one_is_off(
-    check_plan: Callable[[list[str]], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Environments that take 60 ms and the 50 ms of the device: 1 / 0.11 s for one actor, 3 % more or less."""
-    near, far = "flat 1 actors chunk 60 ms reset 0 ms", "flat 2 actors chunk 60 ms reset 0 ms"
-    assert check_plan([pipeline_file(tmp_path, {near: 8.7})]) == 0
-    row = capsys.readouterr().out.splitlines()[-1].split("|")
-    assert row[1].strip() == near
-    assert float(row[2]) == pytest.approx(9.1, abs=0.1)
-    assert float(row[3]) == 8.7
-    assert float(row[4]) == pytest.approx(9.1 / 8.7, abs=0.01)
-    assert check_plan([pipeline_file(tmp_path, {near: 9.1, far: 30.0})]) == 1
-    error = capsys.readouterr().err
-    assert far in error
-    assert near not in error
-    assert check_plan([pipeline_file(tmp_path, {near: 8.0})]) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("no json\n", "does not hold"),
-        ("[1]\n", "does not hold"),
-        ("", "no figures of dsrl_async"),
-        ('{"benchmark": "scale", "system": "dsrl_async"}\n', "no figures of dsrl_async"),
-    ],
-)
-def test_check_of_another_file_is_refused(
-    content: str,
-    message: str,
-    check_plan: Callable[[list[str]], int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = tmp_path / "other.jsonl"
-    path.write_text(content)
-    assert check_plan([str(path)]) == 2
-    assert message in capsys.readouterr().err
-    assert check_plan([str(tmp_path / "missing.jsonl")]) == 2
-    assert check_plan([pipeline_file(tmp_path, {"voodoo2 1 actors": 1.0})]) == 2

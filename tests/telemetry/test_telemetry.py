@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import logging
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from support.paths import SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsrl_async.config.load import validate
@@ -467,50 +465,3 @@ def test_sparkline_spans_the_scale_and_keeps_the_last_value() -> None:
 
 
 # ---- plot
-
-
-def load_plot_script() -> Any:
-    spec = importlib.util.spec_from_file_location("plot", SCRIPTS / "plot_learning_curve.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_plot_draws_runs_and_evaluations(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for name in ("a", "b"):
-        run = FakeRun(tmp_path / name).start()
-        for _ in range(15):
-            busy(run)
-            run.tick()
-        run.monitor.close()
-    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
-        file.write('{"time": 1')  # cut off by a crash
-    result = {
-        "policy": "base",
-        "episodes": 50,
-        "successes": 20,
-        "success_rate": 0.4,
-        "ci95_low": 0.28,
-        "ci95_high": 0.54,
-    }
-    (tmp_path / "base.json").write_text(json.dumps(result))
-    plot, out = load_plot_script(), tmp_path / "curve.png"
-    plot.draw([tmp_path / "a", tmp_path / "b"], [tmp_path / "base.json"], "two seeds", out)
-    assert out.stat().st_size > 10_000
-
-
-def test_plot_leaves_out_what_a_resume_took_back(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    lines = [{"decisions": d, "success_rate": 0.5, "success_episodes": 100} for d in (10, 20, 30, 15, 25)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    read = load_plot_script().read_metrics(tmp_path)
-    assert [line["decisions"] for line in read] == [10, 15, 25]
-
-
-def test_plot_says_what_is_missing(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match=r"has no metrics\.jsonl"):
-        load_plot_script().read_metrics(tmp_path)
