@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m dsrl_async.bench NAME`."""
+"""Measures the parts of a run, and whole runs, beside other ways to do the same."""

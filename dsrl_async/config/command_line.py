@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,25 @@ import yaml
 
 from dsrl_async.config.load import leaf_fields, read_run_settings, read_yaml, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED, Config, ConfigError, PolicyConfig
+
+COMMANDS = ("launch", "evaluate", "plan", "doctor", "bench")
+"""Each is a folder of this package."""
+
+COMMON = (
+    *("actors", "seed", "run_dir", "max_minutes", "max_decisions", "stop_at_success", "replay_ratio", "resume"),
+    *("serial", "profile", "env.name", "env.layout", "policy.checkpoint", "policy.denoise_steps"),
+    "sac.action_magnitude",
+)
+"""Settings that `launch --help` shows."""
+
+WIDEST = 120
+"""Columns of the help at most; longer lines are hard to read."""
+
+
+def program(command: str) -> str:
+    """How to call a command, in the way this process was called: `dsrl-NAME`, or `python -m dsrl_async.NAME`."""
+    console_script = Path(sys.argv[0]).name in [f"dsrl-{name}" for name in COMMANDS]
+    return f"dsrl-{command}" if console_script else f"python -m dsrl_async.{command}"
 
 
 def type_name(annotation: Any) -> str:
@@ -29,8 +51,30 @@ def type_name(annotation: Any) -> str:
     return str(annotation.__name__)
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that uses the width of the terminal and shows one name of an option that has two."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size().columns, WIDEST)
+        super().__init__(prog, max_help_position=width // 3, width=width - 2)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = action.option_strings
+        action.option_strings = [name for name in names if "_" not in name]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = names
+
+
 class Parser(argparse.ArgumentParser):
     """What argparse would print before it ends the process is raised as a ConfigError."""
+
+    def __init__(self, *, formatter_class: type[argparse.HelpFormatter] = HelpFormatter, **options: Any) -> None:
+        super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
@@ -38,34 +82,76 @@ class Parser(argparse.ArgumentParser):
             option = unknown.split()[0].partition("=")[0]
             if (key := option.removeprefix("--").replace("-", "_")) in DELETED:
                 raise ConfigError(f"{option} is no longer an option: {DELETED[key]}")
-            message += suggestion(option, self._option_string_actions, "options")
+            known = self._option_string_actions
+            message += suggestion(option, known, "options", "--help-all" if "--help-all" in known else "--help")
         raise ConfigError(message)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: `--config` and one option for every key of `Config`."""
+class _HelpAll(argparse.Action):
+    """Prints the help of the parser that `build` makes and ends the process, as `--help` does with this parser's."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, build: Callable[[], Parser], help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.build = build
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> typing.NoReturn:
+        self.build().print_help()
+        parser.exit()
+
+
+def add_help_all(parser: Parser, build: Callable[[], Parser]) -> None:
+    """Add `--help-all`, which prints the help of the parser that `build` makes: that with all settings."""
+    parser.add_argument("--help-all", action=_HelpAll, build=build, help="show all settings, too, and exit")
+
+
+def build_parser(all_settings: bool = False) -> Parser:
+    """The command line of `launch`: `--config` and one option for every key of `Config`.
+
+    All of them can be given. `--help` shows those that everyone uses, or `all_settings`.
+    """
     parser = Parser(
-        prog="python -m dsrl_async.launch",
+        prog=program("launch"),
+        usage="%(prog)s [--config YAML] [--SETTING VALUE ...]",
         description="Steer a frozen flow-matching policy with DSRL, asynchronously.",
-        allow_abbrev=False,
+        epilog=None if all_settings else "--help-all shows the other settings, such as those of the SAC agent.",
     )
-    parser.add_argument("--config", metavar="YAML", help="file with settings; options override it")
-    add_setting_options(parser, leaf_fields())
+    add_help_all(parser, lambda: build_parser(all_settings=True))
+    parser.add_argument("--config", metavar="YAML", help="a file with settings, which options override")
+    fields = dict(leaf_fields())
+    add_settings(parser.add_argument_group("settings that most runs use"), {key: fields.pop(key) for key in COMMON})
+    add_sections(parser, fields, shown=all_settings)
     return parser
 
 
-def add_setting_options(parser: argparse._ActionsContainer, fields: Iterable[tuple[str, Any]]) -> None:
-    """One option for each of the settings `fields`, as from `leaf_fields`; `override` takes what they give."""
-    for key, field in fields:
+def add_sections(parser: Parser, fields: Mapping[str, Any], shown: bool) -> None:
+    """Add an option for each of the settings `fields`, in a group for each section; `--help` can do without them."""
+    of_section: dict[str, dict[str, Any]] = {}
+    for key, field in fields.items():
+        of_section.setdefault(key.rpartition(".")[0], {})[key] = field
+    for section, own in of_section.items():
+        kind = Config.model_fields[section].annotation if section else Config
+        assert kind is not None
+        assert kind.__doc__ is not None
+        add_settings(parser.add_argument_group(kind.__doc__.removesuffix(".")), own, shown)
+
+
+def add_settings(parser: argparse._ActionsContainer, fields: Mapping[str, Any], shown: bool = True) -> None:
+    """Add an option for each of the settings `fields`, by dotted key; `override` takes what they give."""
+    for key, field in fields.items():
         flag = key.replace("_", "-")
-        names = [f"--{flag}"] if flag == key else [f"--{flag}", f"--{key}"]
-        default = "null" if field.default is None else str(field.default).replace("%", "%%")
+        kind = type_name(field.annotation).removesuffix("|null")
+        scalar = kind in ("bool", "float", "int", "str")
+        facts = [] if scalar else [kind.replace("|", " | ")]
+        if field.default is not None:
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            facts.append(f"default {str(default).lower()}")
+        words = f"{field.description} ({'; '.join(facts)})" if facts else field.description
         parser.add_argument(
-            *names,
+            *dict.fromkeys((f"--{flag}", f"--{key}")),
             dest=key,
             default=argparse.SUPPRESS,
-            metavar=type_name(field.annotation).upper() if field.annotation in (int, float, str) else "VALUE",
-            help=f"{(field.description or '').replace('%', '%%')} ({type_name(field.annotation)}; default {default})",
+            metavar=kind.upper() if scalar else "VALUE",
+            help=words.replace("%", "%%") if shown else argparse.SUPPRESS,
             nargs="?" if field.annotation is bool else None,
             const="true" if field.annotation is bool else None,
         )

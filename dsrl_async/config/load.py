@@ -24,10 +24,10 @@ def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
             yield prefix + name, field
 
 
-def suggestion(unknown: str, known: Iterable[str], what: str) -> str:
-    """The end of a sentence about a name that nobody knows: the nearest of the `known` ones, which are `what`."""
+def suggestion(unknown: str, known: Iterable[str], what: str, lists: str = "--help-all") -> str:
+    """The end of a sentence about a name that nobody knows: the nearest of the `known` ones, or how to list `what`."""
     near = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {near[0]!r}?" if near else f"; --help lists all {what}"
+    return f"; did you mean {near[0]!r}?" if near else f"; {lists} lists all {what}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -17,36 +17,37 @@ from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 
 
 class ConfigError(ValueError):
-    """A setting is wrong; the message is one sentence that says which and how to mend it."""
+    """A setting is wrong; the message is one sentence that says which, and how to mend it."""
 
 
 MOST_ACTORS = 4096
-"""Of a run."""
-
+"""Upper limit on `actors`."""
 
 DELETED = {
     "envs_per_actor": "every environment has a process of its own; leave it out",
     "learner_device": "write learner.device",
 }
-"""Settings and options of earlier versions -> what to do instead. They are ignored in the config.yaml of an old run."""
+"""Settings and options of earlier versions, and what to do instead. In an old run's config.yaml they are ignored."""
 
 
 class Section(BaseModel):
+    """Settings that belong together. Keys that it does not have are refused."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class EnvConfig(Section):
-    """What an environment process simulates."""
+    """The environment that each worker simulates."""
 
     name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"] = "tabletop"
     """Which environment: the embedded MuJoCo tabletop scene, or a suite of LIBERO (docs/libero.md)."""
     layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
-    """tabletop: where the red target plate is: always in one place, in one of two, or anywhere."""
+    """tabletop: where the red target plate lies: always in one place, in one of two, or anywhere."""
     max_episode_steps: int | None = Field(None, gt=0)
     """Environment steps after which an episode is truncated; null means 50 for the tabletop, and for LIBERO what
-    `preset` says of the suite."""
+    `preset` says about the suite."""
     chunk: int = Field(5, gt=0)
-    """Environment steps executed per decision, out of the policy's action horizon."""
+    """Environment steps that a decision executes, out of the policy's action horizon."""
     use_step_penalty: bool = True
     """Reward -1 per decision and 0 for the one that succeeds; if false, 0 and 1."""
     reward_rule: Literal["chunk_success", "first_step"] = "chunk_success"
@@ -55,14 +56,14 @@ class EnvConfig(Section):
     preset: Literal["openpi", "rlinf", "lerobot"] = "openpi"
     """LIBERO: whose protocol `max_episode_steps`, `settling_steps` and `seeding` follow where they are null."""
     task_ids: list[int] | None = None
-    """LIBERO: the numbers of the suite's tasks to play; null means all."""
+    """LIBERO: numbers of the suite's tasks to play; null means all."""
     init_states: list[int] | None = None
     """LIBERO: which of a task's published initial states (0 to 49) to start from; null means all."""
     scene_order: Literal["sampled", "cycled"] = "sampled"
     """LIBERO: an episode's task and initial state are drawn, or follow one another: all initial states of the first
     task, then those of the next."""
     settling_steps: int | None = Field(None, ge=0)
-    """LIBERO: steps before an episode in which the objects come to rest; null means what `preset` says."""
+    """LIBERO: steps before an episode that let the objects come to rest; null means what `preset` says."""
     seeding: Literal["episode", "fixed", "task"] | None = None
     """LIBERO: what places the furniture, which initial states leave open: a seed drawn for each episode, the same
     seed before every episode, or one seed for a task, of whose resets initial state k takes the k-th; null means
@@ -102,12 +103,12 @@ class PolicyConfig(Section):
     action_horizon: int | None = Field(None, gt=0)
     """Action slots of one sampled chunk; null means what config.json says, else 50 for Pi0 and 10 for Pi0.5."""
     delta_action_dims: int | None = Field(None, ge=0)
-    """The first so many dimensions of the robot's state are added to its actions (openpi's
+    """How many dimensions of the robot's state, from the first, are added to its actions (openpi's
     `extra_delta_transform` is 6); null means 6 for openpi's and RLinf's Pi0, and 0 for others."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and arithmetic of the transformers; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    """Type of the transformers' weights and arithmetic; `auto` is bfloat16 on a GPU and float32 on the CPU."""
     ignore_render_quality: bool = False
-    """LIBERO: play although the policy, or the resumed run, was trained on pictures of the other
+    """LIBERO: play even if the policy, or the resumed run, was trained on images of the other
     `env.render_quality`."""
     denoise_steps: int = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
@@ -115,7 +116,7 @@ class PolicyConfig(Section):
     """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start."""
 
     def overrides(self) -> dict[str, Any]:
-        """What the user says of the checkpoint itself: keyword arguments of `pi0.files.find_policy`."""
+        """What the user says about the checkpoint itself, as keyword arguments of `pi0.files.find_policy`."""
         return self.model_dump(include={"tokenizer", "norm_stats", "action_horizon", "delta_action_dims"})
 
 
@@ -137,9 +138,9 @@ class SacConfig(Section):
     image_range: Literal["zero_one", "minus_one_one"] = "zero_one"
     """Pixels are scaled to [0, 1] (official DSRL) or [-1, 1] (RLinf)."""
     state_dim: int = Field(8, gt=0)
-    """Width of the robot state."""
+    """Width of the robot's state."""
     state_latent_dim: int = Field(64, ge=0)
-    """Width of the encoded robot state; 0 means that the raw state is used."""
+    """Width of the encoded robot state; 0 means that the state is used as it is."""
     hidden_dims: list[int] = [128, 128, 128]
     """Hidden layers of the actor's and of each Q head's MLP."""
     num_q_heads: int = Field(10, gt=0)
@@ -156,15 +157,15 @@ class SacConfig(Section):
     noise_layout: Literal["repeat", "per_slot"] = "repeat"
     """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
     action_magnitude: float = Field(0.4, gt=0)
-    """The actor's noise is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
+    """How far from zero the actor's noise may be: it is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
     gamma: float = Field(0.979, gt=0, le=1)
-    """Discount factor, per `discount_per`."""
+    """Discount factor of an environment step or a decision, see `discount_per`."""
     discount_per: Literal["env_step", "decision"] = "env_step"
     """`env_step`: a decision that executed k steps is discounted by gamma^k; `decision`: by gamma."""
     tau: float = Field(0.02, gt=0, le=1)
-    """Target network soft update coefficient."""
+    """Coefficient of the target network's soft update."""
     batch_size: int = Field(128, gt=0)
-    """Transitions per gradient update."""
+    """Transitions in a gradient update."""
     actor_lr: float = Field(1e-3, gt=0)
     """Adam learning rate of the actor."""
     critic_lr: float = Field(1e-3, gt=0)
@@ -174,11 +175,11 @@ class SacConfig(Section):
     actor_betas: tuple[float, float] = (0.9, 0.999)
     """Adam betas of the actor."""
     actor_grad_clip: float | None = Field(10.0, gt=0)
-    """Largest gradient norm of the actor; null switches clipping off."""
+    """The actor's gradient is clipped to this norm; null switches clipping off."""
     critic_grad_clip: float | None = Field(10.0, gt=0)
-    """Largest gradient norm of the critic; null switches clipping off."""
+    """The critic's gradient is clipped to this norm; null switches clipping off."""
     alpha_grad_clip: float | None = Field(10.0, gt=0)
-    """Largest gradient norm of the temperature; null switches clipping off."""
+    """The temperature's gradient is clipped to this norm; null switches clipping off."""
     alpha_type: Literal["softplus", "exp"] = "softplus"
     """How the temperature is parametrised."""
     initial_alpha: float = Field(0.005, gt=0)
@@ -234,7 +235,7 @@ class ReplayConfig(Section):
     """The shared-memory ring that holds transitions."""
 
     capacity: int = Field(40_000, ge=64)
-    """Rows over all environments; a row is 12.5 kB."""
+    """Rows for all workers together; a row takes 12.5 kB."""
     warmup_decisions: int = Field(400, ge=1)
     """Decisions taken with unsquashed N(0, I) noise before learning starts."""
 
@@ -243,13 +244,13 @@ class InferenceConfig(Section):
     """The process that batches observations and samples action chunks."""
 
     buckets: list[int] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
-    """Batch sizes that there are. A batch is padded to the next one if that fills 90 % of it, and else made smaller
-    (docs/throughput.md)."""
+    """Available batch sizes, in increasing order. A batch is padded to the next one if that fills 90 % of it, and else
+    made smaller (docs/throughput.md)."""
     batch_wait_ms: float | None = Field(None, ge=0)
     """How long to wait for more observations when not all are ready; null means not at all on a GPU, and 1 ms on a
-    CPU, whose cores the actors need to become ready."""
+    CPU, whose cores the workers need to become ready."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads of the inference process; null means chosen from the machine."""
+    """CPU threads of the inference process; null means a quarter of the cores, but at least one."""
 
     @model_validator(mode="after")
     def _check(self) -> InferenceConfig:
@@ -262,61 +263,66 @@ class LearnerConfig(Section):
     """The process that updates the SAC agent."""
 
     device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$")
-    """Device of the learner, `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means that of the policy."""
+    """Device of the learner: `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means the policy's."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads of the learner process; null means chosen from the machine."""
+    """CPU threads of the learner process; null means a quarter of the cores, but at least one."""
     publish_interval: int = Field(10, gt=0)
-    """Gradient updates between two broadcasts of actor weights."""
+    """Gradient updates between two broadcasts of the actor's weights."""
 
 
 class CheckpointConfig(Section):
+    """How often checkpoints are written, and how many are kept."""
+
     interval_minutes: float = Field(5.0, gt=0)
-    """Minutes between two checkpoints while running."""
+    """Minutes between two checkpoints while the run goes on; the last one is written when it ends."""
     keep: int = Field(2, gt=0)
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept; older ones are deleted."""
 
 
 class LogConfig(Section):
+    """What the run shows of itself while it goes on."""
+
     interval_s: float = Field(1.0, gt=0)
     """Seconds between two refreshes of the console and of TensorBoard."""
     console: Literal["auto", "live", "plain", "off"] = "auto"
-    """Live display, plain lines, nothing; `auto` takes the live one where there is a terminal."""
+    """A live display, plain lines or nothing; `auto` takes the live display where there is a terminal."""
 
 
 class Config(Section):
-    """A run."""
+    """The run as a whole."""
 
     actors: int = Field(16, gt=0, le=MOST_ACTORS)
-    """Environment processes."""
+    """How many environment workers: processes that run one environment each."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     run_dir: str | None = None
-    """Where the run is written; null means `runs/<date>-<time>-<environment>`."""
+    """Directory that the run is written to; null means `runs/<date>-<time>-<environment>`."""
     resume: str | None = None
-    """A run directory to continue; its configuration is used. Command-line options override it, also for later
-    resumes; `--serial false` takes back `--serial`."""
+    """Directory of a run to continue, with its settings; options override them, also for later resumes
+    (`--serial false` takes back `--serial`)."""
     serial: bool = False
-    """One process, fixed order: bit-for-bit reproducible by seed, and friendly to a debugger."""
+    """Run everything in one process and a fixed order: reproducible bit for bit, and friendly to a debugger."""
     max_minutes: float | None = Field(None, gt=0)
-    """Stop after this many minutes (of this launch; a resumed run has as many again)."""
+    """Stop after this many minutes; a resumed run has as many again."""
     max_decisions: int | None = Field(None, gt=0)
-    """Stop after this many decisions (counted over all resumes)."""
+    """Stop after this many decisions, counted over all resumes."""
     profile: bool = False
-    """Find out what holds throughput back: a report and a trace in the run directory's `profile`, at the end and on
-    SIGUSR1 (docs/profiling.md)."""
+    """Find out what holds throughput back: write a report and a trace to the run directory's `profile`, at the end
+    and on SIGUSR1 (docs/profiling.md)."""
     stop_at_success: float | None = Field(None, gt=0, le=1)
-    """Stop when the success rate of the last 100 episodes reaches this."""
+    """Stop when the success rate of the last 100 episodes reaches this, such as 0.9."""
     replay_ratio: float = Field(1.0, gt=0)
     """Gradient updates per decision, counted from the end of the warm-up."""
     replay_ratio_tolerance: float = Field(0.02, gt=0, lt=1)
-    """How far updates may be from `replay_ratio` x decisions, as a fraction."""
+    """How far the number of updates may be from `replay_ratio` x decisions, as a fraction of it."""
     throttle_actors: bool = True
-    """Actors wait when the learner is behind; if false, only the learner waits when it is ahead."""
+    """Workers wait while the learner is behind; if false, only the learner waits, while it is ahead."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of policy and learner."""
+    """Device of the policy, and of the learner unless `learner.device` names another; `auto` is CUDA if there is
+    any."""
     heartbeat_timeout_s: float = Field(120.0, gt=0)
-    """A process that gives no sign of life for this long is taken for dead and replaced; so is an actor, or the
-    template of all actors, for which making an environment or resetting it takes this long."""
+    """A process that gives no sign of life for this long is taken for dead and replaced; so is a worker, or the
+    template of all workers, that takes this long to make or reset an environment."""
     env: EnvConfig = EnvConfig()
     policy: PolicyConfig = PolicyConfig()
     sac: SacConfig = SacConfig()
@@ -345,4 +351,4 @@ class Config(Section):
 
 
 MIN_LANE_ROWS = 16
-"""Fewest replay rows of one environment: below this, a reader loses most races with the writer."""
+"""Lower limit on the replay rows of a lane; with fewer, a reader loses most races with the writer."""

@@ -1,1 +1,1 @@
-"""Checks what a run needs of a machine, one line each; `python -m dsrl_async.doctor`."""
+"""Checks what a run needs of this machine, and says what to do about what is missing."""

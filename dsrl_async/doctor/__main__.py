@@ -1,91 +1,11 @@
-"""The command: `python -m dsrl_async.doctor [--config YAML] [any option of launch]`.
+"""`python -m dsrl_async.doctor`, and the console script `dsrl-doctor`."""
 
-Checks what a run with that configuration needs of this machine, and says what to do about what is missing. Exit codes:
-0 when nothing stops the run, 1 when something does, 2 for a wrong option of its own, 130 after Ctrl-C.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from functools import partial
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from dsrl_async.host.command import run_command
 
-from dsrl_async.config.command_line import Parser, load_config
-from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.doctor.checks import Finding, Options, examine
-
-COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    assert __doc__ is not None
-    parser = Parser(prog="python -m dsrl_async.doctor", description=__doc__.split("\n\n")[1], allow_abbrev=False)
-    parser.epilog = "All other options are those of a run: python -m dsrl_async.launch --help lists them."
-    parser.add_argument("--measure", action="store_true", help="start one actor and measure its start and memory")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
-    parser.add_argument(
-        "--time-limit-s", type=float, default=60.0, help="for each process that is started to try something (60)"
-    )
-    return parser
-
-
-def findings(argv: Sequence[str], options: Options) -> Iterator[Finding]:
-    try:
-        config: Config = load_config(argv)
-    except ConfigError as error:
-        yield Finding("configuration", "problem", str(error))
-    else:
-        yield from examine(config, options)
-
-
-def verdict(found: Sequence[Finding]) -> str:
-    count = {status: sum(finding.status == status for finding in found) for status in COLOURS}
-    if count["problem"]:
-        return f"This run cannot start before {'a problem is' if count['problem'] == 1 else 'the problems are'} solved."
-    return "This run can start" + ("; the warnings say what would make it better." if count["warning"] else ".")
-
-
-def main(argv: Sequence[str]) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
-    try:
-        own, rest = build_parser().parse_known_args(list(argv))
-        if own.time_limit_s <= 0:
-            raise ConfigError("--time-limit-s must be positive")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        found = list(findings(rest, Options(own.measure, own.time_limit_s)))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    stopped = any(finding.status == "problem" for finding in found)
-    if own.json:
-        content = {"ok": not stopped, "verdict": verdict(found), "findings": [finding._asdict() for finding in found]}
-        print(json.dumps(content))
-        return int(stopped)
-    console = Console()
-    if console.is_terminal:
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for finding in found:
-            table.add_row(Text(finding.status, COLOURS[finding.status]), finding.check, Text(finding.message))
-        console.print(table)
-    else:  # one line each, to be searched
-        for finding in found:
-            print(f"{finding.status:8} {finding.check:14} {finding.message}")
-    print(verdict(found))
-    return int(stopped)
-
+main = partial(run_command, "doctor")
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

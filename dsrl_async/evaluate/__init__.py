@@ -1,0 +1,1 @@
+"""Plays episodes with the frozen policy or a trained one, and reports success rates."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import sys
 
-from dsrl_async import launch
+from dsrl_async.host.command import guard
 from dsrl_async.host.processes import Program
+from dsrl_async.launch import command
 from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.worker.template import WORKER
 
@@ -19,4 +20,4 @@ PROGRAMS = {Kind.INFERENCE: Program("dsrl_async.bench.systems.lock_step_process"
 
 
 if __name__ == "__main__":
-    sys.exit(launch.main(sys.argv[1:], PROGRAMS))
+    sys.exit(guard(lambda: command.main(sys.argv[1:], PROGRAMS)))

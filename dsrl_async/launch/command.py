@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,23 +34,16 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> int:
     """Returns the exit code; for `programs` see `Supervisor`."""
     stop = StopRequest()
-    try:
-        config = load_config(argv)
-        make_paths_absolute(config.policy)
-        policy, spec = preflight.check_policy(config)
-        preflight.check_memory(config, spec, policy.action_horizon)
-        preflight.check_device("device", config.device)
-        preflight.check_device("learner.device", config.learner.device)
-        preflight.check_descriptors(config)
-        run_dir, lock = preflight.open_run_directory(config)
-        with lock:
-            summary = run(config, run_dir, spec, policy.action_horizon, stop, programs)
-    except ValueError as error:  # ConfigError, or a checkpoint that cannot be used
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config = load_config(argv)
+    make_paths_absolute(config.policy)
+    policy, spec = preflight.check_policy(config)
+    preflight.check_memory(config, spec, policy.action_horizon)
+    preflight.check_device("device", config.device)
+    preflight.check_device("learner.device", config.learner.device)
+    preflight.check_descriptors(config)
+    run_dir, lock = preflight.open_run_directory(config)
+    with lock:
+        summary = run(config, run_dir, spec, policy.action_horizon, stop, programs)
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(summary), flush=True)
     return 1 if summary["exit_reason"].startswith("failed") else 0
@@ -91,7 +83,3 @@ def run(
     with contextlib.suppress(OSError):
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""The frame of every command: what it says and how it exits when it is interrupted or cannot go on.
+
+Importing this takes no time, so that Ctrl-C finds the frame in place while a command imports what does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+from collections.abc import Callable
+
+
+def run_command(name: str) -> int:
+    """Run the function `main` of `dsrl_async.NAME.command` with the arguments of the command line, see `guard`."""
+    return guard(lambda: importlib.import_module(f"dsrl_async.{name}.command").main(sys.argv[1:]))
+
+
+def guard(command: Callable[[], int]) -> int:
+    """Call `command`; returns its exit code, or the one of an exception, about which a sentence goes to stderr.
+
+    ValueError means that what the user gave cannot be used (2), OSError and RuntimeError that something failed (1), and
+    KeyboardInterrupt that the user has had enough (130). Python's development mode, `python -X dev`, keeps the
+    tracebacks of errors.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()  # where nobody reads it any more, that is an error like others
+        return code
+    except KeyboardInterrupt:
+        code, sentence = 128 + signal.SIGINT, "interrupted"
+    except (ValueError, OSError, RuntimeError) as error:
+        if sys.flags.dev_mode:
+            raise
+        code, sentence = 2 if isinstance(error, ValueError) else 1, f"error: {str(error) or type(error).__name__}"
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""Trains: steers a frozen flow-matching policy with DSRL, asynchronously."""
