@@ -5,13 +5,14 @@ import sys
 
 import dsrl_async
 from dsrl_async.config.command_line import COMMANDS, program
+from dsrl_async.config.settings import ConfigError
+from dsrl_async.host.command import guard
 
 
 def main() -> int:
     """List the commands; what they do says the docstring of each one's package."""
     if sys.argv[1:] not in ([], ["--help"], ["-h"]):
-        print(f"error: {sys.argv[1]} means nothing here; python -m dsrl_async lists the commands", file=sys.stderr)
-        return 2
+        raise ConfigError(f"{sys.argv[1]} means nothing here; python -m dsrl_async lists the commands")
     print(f"{dsrl_async.__doc__}\n")
     for name in COMMANDS:
         print(f"{program(name):30}{importlib.import_module(f'dsrl_async.{name}').__doc__}")
@@ -20,4 +21,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

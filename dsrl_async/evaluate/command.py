@@ -67,7 +67,7 @@ def build_parser(all_settings: bool = False) -> Parser:
         "--processes",
         type=int,
         metavar="N",
-        help="number of environment workers (default: one for each episode, at most 16; for LIBERO at most one for each core)",
+        help="number of environment workers (default: one for each episode, at most 16; LIBERO: at most one a core)",
     )
     add(
         "--noise",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -26,14 +27,21 @@ def guard(command: Callable[[], int]) -> int:
     """
     try:
         code = command()
-        sys.stdout.flush()  # where nobody reads it any more, that is an error like others
+        sys.stdout.flush()  # if nobody reads it any more, that is an error like others
         return code
     except KeyboardInterrupt:
         code, sentence = 128 + signal.SIGINT, "interrupted"
     except (ValueError, OSError, RuntimeError) as error:
         if sys.flags.dev_mode:
             raise
+        if isinstance(error, BrokenPipeError):
+            discard_output()
         code, sentence = 2 if isinstance(error, ValueError) else 1, f"error: {str(error) or type(error).__name__}"
     with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr)
     return code
+
+
+def discard_output() -> None:
+    """Let nothing become of what is printed, since nobody reads it; Python would try again as it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsrl_async.config.command_line import load_config, make_paths_absolute
+from dsrl_async.config.command_line import load_config, make_paths_absolute, program
 from dsrl_async.config.load import to_yaml
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host import logs
+from dsrl_async.host.command import discard_output
 from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
@@ -44,8 +45,10 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
         summary = run(config, run_dir, spec, policy.action_horizon, stop, programs)
-    with contextlib.suppress(BrokenPipeError):
+    try:
         print(json.dumps(summary), flush=True)
+    except BrokenPipeError:  # the run did what it was for
+        discard_output()
     return 1 if summary["exit_reason"].startswith("failed") else 0
 
 
@@ -77,9 +80,9 @@ def run(
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
         if checkpoints.find(run_dir) is not None and not summary["exit_reason"].startswith("failed"):
             more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""
-            logger.info("to go on: python -m dsrl_async.launch --resume %s%s", run_dir, more)
+            logger.info("to go on: %s --resume %s%s", program("launch"), run_dir, more)
             if summary["updates"]:
-                logger.info("to see how good it is: python -m dsrl_async.evaluate --checkpoint %s", run_dir)
+                logger.info("to see how good it is: %s --checkpoint %s", program("evaluate"), run_dir)
     with contextlib.suppress(OSError):
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

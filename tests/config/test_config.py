@@ -166,7 +166,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
     [
         ("--sac.gama=0.9", r"unrecognized arguments: --sac\.gama=0\.9; did you mean '--sac\.gamma'"),
         ("--actorz", "unrecognized arguments: --actorz; did you mean '--actors'"),
-        ("--zzzzzzzz", "unrecognized arguments: --zzzzzzzz; --help lists all options"),
+        ("--zzzzzzzz", "unrecognized arguments: --zzzzzzzz; --help-all lists all options"),
         ("stray", "unrecognized arguments: stray$"),
     ],
 )

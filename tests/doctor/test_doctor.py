@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 import pytest
+from support.commands import call
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor import checks, probes
-from dsrl_async.doctor.__main__ import main
 from dsrl_async.doctor.checks import Finding, Options
 from dsrl_async.host import machine
 from dsrl_async.pi0.config import EMBEDDED_POLICY
@@ -54,7 +54,7 @@ def test_several_faults_are_all_found(
     (tmp_path / "file").touch()
     monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2", "built_for": None, "available": False})
     arguments = ["--policy.checkpoint", str(tmp_path / "none"), "--run-dir", str(tmp_path / "file" / "run")]
-    assert main([*arguments, "--actors", "3000", "--replay.capacity", "50000"]) == 1
+    assert call("doctor", *arguments, "--actors", "3000", "--replay.capacity", "50000") == 1
     printed = capsys.readouterr().out
     problems = [line for line in printed.splitlines() if line.startswith("problem")]
     assert [line.split()[1] for line in problems] == ["policy", "memory", "run"]
@@ -65,11 +65,11 @@ def test_several_faults_are_all_found(
 
 
 def test_configuration_that_cannot_be_read_is_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--json", "--sac.gama", "1"]) == 1
+    assert call("doctor", "--json", "--sac.gama", "1") == 1
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
     assert finding["check"] == "configuration"
     assert "--sac.gamma" in finding["message"]
-    assert main(["--time-limit-s", "soon"]) == 2
+    assert call("doctor", "--time-limit-s", "soon") == 2
 
 
 def test_check_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

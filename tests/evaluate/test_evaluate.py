@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.commands import call
 from support.launched import SMALL, Launched
 from support.paths import CONFIGS
 
@@ -31,7 +32,7 @@ from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs import ChunkOutcome, libero_files
 from dsrl_async.envs.recording import RecordingEnvironment, unsorted_film
 from dsrl_async.evaluate import resolve as resolving
-from dsrl_async.evaluate.__main__ import build_parser, main
+from dsrl_async.evaluate.command import build_parser
 from dsrl_async.evaluate.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 from dsrl_async.evaluate.films import FILMED_PER_VIDEO, Films, choose_films
 from dsrl_async.evaluate.resolve import Evaluation, identify_files, identity, resolve
@@ -375,8 +376,8 @@ def test_no_command_needs_an_extra() -> None:
 import importlib, sys
 extras = "fast_simplification scipy h5py robosuite bddl gymnasium cupy matplotlib sentencepiece"
 sys.modules.update(dict.fromkeys(extras.split()))
-for name in ("launch", "evaluate.__main__", "doctor.__main__", "plan.__main__", "bench.__main__"):
-    importlib.import_module(f"dsrl_async.{name}")
+for name in ("launch", "evaluate", "doctor", "plan", "bench"):
+    importlib.import_module(f"dsrl_async.{name}.command")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -504,9 +505,9 @@ def test_two_processes_give_the_same_outcomes_as_one(tmp_path: Path, capsys: pyt
     assert len(result["settings"]["policy"]["files"][0]["sha256"]) == 64
     assert json.loads((tmp_path / "1" / "result.json").read_text()) == result
     # All is there: nothing is played again, and other settings are refused.
-    assert main([*QUICK, "--episodes", "7", "--out", str(tmp_path / "1")]) == 0
+    assert call("evaluate", *QUICK, "--episodes", "7", "--out", str(tmp_path / "1")) == 0
     assert json.loads(capsys.readouterr().out) | {"wall_s": 0} == result | {"wall_s": 0}
-    assert main([*QUICK, "--episodes", "8", "--out", str(tmp_path / "1")]) == 2
+    assert call("evaluate", *QUICK, "--episodes", "8", "--out", str(tmp_path / "1")) == 2
     stderr = capsys.readouterr().err
     assert "begun with episodes 7" in stderr
     assert stderr.count("\n") == 1
@@ -603,7 +604,7 @@ def test_an_interrupt_ends_it_at_once() -> None:
 def test_what_is_wrong_is_said_in_one_sentence(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments) == 2
+    assert call("evaluate", *arguments) == 2
     stderr = capsys.readouterr().err
     assert words in stderr
     assert stderr.count("\n") == 1

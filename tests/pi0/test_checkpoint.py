@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.commands import call
 from support.paths import SCRIPTS
 from support.pi0_models import import_tensors
 from support.pi0_reference import Reference
 from tokenizers import Tokenizer, models
 
-from dsrl_async import launch
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import environment_spec
@@ -271,7 +271,7 @@ def test_a_run_finds_its_policy_from_everywhere(written: Path, tmp_path: Path, m
     monkeypatch.setattr("dsrl_async.launch.run", run)
     given = {"checkpoint": "pi0/openpi", "tokenizer": "pi0/openpi/tokenizer.json", "norm-stats": str(stats)}
     options = [word for name, path in given.items() for word in (f"--policy.{name}", path)]
-    assert launch.main(["--run-dir", str(tmp_path / "run"), *options]) == 0
+    assert call("launch", "--run-dir", str(tmp_path / "run"), *options) == 0
     monkeypatch.chdir(tmp_path)
     check_policy(runs[0])
 

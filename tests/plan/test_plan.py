@@ -14,10 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+from support.commands import call
 
 from dsrl_async.bench.pipeline import DEVICES
 from dsrl_async.config.settings import InferenceConfig
-from dsrl_async.plan import __main__ as plan
 from dsrl_async.plan.capacity import Figures, Payload, curve, judge, machines, predict
 from dsrl_async.plan.report import sentence
 from dsrl_async.plan.simulation import EnvironmentTimes
@@ -226,9 +226,9 @@ def test_input_that_cannot_be_planned_with_is_one_sentence(
     def started(*_: object) -> None:
         raise AssertionError("something was started")
 
-    monkeypatch.setattr(plan, "measured", started)
-    monkeypatch.setattr(plan, "curve", started)
-    assert plan.main(arguments) == 2
+    monkeypatch.setattr("dsrl_async.plan.resolve.measured", started)
+    monkeypatch.setattr("dsrl_async.plan.command.curve", started)
+    assert call("plan", *arguments) == 2
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("error: ")
@@ -240,7 +240,7 @@ def test_input_that_cannot_be_planned_with_is_one_sentence(
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert plan.main(arguments) == 0
+    assert call("plan", *arguments) == 0
     return capsys.readouterr().out
 
 
@@ -298,7 +298,7 @@ def test_learner_and_replay_ratio_come_from_the_options_of_a_run(capsys: pytest.
 
 
 def test_measures_the_configured_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--measure", "--seconds", "0.3", "--device", "cpu", "--json", *SMALL]) == 0
+    assert call("plan", "--measure", "--seconds", "0.3", "--device", "cpu", "--json", *SMALL) == 0
     out, progress = capsys.readouterr()
     content = json.loads(out)["figures"]
     assert content["environment"]["chunk_s"] > 0
@@ -321,7 +321,7 @@ def test_an_option_goes_before_what_was_measured(
         "update_s": 0.009,
         "device_s": {1: 0.001},
     }
-    monkeypatch.setattr(plan, "measured", lambda config, seconds: dict(answers))
+    monkeypatch.setattr("dsrl_async.plan.resolve.measured", lambda config, seconds: dict(answers))
     given = ["--update-ms", "3", "--device-ms", "1:2", "--reset-s", "0"]
     content = json.loads(run(capsys, "--measure", "--json", *given))["figures"]
     assert content["update_s"] == pytest.approx(0.003)

@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Call a command's `main` in the test's own process, which spares the start of another."""
 
 from __future__ import annotations
@@ -42,3 +43,25 @@ def call(main: Callable[[Sequence[str]], int], *arguments: str) -> Done:
         root.handlers[:] = log_handlers
         root.setLevel(level)
     return Done(code, stdout.getvalue(), stderr.getvalue())
+=======
+"""Commands that are called in this process, as `python -m dsrl_async.NAME` or a console script calls them."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from unittest.mock import patch
+
+from dsrl_async.host.command import run_command
+
+
+def call(name: str, *arguments: str, program: str = "/anywhere/__main__.py") -> int:
+    """Returns the exit code. The signal handlers that a command sets are taken back; `program` is `sys.argv[0]`."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with patch.object(sys, "argv", [program, *arguments]):
+            return run_command(name)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+>>>>>>> 4b5273f (Tests of the commands' frame, of their help and of the console scripts)

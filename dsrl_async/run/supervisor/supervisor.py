@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.run.preflight.policy import policy_directory
@@ -147,7 +148,7 @@ class Supervisor:
                 continue
             if child is self.workers.template:
                 how = self.workers.problem or how
-            message = "python -m dsrl_async.doctor looks for the reason"
+            message = f"{program('doctor')} looks for the reason"
             if not how and code >= 0:
                 message = processes.last_line(child.log, child.log_start)
             how = how or processes.how_ended(code)

@@ -99,19 +99,6 @@ def test_nohup_is_respected(tmp_path: Path) -> None:
     assert json.loads(stdout.splitlines()[-1])["exit_reason"] == "max_decisions"
 
 
-@pytest.mark.parametrize("command", ["launch", "evaluate", "plan", "doctor"])
-def test_interrupt_while_modules_are_imported_is_no_mistake(command: str) -> None:
-    arguments = [sys.executable, "-X", "importtime", "-m", f"dsrl_async.{command}"]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    while b"numpy" not in (line := process.stderr.readline()):
-        assert line, "numpy was never imported"
-    process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1].decode()
-    assert "Traceback" not in errors
-    assert errors.splitlines()[-1] == "interrupted"
-
-
 def test_interrupt_while_starting_stops_cleanly(tmp_path: Path) -> None:
     run = Launched(tmp_path / "run", *SMALL)
     while not run.children():

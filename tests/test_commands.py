@@ -1,0 +1,251 @@
+"""The five commands: how they are called, how they exit, and what they say then."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.commands import call
+from support.launched import SMALL
+from support.paths import ROOT
+
+from dsrl_async import __main__ as overview
+from dsrl_async.config.command_line import COMMANDS
+from dsrl_async.config.settings import ConfigError
+from dsrl_async.doctor.checks import Finding
+from dsrl_async.host import command
+
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+GIVEN = ["--env-ms", "60", "--device-ms", "1:7", "--cores", "4", "--memory-gib", "8"]
+"""What `plan` needs to know."""
+
+
+def console_script(directory: Path, name: str) -> Path:
+    """A file like the one that pip writes for a console script."""
+    module, function = SCRIPTS[name].split(":")
+    path = directory / name
+    call = f"if __name__ == '__main__':\n    sys.exit({function}())\n"
+    path.write_text(f"import sys\nfrom {module} import {function}\n{call}")
+    return path
+
+
+# ---- how they exit
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("launch", ["--actorz", "3"], "did you mean '--actors'"),
+        ("launch", ["--actors", "0"], "actors"),
+        ("evaluate", ["--episode", "3"], "did you mean '--episodes'"),
+        ("evaluate", ["--episodes", "0"], "--episodes must be at least 1"),
+        ("plan", [], "--env-ms is missing"),
+        ("plan", [*GIVEN, "--actors", "0"], "actors"),
+        ("doctor", ["--time-limit-s", "0"], "--time-limit-s must be positive"),
+        ("bench", [], "NAME"),
+        ("bench", ["nothing"], "invalid choice: 'nothing'"),
+        ("bench", ["scale", "--compression", "fast"], "invalid float value: 'fast'"),
+    ],
+)
+def test_input_that_cannot_be_used(
+    name: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(name, *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ")
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fails", "codes"),
+    [
+        ("launch", [], "launch.command.run", {OSError: 1, RuntimeError: 1, ValueError: 2}),
+        ("evaluate", [], "evaluate.command.evaluate", {OSError: 1, RuntimeError: 1, ValueError: 2}),
+        ("plan", GIVEN, "plan.command.judge", {OSError: 2, RuntimeError: 1, ValueError: 2}),
+        ("doctor", [], "doctor.command.examine", {OSError: 1, RuntimeError: 1, ValueError: 2}),
+        ("bench", ["scale"], "bench.scale.run", {OSError: 1, RuntimeError: 1, ValueError: 2}),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence_and_an_exit_code(
+    name: str,
+    arguments: list[str],
+    fails: str,
+    codes: dict[type[BaseException], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, _, function = f"dsrl_async.{fails}".rpartition(".")
+    importlib.import_module(module)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    for kind, code in codes.items():
+        error: BaseException = kind("it broke")
+        monkeypatch.setattr(f"{module}.{function}", fail)
+        assert call(name, *arguments) == code, kind
+        assert capsys.readouterr().err.splitlines()[-1] == "error: it broke"
+    error = KeyboardInterrupt()
+    assert call(name, *arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"), [("max_decisions", 0), ("interrupted", 0), ("failed: the policy process died", 1)]
+)
+def test_a_run_that_ended_as_asked_is_a_success(
+    reason: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsrl_async.launch.command.run", lambda *_: {"exit_reason": reason})
+    assert call("launch") == code
+    assert json.loads(capsys.readouterr().out) == {"exit_reason": reason}
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])
+def test_doctor_exits_with_its_verdict(status: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsrl_async.doctor.command.examine", lambda *_: [Finding("memory", status, "so it is")])
+    assert call("doctor") == code
+    assert call("doctor", "--json") == code
+
+
+# ---- what they say
+
+
+@contextlib.contextmanager
+def nobody_reads() -> Iterator[None]:
+    """Standard output is a pipe whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    output = os.fdopen(writer, "w")
+    with contextlib.redirect_stdout(output):
+        yield
+    with contextlib.suppress(BrokenPipeError):
+        output.close()
+
+
+def test_output_that_nobody_reads_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with nobody_reads():
+        assert command.guard(lambda: print("hello") or 0) == 1
+    assert capsys.readouterr().err == "error: [Errno 32] Broken pipe\n"
+
+
+def test_a_run_is_no_failure_because_nobody_reads_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dsrl_async.launch.command.run", lambda *_: {"exit_reason": "max_decisions"})
+    with nobody_reads():
+        assert call("launch") == 0
+
+
+def test_an_error_without_words_has_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise RuntimeError
+
+    assert command.guard(fail) == 1
+    assert capsys.readouterr().err == "error: RuntimeError\n"
+
+
+def test_development_mode_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> int:
+        raise ValueError("it broke")
+
+    monkeypatch.setattr(command.sys, "flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(ValueError, match="it broke"):
+        command.guard(fail)
+
+
+# ---- how they are called
+
+
+def test_importing_the_package_sets_nothing() -> None:
+    """Also where Python is about to run one of its modules, which `sys.argv` shows."""
+    code = """
+import signal, sys
+sys.argv = ["-m"]
+before = sys.excepthook, [signal.getsignal(number) for number in signal.valid_signals()]
+import dsrl_async
+assert (sys.excepthook, [signal.getsignal(number) for number in signal.valid_signals()]) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_each_command_has_a_console_script() -> None:
+    assert list(SCRIPTS) == [f"dsrl-{name}" for name in COMMANDS]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_console_script_is_the_command_and_names_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, function = SCRIPTS[f"dsrl-{name}"].split(":")
+    main = getattr(importlib.import_module(module), function)
+    for program, usage in ((f"/venv/bin/dsrl-{name}", f"dsrl-{name}"), (module, f"python -m dsrl_async.{name}")):
+        monkeypatch.setattr(sys, "argv", [program, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main()
+        assert capsys.readouterr().out.startswith(f"usage: {usage} ")
+
+
+def test_a_console_script_runs_the_processes_of_a_run(tmp_path: Path) -> None:
+    script = console_script(tmp_path, "dsrl-launch")
+    arguments = [*SMALL, "--log.console", "plain", "--max-decisions", "20", "--run-dir", "run"]
+    done = subprocess.run(
+        [sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["decisions"] == 20
+    assert "to go on: dsrl-launch --resume" in done.stderr
+
+
+@pytest.mark.parametrize("called", [*COMMANDS, "dsrl-launch"])
+def test_interrupt_while_modules_are_imported_is_no_mistake(called: str, tmp_path: Path) -> None:
+    what = ["-m", f"dsrl_async.{called}"] if called in COMMANDS else [str(console_script(tmp_path, called))]
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *what], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    while b"numpy" not in (line := process.stderr.readline()):
+        assert line, "numpy was never imported"
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1].decode()
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == "interrupted"
+    assert process.returncode == 130
+
+
+def test_the_package_says_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dsrl_async/__main__.py"])
+    assert overview.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    for name in COMMANDS:
+        (line,) = (line for line in lines if line.startswith(f"python -m dsrl_async.{name} "))
+        assert line.endswith(".")
+    monkeypatch.setattr(sys, "argv", ["dsrl_async/__main__.py", "launch"])
+    with pytest.raises(ConfigError, match=r"^launch means nothing here"):
+        overview.main()
+
+
+def test_a_pipe_that_is_closed_leaves_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    called = [sys.executable, "-m", "dsrl_async"]
+    done = subprocess.run(called, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 32] Broken pipe\n")
