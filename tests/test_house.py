@@ -45,7 +45,8 @@ HOUSE = {
     "run.learner": f"config sac {MACHINE} run.replay_ratio run.weights run.checkpoints",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
-    # The commands.
+    # The commands, and what lists them.
+    "__main__": "config host",
     "launch": BELOW_COMMANDS,
     "evaluate": BELOW_COMMANDS,
     "plan": BELOW_COMMANDS,
@@ -292,7 +293,8 @@ def changed_by(line: str, arguments: list[str]) -> bool:
 
 
 def test_importing_the_package_sets_nothing() -> None:
-    assert not changed_by("import dsrl_async", ["-c"])
+    for arguments in (["-c"], ["-m"]):  # the latter are there while Python looks for a module that it is to run
+        assert not changed_by("import dsrl_async", arguments)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from dsrl_async.config.settings import Config
 SECTIONS = [Config, *(kind for kind in get_type_hints(Config).values() if hasattr(kind, "model_fields"))]
 
 
-def shown(capsys: pytest.CaptureFixture[str], name: str, option: str) -> str:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        call(name, option)
-    return capsys.readouterr().out
+def shown(name: str, option: str) -> str:
+    """What a command prints for `--help` or `--help-all`."""
+    done = call(name, option)
+    assert done.code == 0
+    return done.stdout
 
 
 def options(text: str) -> list[str]:
@@ -27,27 +28,27 @@ def options(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_one_screen(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_one_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    text = shown(capsys, name, "--help")
+    text = shown(name, "--help")
     assert text.count("\n") <= 45
     assert name == "bench" or "--help-all shows" in text
 
 
-def test_help_of_launch_shows_what_everyone_uses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_launch_shows_what_everyone_uses() -> None:
     flags = [key.replace("_", "-") for key in COMMON]
-    assert options(shown(capsys, "launch", "--help")) == ["help", "help-all", "config", *flags]
+    assert options(shown("launch", "--help")) == ["help", "help-all", "config", *flags]
 
 
 @pytest.mark.parametrize("columns", [80, 100, 120, 200])
 def test_help_all_has_every_setting_once_in_a_group_for_each_section(
-    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = shown(capsys, "launch", "--help-all")
+    text = shown("launch", "--help-all")
     assert max(map(len, text.splitlines())) <= min(columns, 120)
     flags = options(text)
-    assert flags[: 3 + len(COMMON)] == options(shown(capsys, "launch", "--help"))
+    assert flags[: 3 + len(COMMON)] == options(shown("launch", "--help"))
     assert sorted(flags[3:]) == sorted(key.replace("_", "-") for key, _ in leaf_fields())
     titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     docstrings = [section.__doc__.removesuffix(".") for section in SECTIONS]
@@ -55,8 +56,8 @@ def test_help_all_has_every_setting_once_in_a_group_for_each_section(
 
 
 @pytest.mark.parametrize("name", ["evaluate", "plan", "doctor"])
-def test_help_all_has_the_settings_that_a_command_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    brief, everything = (options(shown(capsys, name, option)) for option in ("--help", "--help-all"))
+def test_help_all_has_the_settings_that_a_command_takes(name: str) -> None:
+    brief, everything = (options(shown(name, option)) for option in ("--help", "--help-all"))
     assert everything[: len(brief)] == brief
     settings = [key.replace("_", "-") for key, _ in leaf_fields()]
     if name == "evaluate":
@@ -65,11 +66,9 @@ def test_help_all_has_the_settings_that_a_command_takes(name: str, capsys: pytes
     assert everything[len(brief) :] == settings
 
 
-def test_a_setting_says_its_values_and_its_default(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_setting_says_its_values_and_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
-    words = " ".join(shown(capsys, "launch", "--help-all").split())
+    words = " ".join(shown("launch", "--help-all").split())
     for part in (
         r"--actors INT How many .* \(default 16\) --seed",
         r"--serial \[BOOL\] .* \(default false\)",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from dsrl_async.bench.__main__ import BENCHMARKS
+from dsrl_async.bench.command import BENCHMARKS
 from dsrl_async.config.load import leaf_fields
 
 DOCUMENTS = sorted(

@@ -48,14 +48,13 @@ def test_the_default_run_can_start_and_nothing_is_left_behind(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_faults_are_all_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_faults_are_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2", "built_for": None, "available": False})
     arguments = ["--policy.checkpoint", str(tmp_path / "none"), "--run-dir", str(tmp_path / "file" / "run")]
-    assert call("doctor", *arguments, "--actors", "3000", "--replay.capacity", "50000") == 1
-    printed = capsys.readouterr().out
+    done = call("doctor", *arguments, "--actors", "3000", "--replay.capacity", "50000")
+    assert done.code == 1
+    printed = done.stdout
     problems = [line for line in printed.splitlines() if line.startswith("problem")]
     assert [line.split()[1] for line in problems] == ["policy", "memory", "run"]
     assert "no directory or safetensors file" in problems[0]
@@ -64,12 +63,13 @@ def test_several_faults_are_all_found(
     assert printed.splitlines()[-1] == "This run cannot start before the problems are solved."
 
 
-def test_configuration_that_cannot_be_read_is_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("doctor", "--json", "--sac.gama", "1") == 1
-    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+def test_configuration_that_cannot_be_read_is_a_problem() -> None:
+    done = call("doctor", "--json", "--sac.gama", "1")
+    assert done.code == 1
+    (finding,) = json.loads(done.stdout)["findings"]
     assert finding["check"] == "configuration"
     assert "--sac.gamma" in finding["message"]
-    assert call("doctor", "--time-limit-s", "soon") == 2
+    assert call("doctor", "--time-limit-s", "soon").code == 2
 
 
 def test_check_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

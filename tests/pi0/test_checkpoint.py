@@ -271,7 +271,7 @@ def test_a_run_finds_its_policy_from_everywhere(written: Path, tmp_path: Path, m
     monkeypatch.setattr("dsrl_async.launch.run", run)
     given = {"checkpoint": "pi0/openpi", "tokenizer": "pi0/openpi/tokenizer.json", "norm-stats": str(stats)}
     options = [word for name, path in given.items() for word in (f"--policy.{name}", path)]
-    assert call("launch", "--run-dir", str(tmp_path / "run"), *options) == 0
+    assert call("launch", "--run-dir", str(tmp_path / "run"), *options).code == 0
     monkeypatch.chdir(tmp_path)
     check_policy(runs[0])
 

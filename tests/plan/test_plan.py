@@ -221,15 +221,15 @@ def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
     ],
 )
 def test_input_that_cannot_be_planned_with_is_one_sentence(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def started(*_: object) -> None:
         raise AssertionError("something was started")
 
     monkeypatch.setattr("dsrl_async.plan.resolve.measured", started)
     monkeypatch.setattr("dsrl_async.plan.command.curve", started)
-    assert call("plan", *arguments) == 2
-    out, error = capsys.readouterr()
+    code, out, error = call("plan", *arguments)
+    assert code == 2
     assert out == ""
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -239,15 +239,16 @@ def test_input_that_cannot_be_planned_with_is_one_sentence(
 # ---- the command
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert call("plan", *arguments) == 0
-    return capsys.readouterr().out
+def run(*arguments: str) -> str:
+    done = call("plan", *arguments)
+    assert done.code == 0
+    return done.stdout
 
 
-def test_given_figures_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_given_figures_end_to_end(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     options = ["--env-ms", "60", "--reset-s", "0.6", "--gpu", "h100", "--cores", "64", "--memory-gib", "64"]
-    text = run(capsys, *options, "--plot", str(picture))
+    text = run(*options, "--plot", str(picture))
     assert "actors saturate the device" in text
     assert "█" in text
     assert "313,376 bytes" in text  # 2 x 224 x 224 x 3 + 64 x 64 x 3 + 8 x 4
@@ -255,8 +256,8 @@ def test_given_figures_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_has_the_curve_the_verdict_and_the_machines(capsys: pytest.CaptureFixture[str]) -> None:
-    content = json.loads(run(capsys, *GIVEN, "--json", "--nodes", "1", "3", "--env.chunk", "10"))
+def test_json_has_the_curve_the_verdict_and_the_machines() -> None:
+    content = json.loads(run(*GIVEN, "--json", "--nodes", "1", "3", "--env.chunk", "10"))
     first = content["curve"][0]
     assert first["decisions_per_s"] == pytest.approx(1 / (0.06 + 0.6 / 25 + 0.007), rel=0.04)
     assert first["env_steps_per_s"] == pytest.approx(10 * first["decisions_per_s"])
@@ -266,40 +267,40 @@ def test_json_has_the_curve_the_verdict_and_the_machines(capsys: pytest.CaptureF
     assert content["figures"]["device_s"] == {"1": 0.007, "32": 0.153}
 
 
-def test_many_machines_have_the_actors_that_are_enough_without_a_learner(capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_machines_have_the_actors_that_are_enough_without_a_learner() -> None:
     """On one GPU, updates of 20 ms take the time of more decisions than are left. A machine that has its GPU to itself
     needs more actors to use it up; how many, a plan without the learner says as well."""
     given = ["--env-ms", "150", "--gpu", "h100", "--cores", "64", "--memory-gib", "64", "--json", "--nodes", "1", "3"]
-    alone = json.loads(run(capsys, *given))["enough"]
-    content = json.loads(run(capsys, *given, "--update-ms", "20"))
+    alone = json.loads(run(*given))["enough"]
+    content = json.loads(run(*given, "--update-ms", "20"))
     assert content["figures"]["learner_shares_device"]
     assert content["enough"]["actors"] < 0.5 * alone["actors"]
     one, three = content["machines"]
     assert (one["actors"], three["actors"]) == (alone["actors"], 3 * alone["actors"])
     assert one["bound"] == three["bound"] == "learner"  # 50 updates a second
-    (free,) = json.loads(run(capsys, *given, "--update-ms", "20", "--replay-ratio", "0.05", "--nodes", "1"))["machines"]
+    (free,) = json.loads(run(*given, "--update-ms", "20", "--replay-ratio", "0.05", "--nodes", "1"))["machines"]
     assert free["bound"] == "machines"
     assert free["decisions_per_s"] == pytest.approx(alone["decisions_per_s"])
 
 
-def test_a_gpu_is_its_roofline(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_is_its_roofline() -> None:
     """Bound of Pi0 on an H100: 5.2 ms for one observation, as worked out by hand."""
-    content = json.loads(run(capsys, "--env-ms", "60", "--gpu", "h100", "--memory-gib", "64", "--json"))["figures"]
+    content = json.loads(run("--env-ms", "60", "--gpu", "h100", "--memory-gib", "64", "--json"))["figures"]
     assert 1e3 * content["device_s"]["1"] == pytest.approx(1.3 * 5.2, rel=0.03)
     assert content["batch_wait_s"] == 0
     assert content["learner_shares_device"]
 
 
-def test_learner_and_replay_ratio_come_from_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    content = json.loads(run(capsys, *GIVEN, "--update-ms", "20", "--replay-ratio", "2", "--device", "cpu", "--json"))
+def test_learner_and_replay_ratio_come_from_the_options_of_a_run() -> None:
+    content = json.loads(run(*GIVEN, "--update-ms", "20", "--replay-ratio", "2", "--device", "cpu", "--json"))
     assert content["bound"] == "learner"
     assert content["curve"][-1]["decisions_per_s"] == pytest.approx(25)
     assert content["figures"]["batch_wait_s"] == 0.001  # what a CPU waits
 
 
-def test_measures_the_configured_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("plan", "--measure", "--seconds", "0.3", "--device", "cpu", "--json", *SMALL) == 0
-    out, progress = capsys.readouterr()
+def test_measures_the_configured_run() -> None:
+    code, out, progress = call("plan", "--measure", "--seconds", "0.3", "--device", "cpu", "--json", *SMALL)
+    assert code == 0
     content = json.loads(out)["figures"]
     assert content["environment"]["chunk_s"] > 0
     assert content["environment"]["reset_s"] >= 0
@@ -312,9 +313,7 @@ def test_measures_the_configured_run(capsys: pytest.CaptureFixture[str]) -> None
         assert f"measuring: {part}" in progress or f"measuring: policy, {part}" in progress
 
 
-def test_an_option_goes_before_what_was_measured(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_option_goes_before_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {
         "environment": EnvironmentTimes(0.005, 0.7, 0.1, 0.25),
         "steps_per_decision": 4.5,
@@ -323,7 +322,7 @@ def test_an_option_goes_before_what_was_measured(
     }
     monkeypatch.setattr("dsrl_async.plan.resolve.measured", lambda config, seconds: dict(answers))
     given = ["--update-ms", "3", "--device-ms", "1:2", "--reset-s", "0"]
-    content = json.loads(run(capsys, "--measure", "--json", *given))["figures"]
+    content = json.loads(run("--measure", "--json", *given))["figures"]
     assert content["update_s"] == pytest.approx(0.003)
     assert content["device_s"] == {"1": 0.002}
     assert content["environment"] == {"chunk_s": 0.005, "sigma": 0.7, "reset_s": 0.0, "reset_probability": 0.25}

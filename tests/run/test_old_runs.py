@@ -12,8 +12,6 @@ from support.commands import call
 from support.launched import Launched, checkpoint_of, state_of
 from support.paths import FIXTURES
 
-from dsrl_async.evaluate.__main__ import main as evaluate
-
 DECISIONS, UPDATES, EPISODES = 100, 84, 10
 """That the run had when it ended; all of its decisions are in its replay ring."""
 
@@ -50,6 +48,6 @@ def test_it_goes_on_where_it_was(old_run: Path, mode: list[str]) -> None:
 @pytest.mark.parametrize("options", [[], ["--base"]], ids=["steered", "base"])
 def test_it_is_evaluated(old_run: Path, options: list[str]) -> None:
     arguments = ["--checkpoint", str(old_run), "--episodes", "2", "--processes", "1", "--env.max-episode-steps", "20"]
-    result = call(evaluate, *arguments, *options).result
+    result = call("evaluate", *arguments, *options).result
     assert result["episodes"] == 2
     assert result["policy"] == ("base" if options else str(checkpoint_of(old_run)))
