@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from dsrl_async.bench.pipeline import DEVICES, MODEL_DECISIONS, SEED
-from dsrl_async.bench.simulated.device import LANGUAGE_LENGTH, SimulatedPolicy
+from dsrl_async.bench.simulated.device import PROMPT_LENGTH, SimulatedPolicy
 from dsrl_async.bench.simulated.environment import HORIZON, SPEC
 from dsrl_async.bench.simulated.run import FAR_AHEAD, WARMUP_DECISIONS, Simulation, run_config
 from dsrl_async.config.settings import InferenceConfig
@@ -70,11 +70,9 @@ def server_of_sleeping_device(service_s: float) -> tuple[inference.InferenceServ
     """A server with as many actors as the largest batch has rows, and the events that wake them."""
     config = run_config(Simulation(SIZES[-1], EnvironmentTimes(), dict.fromkeys(SIZES, service_s)))
     policies = inference.Policies(
-        {(size, LANGUAGE_LENGTH): SimulatedPolicy(config, size, service_s, gather=True) for size in SIZES},
+        {(size, PROMPT_LENGTH): SimulatedPolicy(config, size, service_s, gather=True) for size in SIZES},
         Actor(config.sac, HORIZON, torch.device("cpu"), config.seed),
-        tokens=torch.zeros(1, LANGUAGE_LENGTH, dtype=torch.int64),
-        token_mask=torch.ones(1, LANGUAGE_LENGTH, dtype=torch.bool),
-        language_length=np.array([LANGUAGE_LENGTH]),
+        prompt_lengths=np.array([PROMPT_LENGTH]),
     )
     wake_fds = [events.create() for _ in range(config.actors)]
     arena = create_memory(config, SPEC, HORIZON)
@@ -94,7 +92,7 @@ def transfer(rows: np.ndarray, lanes: np.ndarray, buffer: torch.Tensor) -> None:
 def measure(server: inference.InferenceServer, size: int, repeats: int) -> dict[str, float]:
     """CPU-seconds per batch of `size`, medians: gather, transfers, scatter, and launch, which is the rest."""
     slots, samples = server.slots, []
-    buffers = server.policies.batch_policies[size, LANGUAGE_LENGTH].inputs
+    buffers = server.policies.batch_policies[size, PROMPT_LENGTH].inputs
     server_fd = events.create()
     for repeat in range(repeats):
         for lane in range(size):

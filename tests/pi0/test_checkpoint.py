@@ -27,9 +27,11 @@ from dsrl_async.envs import environment_spec
 from dsrl_async.pi0 import Pi0Config, load_model, load_policy, sample_actions
 from dsrl_async.pi0 import synthetic as writer
 from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.policy import Pi0Batch
 from dsrl_async.pi0.tensors import EMBEDDING, TIED_EMBEDDING, find_tensors, parameter_count
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer
+from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.preflight.policy import check_policy
 from dsrl_async.shm.arena import Arena
 
@@ -501,13 +503,16 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
     for lane in (0, 1):
         slots.request(lane, incarnation=1, count=1)
     assert server.serve_ready(slots.ready()) == 2
-    length = policies.language_length.max()
+    length = policies.prompt_lengths.max()
     states = policy.normaliser.state(torch.from_numpy(slots.state))[:, :8]
     tokens, mask = policy.tokenizer([spec.prompts[0]] * 2, states)
     assert mask[:, :length].sum() == mask.sum() > 2 * len(spec.prompts[0])
     steered = policies.batch_policies[2, length]
-    assert torch.equal(steered.tokens, tokens[:, :length])
-    assert torch.equal(steered.token_mask, mask[:, :length])
+    assert isinstance(steered, SteeredPolicy)
+    batch = steered.policy
+    assert isinstance(batch, Pi0Batch)
+    assert torch.equal(batch.tokens, tokens[:, :length])
+    assert torch.equal(batch.token_mask, mask[:, :length])
     assert not torch.equal(tokens[0], tokens[1])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.pi0_models import fill, make_model, make_sampler, norm_stats, small_config
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,8 @@ from dsrl_async.host.tracing import CREATION, Operation, OperationTrace
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
-from dsrl_async.pi0.processing import Normaliser
+from dsrl_async.pi0.policy import Pi0Batch, Pi0Policy
+from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
 from dsrl_async.pi0.sampler import Sampler, sample_actions
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.sac.networks import Actor
@@ -35,30 +37,38 @@ def make_steered(model: Pi0, batch: int, device: torch.device = CPU) -> SteeredP
     with device:  # the meta device cannot take over what was made elsewhere
         actor = Actor(config.sac, model.config.action_horizon, device, seed=0)
     normaliser = Normaliser(model.config, norm_stats()).to(device)
-    policy = LoadedPolicy(model.config, model, normaliser, tokenizer=None)  # type: ignore[arg-type]
-    length = model.config.max_token_len
-    return SteeredPolicy(policy, actor, config, batch, length, mode="stochastic")
+    tokenizer = PromptTokenizer(Tokenizer(models.WordLevel({"<bos>": 0})), model.config.max_token_len)
+    loaded = LoadedPolicy(model.config, model, normaliser, tokenizer)
+    policy = Pi0Policy(loaded, [], config.policy.denoise_steps)
+    return SteeredPolicy(policy.batch(batch, model.config.max_token_len), actor, config.sac, mode="stochastic")
+
+
+def frozen(steered: SteeredPolicy) -> Pi0Batch:
+    assert isinstance(steered.policy, Pi0Batch)
+    return steered.policy
 
 
 def fill_steered(steered: SteeredPolicy, seed: int) -> None:
     generator = torch.Generator(steered.device).manual_seed(seed)
-    for images in (steered.images, steered.sac_image):
+    policy = frozen(steered)
+    for images in (policy.images, steered.sac_image):
         images.random_(0, 256, generator=generator)
-    for values in (steered.state, steered.standard_normal):
+    for values in (policy.state, steered.standard_normal):
         values.normal_(generator=generator)
-    steered.tokens.random_(0, steered.sampler.model.config.vocab_size, generator=generator)
-    steered.token_mask.copy_(torch.arange(steered.tokens.shape[1], device=steered.device) < 1 + seed)
+    policy.tokens.random_(0, policy.policy.spec.vocab_size, generator=generator)
+    policy.token_mask.copy_(torch.arange(policy.tokens.shape[1], device=steered.device) < 1 + seed)
     steered.warmup.copy_(torch.arange(len(steered.warmup), device=steered.device) < seed)
 
 
 def static_storages(steered: SteeredPolicy) -> dict[int, str]:
     found: dict[int, str] = {}
-    sampler = steered.sampler
+    policy = frozen(steered)
     owners = {
-        **vars(sampler),
+        **vars(policy.sampler),
+        **vars(policy),
         **vars(steered),
-        **dict(sampler.model.named_parameters()),
-        **dict(steered.normaliser.named_buffers()),
+        **dict(policy.sampler.model.named_parameters()),
+        **dict(policy.normaliser.named_buffers()),
         **vars(steered.actor),
     }
     for name, value in owners.items():
@@ -133,13 +143,13 @@ def test_violations_before_the_policy_are_found(
 ) -> None:
     """In what is done to an observation before the network sees it."""
     steered = make_steered(make_model(small_config())[0], batch=1)
-    honest = steered.normaliser.state
+    honest = frozen(steered).normaliser.state
 
     def planted(state: Tensor) -> Tensor:
         violation(state)
         return honest(state)
 
-    monkeypatch.setattr(steered.normaliser, "state", planted)
+    monkeypatch.setattr(frozen(steered).normaliser, "state", planted)
     with pytest.raises(AssertionError, match="forbidden operation"):
         watched(steered)
 
@@ -167,8 +177,8 @@ def test_a_new_buffer_in_each_run_changes_the_trace() -> None:
     model, _ = make_model(small_config())
     steered = make_steered(model, batch=1)
     first = watched(steered)
-    steered.sampler.noise = steered.sampler.noise.clone()
-    kept = static_storages(steered) | {steered.sampler.noise.untyped_storage().data_ptr(): "elsewhere"}
+    steered.policy.noise = steered.policy.noise.clone()
+    kept = static_storages(steered) | {steered.policy.noise.untyped_storage().data_ptr(): "elsewhere"}
     with OperationTrace(True, static=kept) as trace:
         steered.encode()
     assert trace.operations != first[: len(trace.operations)]
@@ -205,7 +215,7 @@ def test_new_actor_weights_need_no_new_trace() -> None:
 def test_a_value_that_was_read_on_the_host_makes_the_replay_differ() -> None:
     model, _ = make_model(small_config())
     steered = make_steered(model, batch=2)
-    plant(model, "run_actions", lambda x: x * float(steered.state.numpy().sum()))
+    plant(model, "run_actions", lambda x: x * float(steered.policy.state.numpy().sum()))
     fill_steered(steered, seed=1)
     replay = traced(steered)
     fill_steered(steered, seed=2)
@@ -313,7 +323,7 @@ def test_full_depth_needs_few_kernels(pi05: bool) -> None:
     config = dataclasses.replace(small_config(pi05), depth=18, vision_depth=27)
     steered = make_steered(Pi0(config).set_dtype(torch.bfloat16), batch=1)
     with OperationTrace() as trace:
-        steered.sampler.run()
+        frozen(steered).sampler.run()
     assert 2000 < trace.kernels < KERNELS_ALLOWED
 
 

@@ -14,9 +14,9 @@ from support.pi0_models import make_model, norm_stats, small_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsrl_async.pi0.checkpoint import LoadedPolicy
+from dsrl_async.pi0.policy import language_lengths
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
 from dsrl_async.pi0.tokenizer import STATE_BINS, find_tokenizer, load_tokenizer, longest_prompt
-from dsrl_async.run.inference.policies import language_lengths
 
 SENTENCES = [
     "pick up the black bowl between the plate and the ramekin and place it on the plate",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dsrl_async.bench.simulated.environment import HORIZON, SPEC, sharpen_timers
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
@@ -28,7 +29,7 @@ from dsrl_async.sac.networks import Actor
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.slots import Slots
 
-LANGUAGE_LENGTH = 16
+PROMPT_LENGTH = 16
 RECORDS = "latencies.npy"
 """Written when the process ends, int64 [decisions, 3]: time.monotonic_ns of request, start of the batch, and answer."""
 
@@ -46,11 +47,15 @@ class SimulatedPolicy:
         self.inputs = {"state": self.state, "standard_normal": self.standard_normal}
         if gather:
             self.inputs |= {"images": self.images, "sac_image": self.sac_image}
-        self.tokens = torch.zeros(batch_size, LANGUAGE_LENGTH, dtype=torch.int64)
-        self.token_mask = torch.ones(batch_size, LANGUAGE_LENGTH, dtype=torch.bool)
+        self.tokens = torch.zeros(batch_size, PROMPT_LENGTH, dtype=torch.int64)
+        self.prompts = torch.zeros(1, PROMPT_LENGTH, dtype=torch.int64)
         self.warmup = torch.zeros(batch_size, dtype=torch.bool)
         self.noise = torch.zeros(batch_size, config.sac.noise_width(HORIZON))
         self.actions = torch.zeros(batch_size, HORIZON, SPEC.action_dim)
+
+    def fill_prompts(self, task_index: NDArray[np.int64]) -> None:
+        """Looks them up, as Pi0 does."""
+        torch.index_select(self.prompts, 0, torch.from_numpy(task_index), out=self.tokens[: len(task_index)])
 
     def run(self) -> None:
         self.started_ns = time.monotonic_ns()
@@ -88,13 +93,11 @@ def main(argument: str) -> None:
     config = validate(read_yaml(run_dir / "config.yaml"))
     policies = Policies(
         {
-            (size, LANGUAGE_LENGTH): SimulatedPolicy(config, size, job["service_s"][str(size)], job["gather"])
+            (size, PROMPT_LENGTH): SimulatedPolicy(config, size, job["service_s"][str(size)], job["gather"])
             for size in batch_sizes(config)
         },
         Actor(config.sac, HORIZON, torch.device("cpu"), config.seed),
-        tokens=torch.zeros(1, LANGUAGE_LENGTH, dtype=torch.int64),
-        token_mask=torch.ones(1, LANGUAGE_LENGTH, dtype=torch.bool),
-        language_length=np.array([LANGUAGE_LENGTH]),
+        prompt_lengths=np.array([PROMPT_LENGTH]),
     )
     arena = Arena.attach(job["arena"])
     recorder = Recorder(Slots(arena), policies) if job["record"] else None

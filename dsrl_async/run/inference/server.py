@@ -63,7 +63,7 @@ class InferenceServer:
     ) -> None:
         self.config, self.policies, self.training, self._notify = config, policies, training, notify
         self.slots, self.counters = Slots(arena), Counters(arena)
-        self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.tokens.device))
+        self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.device))
         self.sizes = batch_sizes(config)
         self.policy_version = -1  # no weights received yet
 
@@ -124,14 +124,14 @@ class InferenceServer:
         slots, policies = self.slots, self.policies
         with self.phase("gather"):
             task_index = slots.task_index[lanes]
-            length = int(policies.language_length[task_index].max())
+            length = int(policies.prompt_lengths[task_index].max())
             policy = policies.batch_policies[size, length]
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
             with policies.stage("host_to_device"):
                 for name, buffer in policy.inputs.items():
                     gather(getattr(slots, name), lanes, buffer)
-            policies.fill_prompts(policy, task_index, length)
+            policy.fill_prompts(task_index)
             policy.warmup.fill_(warmup)
         with self.phase("compute"):
             policy.run()
@@ -197,7 +197,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
     poller.register(observation_ready, zmq.POLLIN)
     counters = server.counters
     enough = min(server.sizes[-1], config.actors)
-    patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.tokens.device.type == "cpu")
+    patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.device.type == "cpu")
     deadline = None  # until when to wait for a fuller batch
     while counters.stop < Stop.EVERYONE:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()

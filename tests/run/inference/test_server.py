@@ -72,11 +72,12 @@ def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memo
     noise = act(server.policies.actor, image, state, normal, torch.zeros(1, dtype=torch.bool))
     assert torch.allclose(noise[0], torch.from_numpy(slots.noise[0]), atol=1e-6)
     policy = load_policy(EMBEDDED_POLICY)
+    tokens, token_mask = policy.tokenizer(environment_spec(small_config.env.model_dump()).prompts)
     actions = sample_actions(
         policy.model,
         scale_images(torch.from_numpy(slots.images[:1])),
-        server.policies.tokens,
-        server.policies.token_mask,
+        tokens,
+        token_mask,
         policy.normaliser.state(state),
         noise[:, None].expand(-1, 10, -1),
         small_config.policy.denoise_steps,

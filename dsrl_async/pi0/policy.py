@@ -1,0 +1,106 @@
+"""A Pi0 policy for given prompts: from observations in the robot's units to actions in the robot's units.
+
+`Pi0Policy` is what a run uses, by the protocol of `dsrl_async.run.frozen_policy`. Between its buffers and those of the
+`Sampler` lie the processing of images and states, the prompts' tokens, and the normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dsrl_async.pi0.checkpoint import LoadedPolicy
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.processing import scale_images
+from dsrl_async.pi0.sampler import Sampler, language_bucket
+from dsrl_async.pi0.tokenizer import longest_prompt
+
+
+class Pi0Policy:
+    """A loaded policy and all prompts that it will be given.
+
+    Args:
+        loaded: the parts of the policy.
+        prompts: the run's, known by their numbers from here on.
+        denoise_steps: Euler steps from noise to actions.
+        compiled: let torch.compile fuse the kernels, see `Sampler`.
+    """
+
+    def __init__(
+        self, loaded: LoadedPolicy, prompts: Sequence[str], denoise_steps: int, compiled: bool = False
+    ) -> None:
+        self.spec: Pi0Config = loaded.config
+        self.loaded, self.prompts = loaded, list(prompts)
+        self.denoise_steps, self.compiled = denoise_steps, compiled
+        self.prompt_lengths = language_lengths(loaded, self.prompts)
+        device = loaded.model.action_out.weight.device
+        self.tokens, self.token_mask = (table.to(device) for table in loaded.tokenizer(self.prompts))
+        """int64 and bool [prompts, language slots]; without the state, for which `state_tokens` is there."""
+
+    def state_tokens(self, prompts: NDArray[np.int64], state: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and mask on the CPU of prompts that hold the robot's state float32 [n, robot_state_dim]."""
+        normalised = self.loaded.normaliser.state(state)[:, : self.spec.robot_state_dim]
+        return self.loaded.tokenizer([self.prompts[number] for number in prompts], normalised)
+
+    def batch(self, batch_size: int, prompt_length: int) -> Pi0Batch:
+        return Pi0Batch(self, batch_size, prompt_length)
+
+
+class Pi0Batch:
+    """A `Pi0Policy` over static buffers, for batches of B and prompts of up to L tokens.
+
+    Input buffers: `images` uint8 [B, cameras, size, size, 3], `state` float32 [B, robot_state_dim] in the robot's
+    units, `noise` float32 [B, H, action_dim]; `tokens` int64 [B, L] and `token_mask` bool [B, L], which `fill_prompts`
+    writes.
+    Output buffer: `actions` float32 [B, H, robot_action_dim] in the robot's units.
+    """
+
+    def __init__(self, policy: Pi0Policy, batch_size: int, prompt_length: int) -> None:
+        config = policy.spec
+        self.policy, self.normaliser = policy, policy.loaded.normaliser
+        self.sampler = Sampler(policy.loaded.model, batch_size, prompt_length, policy.denoise_steps, policy.compiled)
+        self.name = f"batch size {batch_size}, prompts of {prompt_length} tokens"
+        self.tokens, self.token_mask, self.noise = self.sampler.tokens, self.sampler.token_mask, self.sampler.noise
+        device, size = self.noise.device, config.image_size
+        self.images = torch.zeros(batch_size, config.cameras, size, size, 3, dtype=torch.uint8, device=device)
+        self.state = torch.zeros(batch_size, config.robot_state_dim, device=device)
+        self.actions = torch.zeros(batch_size, config.action_horizon, config.robot_action_dim, device=device)
+
+    def fill_prompts(self, prompts: NDArray[np.int64]) -> None:
+        """A look-up, except where prompts hold the state."""
+        policy, count, length = self.policy, len(prompts), self.tokens.shape[1]
+        if policy.spec.state_in_prompt:
+            tokens, token_mask = policy.state_tokens(prompts, self.state[:count])
+            self.tokens[:count].copy_(tokens[:, :length])
+            self.token_mask[:count].copy_(token_mask[:, :length])
+            return
+        rows = torch.from_numpy(prompts).to(self.tokens.device)
+        torch.index_select(policy.tokens[:, :length], 0, rows, out=self.tokens[:count])
+        torch.index_select(policy.token_mask[:, :length], 0, rows, out=self.token_mask[:count])
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        sampler = self.sampler
+        scale_images(self.images, out=sampler.images)
+        sampler.state.copy_(self.normaliser.state(self.state))
+        sampler.encode()
+
+    @torch.no_grad()
+    def denoise(self) -> None:
+        self.sampler.denoise()
+        self.actions.copy_(self.normaliser.robot_actions(self.sampler.actions, self.state))
+
+
+def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> NDArray[np.int64]:
+    """Language slots that each prompt needs, rounded up so that there are few different lengths: int64 [prompts].
+
+    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens.
+    """
+    config, tokenizer = policy.config, policy.tokenizer
+    state_width = config.robot_state_dim if config.state_in_prompt else None
+    lengths = [longest_prompt(tokenizer.ids, prompt, tokenizer.length, state_width) for prompt in prompts]
+    return np.array([language_bucket(length, tokenizer.length) for length in lengths], np.int64)
