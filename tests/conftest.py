@@ -1,8 +1,17 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and what tests that run side by side need."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from support.paths import ROOT
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
@@ -11,6 +20,31 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
 
 HORIZON = 10
+DOOR, ROOM = ROOT / "pyproject.toml", Path(__file__)
+"""Files that are locked while a test runs; any would do."""
+
+torch.set_num_threads(1)  # more would take the cores from the tests that run beside
+
+
+@contextmanager
+def locked(path: Path, how: int) -> Iterator[None]:
+    with path.open() as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Under pytest-xdist, a test marked `alone` waits until those beside it have ended, and they wait for it."""
+    with ExitStack() as stack:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            alone = item.get_closest_marker("alone") is not None
+            with locked(DOOR, fcntl.LOCK_EX):  # nobody else comes in while one waits here to be alone
+                stack.enter_context(locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return (yield)
 
 
 @pytest.fixture

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dsrl_async.bench import denoise, scale, synthetic
 from dsrl_async.bench.report import Report
 from dsrl_async.bench.systems.policy import language_length, load
 from dsrl_async.bench.systems.serving import Stages, _count, _time
-
-torch.set_num_threads(1)
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:

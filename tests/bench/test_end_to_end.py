@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from dsrl_async.bench import end_to_end
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
@@ -35,7 +34,6 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Stop
 from dsrl_async.shm.memory import create_memory
 
-torch.set_num_threads(1)
 HORIZON = 10
 TINY = """
 actors: 2

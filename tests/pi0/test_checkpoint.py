@@ -35,7 +35,6 @@ from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.preflight.policy import check_policy
 from dsrl_async.shm.arena import Arena
 
-torch.set_num_threads(1)
 LAYOUTS: tuple[writer.Layout, ...] = ("openpi", "rlinf", "lerobot")
 SIZES: dict[str, Any] = {
     **{"image_size": 64, "patch_size": 16, "vision_depth": 1, "vision_mlp": 24, "vlm_width": 40, "vlm_mlp": 48},

@@ -20,8 +20,6 @@ from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer, scale_images
 from dsrl_async.pi0.sampler import sample_actions
 
-torch.set_num_threads(1)
-
 
 def make_tokenizer(length: int = 12) -> PromptTokenizer:
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "put", "the", "block", "on", "red", "plate"]

@@ -17,8 +17,6 @@ from dsrl_async.pi0 import sample_actions
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
 
-torch.set_num_threads(1)
-
 Leak = Callable[[dict[str, Tensor]], None]
 """Changes a batch's inputs so that its rows are no longer independent."""
 PROMPTS = (17, 5, 24, 9)

@@ -13,8 +13,6 @@ from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0, time_grid
 from dsrl_async.pi0.sampler import Sampler
 
-torch.set_num_threads(1)
-
 
 def inputs(sampler: Sampler) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return sampler.images, sampler.tokens, sampler.token_mask, sampler.state

@@ -26,8 +26,6 @@ from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.tensors import model_tensors
 
-torch.set_num_threads(1)
-
 GOLDENS = Path(__file__).parent / "goldens"
 TIME_GRIDS: dict[str, Literal["accumulated", "exact"]] = {"openpi": "accumulated", "lerobot": "exact"}
 FLOAT32_TOLERANCE = 1e-5

@@ -27,8 +27,6 @@ from dsrl_async.pi0.sampler import Sampler, sample_actions
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.sac.networks import Actor
 
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 
 

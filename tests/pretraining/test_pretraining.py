@@ -22,8 +22,6 @@ from dsrl_async.pretraining import tabletop
 from dsrl_async.pretraining import training as pretraining
 from dsrl_async.pretraining.training import action_chunks, build_tokenizer
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:

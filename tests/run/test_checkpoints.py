@@ -24,11 +24,6 @@ from dsrl_async.shm.replay import ReplayRing
 HORIZON = 10
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "checkpoints").mkdir()

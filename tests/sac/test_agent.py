@@ -15,8 +15,6 @@ from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import Batch, SacAgent, transition_discount
 from dsrl_async.sac.networks import act, preprocess_image
 
-torch.set_num_threads(1)
-
 SMALL = SacConfig(
     image_pool=4,
     conv_channels=[8],

@@ -16,8 +16,6 @@ from dsrl_async.sac.augmentation import colour_jitter, random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
 from dsrl_async.sac.networks import Actor, Critic, act, aggregate_heads, expand_noise, log_prob, preprocess_image
 
-torch.set_num_threads(1)
-
 SMALL = SacConfig(
     image_pool=4,
     conv_channels=[8],

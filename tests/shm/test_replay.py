@@ -23,8 +23,6 @@ from dsrl_async.sac.agent import RandomNumbers
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
-torch.set_num_threads(1)
-
 
 def make_ring(lanes: int = 2, rows: int = 16) -> ReplayRing:
     return ReplayRing(Arena.create(replay_fields(lanes, rows, state_dim=8, noise_width=4)))

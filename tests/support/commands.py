@@ -11,6 +11,8 @@ import sys
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import torch
+
 from dsrl_async.host.command import run_command
 from dsrl_async.host.signals import SIGNALS
 
@@ -31,8 +33,9 @@ class Done(NamedTuple):
 
 
 def call(name: str, *arguments: str) -> Done:
-    """`python -m dsrl_async.NAME arguments`; puts back the signal handlers and the log's handlers that it replaces."""
+    """`python -m dsrl_async.NAME arguments`; puts back what it sets: signal and log handlers, the number of threads."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    threads = torch.get_num_threads()
     root, stdout, stderr = logging.getLogger(), io.StringIO(), io.StringIO()
     log_handlers, level = list(root.handlers), root.level
     try:
@@ -43,6 +46,7 @@ def call(name: str, *arguments: str) -> Done:
             signal.signal(number, handler)
         root.handlers[:] = log_handlers
         root.setLevel(level)
+        torch.set_num_threads(threads)
     return Done(code, stdout.getvalue(), stderr.getvalue())
 
 

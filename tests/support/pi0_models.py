@@ -15,8 +15,6 @@ from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import NormStats
 from dsrl_async.pi0.sampler import Sampler
 
-torch.set_num_threads(1)
-
 
 def small_config(pi05: bool = False, kv_heads: int = 1) -> Pi0Config:
     """Sizes that are all different, so that no two axes can be confused."""

@@ -35,8 +35,6 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
-torch.set_num_threads(1)
-
 HORIZON = 10
 BATCH = 6
 SMALL = SacConfig(
