@@ -19,7 +19,10 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "config pi0 envs sac"
 MACHINE = "shm host"
-RUN = "run.replay_ratio run.weights run.checkpoints run.preflight run.worker run.inference run.learner run.supervisor"
+RUN = (
+    "run.replay_ratio run.weights run.frozen_policy run.checkpoints run.preflight run.worker run.inference run.learner "
+    "run.supervisor"
+)
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
 HOUSE = {
@@ -36,12 +39,13 @@ HOUSE = {
     # What the processes of a run have in common.
     "run.replay_ratio": "",
     "run.weights": "",
+    "run.frozen_policy": "",
     "run.checkpoints": "config shm host",
     # What is checked before anything starts.
-    "run.preflight": "config pi0 envs shm host run.checkpoints",
+    "run.preflight": "config pi0 envs shm host run.frozen_policy run.checkpoints",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
-    "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.weights",
+    "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.weights run.frozen_policy",
     "run.learner": f"config sac {MACHINE} run.replay_ratio run.weights run.checkpoints",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
