@@ -19,10 +19,8 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "config pi0 envs sac"
 MACHINE = "shm host"
-RUN = (
-    "run.replay_ratio run.weights run.frozen_policy run.checkpoints run.preflight run.worker run.inference run.learner "
-    "run.supervisor"
-)
+SHARED = "run.frozen_policy run.replay_ratio run.weights run.checkpoints"
+RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
 HOUSE = {
@@ -36,16 +34,16 @@ HOUSE = {
     "host": "shm",
     # What a run shows of itself.
     "telemetry": "config envs shm host",
-    # What the processes of a run have in common.
+    # What the processes of a run have in common: the policy as a protocol, the ratio, the weights, the files.
+    "run.frozen_policy": "",
     "run.replay_ratio": "",
     "run.weights": "",
-    "run.frozen_policy": "",
     "run.checkpoints": "config shm host",
     # What is checked before anything starts.
-    "run.preflight": "config pi0 envs shm host run.frozen_policy run.checkpoints",
+    "run.preflight": f"config pi0 envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
-    "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.weights run.frozen_policy",
+    "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.weights",
     "run.learner": f"config sac {MACHINE} run.replay_ratio run.weights run.checkpoints",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
