@@ -1,17 +1,16 @@
 """The command: `python -m dsrl_async.evaluate [--checkpoint RUN] [--suite NAME] [--episodes N] [--out DIR]`.
 
 Plays episodes with a fixed policy: the base policy (every action slot starts from independent N(0, I) noise), or the
-steered policy of a run's checkpoint. Several environment processes, one policy in this process. Scenes and noise depend
-on the seed and the episode's number only, and are never those of training. The last line on stdout is the result as
-one JSON object: `episodes, successes, success_rate, ci95_low, ci95_high, policy`, the same for each task in `tasks`,
-and in `settings` and `versions` all that identifies it.
+steered policy of a run's checkpoint. Several environment workers step the scenes, and this process runs the policy.
+Scenes and noise depend only on the seed and the episode's number, and are never those of training. The last line on
+stdout is the result as one JSON object: `episodes, successes, success_rate, ci95_low, ci95_high, policy`, the same
+figures for each task in `tasks`, and in `settings` and `versions` all that identifies the evaluation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from rich.console import Console
 
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
-from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.evaluate.episodes import across_tasks
 from dsrl_async.evaluate.films import Films
@@ -85,16 +83,6 @@ def build_parser(all_settings: bool = False) -> Parser:
     return parser
 
 
-def writable_directory(option: str, path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot write to {path}: {error.strerror}") from error
-    if not os.access(path, os.W_OK):
-        raise ConfigError(f"{option}: cannot write to {path}")
-    return path
-
-
 def main(argv: Sequence[str]) -> int:
     stop = StopRequest()
     begin = time.monotonic()
@@ -111,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         films = None
         if options.video:
             numbers = [episode.number for episode in across_tasks(evaluation.episodes)]
-            films = Films(writable_directory("--video", Path(options.video)), options.videos, numbers)
+            films = Films(Path(options.video), options.videos, numbers)
         try:
             outcomes = evaluate(evaluation, out, films, stop, console)
         except WorkerLost as error:

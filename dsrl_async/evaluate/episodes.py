@@ -1,4 +1,4 @@
-"""Which episodes an evaluation plays, and which process plays which of them."""
+"""Chooses the episodes of an evaluation, and which lane plays which of them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ class Episode(NamedTuple):
     """One episode of an evaluation."""
 
     number: int
-    """With the evaluation's seed it determines scene and noise, whatever else is played."""
+    """It determines scene and noise together with the evaluation's seed, whatever else is played."""
     task: int
     """The task's number in its suite; 0 for the tabletop."""
     init_state: int | None
-    """Which of the task's published initial states; None for the tabletop."""
+    """The number of the task's published initial state; None for the tabletop."""
 
 
 def parse_numbers(option: str, text: str) -> list[int]:
-    """The numbers that `0,3` or `40-49` or `0-4,7` names, in order; raises ConfigError naming the option."""
+    """Return the numbers that a text such as `0,3`, `40-49` or `0-4,7` names, in increasing order.
+
+    Raises ConfigError, which names the option, if it is no such text.
+    """
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -37,9 +40,9 @@ def parse_numbers(option: str, text: str) -> list[int]:
 def plan_suite(
     suite: str, tasks: Sequence[int] | None, init_states: Sequence[int] | None, episodes: int | None
 ) -> list[Episode]:
-    """Episodes of a LIBERO suite; see `plan_episodes`.
+    """Choose episodes of a LIBERO suite, see `plan_episodes`.
 
-    Raises ValueError if LIBERO is not installed or does not have such a task or initial state.
+    Raises ValueError if LIBERO is not installed or has no such task or initial state.
     """
     counts = [len(libero_files.init_states(suite, task)) for task in range(len(libero_files.task_names(suite)))]
     chosen = libero_files.selected_tasks(suite, tasks)
@@ -51,14 +54,14 @@ def plan_suite(
 def plan_episodes(
     counts: Sequence[int], tasks: Sequence[int], init_states: Sequence[int] | None, episodes: int | None
 ) -> list[Episode]:
-    """`episodes` episodes, spread evenly over `tasks`, each task's from its `init_states` in order.
+    """Choose `episodes` episodes, spread evenly over `tasks`; those of a task go through its `init_states` in order.
 
     Args:
-        counts: how many initial states each task of the suite has.
+        counts: the number of initial states of each task of the suite.
         tasks: the tasks to play.
-        init_states: those to start from, None meaning all.
-        episodes: how many in all, None meaning each initial state once. Where there are more than initial states,
-            these are gone through again (see `check_repeats`).
+        init_states: the initial states to start from; None means all.
+        episodes: the number of episodes in all; None means each initial state once. If there are more episodes than
+            initial states, these are gone through again (see `check_repeats`).
 
     An episode's number counts through all initial states of all tasks of the suite, which is what `env.scene_order`
     `cycled` does; so it is the same scene with the same noise whichever tasks and initial states are chosen.
@@ -78,10 +81,10 @@ def plan_episodes(
 
 
 def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> None:
-    """Raises ConfigError where deterministic episodes of a LIBERO suite would be played again, to the same end.
+    """Raise ConfigError if deterministic episodes of a LIBERO suite would repeat others.
 
-    Without noise, two episodes from one initial state differ if `env.seeding` is `episode` and furniture stands in the
-    scene, and else in nothing. Counting such would only make the interval of the success rate too narrow.
+    Without noise, two episodes from one initial state differ only if `env.seeding` is `episode` and furniture stands in
+    the scene. To count repetitions would make the interval of the success rate too narrow.
     """
     scenes = {(episode.task, episode.init_state) for episode in episodes}
     if len(scenes) == len(episodes):
@@ -96,7 +99,7 @@ def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> No
 
 
 def across_tasks(episodes: Iterable[Episode]) -> list[Episode]:
-    """The same episodes, the first of every task before the second of any."""
+    """Sort episodes so that the first of every task comes before the second of any."""
     seen: Counter[int] = Counter()
     places = {}
     for episode in episodes:
@@ -106,11 +109,11 @@ def across_tasks(episodes: Iterable[Episode]) -> list[Episode]:
 
 
 class Schedule:
-    """Gives episodes to processes so that each keeps to one task as long as possible.
+    """Hands out each episode once, so that every lane keeps to one task as long as possible.
 
-    Compiling a task's scene takes seconds, so a process goes on with its task while that has episodes left. Then it
-    takes the task with the most episodes left for each process that would play it: one that nobody plays, or at the
-    end the one that would take longest. Every episode is given once.
+    Compiling a task's scene takes seconds, so a lane goes on with its task while that has episodes left. Then it takes
+    the task with the most episodes left for each lane that would play it: one that no lane plays, or at the end the one
+    that would take longest.
     """
 
     def __init__(self, episodes: Iterable[Episode]) -> None:
@@ -120,7 +123,7 @@ class Schedule:
         self._task_of: dict[int, int] = {}
 
     def next(self, lane: int) -> Episode | None:
-        """What process `lane` plays next; None when nothing is left."""
+        """Return the episode that `lane` plays next, or None if none is left."""
         task = self._task_of.pop(lane, None)
         if task not in self._waiting:
             players = Counter(self._task_of.values())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs.recording import unsorted_film
 from dsrl_async.evaluate.results import Outcome
 
@@ -18,20 +20,28 @@ class Films:
 
     `numbers` lists the episodes, those first whose films are preferred. Only the first ones are filmed, and only until
     there are enough films of both kinds, since filming renders every step.
+
+    Raises ConfigError if nothing can be written to `directory`.
     """
 
     def __init__(self, directory: Path, videos: int, numbers: Sequence[int]) -> None:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--video: cannot write to {directory}: {error.strerror}") from error
+        if not os.access(directory, os.W_OK):
+            raise ConfigError(f"--video: cannot write to {directory}")
         self.directory, self._videos = directory, videos
         self._candidates = numbers[: FILMED_PER_VIDEO * videos]
         self._filmed: dict[int, bool] = {}
 
-    def resume(self, successes: Mapping[int, bool]) -> None:
-        """Find the films of episodes that were played before, given their success; remove any others."""
-        if not successes:
+    def resume(self, outcomes: Mapping[int, Outcome]) -> None:
+        """Find the films of episodes that were played before; if there are no such episodes, remove all films."""
+        if not outcomes:
             self._forget()
-        for number, success in successes.items():
+        for number, outcome in outcomes.items():
             if unsorted_film(self.directory, number).is_file():
-                self.add(number, success)
+                self.add(number, outcome.success)
 
     def wanted(self, number: int) -> bool:
         """Say whether to film an episode."""

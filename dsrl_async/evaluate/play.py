@@ -51,7 +51,7 @@ def evaluate(
     """
     outcomes = {} if out is None else out.outcomes
     if films is not None:
-        films.resume({number: outcome.success for number, outcome in outcomes.items()})
+        films.resume(outcomes)
     remaining = [episode for episode in evaluation.episodes if episode.number not in outcomes]
     complete = False
     try:

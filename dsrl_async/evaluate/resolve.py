@@ -15,7 +15,7 @@ from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.load import read_run_settings, read_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import environment_record
+from dsrl_async.envs import EnvironmentRecord, environment_record
 from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import available_cpus
@@ -63,34 +63,19 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     if options.suite is not None:
         if given.get("env.name", options.suite) != options.suite:
             raise ConfigError("--env.name cannot be combined with --suite, which names the environment")
-        env = settings.get("env") or {}
-        left_out = {"task_ids", "init_states"}
-        if env.get("name") != options.suite:
-            left_out.add("max_episode_steps")  # how long an episode may take is a matter of the suite
-        settings["env"] = {key: value for key, value in env.items() if key not in left_out}
         given["env.name"] = options.suite
+        settings["env"] = settings_for_suite(options.suite, settings.get("env") or {})
     override(settings, given)
     config = validate(settings)
     make_paths_absolute(config.policy)
     record = environment_record(config.env.model_dump())
-    if record.suite is None:
-        if options.tasks is not None or options.init_states is not None:
-            raise ConfigError("--tasks and --init-states are of LIBERO; give --suite, too")
-        assert record.evaluation_episodes is not None
-        episodes = [Episode(number, 0, None) for number in range(options.episodes or record.evaluation_episodes)]
-        processes = MAX_PROCESSES
-    else:
-        episodes = plan_suite(
-            record.suite,
-            parse_numbers("--tasks", options.tasks) if options.tasks else config.env.task_ids,
-            parse_numbers("--init-states", options.init_states) if options.init_states else config.env.init_states,
-            options.episodes,
-        )
+    episodes = choose_episodes(options, config, record)
+    if record.suite is not None:
         everything = {"task_ids": None, "init_states": None, "scene_order": "cycled"}  # which the numbers count
         config = config.model_copy(update={"env": config.env.model_copy(update=everything)})
-        processes = min(MAX_PROCESSES, available_cpus())
+    processes = MAX_PROCESSES if record.suite is None else min(MAX_PROCESSES, available_cpus())
     actors = min(options.processes or processes, len(episodes))
-    replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the actors write it, nobody reads it
+    replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the workers write it, nobody reads it
     own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
     config = config.model_copy(update=own)
     preflight.check_device("device", config.device)
@@ -101,6 +86,26 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     if mode == "deterministic" and record.suite is not None:
         check_repeats(record.suite, episodes, record.settings["seeding"])
     return Evaluation(config, checkpoint, mode, episodes, spec.prompts)
+
+
+def settings_for_suite(suite: str, env: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of the settings `env` that holds for all of a LIBERO suite."""
+    left_out = {"task_ids", "init_states"}
+    if env.get("name") != suite:
+        left_out.add("max_episode_steps")  # each suite has its own
+    return {key: value for key, value in env.items() if key not in left_out}
+
+
+def choose_episodes(options: argparse.Namespace, config: Config, record: EnvironmentRecord) -> list[Episode]:
+    """Return the episodes that the options and the configuration ask for; raise ValueError if there are no such."""
+    if record.suite is not None:
+        tasks = parse_numbers("--tasks", options.tasks) if options.tasks else config.env.task_ids
+        states = parse_numbers("--init-states", options.init_states) if options.init_states else config.env.init_states
+        return plan_suite(record.suite, tasks, states, options.episodes)
+    if options.tasks is not None or options.init_states is not None:
+        raise ConfigError("--tasks and --init-states are of LIBERO; give --suite, too")
+    assert record.evaluation_episodes is not None
+    return [Episode(number, 0, None) for number in range(options.episodes or record.evaluation_episodes)]
 
 
 def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:

@@ -308,11 +308,17 @@ def test_filming_stops_when_there_is_enough_and_is_taken_up_again(tmp_path: Path
         films.add(number, success)
     assert not films.wanted(4)
     after = Films(tmp_path, 2, numbers)
-    after.resume({0: True, 1: True, 3: False, 90: True})
+    after.resume({number: outcome(number, number != 3) for number in (0, 1, 3, 90)})
     assert not after.wanted(4)
     after.keep({number: outcome(number, number != 3) for number in numbers})
     names = ["episode-0000-task-0-init-0-success.mp4", "episode-0003-task-0-init-3-failure.mp4"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_films_need_a_directory_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--video: cannot write to .*file"):
+        Films(tmp_path / "file", 2, [0])
 
 
 def test_first_films_are_of_different_tasks() -> None:

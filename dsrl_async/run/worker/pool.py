@@ -28,7 +28,7 @@ POLL_S = 0.02
 
 
 class WorkerLost(RuntimeError):
-    """A process was killed or hangs, so that its log need not say why; the error is one sentence."""
+    """A process was killed or hangs, and cannot have said why; the error is one sentence."""
 
 
 class WorkerPool:
@@ -43,11 +43,11 @@ class WorkerPool:
     Leaving the `with`, in whatever way, ends the processes and frees memory, descriptors and logs.
 
     Args:
-        config: its `actors`, `seed` and `env` make the workers; who is silent for `heartbeat_timeout_s` hangs.
+        config: its `actors`, `seed` and `env` make the workers; one that is silent for `heartbeat_timeout_s` hangs.
         fields: the arrays of the shared memory.
         evaluation: makes the workers play the episodes that they are given, see `Template`.
         program: what a worker runs.
-        start_limit_s: upper limit on the seconds that the template takes to be ready, and then the workers.
+        start_limit_s: upper limit on the seconds until the template is ready, and from then until the workers are.
         meanwhile: is called now and then while the pool waits; it may raise.
 
     The methods raise RuntimeError with one sentence if a process ends or takes too long, `WorkerLost` if it was killed
@@ -111,7 +111,7 @@ class WorkerPool:
         deadline = time.monotonic() + self._start_limit_s
         while not self._template.prepared:
             self._check_template()
-            self._keep(deadline, "the actors' template")
+            self._pause(deadline, "the actors' template")
 
     def fork_workers(self) -> None:
         """Fork the worker of each lane, without waiting for what it does then."""
@@ -130,7 +130,7 @@ class WorkerPool:
             self._meanwhile()
             for lane in range(len(self.workers)):
                 self.check(lane)
-            self._keep(deadline, "an actor")
+            self._pause(deadline, "an actor")
 
     def check(self, lane: int) -> None:
         """Raise RuntimeError if the worker of a lane has ended or hangs."""
@@ -152,8 +152,8 @@ class WorkerPool:
         silence_s, log = self._config.heartbeat_timeout_s, self.logs / "template.log"
         check_alive("the actors' template", self._template.popen, heard_ns, silence_s, log)
 
-    def _keep(self, deadline: float, what: str) -> None:
-        """Wait a little; raise RuntimeError if the `deadline` is over."""
+    def _pause(self, deadline: float, what: str) -> None:
+        """Wait a little; raise RuntimeError, which says what was awaited, if the `deadline` has passed."""
         if time.monotonic() > deadline:
             raise RuntimeError(f"{what} was not ready within {self._start_limit_s:g} s")
         events.wait(self.observation_ready, POLL_S)

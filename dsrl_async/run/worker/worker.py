@@ -1,7 +1,7 @@
-"""The environment process: executes action chunks, writes observations and transitions. Imports no torch.
+"""The environment worker: it executes action chunks and writes observations and transitions. It imports no torch.
 
-`Lane` is one environment with its slot and its part of the replay ring; `main` runs it in a process of its own, which
-is forked from the `template`, and serial mode calls `Lane` directly.
+`Lane` is one environment with its slot and its part of the replay ring. `main` runs it in a process of its own, which
+is forked from the `template`; serial mode calls `Lane` directly.
 """
 
 from __future__ import annotations
@@ -22,25 +22,41 @@ from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
 
-TRAINING, EVALUATION = 0, 1  # first key of an episode's seed, so that evaluation never sees a training episode
+TRAINING, EVALUATION = 0, 1
+"""What an episode is for. It is the first key of the episode's seed, so evaluation never plays a training episode."""
 
 
 def episode_seed(seed: int, purpose: int, lane: int, episode: int) -> int:
-    """The number that determines an episode: scene and noise. Different for all arguments."""
+    """Return the number that determines an episode's scene and noise: a hash of the arguments, uint32."""
     return int(np.random.SeedSequence(seed, spawn_key=(purpose, lane, episode)).generate_state(1)[0])
 
 
 def decision_reward(outcome: ChunkOutcome, reward_rule: str, use_step_penalty: bool) -> float:
-    """Reward of a decision: -1, or 0 for a successful one; without the step penalty 0 and 1."""
+    """Return the reward of a decision: -1, or 0 if it succeeds; without the step penalty 0, or 1 if it succeeds.
+
+    By the `reward_rule` `chunk_success` a decision succeeds if any of its steps does, else only if its first step does.
+    """
     success = outcome.success_step >= 0 if reward_rule == "chunk_success" else outcome.success_step == 0
     return float(success) - float(use_step_penalty)
 
 
 class Lane:
-    """One environment with its slot and its lane of the replay ring, stepping from decision to decision.
+    """One environment with its slot and its part of the replay ring, which steps from decision to decision.
 
-    `start` begins an episode and asks for an action chunk; once it is there (`ready`), `advance` executes it, writes
-    the transition and asks for the next one.
+    `start` begins an episode and asks for an action chunk. Once the chunk is there (`ready`), `advance` executes it,
+    writes the transition and asks for the next chunk.
+
+    Args:
+        number: which slot and which part of the ring are its own.
+        incarnation: how many workers this lane has had, this one included.
+        seed: the seed of the run or the evaluation.
+        env_config: the environment's settings, as `EnvConfig.model_dump()` returns them.
+        arena: the shared memory.
+        environment: the environment to step; by default one is made from `env_config`.
+
+    Attributes:
+        evaluation: the numbers of the episodes to play; None in training, where there is always a next one.
+        finished: whether all episodes of an evaluation are played.
     """
 
     def __init__(
@@ -53,7 +69,7 @@ class Lane:
         environment: Environment | None = None,
     ) -> None:
         self.number, self.incarnation, self.seed = number, incarnation, seed
-        self.evaluation: Iterator[int] | None = None  # numbers of the episodes to evaluate; None: training
+        self.evaluation: Iterator[int] | None = None
         self.finished = False
         self.reward_rule = env_config["reward_rule"]
         self.use_step_penalty = env_config["use_step_penalty"]
@@ -67,7 +83,7 @@ class Lane:
         self.episode_len = 0
 
     def start(self) -> None:
-        """Begin a new episode and publish its first observation; without one to evaluate, be `finished`."""
+        """Begin an episode and publish its first observation; if none is left to evaluate, set `finished`."""
         lane, slots = self.number, self.slots
         if self.evaluation is None:
             started = int(self.counters.actor_started_episodes[lane])
@@ -90,10 +106,11 @@ class Lane:
         self._request()
 
     def ready(self) -> bool:
+        """Say whether the action chunk is there."""
         return self.slots.answered(self.number, self.request_number)
 
     def advance(self) -> None:
-        """Execute the answered action chunk, write what came of it, publish the next observation."""
+        """Execute the action chunk, write what came of it, and publish the next observation."""
         lane, slots, counters = self.number, self.slots, self.counters
         policy_version = int(slots.policy_version[lane])
         with self.phase("physics"):
@@ -145,7 +162,7 @@ class Lane:
 
 
 def prepare(job: Mapping[str, Any]) -> Environment:
-    """Makes what every environment worker needs before its first episode, as far as it survives a fork (`template`)."""
+    """Make what every worker needs before its first episode, as far as it survives a fork (see `template`)."""
     environment = make_environment(job["env"])
     if (evaluation := job["evaluation"]) is not None and (number := evaluation["begin_with"]) is not None:
         environment.reset(0, number)  # compiles the scene; each episode begins with a reset of its own
@@ -153,10 +170,12 @@ def prepare(job: Mapping[str, Any]) -> Environment:
 
 
 def main(job: Mapping[str, Any], environment: Environment | None) -> None:
-    """Run an environment worker, forked from a process that has the `environment` of `prepare`, or has failed to make
-    it; `job` is told by `template.Template`."""
+    """Run an environment worker in this process, which the template has forked.
+
+    `job` is what `template.Template` tells its workers, `environment` what `prepare` made, or None if it failed.
+    """
     arena, number, wake = Arena.attach(job["arena"]), job["number"], job["wake_fd"]
-    # From here on: a simulator or an OpenGL driver that hangs while the scene is made is found out like any other.
+    # From here on a simulator or an OpenGL driver that hangs while the scene is made is noticed like any other.
     Counters(arena).actor_heartbeat_ns[number] = time.monotonic_ns()
     lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment)
     if (evaluation := job["evaluation"]) is not None:
@@ -175,7 +194,7 @@ def main(job: Mapping[str, Any], environment: Environment | None) -> None:
 
 
 def play(lane: Lane, wake_fd: int, notify_fds: Sequence[int]) -> None:
-    """Take decisions until the run stops, or there is nothing left to evaluate; closes the environment."""
+    """Step the lane until the run stops or nothing is left to evaluate; then close the environment."""
     counters = lane.counters
 
     def beat() -> None:
