@@ -1,10 +1,10 @@
 """Sampling an action chunk: this project's sampler against openpi's PyTorch model.
 
 Both sample from the same seeded weights and inputs (two cameras; openpi gets the third one masked, and all language
-slots), each in a process of its own and openpi's in its own environment. The repeats are interleaved. Per case, the
-medians of
-  vision, prefill, denoise, total   milliseconds: camera images to tokens; all else up to the keys and values that the
-                                    actions attend to; the Euler steps
+slots), each in a process of its own and openpi's in its own environment. The repeats are interleaved. The figures of a
+case are the medians of
+  vision, prefill, denoise, total   milliseconds: from camera images to tokens; everything else up to the keys and
+                                    values that the actions attend to; the Euler steps
   kernels                           ATen operations of a sample that are not views, in all and per stage: what a GPU
                                     would be asked to launch
   host_syncs                        operations of a sample that no CUDA graph can hold: the host waits for its
@@ -12,44 +12,40 @@ medians of
   peak_memory                       MB, largest resident size of the process while it samples, weights included
   gemm_share, attention_share       shares of a sample's time in matrix products and in fused attention (torch's
                                     profiler, one sample)
-and the ratio of the two systems (below 1: this project's is smaller), and the largest difference of their actions.
+the ratio of the two systems (below 1: this project's is smaller), and the largest difference of their actions.
 
 Not measured: loading, image resizing and tokenising, copies to and from a device, anything on a GPU, and torch.compile:
 both programs run eagerly, though openpi's compiles itself by default.
 
-Where memory does not hold both policies, one process at a time is kept, and started anew for each repeat.
+If memory does not hold both policies, one process at a time exists, and each repeat starts a new one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import psutil
 
 from dsrl_async.bench import synthetic
-from dsrl_async.bench.report import Report
+from dsrl_async.bench.conversation import SystemProcess
+from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments, require_positive
+from dsrl_async.bench.references import reference_command
 from dsrl_async.bench.systems.serving import STAGES
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.tensors import parameter_count
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 OWN, REFERENCE = "dsrl_async", "openpi"
-ENVIRONMENT = ROOT / ".reference" / "openpi"
 SEED = 0
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = 2**30
-"""What a process needs beside its weights at batch 1, roughly: libraries, activations, a tensor being made."""
+"""Rough memory that a process needs beside its weights at batch 1: libraries, activations, a tensor being made."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,61 +62,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 8], help="observations at once (default: 1 4 8)")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: 10)")
     parser.add_argument("--prompt-tokens", type=int, default=17, help="length of every prompt (default: 17)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed samples of each system per case (default: 5)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (default: all cores)")
-    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of each process (default: as many as cores)"
+    )
+    add_output_arguments(parser, repeats=5)
 
 
-class Worker:
-    """A system in a process of its own (`serving.serve`), loaded and ready when the constructor returns."""
+def start(system: str, config: synthetic.Sizes, dtype: str, threads: int) -> SystemProcess:
+    """The process of a system (`serving.serve`), loaded and ready.
 
-    def __init__(self, system: str, config: synthetic.Sizes, dtype: str, threads: int) -> None:
-        """Raises ValueError when the environment of the reference is not there, or the process ends."""
-        settings = {"config": config, "dtype": dtype, "seed": SEED, "threads": threads}
-        if system == OWN:
-            command = [sys.executable, "-m", "dsrl_async.bench.systems.policy"]
-        else:
-            command = [str(ENVIRONMENT / "bin" / "python"), str(ROOT / "scripts" / "references" / "openpi_worker.py")]
-            if not (ENVIRONMENT / "complete").exists():
-                raise ValueError(
-                    f"openpi's environment {ENVIRONMENT} is not there; make it with "
-                    f"'bash {ROOT}/scripts/references/setup.sh openpi', or measure this project alone with "
-                    f"'--system {OWN}'"
-                )
-        self.system = system
-        self._process = subprocess.Popen(
-            [*command, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._answer()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise ValueError(f"the process of {self.system} ended with status {code}; its messages are above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def ask(self, do: str, **details: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **details}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+    Raises ValueError when the environment of the reference does not exist or the process ends.
+    """
+    if system == OWN:
+        command = [sys.executable, "-m", "dsrl_async.bench.systems.policy"]
+    else:
+        command = reference_command(REFERENCE, "openpi_worker.py", f"--system {OWN}")
+    settings = {"config": config, "dtype": dtype, "seed": SEED, "threads": threads}
+    process = SystemProcess(system, command, settings)
+    process.answer()
+    return process
 
 
 def fit_together(systems: list[str], config: synthetic.Sizes, dtype: str, available: int) -> bool:
-    """Whether `available` bytes hold the policies of all systems at once."""
+    """Whether the policies of all systems fit into `available` bytes at once."""
     weights = parameter_count(Pi0Config(**config)) * ELEMENT_BYTES[dtype]
     return len(systems) * (weights + PROCESS_BYTES) <= available
 
@@ -128,45 +92,45 @@ def fit_together(systems: list[str], config: synthetic.Sizes, dtype: str, availa
 def measure(
     systems: list[str], config: synthetic.Sizes, dtype: str, batch: int, arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """For each system: `times` (milliseconds per stage, per repeat), and the answers of `serving.MEASUREMENTS`."""
+    """System -> `times` (milliseconds per stage, per repeat) and the answers of `serving.MEASUREMENTS`."""
     lengths = [arguments.prompt_tokens] * batch
 
-    def start(system: str, stack: ExitStack) -> Worker:
-        worker = stack.enter_context(Worker(system, config, dtype, arguments.threads))
-        worker.ask("prepare", prompt_lengths=lengths, steps=arguments.steps)
-        worker.ask("time")  # the first sample also warms up caches and thread pools
-        return worker
+    def warmed_up(system: str, stack: ExitStack) -> SystemProcess:
+        process = stack.enter_context(start(system, config, dtype, arguments.threads))
+        process.ask(do="prepare", prompt_lengths=lengths, steps=arguments.steps)
+        process.ask(do="time")  # the first sample also warms up caches and thread pools
+        return process
 
     results: dict[str, dict[str, Any]] = {system: {"times": []} for system in systems}
 
-    def inspect(worker: Worker) -> None:
-        results[worker.system].update(worker.ask("count") | worker.ask("profile") | worker.ask("actions"))
+    def inspect(process: SystemProcess) -> None:
+        results[process.system].update(process.ask(do="count") | process.ask(do="profile") | process.ask(do="actions"))
 
-    def time(worker: Worker) -> None:
-        results[worker.system]["times"].append(worker.ask("time"))
+    def time(process: SystemProcess) -> None:
+        results[process.system]["times"].append(process.ask(do="time"))
 
     if fit_together(systems, config, dtype, psutil.virtual_memory().available):
         with ExitStack() as stack:
-            workers = [start(system, stack) for system in systems]
-            for worker in workers:
-                inspect(worker)
+            processes = [warmed_up(system, stack) for system in systems]
+            for process in processes:
+                inspect(process)
             for _ in range(arguments.repeats):
-                for worker in workers:
-                    time(worker)
+                for process in processes:
+                    time(process)
         return results
     print("memory holds one policy at a time: processes alternate, each loaded anew", file=sys.stderr)
     for repeat in range(arguments.repeats):
         for system in systems:
             with ExitStack() as stack:
-                worker = start(system, stack)
+                process = warmed_up(system, stack)
                 if repeat == 0:
-                    inspect(worker)
-                time(worker)
+                    inspect(process)
+                time(process)
     return results
 
 
-def summarise(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, float, str]]:
-    """(system, metric, value, unit); ratios and the difference come last, where there are two systems."""
+def summarise(results: dict[str, dict[str, Any]]) -> Iterator[Figure]:
+    """Medians, then ratios and the largest difference if there are two systems."""
     figures: dict[str, dict[str, tuple[float, str]]] = {}
     for system, result in results.items():
         mine = figures[system] = {}
@@ -181,21 +145,20 @@ def summarise(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, fl
         for metric in ("gemm_share", "attention_share"):
             mine[metric] = result[metric], "share of time"
         for metric, (value, unit) in mine.items():
-            yield system, metric, value, unit
+            yield Figure(system, metric, value, unit)
     if figures.keys() == {OWN, REFERENCE}:
         for metric, (value, unit) in figures[OWN].items():
             reference = figures[REFERENCE][metric][0]
             if reference and unit != "share of time":
-                yield f"{OWN}/{REFERENCE}", metric, value / reference, "ratio"
+                yield Figure(f"{OWN}/{REFERENCE}", metric, value / reference, "ratio")
         difference = np.subtract(results[OWN]["actions"], results[REFERENCE]["actions"])
-        yield f"{OWN}-{REFERENCE}", "largest_difference", float(np.abs(difference).max()), "normalised action"
+        largest = float(np.abs(difference).max())
+        yield Figure(f"{OWN}-{REFERENCE}", "largest_difference", largest, "normalised action")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures every case that the options ask for; see `Report` for what is written."""
-    if arguments.repeats < 1 or min(arguments.batch) < 1 or arguments.steps < 1 or arguments.threads < 1:
-        raise ValueError("--repeats, --batch, --steps and --threads must be positive")
-    report = Report("denoise", arguments.repeats, arguments.out)
+    require_positive(arguments, "repeats", "batch", "steps", "threads")
+    lines = JsonLines("denoise", arguments)
     for size in arguments.size:
         for model in arguments.model:
             config = synthetic.sizes(model, size)
@@ -204,6 +167,5 @@ def run(arguments: argparse.Namespace) -> None:
             for dtype in arguments.dtype:
                 for batch in arguments.batch:
                     details = f"batch {batch} steps {arguments.steps} threads {arguments.threads}"
-                    report.case(f"{model} {size} {dtype} {details}")
-                    for figure in summarise(measure(arguments.system, config, dtype, batch, arguments)):
-                        report.add(*figure)
+                    lines.case(f"{model} {size} {dtype} {details}")
+                    lines.add(summarise(measure(arguments.system, config, dtype, batch, arguments)))

@@ -1,27 +1,26 @@
 """Stepping LIBERO: this project's environment against LIBERO's own wrapper.
 
 Both play the same episodes with the same actions and prepare the same observations (two cameras rendered at 256 pixels,
-turned, resized to 224), once per decision of --chunk steps; each in a process of its own, the repeats interleaved. Per
-system, the medians of
+turned, resized to 224), once per decision of --chunk steps; each in a process of its own, the repeats interleaved. The
+figures of a system are the medians of
   start               CPU-seconds of a process until its first observation, imports included
   start_wall          the same in seconds
-  reset               CPU-seconds from one episode's end to the next one's first observation, without settling steps
+  reset               CPU-seconds from one episode's end to the first observation of the next, without settling steps
   step                CPU-milliseconds per environment step, observations included
   steps_per_second    environment steps per CPU-second
-  memory              MB of memory at the end: private, and a share of what is shared (PSS)
-and the ratio of each system to LIBERO (below 1: it is smaller), and how far pixels and robot states are from LIBERO's:
-the largest difference of any of them. `dsrl_async fast` is render_quality: fast, whose pixels may differ. CPU-seconds
-are of all threads of a process, those of a software renderer included. `repeats` of a figure is how many samples it is
-the median of: --starts of the starts, --repeats of the others.
+  memory              MB of memory at the end: private memory and a share of what is shared (PSS)
+their ratios to LIBERO (below 1: smaller), and the largest differences of pixels and of robot states from LIBERO's.
+`dsrl_async fast` is render_quality: fast, whose pixels may differ. CPU-seconds are those of all threads of a process,
+including a software renderer's. The `repeats` of a figure are --starts for starts and --repeats for everything else.
 
-With --together N, also
+With --together N there are also
   start_together      seconds until N processes, started at once, all have their first observation
   memory_together     MB of memory of all these processes then (sum of their PSS)
-LIBERO's are N programs. This project's are the environment workers of a run, which are forked from one process that has
-imported and compiled what all of them need (run/worker/template.py); that process counts.
+LIBERO's are N programs. This project's are the environment workers of a run, forked from a template that has imported
+and compiled what they all need (run/worker/template.py); the template counts.
 
-Not measured: the policy, learning, and what carries observations; settling steps; changes between tasks; the time of a
-GPU, where one draws (none has yet).
+Not measured: the policy, learning, and the transport of observations; settling steps; changes between tasks; the time
+of a GPU that renders (none has yet).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,14 +40,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.bench.report import Report
+from dsrl_async.bench.conversation import SystemProcess, answer_on_stdout
+from dsrl_async.bench.figures import Figure, JsonLines, Metrics, add_output_arguments, require_positive
 from dsrl_async.bench.systems.stock_libero import StockEnvironment
-from dsrl_async.envs.libero_files import SUITES
+from dsrl_async.envs import libero_files
 
 STOCK, OWN, FAST = "libero", "dsrl_async", "dsrl_async fast"
 IMAGE_SIZE = 224
 SEED = 0
-START_S = 3600.0  # until a worker that starts with many others has to be ready
+START_S = 3600.0  # limit on the start of a worker, which is slow beside many others
 QUALITIES = {OWN: "exact", FAST: "fast"}
 UNITS = {
     "start": "CPU-s",
@@ -63,24 +63,21 @@ UNITS = {
 
 Samples = dict[str, dict[str, list[float]]]
 """System -> metric -> values in its unit."""
-Figure = tuple[str, str, float, str, int]
-"""(system, metric, value, unit, samples that it is made of)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=SUITES, default="libero_spatial")
-    parser.add_argument("--task", type=int, default=0, help="the task's number in the suite (default: 0)")
+    parser.add_argument("--suite", choices=libero_files.SUITES, default="libero_spatial")
+    parser.add_argument("--task", type=int, default=0, help="number of the task in the suite (default: 0)")
     parser.add_argument("--system", nargs="+", choices=[STOCK, OWN, FAST], default=[STOCK, OWN, FAST])
     parser.add_argument("--chunk", type=int, default=5, help="environment steps per decision (default: 5)")
-    parser.add_argument("--decisions", type=int, default=8, help="of each repeat's episode (default: 8)")
-    parser.add_argument("--repeats", type=int, default=5, help="episodes of each system (default: 5)")
-    parser.add_argument("--starts", type=int, default=1, help="of each system, alone and together (default: 1)")
-    parser.add_argument("--together", type=int, default=0, help="also start so many processes at once (default: none)")
-    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
+    parser.add_argument("--decisions", type=int, default=8, help="decisions per episode (default: 8)")
+    parser.add_argument("--starts", type=int, default=1, help="starts of each system, alone and together (default: 1)")
+    parser.add_argument("--together", type=int, default=0, metavar="N", help="also start N processes at once")
+    add_output_arguments(parser, repeats=5)
 
 
 def own_settings(suite: str, task: int, render_quality: str) -> dict[str, Any]:
-    """`env` of a configuration that plays what `StockEnvironment` does."""
+    """The `env` settings that play what `StockEnvironment` does."""
     return {
         "name": suite,
         "task_ids": [task],
@@ -103,7 +100,7 @@ class _OwnEnvironment:
         self._environment: Any = make_environment(validate({"env": settings}).env.model_dump())
 
     def reset(self, seed: int, init_state: int) -> None:
-        self._environment._preset_seed = seed
+        self._environment.fixtures_seed = seed
         self._environment.reset(0, init_state)
 
     def step(self, action: NDArray[np.float32]) -> None:
@@ -124,15 +121,9 @@ def memory_mb(pid: int) -> float:
     return int(text.split("Pss:")[1].split()[0]) * 1024 / 1e6
 
 
-def _serve(settings: dict[str, Any]) -> None:
-    """The measured process: answers one JSON line when it has its first observation, and one per episode."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # LIBERO and robosuite print
-
-    def answer(**content: Any) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
+def serve(settings: dict[str, Any]) -> None:
+    """The measured process: it answers when it has its first observation, and after each episode."""
+    answer = answer_on_stdout()  # LIBERO and robosuite print
     system, suite, task = settings["system"], settings["suite"], settings["task"]
     environment: Any = (
         StockEnvironment(suite, task) if system == STOCK else _OwnEnvironment(suite, task, QUALITIES[system])
@@ -158,119 +149,70 @@ def _serve(settings: dict[str, Any]) -> None:
     environment.close()
 
 
-class _Process:
-    """A system in a process of its own."""
+def start(arguments: argparse.Namespace, system: str, directory: Path) -> SystemProcess:
+    """A process that runs `serve`; files of what it has seen go to `directory`."""
+    settings = {name: getattr(arguments, name) for name in ("suite", "task", "chunk", "decisions")}
+    settings |= {"system": system, "seen": str(seen_file(directory, system))}
+    command = [sys.executable, "-m", "dsrl_async.bench.env"]
+    return SystemProcess(system, command, settings, quiet=system == STOCK)
 
-    def __init__(self, arguments: argparse.Namespace, system: str, directory: Path) -> None:
-        self.system, self.seen = system, directory / f"{system}.npz"
-        settings = {
-            "system": system,
-            "suite": arguments.suite,
-            "task": arguments.task,
-            "chunk": arguments.chunk,
-            "decisions": arguments.decisions,
-            "seen": str(self.seen),
-        }
-        self._begin = time.monotonic()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "dsrl_async.bench.env", json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if system == STOCK else None,
-            text=True,
-        )
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def started(self) -> dict[str, float]:
-        """Waits for the first observation."""
-        return {**self._answer(), "start_wall": time.monotonic() - self._begin}
-
-    def play(self, episode: int) -> dict[str, float]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"episode": episode}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ValueError(f"the process of {self.system} ended with status {self._process.wait()}")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    def end(self) -> None:
-        self._process.communicate()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+def seen_file(directory: Path, system: str) -> Path:
+    return directory / f"{system}.npz"
 
 
 def measure(arguments: argparse.Namespace, directory: Path) -> Iterator[Figure]:
-    """Figures of the systems; files of what was seen go to `directory`."""
+    """Figures of the systems; temporary files go to `directory`."""
     samples: Samples = {system: {} for system in arguments.system}
     distance = {system: {"images": 0.0, "states": 0.0} for system in arguments.system if system != STOCK}
 
-    def note(system: str, figures: dict[str, float]) -> None:
-        for metric, value in figures.items():
+    def note(system: str, values: Metrics) -> None:
+        for metric, value in values.items():
             samples[system].setdefault(metric, []).append(value)
 
-    processes: list[_Process] = []
-    try:
-        for _ in range(arguments.starts):
-            while processes:
-                processes.pop().end()
+    for number in range(arguments.starts):
+        with ExitStack() as running:
+            processes = []
             for system in arguments.system:  # one after the other, so that each starts alone
-                processes.append(_Process(arguments, system, directory))
-                note(system, processes[-1].started())
-        for episode in range(arguments.repeats):
-            for process in processes:
-                note(process.system, process.play(episode))
-            if STOCK in arguments.system:
-                seen = {process.system: np.load(process.seen) for process in processes}
-                for system, greatest in distance.items():
-                    for name in greatest:
-                        difference = np.abs(seen[system][name].astype(float) - seen[STOCK][name].astype(float)).max()
-                        greatest[name] = max(greatest[name], float(difference))
-        while processes:
-            processes.pop().end()
-    finally:
-        for process in processes:
-            process.kill()
+                begin = time.monotonic()
+                processes.append(running.enter_context(start(arguments, system, directory)))
+                note(system, {**processes[-1].answer(), "start_wall": time.monotonic() - begin})
+            for episode in range(arguments.repeats if number == arguments.starts - 1 else 0):
+                for process in processes:
+                    note(process.system, process.ask(episode=episode))
+                if STOCK in arguments.system:
+                    seen = {system: np.load(seen_file(directory, system)) for system in arguments.system}
+                    for system, largest in distance.items():
+                        for name in largest:
+                            difference = seen[system][name].astype(float) - seen[STOCK][name].astype(float)
+                            largest[name] = max(largest[name], float(np.abs(difference).max()))
     for _ in range(arguments.starts if arguments.together else 0):
         for system in arguments.system:
             note(system, start_together(arguments, system, directory))
     yield from summarise(samples, distance)
 
 
-def start_together(arguments: argparse.Namespace, system: str, directory: Path) -> dict[str, float]:
-    """`start_together` and `memory_together` of a system, each in the way that it is run in."""
+def start_together(arguments: argparse.Namespace, system: str, directory: Path) -> Metrics:
+    """`start_together` and `memory_together` of a system, started in its own way."""
     begin = time.monotonic()
-    with ExitStack() as started:
+    with ExitStack() as running:
         if system == STOCK:
-            programs: list[_Process] = []
-            for _ in range(arguments.together):
-                programs.append(_Process(arguments, system, directory))
-                started.callback(programs[-1].kill)
-            for program in programs:
-                program.started()
-            pids = [program.pid for program in programs]
+            processes = [running.enter_context(start(arguments, system, directory)) for _ in range(arguments.together)]
+            for process in processes:
+                process.answer()
+            pids = [process.pid for process in processes]
         else:
             settings = own_settings(arguments.suite, arguments.task, QUALITIES[system])
-            pids = started.enter_context(forked_workers(settings, arguments.together))
+            pids = running.enter_context(forked_workers(settings, arguments.together))
         seconds = time.monotonic() - begin
         return {"start_together": seconds, "memory_together": sum(map(memory_mb, pids))}
 
 
 @contextmanager
 def forked_workers(env: dict[str, Any], count: int) -> Iterator[list[int]]:
-    """Start environment workers with the settings `env` as a run does, but all at once; end them in the end.
+    """Start environment workers with the settings `env` as a run does, but all at once, and end them afterwards.
 
-    Yields the process numbers of their template and of all of them, when each has its first observation. Raises
+    Yields the process numbers of the template and the workers when each worker has its first observation. Raises
     ValueError if one of them ends before.
     """
     from dsrl_async.config.load import validate
@@ -294,42 +236,35 @@ def forked_workers(env: dict[str, Any], count: int) -> Iterator[list[int]]:
 
 
 def summarise(samples: Samples, distance: dict[str, dict[str, float]]) -> Iterator[Figure]:
-    """Medians, and against LIBERO, where it is among the systems, ratios and the largest differences (`distance`)."""
+    """Medians and, if LIBERO is among the systems, ratios to it and the largest differences (`distance`) from it."""
     figures: dict[str, dict[str, tuple[float, int]]] = {}
     for system, metrics in samples.items():
         figures[system] = {metric: (statistics.median(values), len(values)) for metric, values in metrics.items()}
         step, episodes = figures[system]["step"]
         figures[system]["steps_per_second"] = 1000 / step, episodes
         for metric, (value, repeats) in figures[system].items():
-            yield system, metric, value, UNITS[metric], repeats
+            yield Figure(system, metric, value, UNITS[metric], repeats)
     if STOCK not in samples:
         return
-    for system, greatest in distance.items():
+    for system, largest in distance.items():
         for metric, (value, repeats) in figures[system].items():
-            yield f"{system}/{STOCK}", metric, value / figures[STOCK][metric][0], "ratio", repeats
+            yield Figure(f"{system}/{STOCK}", metric, value / figures[STOCK][metric][0], "ratio", repeats)
         episodes = len(samples[system]["step"])
-        yield f"{system}-{STOCK}", "pixels", greatest["images"], "of 255", episodes
-        yield f"{system}-{STOCK}", "robot_state", greatest["states"], "m or rad", episodes
+        yield Figure(f"{system}-{STOCK}", "pixels", largest["images"], "of 255", episodes)
+        yield Figure(f"{system}-{STOCK}", "robot_state", largest["states"], "m or rad", episodes)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures what the options ask for; see `Report` for what is written."""
-    import tempfile
-
-    from dsrl_async.envs import libero_files
-
-    if min(arguments.chunk, arguments.decisions, arguments.repeats, arguments.starts) < 1 or arguments.together < 0:
-        raise ValueError("--chunk, --decisions, --repeats and --starts must be positive, --together not negative")
+    require_positive(arguments, "chunk", "decisions", "repeats", "starts")
+    if arguments.together < 0:
+        raise ValueError("--together must be positive or 0")
     libero_files.selected_tasks(arguments.suite, [arguments.task])
-    report = Report("env", arguments.repeats, arguments.out)
-    case = f"{arguments.suite} task {arguments.task} chunk {arguments.chunk}"
-    if arguments.together:
-        case += f" together {arguments.together}"
-    report.case(case)
+    lines = JsonLines("env", arguments)
+    together = f" together {arguments.together}" if arguments.together else ""
+    lines.case(f"{arguments.suite} task {arguments.task} chunk {arguments.chunk}{together}")
     with tempfile.TemporaryDirectory() as directory:
-        for figure in measure(arguments, Path(directory)):
-            report.add(*figure)
+        lines.add(measure(arguments, Path(directory)))
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    serve(json.loads(sys.argv[1]))

@@ -1,25 +1,24 @@
 """A gradient update of DSRL-SAC: this project's against a plain one, and against its matrix products alone.
 
-One full update: critic, actor, temperature and target, from the same parameters and the same batch (uint8 images in
-memory), float32. Three systems, whose repeats are interleaved in one process:
+An update trains critic, actor and temperature and moves the target, from the same parameters and the same batch (uint8
+images in memory), in float32. The repeats of three systems are interleaved in one process:
   dsrl_async    the learner's own function (`SacAgent.learn`)
-  plain         the same networks in the shape of RLinf's DSRL modules: each Q head a module of its own, called in a
-                loop, the encoders run anew for every loss, torch's Adam, a loop over all parameters for the target;
-                written from that description
-  bound         the convolutions and matrix products of one dsrl_async update alone, with nothing between them, on
-                operands of the same shapes and memory formats
+  plain         the same networks in the shape of RLinf's DSRL modules: each Q head is a module of its own, called in a
+                loop; the encoders run anew for every loss; torch's Adam; a loop over all parameters for the target
+  bound         only the convolutions and matrix products of a dsrl_async update, on operands of the same shapes and
+                memory formats
 Before anything is timed, the losses and gradients of the two programs are compared; the command fails if they differ.
-Per case
+The figures of a case are
   update          milliseconds (medians), and the ratios plain/dsrl_async (target: 2) and dsrl_async/bound (target: 1.3)
   update_cpu      the same in CPU time, which other programs lengthen less
   arithmetic      GFLOP of convolutions and matrix products, counted by torch
-  kernels         ATen operations that are not views, in all: what a GPU would be asked to launch (for dsrl_async with
-                  drawing the batch, counted on torch's meta device; target: 400)
+  kernels         ATen operations that are not views: what a GPU would be asked to launch (for dsrl_async with drawing
+                  the batch, counted on torch's meta device; target: 400)
   kernels_cpu     those of `update` on this CPU, where the encoder takes the images a few at a time
   host_syncs      operations that no CUDA graph can hold
   draw, draw_cpu  milliseconds to draw a batch from a replay ring in place (random rows, --ring-rows of them)
-  convolution_share, gemm_share   of the time of an update (torch's profiler, one update)
-  gradient_difference   Euclidean norm of the difference of the two programs' gradients over that of a gradient; the
+  convolution_share, gemm_share   shares of an update's time (torch's profiler, one update)
+  gradient_difference   Euclidean norm of the difference of the two programs' gradients, relative to a gradient; the
                   larger one of critic and actor
 
 Not measured: anything on a GPU; RLinf itself, whose learner also moves batches through several processes; more than one
@@ -31,7 +30,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsrl_async.bench.report import Report
+from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments, require_positive
 from dsrl_async.bench.systems.plain_learner import Plain, copy_actor, copy_critic
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import SacConfig
@@ -59,37 +58,35 @@ from dsrl_async.shm.replay import ReplayRing, replay_fields
 OWN, PLAIN, BOUND = "dsrl_async", "plain", "bound"
 DEFAULT_CONFIG = Path("configs/libero_spatial_pi0.yaml")
 HORIZON = 50
-"""Action slots of Pi0; the agent's sizes depend on it only with `sac.noise_layout: per_slot`."""
+"""Action slots of Pi0. The agent's sizes depend on them only with `sac.noise_layout: per_slot`."""
 CONVOLUTIONS = ("convolution", "convolution_backward")
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 TOLERANCE = 1e-2
-"""Relative difference of losses and gradients that counts as rounding. Mostly it is 1e-6, but one ReLU whose input is
-rounded to the other side of zero shows in a gradient."""
+"""Relative difference of losses and gradients that counts as rounding. It is mostly 1e-6, but a single ReLU whose input
+is rounded to the other side of zero shows in a gradient."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help=f"whose `sac` (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        help=f"configuration whose `sac` is used (default: {DEFAULT_CONFIG})",
+    )
     parser.add_argument(
         "--batch", nargs="+", type=int, default=[64, 256, 512], help="transitions (default: 64 256 512)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed updates of each system (default: 5)")
-    parser.add_argument("--threads", type=int, default=1, help="default: 1")
-    parser.add_argument(
-        "--ring-rows", type=int, default=10_000, help="of the replay ring to draw from (default: 10000)"
-    )
+    parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--ring-rows", type=int, default=10_000, help="size of the replay ring (default: 10000)")
     parser.add_argument("--system", nargs="+", choices=[OWN, PLAIN, BOUND], default=[OWN, PLAIN, BOUND])
-    parser.add_argument("--images-at-a-time", type=int, help="through our encoder (default: what fits into a cache)")
-    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
-
-
-# ---- the plain program
-
-
-# ---- the bound
+    parser.add_argument(
+        "--images-at-a-time", type=int, help="images that our encoder takes at once (default: what fits into a cache)"
+    )
+    add_output_arguments(parser, repeats=5)
 
 
 class Products(TorchDispatchMode):
-    """Records the convolutions and matrix products under it, with operands of their own: one per shape and layout."""
+    """Records the convolutions and matrix products inside it, with operands of its own, one per shape and layout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +102,7 @@ class Products(TorchDispatchMode):
         key = (like.shape, like.stride())
         if key not in self._operands:
             numbers = 1 + sum((size - 1) * stride for size, stride in zip(*key, strict=True))
-            # Small, since some products are added to their result each time; not so small that they become denormal.
+            # The values are small, since some products add to their result each time, but not denormal.
             self._operands[key] = torch.empty(numbers).uniform_(-1e-3, 1e-3).as_strided(*key)
         return self._operands[key]
 
@@ -113,9 +110,6 @@ class Products(TorchDispatchMode):
     def run(self) -> None:
         for func, args, kwargs in self.calls:
             func(*args, **kwargs)
-
-
-# ---- the measurement
 
 
 def random_batch(config: SacConfig, size: int, action_dim: int) -> Batch:
@@ -135,10 +129,9 @@ def random_batch(config: SacConfig, size: int, action_dim: int) -> Batch:
 
 
 def compare(agent: SacAgent, plain: Plain, batch: Batch, random: RandomNumbers) -> float:
-    """Relative difference of the gradients, the larger one of critic and actor; the agent makes an update.
+    """Relative difference of the gradients, the larger one of critic and actor. The agent makes an update.
 
-    Raises:
-        ValueError: losses or gradients are not the same.
+    Raises ValueError if losses or gradients differ.
     """
     theirs = [loss.item() for loss in plain.losses(batch, random.normal)]
     metrics = agent.learn(batch, random, update_actor=True).tolist()
@@ -162,12 +155,12 @@ def compare(agent: SacAgent, plain: Plain, batch: Batch, random: RandomNumbers) 
 
 
 def gradient_of(module: FlatModule, parameter: Tensor) -> Tensor:
-    """What the module's last update found for one of its parameters."""
+    """The gradient of a parameter of the module, from its last update."""
     return module.flat_grad[parameter.storage_offset() :][: parameter.numel()].view(parameter.shape)
 
 
 def shares(update: Callable[[], object]) -> tuple[float, float]:
-    """Of an update's time: convolutions, and matrix products."""
+    """Shares of convolutions and of matrix products in the time of an update."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         update()
     spent = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profiler.key_averages()}
@@ -175,15 +168,14 @@ def shares(update: Callable[[], object]) -> tuple[float, float]:
     return convolutions / sum(spent.values()), sum(spent.get(name, 0.0) for name in PRODUCTS) / sum(spent.values())
 
 
-def measure(sac: SacConfig, size: int, arguments: argparse.Namespace, report: Report) -> None:
-    """Times one batch size and reports it."""
-    repeats, ring_rows = arguments.repeats, arguments.ring_rows
+def measure(sac: SacConfig, size: int, arguments: argparse.Namespace) -> Iterator[Figure]:
+    """Figures of one batch size."""
     agent = SacAgent(sac, HORIZON)
     if arguments.images_at_a_time is not None:
         for network in (agent.actor, agent.critic, agent.target_critic):
             network.encoder.images_at_a_time = arguments.images_at_a_time
     plain = Plain(agent)
-    updates = Updates(agent, InPlace(fill_ring(sac, ring_rows, agent.action_dim)), size)
+    updates = Updates(agent, InPlace(fill_ring(sac, arguments.ring_rows, agent.action_dim)), size)
     batch, random = random_batch(sac, size, agent.action_dim), updates.random
     random.draw_(agent.generator)
     difference = compare(agent, plain, batch, random)
@@ -203,7 +195,7 @@ def measure(sac: SacConfig, size: int, arguments: argparse.Namespace, report: Re
         update()
     clocks = {"update": time.perf_counter, "update_cpu": time.process_time}
     times: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in systems} for clock in clocks}
-    for _ in range(repeats):
+    for _ in range(arguments.repeats):
         for name, update in systems.items():
             begin = [clock() for clock in clocks.values()]
             update()
@@ -212,29 +204,29 @@ def measure(sac: SacConfig, size: int, arguments: argparse.Namespace, report: Re
     for clock, of_systems in times.items():
         median = {name: statistics.median(values) for name, values in of_systems.items()}
         for name in arguments.system:
-            report.add(name, clock, median[name], "ms")
+            yield Figure(name, clock, median[name], "ms")
         for slow, fast in ((PLAIN, OWN), (OWN, BOUND), (PLAIN, BOUND)):
             if {slow, fast} <= systems.keys():
-                report.add(f"{slow}/{fast}", clock, median[slow] / median[fast], "ratio")
+                yield Figure(f"{slow}/{fast}", clock, median[slow] / median[fast], "ratio")
         if "draw" in systems:
-            report.add(OWN, f"draw{clock.removeprefix('update')}", median["draw"], "ms")
+            yield Figure(OWN, f"draw{clock.removeprefix('update')}", median["draw"], "ms")
     for name in [name for name in (OWN, PLAIN) if name in systems]:
         with FlopCounterMode(display=False) as flops:
             systems[name]()
-        report.add(name, "arithmetic", flops.get_total_flops() / 1e9, "GFLOP")
+        yield Figure(name, "arithmetic", flops.get_total_flops() / 1e9, "GFLOP")
         with OperationTrace() as trace:
             systems[name]()
-        report.add(name, "kernels_cpu", trace.kernels, "operations")
-        report.add(name, "kernels", kernels_on_a_device(sac, size) if name == OWN else trace.kernels, "operations")
-        report.add(name, "host_syncs", trace.host_syncs, "operations")
+        yield Figure(name, "kernels_cpu", trace.kernels, "operations")
+        yield Figure(name, "kernels", kernels_on_a_device(sac, size) if name == OWN else trace.kernels, "operations")
+        yield Figure(name, "host_syncs", trace.host_syncs, "operations")
         convolutions, matrix_products = shares(systems[name])
-        report.add(name, "convolution_share", convolutions, "share of time")
-        report.add(name, "gemm_share", matrix_products, "share of time")
-    report.add(f"{OWN}-{PLAIN}", "gradient_difference", difference, "relative")
+        yield Figure(name, "convolution_share", convolutions, "share of time")
+        yield Figure(name, "gemm_share", matrix_products, "share of time")
+    yield Figure(f"{OWN}-{PLAIN}", "gradient_difference", difference, "relative")
 
 
 def kernels_on_a_device(sac: SacConfig, size: int) -> int:
-    """Kernel-class operations of a full update, drawing included, where the images are not sliced for a cache."""
+    """Kernels of a full update with drawing, where the encoder takes all images at once."""
     with torch.device("meta"):
         agent = SacAgent(sac, HORIZON, device="meta")
     ring = ReplayRing(Arena.create(replay_fields(1, 16, sac.state_dim, agent.action_dim)))
@@ -245,18 +237,15 @@ def kernels_on_a_device(sac: SacConfig, size: int) -> int:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures every batch size; see `Report` for what is written."""
-    counts = [arguments.repeats, arguments.threads, arguments.images_at_a_time or 1, *arguments.batch]
-    if min(counts) < 1 or arguments.ring_rows < 4:
-        raise ValueError(
-            "--repeats, --batch, --threads and --images-at-a-time must be positive, and --ring-rows at least 4"
-        )
+    require_positive(arguments, "repeats", "batch", "threads")
+    if arguments.ring_rows < 4 or (arguments.images_at_a_time or 1) < 1:
+        raise ValueError("--images-at-a-time must be positive, and --ring-rows at least 4")
     config = validate(read_yaml(arguments.config))
     if config.sac.augmentation != "none":
         raise ValueError("the plain program has no augmentation; set sac.augmentation to none in the configuration")
     torch.set_num_threads(arguments.threads)
-    report = Report("learner", arguments.repeats, arguments.out)
+    lines = JsonLines("learner", arguments)
     for size in arguments.batch:
         sliced = f" images {arguments.images_at_a_time}" if arguments.images_at_a_time else ""
-        report.case(f"{arguments.config.stem} batch {size} threads {arguments.threads}{sliced}")
-        measure(config.sac, size, arguments, report)
+        lines.case(f"{arguments.config.stem} batch {size} threads {arguments.threads}{sliced}")
+        lines.add(measure(config.sac, size, arguments))

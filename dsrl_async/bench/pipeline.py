@@ -1,20 +1,20 @@
-"""Actors and a device of given speeds, with the real processes and memory between them.
+"""Environments and a device of given speeds, with the real processes and memory between them.
 
 The environments sleep for drawn times (lognormal chunk times, long resets now and then), the device for as long as its
-latency curve says. Per number of environments (--actors), the medians of
-  decisions_per_s           of a run
+latency curve says. The figures for a number of environments (--actors) are the medians of
+  decisions_per_s           decisions per second of a run
   device_busy               share of time that the device computes
   queue_wait_p50, _p95      ms from an observation to the start of its batch
   latency_p50, _p95         ms from an observation to its answer
   batch_size, batch_fill    observations per batch, and per row that was computed
-  cpu                       CPU-milliseconds per decision, of all processes
-  memory                    MB of private memory of all environment processes
-  cpu_wait                  share of time that the inference process was ready to run and had no core: where it is
-                            not near 0 the machine was too busy to measure on
+  cpu                       CPU-milliseconds per decision of all processes
+  memory                    MB of private memory of all environment workers
+  cpu_wait                  share of time for which the inference process was ready to run and had no core: if it is
+                            not near 0, the machine was too busy to measure on
 of these systems, which take turns with the same draws:
   dsrl_async            the processes of a run, batching by readiness
   lock step             the same processes with one barrier per decision, resets inside it
-  ideal                 a simulation of batching by readiness: every batch size, no wait, no overhead
+  ideal                 a simulation of batching by readiness with every batch size, no wait and no overhead
   ideal lock step       a simulation of the barrier
 and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions).
 
@@ -24,13 +24,20 @@ Not measured: policies, learning, simulation, rendering; the times of environmen
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from dsrl_async.bench.report import Report
+from dsrl_async.bench.figures import (
+    Figure,
+    JsonLines,
+    Metrics,
+    add_output_arguments,
+    medians,
+    require_positive,
+    take_turns,
+)
 from dsrl_async.config.settings import InferenceConfig
 from dsrl_async.plan.gpus import h100
 from dsrl_async.plan.simulation import EnvironmentTimes, Throughput, simulate, simulate_lock_step
@@ -39,9 +46,7 @@ OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP = "dsrl_async", "lock step", "ideal", "id
 SYSTEMS = (OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP)
 SEED = 0
 MODEL_DECISIONS = 20_000
-"""Of a simulation, half as many before them."""
-
-
+"""Number of decisions of a simulation, after half as many that are not measured."""
 DEVICES: dict[str, Callable[[int], float]] = {
     "h100": h100,
     "launches": lambda size: 0.020 + 0.0048 * size,
@@ -59,25 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="h100: full-size Pi0 at 1.3 x its bound (default); launches: 20 ms + 4.8 ms per row; flat: 50 ms",
     )
     parser.add_argument("--actors", nargs="+", type=int, default=[8, 16, 32, 64, 128, 256])
-    parser.add_argument("--chunk-ms", type=float, default=60.0, help="mean of a chunk's time (default: 60)")
-    parser.add_argument("--sigma", type=float, default=0.3, help="of its logarithm (default: 0.3)")
+    parser.add_argument("--chunk-ms", type=float, default=60.0, help="mean time of a chunk (default: 60)")
+    parser.add_argument("--sigma", type=float, default=0.3, help="standard deviation of its logarithm (default: 0.3)")
     parser.add_argument("--reset-ms", type=float, default=600.0, help="(default: 600)")
-    parser.add_argument("--episode-decisions", type=float, default=25.0, help="mean of an episode (default: 25)")
+    parser.add_argument("--episode-decisions", type=float, default=25.0, help="mean per episode (default: 25)")
     inference = InferenceConfig()
     parser.add_argument(
         "--buckets", nargs="+", type=int, default=inference.buckets, help="batch sizes (default: a run's)"
     )
     parser.add_argument("--batch-wait-ms", type=float, default=0.0, help="as inference.batch_wait_ms (default: 0)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="that a repeat measures (default: 20)")
-    parser.add_argument("--warm-seconds", type=float, default=3.0, help="before that (default: 3)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a file to which the JSON lines are written as well")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of a repeat (default: 20)")
+    parser.add_argument("--warm-seconds", type=float, default=3.0, help="time before it (default: 3)")
+    add_output_arguments(parser, repeats=5)
 
 
-Figures = dict[str, float]
-
-
-def modelled(throughput: Throughput) -> Figures:
+def modelled(throughput: Throughput) -> Metrics:
     return {
         "decisions_per_s": throughput.decisions_per_s,
         "device_busy": throughput.device_busy,
@@ -87,7 +88,7 @@ def modelled(throughput: Throughput) -> Figures:
     }
 
 
-def quantiles(queue_wait_s: np.ndarray, latency_s: np.ndarray) -> Figures:
+def quantiles(queue_wait_s: np.ndarray, latency_s: np.ndarray) -> Metrics:
     return {
         f"{name}_p{percent}": 1e3 * float(np.percentile(seconds, percent))
         for name, seconds in (("queue_wait", queue_wait_s), ("latency", latency_s))
@@ -101,21 +102,19 @@ def measured(
     service: dict[int, float],
     lock_step: bool,
     arguments: argparse.Namespace,
-) -> Figures:
+) -> Metrics:
     from dsrl_async.bench.simulated.run import Simulation, measure
 
-    wait_ms = arguments.batch_wait_ms
-    simulation = Simulation(actors, times, service, wait_ms, lock_step)
+    simulation = Simulation(actors, times, service, arguments.batch_wait_ms, lock_step)
     run = measure(simulation, arguments.warm_seconds, arguments.seconds)
-    used = run.supervisor.running + run.inference.running + run.actors.running
     return {
         "decisions_per_s": run.decisions / run.seconds,
         "device_busy": run.phase_s["compute"] / run.seconds,
         "batch_size": run.rows / run.batches,
         "batch_fill": run.rows / run.padded_rows,
         **quantiles(run.queue_wait_s, run.latency_s),
-        "cpu": 1e3 * used / run.decisions,
-        "memory": actors * run.actor_memory / 1e6,
+        "cpu": 1e3 * run.cpu_s / run.decisions,
+        "memory": actors * run.worker_memory / 1e6,
         "cpu_wait": run.inference.waiting / run.seconds,
     }
 
@@ -135,41 +134,42 @@ UNITS = {
 }
 
 
-def summarise(samples: dict[str, list[Figures]]) -> Iterator[tuple[str, str, float, str]]:
-    """(system, metric, value, unit); ratios come last."""
+def summarise(samples: dict[str, list[Metrics]]) -> Iterator[Figure]:
+    """Medians, then ratios."""
     rate = {}
-    for system, figures in samples.items():
-        for metric in figures[0]:
-            value = statistics.median(each[metric] for each in figures)
-            yield system, metric, value, UNITS[metric]
-        rate[system] = statistics.median(each["decisions_per_s"] for each in figures)
+    for system, of_system in samples.items():
+        values = medians(of_system)
+        for metric, value in values.items():
+            yield Figure(system, metric, value, UNITS[metric])
+        rate[system] = values["decisions_per_s"]
     pairs = [(OWN, IDEAL), (OWN, LOCK_STEP), (OWN, IDEAL_LOCK_STEP), (LOCK_STEP, IDEAL_LOCK_STEP)]
     for system, against in pairs:
         if {system, against} <= rate.keys():
-            yield f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio"
+            yield Figure(f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measures what the options ask for; see `Report` for what is written."""
-    if min(*arguments.actors, *arguments.buckets, arguments.repeats) < 1 or arguments.buckets != sorted(
-        set(arguments.buckets)
-    ):
-        raise ValueError("--actors, --buckets and --repeats must be positive, and --buckets increasing")
-    if min(arguments.chunk_ms, arguments.episode_decisions - 1, arguments.seconds) <= 0:
-        raise ValueError("--chunk-ms and --seconds must be positive, --episode-decisions above 1")
+    require_positive(arguments, "actors", "buckets", "repeats", "chunk_ms", "seconds")
+    if arguments.buckets != sorted(set(arguments.buckets)):
+        raise ValueError("--buckets must be increasing")
+    if arguments.episode_decisions <= 1:
+        raise ValueError("--episode-decisions must be above 1")
     times = EnvironmentTimes(
         arguments.chunk_ms / 1e3, arguments.sigma, arguments.reset_ms / 1e3, 1 / arguments.episode_decisions
     )
     real = [system for system in (OWN, LOCK_STEP) if system in arguments.system]
-    report = Report("pipeline", arguments.repeats, arguments.out)
+    lines = JsonLines("pipeline", arguments)
     every_size = range(1, arguments.buckets[-1] + 1)
     for device in arguments.device:
         curve = DEVICES[device]
         buckets = {size: curve(size) for size in arguments.buckets}
         exact = {size: curve(size) for size in every_size}
         for actors in arguments.actors:
-            report.case(f"{device} {actors} actors chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms")
-            samples: dict[str, list[Figures]] = {system: [] for system in real}
+            lines.case(f"{device} {actors} actors chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms")
+            runs = {
+                system: partial(measured, actors, times, buckets, system == LOCK_STEP, arguments) for system in real
+            }
+            samples = take_turns(runs, arguments.repeats)
             if IDEAL in arguments.system:
                 draws = [times.totals(SEED, lane) for lane in range(actors)]
                 ideal = simulate(draws, exact.__getitem__, every_size, MODEL_DECISIONS, MODEL_DECISIONS // 2)
@@ -178,8 +178,4 @@ def run(arguments: argparse.Namespace) -> None:
                 draws = [times.totals(SEED, lane) for lane in range(actors)]
                 ideal = simulate_lock_step(draws, exact.__getitem__, every_size, MODEL_DECISIONS)
                 samples[IDEAL_LOCK_STEP] = [modelled(ideal)]
-            for _ in range(arguments.repeats):
-                for system in real:
-                    samples[system].append(measured(actors, times, buckets, system == LOCK_STEP, arguments))
-            for figure in summarise(samples):
-                report.add(*figure)
+            lines.add(summarise(samples))

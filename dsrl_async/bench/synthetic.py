@@ -1,8 +1,8 @@
 """Policies and observations made from a seed, so that two programs can compute the same without exchanging files.
 
-This module needs numpy and the standard library only: the published implementations run in environments of their
-own, in which it is imported too. A tensor depends on the seed, its name and its shape alone, and is made from the
-raw output of a counter-based generator, which numpy promises never to change.
+This module needs only numpy and the standard library, since the published implementations, in environments of their
+own, import it too. A tensor depends only on the seed, its name and its shape, and is made from the raw output of a
+counter-based generator, which numpy promises never to change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 Sizes = dict[str, Any]
-"""Fields of `dsrl_async.pi0.config.Pi0Config` that differ from its defaults."""
+"""Fields of `dsrl_async.pi0.config.Pi0Config`."""
 
 FULL: Sizes = {
     "cameras": 2,
@@ -52,14 +52,14 @@ SIZES: dict[str, Sizes] = {
         "vocab_size": 300,
     },
 }
-"""`full` is what openpi published (3.2 G parameters that matter), `two_layers` has its widths, `toy` its depths."""
+"""`full` is what openpi published (3.2 G parameters in use); `two_layers` has its widths, `toy` its depths."""
 MODELS: dict[str, Sizes] = {
     "pi0": {"pi05": False, "action_horizon": 50, "max_token_len": 48},
     "pi05": {"pi05": True, "action_horizon": 10, "max_token_len": 200},
 }
 """The two published models as openpi configures them for LIBERO."""
 EMBEDDING = "paligemma_with_expert.paligemma.lm_head.weight"
-"""The name under which openpi stores the embedding table, which its modules have under a second name too."""
+"""The name under which openpi stores the embedding table. Its modules have it under a second name, too."""
 
 
 def sizes(model: str, size: str) -> Sizes:
@@ -79,10 +79,10 @@ def uniform(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
 
 
 def weight(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
-    """A tensor of a policy under openpi's name, float32.
+    """A policy's tensor under openpi's name, float32.
 
-    Matrices keep the variance of what goes through them (the embedding table: after openpi's factor of
-    sqrt(width)). Biases, norms and the position table are all far from the values that would have no effect.
+    Matrices preserve the variance of what passes through them (the embedding table: after openpi's factor of
+    sqrt(width)). Biases, norms and the position table are far from the values that would have no effect.
     """
     values = uniform(name, shape, seed)
     if name.endswith("position_embedding.weight"):
@@ -91,7 +91,7 @@ def weight(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
         values *= np.float32(math.sqrt(3 / math.prod(shape[1:])))
         return values
     values *= np.float32(0.5)
-    if "vision_model" in name and name.endswith("weight"):  # LayerNorm; Gemma's norms add the one themselves
+    if "vision_model" in name and name.endswith("weight"):  # LayerNorm; Gemma's norms add the 1 themselves
         values += np.float32(1.0)
     return values
 
@@ -99,8 +99,8 @@ def weight(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
 def observation(config: Sizes, prompt_lengths: Sequence[int], seed: int) -> dict[str, np.ndarray]:
     """Processed inputs for a batch with a row per prompt length.
 
-    `images` float32 [B, cameras, 3, S, S] in [-1, 1], `tokens` int64 [B, L], `token_mask` bool [B, L], `state`
-    float32 [B, action_dim], `noise` float32 [B, H, action_dim]. Row i does not depend on the other rows. Empty
+    They are `images` float32 [B, cameras, 3, S, S] in [-1, 1], `tokens` int64 [B, L], `token_mask` bool [B, L], `state`
+    float32 [B, action_dim] and `noise` float32 [B, H, action_dim]. Row i does not depend on the other rows. Empty
     language slots hold arbitrary ids, which must not matter.
     """
 
@@ -119,7 +119,7 @@ def observation(config: Sizes, prompt_lengths: Sequence[int], seed: int) -> dict
 
 
 def prompt_lengths(config: Sizes, batch: int) -> list[int]:
-    """Lengths for a batch, from a few tokens to all language slots; the first is a usual LIBERO instruction."""
+    """Prompt lengths for a batch, from a few tokens to all language slots. The first is typical of LIBERO."""
     slots = config["max_token_len"]
     usual = [17, slots, 5, slots // 2, 24, 9, 31, 12]
     return [usual[row % len(usual)] for row in range(batch)]

@@ -108,7 +108,8 @@ class LiberoEnvironment:
         self.max_episode_steps: int = config["max_episode_steps"]
         self.settling_steps: int = config["settling_steps"]
         self.seeding: str = config["seeding"]
-        self._preset_seed = PRESETS[config["preset"]].seed
+        self.fixtures_seed = PRESETS[config["preset"]].seed
+        """Seed for the fixtures' places, unless `seeding` is by episode."""
         self._order, self._rotate = config["scene_order"], config["rotate_images"]
         self._render_size: int = config["render_size"]
         self._antialias: bool = config["antialias"]
@@ -142,7 +143,7 @@ class LiberoEnvironment:
         task, state = pairs[int(random.integers(len(pairs))) if self._order == "sampled" else number % len(pairs)]
         if self.seeding == "episode":
             return Scene(task, state, int(random.integers(2**32)), 1)
-        return Scene(task, state, self._preset_seed, state + 1 if self.seeding == "task" else 1)
+        return Scene(task, state, self.fixtures_seed, state + 1 if self.seeding == "task" else 1)
 
     def reset(self, seed: int, number: int = 0) -> int:
         """Starts the episode that `seed` and `number` determine. Returns its task_index.

@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 from dsrl_async.bench import synthetic
-from dsrl_async.bench.denoise import OWN, REFERENCE, Worker
+from dsrl_async.bench.denoise import OWN, REFERENCE, start
 
 
 def main() -> int:
@@ -33,10 +33,10 @@ def main() -> int:
         for dtype in ("float32", "bfloat16"):
             for system in (REFERENCE, OWN):
                 print(f"{model}: {system} in {dtype} ...", file=sys.stderr)
-                with Worker(system, config, dtype, arguments.threads) as worker:
+                with start(system, config, dtype, arguments.threads) as process:
                     lengths = synthetic.prompt_lengths(config, 1)
-                    worker.ask("prepare", prompt_lengths=lengths, steps=arguments.steps)
-                    actions[system, dtype] = np.array(worker.ask("actions")["actions"])
+                    process.ask(do="prepare", prompt_lengths=lengths, steps=arguments.steps)
+                    actions[system, dtype] = np.array(process.ask(do="actions")["actions"])
         truth = actions[REFERENCE, "float32"]
         for (system, dtype), sampled in actions.items():
             if (system, dtype) != (REFERENCE, "float32"):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import openpi_model
 
 from dsrl_async.bench import synthetic
-from dsrl_async.bench.systems.serving import Prepare, Sample, Stages, serve
+from dsrl_async.bench.systems.serving import Prepare, Sample, StageMeter, serve
 
 
 def load(config: synthetic.Sizes, dtype: str, seed: int) -> Prepare:
@@ -23,15 +23,15 @@ def load(config: synthetic.Sizes, dtype: str, seed: int) -> Prepare:
     embed_image, denoise_step = stack.embed_image, model.denoise_step
 
     def prepare(inputs: dict[str, np.ndarray], denoise_steps: int) -> Sample:
-        def sample(stages: Stages) -> Tensor:
+        def sample(meter: StageMeter) -> Tensor:
             def vision(image: Tensor) -> Tensor:
-                stages.enter("vision")
+                meter.enter("vision")
                 features = embed_image(image)
-                stages.enter("prefill")
+                meter.enter("prefill")
                 return features
 
             def denoise(*arguments: Any) -> Tensor:
-                stages.enter("denoise")
+                meter.enter("denoise")
                 return denoise_step(*arguments)
 
             stack.embed_image, model.denoise_step = vision, denoise

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsrl_async.bench import denoise, scale, synthetic
-from dsrl_async.bench.report import Report
+from dsrl_async.bench import denoise, references, scale, synthetic
+from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments
 from dsrl_async.bench.systems.policy import language_length, load
-from dsrl_async.bench.systems.serving import Stages, _count, _time
+from dsrl_async.bench.systems.serving import StageMeter, _count, _time
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
@@ -40,9 +40,9 @@ def test_one_case_end_to_end(tmp_path: Path) -> None:
 
 
 def test_a_missing_reference_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(denoise, "ENVIRONMENT", tmp_path / "openpi")
-    with pytest.raises(ValueError, match=r"not there; make it with 'bash .*/scripts/references/setup\.sh'"):
-        denoise.Worker(denoise.REFERENCE, synthetic.sizes("pi0", "toy"), "float32", 1)
+    monkeypatch.setattr(references, "ENVIRONMENTS", tmp_path)
+    with pytest.raises(ValueError, match=r"not there; make it with 'bash .*/scripts/references/setup\.sh openpi'"):
+        denoise.start(denoise.REFERENCE, synthetic.sizes("pi0", "toy"), "float32", 1)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def test_impossible_options_are_refused(options: list[str], message: str) -> Non
 def test_a_dying_process_is_reported() -> None:
     config = synthetic.sizes("pi0", "toy")
     with pytest.raises(ValueError, match="the process of dsrl_async ended with status"):
-        denoise.Worker(denoise.OWN, {**config, "heads": 0}, "float32", 1)
+        denoise.start(denoise.OWN, {**config, "heads": 0}, "float32", 1)
 
 
 def test_quantities_go_to_the_stage_that_is_open() -> None:
     reading = iter([0, 1, 11, 12, 112, 1112])
-    stages = Stages(lambda: next(reading))
+    meter = StageMeter(lambda: next(reading))
     for stage in ("vision", "prefill", "denoise", "denoise", "prefill"):
-        stages.enter(stage)
-    assert stages.totals == {"vision": 10, "prefill": 2, "denoise": 1100}
+        meter.enter(stage)
+    assert meter.totals == {"vision": 10, "prefill": 2, "denoise": 1100}
 
 
 def test_every_stage_of_a_sample_is_timed_and_counted() -> None:
@@ -97,7 +97,7 @@ def result(scale: float, actions: float) -> dict[str, object]:
 
 def test_medians_ratios_and_differences() -> None:
     results = {"dsrl_async": result(1.0, 0.25), "openpi": result(2.0, 0.5)}
-    figures = {(system, metric): value for system, metric, value, _ in denoise.summarise(results)}
+    figures = {(system, metric): value for system, metric, value, *_ in denoise.summarise(results)}
     assert figures["dsrl_async", "vision"] == 11
     assert figures["dsrl_async", "total"] == 101
     assert figures["dsrl_async/openpi", "total"] == 0.5
@@ -133,7 +133,7 @@ def test_repeats_are_interleaved(together: bool, monkeypatch: pytest.MonkeyPatch
             events.append((self.system, do))
             return {do: 1.0}
 
-    monkeypatch.setattr(denoise, "Worker", Fake)
+    monkeypatch.setattr(denoise, "start", Fake)
     monkeypatch.setattr(denoise, "fit_together", lambda *_: together)
     arguments = argparse.Namespace(repeats=3, steps=2, prompt_tokens=5, threads=1)
     results = denoise.measure(["a", "b"], synthetic.sizes("pi0", "toy"), "float32", 2, arguments)
@@ -175,16 +175,21 @@ def test_observations_do_not_depend_on_the_other_rows() -> None:
     assert three["tokens"].max() < config["vocab_size"]
 
 
+def output_arguments(*options: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_output_arguments(parser, repeats=3)
+    return parser.parse_args(options)
+
+
 def test_out_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--out .*nowhere.* cannot be written: No such file"):
-        Report("denoise", 1, tmp_path / "nowhere" / "lines.jsonl")
+        JsonLines("denoise", output_arguments("--out", str(tmp_path / "nowhere" / "lines.jsonl")))
 
 
-def test_a_report_prints_and_writes_the_same_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report("denoise", 3, tmp_path / "lines.jsonl")
-    report.case("toy")
-    report.add("ours", "total", 1 / 3, "ms")
-    report.add("theirs", "total", 2.0, "ms", repeats=1)
+def test_the_same_lines_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = JsonLines("denoise", output_arguments("--out", str(tmp_path / "lines.jsonl")))
+    lines.case("toy")
+    lines.add([Figure("ours", "total", 1 / 3, "ms"), Figure("theirs", "total", 2.0, "ms", repeats=1)])
     printed = capsys.readouterr().out
     assert (tmp_path / "lines.jsonl").read_text() == printed
     first, second = map(json.loads, printed.splitlines())

@@ -150,7 +150,7 @@ TICKS: list[Any] = [
 
 
 def test_rates_leave_out_start_warm_up_and_end(tmp_path: Path) -> None:
-    assert end_to_end.figures(write_run(tmp_path, TICKS), 990.0, 0.9) == {
+    assert end_to_end.metrics_of(write_run(tmp_path, TICKS), 990.0, 0.9) == {
         "env_steps_per_s": 100,
         "decisions_per_s": 20,
         "updates_per_s": 20,
@@ -162,7 +162,7 @@ def test_rates_leave_out_start_warm_up_and_end(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_succeed_has_rates(tmp_path: Path) -> None:
-    figures = end_to_end.figures(write_run(tmp_path, TICKS), 990.0, 0.91)
+    figures = end_to_end.metrics_of(write_run(tmp_path, TICKS), 990.0, 0.91)
     assert {name for name, value in figures.items() if math.isinf(value)} == {
         *("seconds_to_success", "start_to_success", "decisions_to_success")
     }
@@ -171,10 +171,10 @@ def test_a_run_that_does_not_succeed_has_rates(tmp_path: Path) -> None:
 
 def test_a_run_without_learning_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"did 500 decisions and 90 updates, too few to measure; raise --max-minutes"):
-        end_to_end.figures(write_run(tmp_path, TICKS[:5]), 990.0, 0.9)
+        end_to_end.metrics_of(write_run(tmp_path, TICKS[:5]), 990.0, 0.9)
 
 
-def sample(rate: float, seconds: float) -> end_to_end.Figures:
+def sample(rate: float, seconds: float) -> end_to_end.Metrics:
     rates = dict.fromkeys(("env_steps_per_s", "decisions_per_s", "updates_per_s"), rate)
     return {**rates, "start": 5.0, "seconds_to_success": seconds, "start_to_success": seconds + 5} | {
         "decisions_to_success": rate * seconds
@@ -187,7 +187,7 @@ def test_medians_count_a_run_that_did_not_get_there_as_the_longest() -> None:
         "serial": [sample(10, 240.0), sample(10, 230.0), sample(10, 240.0)],
         "lock step": [sample(5, math.inf), sample(15, math.inf), sample(15, 70.0)],
     }
-    value = {(system, metric): value for system, metric, value, _ in end_to_end.summarise(samples)}
+    value = {(system, metric): value for system, metric, value, *_ in end_to_end.summarise(samples)}
     assert value["asynchronous", "seconds_to_success"] == 60
     assert value["asynchronous", "reached"] == 2
     assert value["asynchronous/serial", "seconds_to_success"] == 0.25

@@ -55,31 +55,32 @@ class FakeProcess:
     alive: set[str]
 
     def __init__(self, arguments: argparse.Namespace, system: str, directory: Path) -> None:
-        assert system not in self.alive, "the one before is still there"
-        self.system, self.seen, self.pid = system, directory / f"{system}.npz", os.getpid()
-        self.alive.add(system)
+        self.system, self.directory, self.pid = system, directory, os.getpid()
 
-    def started(self) -> dict[str, float]:
-        return {"start": 1.0, "start_wall": 2.0}
+    def __enter__(self) -> FakeProcess:
+        assert self.system not in self.alive, "the one before is still there"
+        self.alive.add(self.system)
+        return self
 
-    def play(self, episode: int) -> dict[str, float]:
+    def __exit__(self, *_: object) -> None:
+        self.alive.remove(self.system)
+
+    def answer(self) -> dict[str, float]:
+        return {"start": 1.0}
+
+    def ask(self, episode: int) -> dict[str, float]:
         assert self.alive == {STOCK, OWN, FAST}
         images, states = np.full((2, 2), 100, np.uint8), np.zeros((2, 8), np.float32)
         if self.system == FAST:
             images[1, 1] -= 7 * (episode == 1)
             states[0, 3] -= 0.25 * (episode == 0)
-        np.savez(self.seen, images=images, states=states)
+        np.savez(env.seen_file(self.directory, self.system), images=images, states=states)
         return {"reset": 3.0, "step": 4.0, "memory": 5.0}
-
-    def end(self) -> None:
-        self.alive.remove(self.system)
-
-    kill = end
 
 
 def test_starts_and_episodes_are_counted_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     FakeProcess.alive = set()
-    monkeypatch.setattr(env, "_Process", FakeProcess)
+    monkeypatch.setattr(env, "start", FakeProcess)
     monkeypatch.setattr(env, "start_together", lambda *_: {"start_together": 6.0, "memory_together": 7.0})
     arguments = argparse.Namespace(system=[STOCK, OWN, FAST], starts=2, repeats=3, together=8)
     figures = {(system, metric): (value, n) for system, metric, value, _, n in env.measure(arguments, tmp_path)}

@@ -39,8 +39,8 @@ def test_a_run_is_measured_and_leaves_nothing_behind() -> None:
     assert run.phase_s["compute"] >= 0.9 * run.batches * min(SERVICE.values())
     assert run.supervisor.running > 0
     assert run.inference.running > 0
-    assert run.actors.running > 0
-    assert 5e6 < run.actor_memory < 60e6
+    assert run.workers.running > 0
+    assert 5e6 < run.worker_memory < 60e6
     assert run.left_over == 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dsrl_async.bench import transport
+from dsrl_async.bench import references, transport
 from dsrl_async.bench.simulated.environment import CHUNK, SPEC
 from dsrl_async.bench.systems import bare_transport
 from dsrl_async.bench.systems.transport_process import SYSTEMS
@@ -39,7 +39,7 @@ def test_payloads_are_the_same_for_all() -> None:
 
 @pytest.mark.parametrize("peer", transport.PEERS)
 def test_peers(peer: str) -> None:
-    if not (transport.ENVIRONMENTS / peer.split()[0] / "complete").exists():
+    if not (references.ENVIRONMENTS / peer.split()[0] / "complete").exists():
         pytest.skip("its environment is made by scripts/references/setup.sh")
     figures = transport.variants([peer])[peer](2, 3.0, 0.5)
     assert figures["decisions"] > 10
@@ -47,7 +47,7 @@ def test_peers(peer: str) -> None:
 
 
 def test_a_missing_peer_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(transport, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(references, "ENVIRONMENTS", tmp_path)
     with pytest.raises(ValueError, match=r"not there; make it with 'bash .*/scripts/references/setup\.sh torchrl'"):
         transport.variants(["torchrl"])
 
@@ -59,7 +59,7 @@ def test_a_peer_that_fails_is_named_with_its_last_words(monkeypatch: pytest.Monk
         transport.variants(["gymnasium"])["gymnasium"](1, 0.1, 0.1)
 
 
-def figures(rate: float, cpu_us: float) -> list[transport.Figures]:
+def figures(rate: float, cpu_us: float) -> list[transport.Metrics]:
     return [{"decisions": rate * 2, "seconds": 2.0, "cpu_s": cpu_us * 1e-6 * rate * 2}]
 
 
@@ -74,7 +74,7 @@ def test_ratios_are_to_the_best_peer_with_as_many_copies() -> None:
         "torchrl": figures(100, 100),
         "memcpy": figures(9000, 10),
     }
-    found = {(system, metric): value for system, metric, value, _ in transport.summarise(samples)}
+    found = {(system, metric): value for system, metric, value, *_ in transport.summarise(samples)}
     assert found["dsrl_async/gymnasium", "decisions_per_s"] == 4
     assert found["dsrl_async/torchrl", "cpu"] == pytest.approx(0.5)
     assert found["dsrl_async, one copy/gymnasium, one copy", "decisions_per_s"] == 4

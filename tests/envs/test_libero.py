@@ -152,7 +152,7 @@ def nudge_an_action(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -
 
 
 def seed_otherwise(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(environment, "_preset_seed", environment._preset_seed + 1)
+    patch.setattr(environment, "fixtures_seed", environment.fixtures_seed + 1)
 
 
 PLANTED: dict[Callable[[LiberoEnvironment, pytest.MonkeyPatch], None], set[str]] = {

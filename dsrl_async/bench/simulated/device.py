@@ -1,7 +1,7 @@
-"""The inference process of a run, with a device that takes a given time for a batch and computes nothing.
+"""The inference process of a run with a device that takes a given time for a batch and computes nothing.
 
-Everything but the device is the run's own: `inference.InferenceServer`, its loop, gathering and scattering. In lock
-step the loop is another one: it waits until all actors are ready, answers all of them, and only then wakes them.
+Everything else is the run's own: `inference.InferenceServer`, its loop, gathering and scattering. In lock step the loop
+waits until all lanes are ready, answers all of them, and only then wakes their workers.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from dsrl_async.shm.slots import Slots
 
 PROMPT_LENGTH = 16
 RECORDS = "latencies.npy"
-"""Written when the process ends, int64 [decisions, 3]: time.monotonic_ns of request, start of the batch, and answer."""
+"""File written at the end, int64 [decisions, 3]: time.monotonic_ns of request, start of batch and answer."""
 
 
 class SimulatedPolicy:
-    """Takes `service_s` for a batch of B; its buffers are those of `steering.SteeredPolicy`. See there for shapes."""
+    """Takes `service_s` for a batch. Its buffers are those of `steering.SteeredPolicy`, which describes them."""
 
     def __init__(self, config: Config, batch_size: int, service_s: float, gather: bool) -> None:
         self.service_s = service_s
@@ -64,7 +64,7 @@ class SimulatedPolicy:
 
 
 class Recorder:
-    """Notes, for each answered request, when it was made, when its batch began, and when it was answered."""
+    """Notes when each request was made, when its batch began, and when it was answered."""
 
     def __init__(self, slots: Slots, policies: Policies) -> None:
         self._slots, self._policies = slots, [*policies.batch_policies.values()]
@@ -81,10 +81,7 @@ class Recorder:
 
 
 def main(argument: str) -> None:
-    """`argument` is the job of `inference.main`, with these beside it:
-
-    `service_s`: {batch size: seconds}; `gather`: copy the images into the batch; `lock_step`; `record`: write RECORDS.
-    """
+    """`argument` is the job of `inference.main` with the fields of `Simulation` that concern the device."""
     job = json.loads(argument)
     prepare_child(job["parent"])
     sharpen_timers()

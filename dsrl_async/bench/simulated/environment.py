@@ -1,6 +1,6 @@
-"""An environment that sleeps instead of simulating, as a process of a run. Imports no torch.
+"""An environment worker of a run whose environment sleeps instead of simulating.
 
-Everything but the environment is the run's own: `worker.Lane`, its slot, its replay lane, its loop.
+Everything else is the run's own: `worker.Lane`, its slot, its part of the replay ring, its loop.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dsrl_async.run.worker.worker import Lane, play
 from dsrl_async.shm.arena import Arena
 
 SPEC = EnvironmentSpec(cameras=2, image_size=224, state_dim=8, action_dim=7, prompts=("put the block on the plate",))
-"""What Pi0 sees of LIBERO."""
+"""The spec of LIBERO for Pi0."""
 CHUNK = 10
-"""Actions that an environment is given for each decision."""
+"""Number of actions per decision."""
 HORIZON = 10
-"""Action slots of the simulated policy."""
+"""Number of action slots of the simulated policy."""
 PR_SET_TIMERSLACK = 29
 
 
 def sharpen_timers() -> None:
-    """Let sleeps of this process end when they should, and not up to 50 microseconds later, as is usual."""
+    """Make this process's sleeps end in time, and not up to 50 microseconds late."""
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1)
 
 
 class SleepingEnvironment:
-    """Takes as long as `EnvironmentTimes` says; an observation is copied from arrays that are there already."""
+    """Takes as long as `EnvironmentTimes` says. Observations are copies of fixed arrays."""
 
     spec = SPEC
 
@@ -69,11 +69,11 @@ def _sleep(seconds: float) -> None:
 
 
 def prepare(job: Mapping[str, Any]) -> None:
-    """There is nothing that all actors share."""
+    """The workers share nothing."""
 
 
 def main(job: Mapping[str, Any], prepared: None) -> None:
-    """`job` is told by `template.Template`, with `times`, the fields of `EnvironmentTimes`, beside it."""
+    """`job` comes from `template.Template`, with the fields of `EnvironmentTimes` as `times`."""
     sharpen_timers()
     arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
     number, seed = job["number"], job["seed"]

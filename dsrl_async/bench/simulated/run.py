@@ -28,69 +28,73 @@ from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import Supervisor
 from dsrl_async.shm.counters import INFERENCE_PHASES
 from dsrl_async.telemetry.console import NoDisplay
+from dsrl_async.telemetry.usage import MEMORY_WORKERS
 
 WARMUP_DECISIONS = 16
-LANE_ROWS = 64  # replay rows of an environment: a small ring, so that all its memory is soon in use
-FAR_AHEAD = 2**32  # gradient updates: the actors never wait for a learner that there is not
+LANE_ROWS = 64  # replay rows of a lane: the ring is small, so that all its memory is soon in use
+FAR_AHEAD = 2**32  # gradient updates, so that no environment waits for the learner, which does not exist
 MEASURED = "measured"
-MEMORY_ACTORS = 8  # actors are alike: the mean of a few stands for all
 START_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is run."""
+    """Settings of a simulated run."""
 
-    actors: int
-    """Environment processes."""
+    workers: int
     times: EnvironmentTimes
     service_s: Mapping[int, float]
-    """Batch size -> seconds that the device takes; these are the run's batch sizes."""
+    """Batch size -> seconds that the device takes. These are the run's batch sizes."""
     batch_wait_ms: float = 0.0
     lock_step: bool = False
     gather: bool = True
-    """Copy the images into the batch."""
+    """Whether images are copied into the batch."""
     record: bool = True
-    """Note when each request was made and answered."""
+    """Whether the times at which each request is made and answered are noted."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of a stretch of `seconds` in which all actors were at work."""
+    """What happened during `seconds` in which all workers were at work."""
 
     seconds: float
     decisions: int
     batches: int
     rows: int
-    """Observations answered."""
+    """Number of observations answered."""
     padded_rows: int
     phase_s: dict[str, float]
-    """Of the inference process."""
+    """Seconds by phase of the inference process."""
     queue_wait_s: np.ndarray
-    """From request to the start of its batch, float64 [decisions]; empty if not recorded."""
+    """Time from a request to the start of its batch, float64 [decisions]; empty if not recorded."""
     latency_s: np.ndarray
-    """From request to answer."""
+    """Time from a request to its answer, likewise."""
     supervisor: Usage
     inference: Usage
-    actors: Usage
+    workers: Usage
     start_s: float
-    """From the first process to the first decision of the last actor."""
+    """Time from the first process to the first decision of the last worker."""
     stop_s: float
-    """From the wish to end until no process was left."""
-    actor_memory: float
-    """Mean private bytes of an actor."""
+    """Time from the request to stop until no process was left."""
+    worker_memory: float
+    """Mean private bytes of a worker."""
     killed: int
-    """Processes that did not end by themselves when told to."""
+    """Number of processes that did not end by themselves."""
     left_over: int
-    """Processes of the run that are still there."""
+    """Number of processes of the run that still exist."""
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time of all processes."""
+        return self.supervisor.running + self.inference.running + self.workers.running
 
 
 def run_config(simulation: Simulation) -> Config:
     settings = {
-        "actors": simulation.actors,
+        "actors": simulation.workers,
         "env": {"chunk": CHUNK},
         "replay": {
-            "capacity": simulation.actors * LANE_ROWS,
+            "capacity": simulation.workers * LANE_ROWS,
             "warmup_decisions": WARMUP_DECISIONS,
         },
         "sac": {"batch_size": WARMUP_DECISIONS},
@@ -104,7 +108,7 @@ def run_config(simulation: Simulation) -> Config:
 
 
 class _Watch(threading.Thread):
-    """Waits for all actors, measures, and ends the run."""
+    """Waits for all workers, measures, and ends the run."""
 
     def __init__(
         self, supervisor: Supervisor, stop: StopRequest, warm_s: float, seconds: float, decisions: int
@@ -144,8 +148,8 @@ class _Watch(threading.Thread):
                 return
             time.sleep(min(0.1, max(0.001, until - time.monotonic())))
         self._note()
-        actors = self.pids["actor"][:MEMORY_ACTORS]
-        self.memory = float(np.mean([psutil.Process(pid).memory_full_info().uss for pid in actors]))
+        workers = self.pids["actor"][:MEMORY_WORKERS]
+        self.memory = float(np.mean([psutil.Process(pid).memory_full_info().uss for pid in workers]))
 
     def _note(self) -> None:
         self.moments.append(
@@ -191,7 +195,7 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         watch.start()
         summary = supervisor.run()
         ended = time.monotonic()
-        stop.reason = stop.reason or MEASURED  # the run failed: there is nothing left to watch
+        stop.reason = stop.reason or MEASURED  # a run that has failed leaves nothing to watch
         watch.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -217,10 +221,10 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         latency_s=answered - requested,
         supervisor=supervising,
         inference=serving,
-        actors=acting,
+        workers=acting,
         start_s=watch.start_s,
         stop_s=ended - watch.stopped,
-        actor_memory=watch.memory,
+        worker_memory=watch.memory,
         killed=sum(child.popen is None or child.popen.returncode != 0 for child in supervisor.children),
         left_over=sum(psutil.pid_exists(pid) for of_kind in watch.pids.values() for pid in of_kind),
     )

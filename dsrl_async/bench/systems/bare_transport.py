@@ -1,15 +1,15 @@
-"""The transport alone, as bare as Python allows: what `bench transport` compares the real processes with.
+"""A transport as bare as Python allows, with which `bench transport` compares the real processes.
 
-Anonymous shared memory, an eventfd for each side, one request and one answer number for each environment. There are no
-transitions, no noise, no counters, no weights, and nobody notices when a process dies.
+It has anonymous shared memory, an eventfd per process, and a request and an answer number per environment. It has no
+transitions, noise, counters or weights, and nobody notices when a process dies.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import select
-import signal
 import time
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -35,7 +35,7 @@ def environment(lane: int, memory: mmap.mmap, environments: int, event: int, ser
 
 
 def arrays(memory: mmap.mmap, environments: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """observation uint8 [N, PAYLOAD], action float32 [N, 10, 7], requests and answers int64 [N]."""
+    """Views of memory: observation uint8 [N, PAYLOAD], action float32 [N, 10, 7], requests and answers int64 [N]."""
     shapes = [((environments, PAYLOAD), "u1"), ((environments, *ANSWER), "f4"), ((environments,), "i8")]
     found, offset = [], 0
     for shape, dtype in [*shapes, shapes[-1]]:
@@ -45,7 +45,7 @@ def arrays(memory: mmap.mmap, environments: int) -> tuple[np.ndarray, np.ndarray
 
 
 def run(environments: int, gather: bool, warm_s: float, seconds: float, cpu_s: Callable[[list[int]], float]) -> dict:
-    """Decisions, seconds, and CPU-seconds by `cpu_s` (of process ids), of this process and the environments."""
+    """Measures decisions, seconds, and the CPU-seconds of all processes; `cpu_s` reads those of process ids."""
     memory = mmap.mmap(-1, environments * (PAYLOAD + 1024))
     events = [os.eventfd(0) for _ in range(environments + 1)]
     context = get_context("fork")
@@ -56,10 +56,10 @@ def run(environments: int, gather: bool, warm_s: float, seconds: float, cpu_s: C
     pids = [os.getpid(), *(child.pid for child in children if child.pid)]
     observation, action, asked, answered = arrays(memory, environments)
     batch, chunk = np.empty_like(observation), np.zeros((environments, *ANSWER), np.float32)
-    decisions, begin, spent = 0, 0.0, 0.0
+    decisions, begin, spent = 0, math.inf, 0.0
     warm = time.monotonic() + warm_s
-    while (now := time.monotonic()) < warm + seconds:
-        if begin == 0.0 and now >= warm:
+    while (now := time.monotonic()) < begin + seconds:
+        if begin == math.inf and now >= warm:
             decisions, begin, spent = 0, now, cpu_s(pids)
         os.eventfd_read(events[-1])
         numbers = asked.copy()
@@ -71,10 +71,10 @@ def run(environments: int, gather: bool, warm_s: float, seconds: float, cpu_s: C
         for lane in ready.tolist():
             os.eventfd_write(events[lane], 1)
         decisions += len(ready)
-    figures = {"decisions": decisions, "seconds": time.monotonic() - begin, "cpu_s": cpu_s(pids) - spent}
+    sample = {"decisions": decisions, "seconds": time.monotonic() - begin, "cpu_s": cpu_s(pids) - spent}
     for child in children:
-        os.kill(child.pid or 0, signal.SIGKILL)
+        child.kill()
         child.join()
     for event in events:
         os.close(event)
-    return figures
+    return sample

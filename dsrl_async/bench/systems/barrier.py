@@ -1,4 +1,4 @@
-"""The loop of an inference process in lock step: one barrier per decision, as vectorised environments have it."""
+"""The loop of an inference process in lock step, with one barrier per decision, as in vectorised environments."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dsrl_async.shm import events
 from dsrl_async.shm.counters import Stop
 
 IDLE_POLL_S = 1.0
-REFUSED_POLL_S = 0.005  # where nothing may be answered: the run's last decision is being executed
+REFUSED_POLL_S = 0.005  # when nothing may be answered because the run's last decision is being executed
 
 
 def serve_in_lock_step(server: InferenceServer, job: dict[str, Any], learn: Callable[[], None] = lambda: None) -> None:
-    """When all actors are ready, `learn`, answer all of them, then wake them together; until the run stops.
+    """Until the run stops: when all lanes are ready, `learn`, answer all of them, and wake their workers together.
 
-    The barrier: actors that have ended an episode reset before they are ready. `server` must wake nobody by itself.
+    Resets are inside the barrier, since a lane whose episode has ended resets before it is ready. `server` must wake
+    nobody by itself.
     """
     counters, notify = server.counters, notifier(job["wake_fds"])
     while counters.stop < Stop.EVERYONE:

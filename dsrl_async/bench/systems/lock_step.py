@@ -1,9 +1,8 @@
-"""A run in lock step, as programs with vectorised environments do it: `bench end_to_end` compares with it.
+"""A run in lock step, as in programs with vectorised environments, with which `bench end_to_end` compares.
 
-`python -m dsrl_async.bench.systems.lock_step` takes the options of `launch` and does the same, with the same
-supervisor, environment processes and memory, but with `lock_step_process` in the place of the inference process and
-the learner.
-Not for use: it writes no checkpoint at the end. Imports no torch.
+`python -m dsrl_async.bench.systems.lock_step` takes the options of `launch` and does the same with the same supervisor,
+environment workers and memory, but with `lock_step_process` in place of the inference process and the learner. It is
+for measuring only: it writes no checkpoint at the end.
 """
 
 from __future__ import annotations

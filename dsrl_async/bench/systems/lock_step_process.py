@@ -1,4 +1,4 @@
-"""Policy and learner of a run in lock step, in one process: all actors step, then it learns, then it answers all.
+"""Policy and learner of a run in lock step, in one process: all environments step, it learns, it answers all of them.
 
 Everything but the order is the run's own: `worker`, `inference.InferenceServer`, `learner.Learner`.
 """

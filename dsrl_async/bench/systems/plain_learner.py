@@ -1,4 +1,4 @@
-"""DSRL-SAC as a plain PyTorch program would write it: what `bench learner` compares with."""
+"""DSRL-SAC as a plain PyTorch program, with which `bench learner` compares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dsrl_async.sac.networks import log_prob, preprocess_image
 
 
 class PlainEncoder(nn.Module):
-    """Image through convolutions to a latent vector; state likewise; both side by side."""
+    """Encodes the image with convolutions and the state with a linear layer, and concatenates both."""
 
     def __init__(self, config: SacConfig) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class PlainActor(nn.Module):
         self.limits = config.log_std_min, config.log_std_max
 
     def forward(self, pixels: Tensor, state: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
-        """Squashed sample and its log-probability."""
+        """A squashed sample and its log-probability."""
         mean, log_std = self.mlp(self.encoder(pixels, state)).chunk(2, dim=1)
         log_std = log_std.clamp(*self.limits)
         u = mean + log_std.exp() * normal
@@ -75,7 +75,7 @@ class PlainCritic(nn.Module):
 
 
 def copy_encoder(plain: PlainEncoder, own: Any, read: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a plain parameter and what `read` gives of the same one here, in the plain layout."""
+    """Pairs of a plain parameter and `read` of the same parameter in `own`, in the plain layout."""
     convolutions = [layer for layer in plain.image if isinstance(layer, nn.Conv2d)]
     pairs = [
         (getattr(theirs, name), read(getattr(ours, name)))
@@ -84,7 +84,7 @@ def copy_encoder(plain: PlainEncoder, own: Any, read: Callable[[Tensor], Tensor]
     ]
     _, linear, norm, _ = list(plain.image)[-4:]
     channels = convolutions[-1].out_channels
-    by_pixel = read(own.image_projection.weight)  # its columns go by pixel, then channel; the plain one's the other way
+    by_pixel = read(own.image_projection.weight)  # columns by pixel, then channel; in `plain` by channel, then pixel
     by_channel = by_pixel.view(len(by_pixel), -1, channels).transpose(1, 2).flatten(1)
     pairs += [(linear.weight, by_channel), (linear.bias, read(own.image_projection.bias))]
     modules = [(norm, own.image_norm)]
@@ -115,7 +115,7 @@ def copy_critic(plain: PlainCritic, own: Any, read: Callable[[Tensor], Tensor]) 
 
 
 class Plain:
-    """The plain program, from the parameters of `agent`."""
+    """The plain program, which starts with the parameters of `agent`."""
 
     def __init__(self, agent: SacAgent) -> None:
         config, self.config = agent.config, agent.config
@@ -135,7 +135,7 @@ class Plain:
         self.alpha_optimiser = torch.optim.Adam([self.raw_alpha], config.alpha_lr)
 
     def losses(self, batch: Batch, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Critic, actor and temperature loss; gradients go to the parameters' `.grad`."""
+        """Critic, actor and temperature losses, with the gradients in the parameters' `.grad`."""
         config = self.config
         pixels, next_pixels = (preprocess_image(images, config).contiguous() for images in batch.images.chunk(2))
         state, next_state = batch.states.chunk(2)
@@ -154,7 +154,7 @@ class Plain:
         critic_loss = F.mse_loss(q, target[:, None].expand_as(q))
         self.critic_optimiser.zero_grad()
         critic_loss.backward()
-        # The actor's loss leaves gradients in the critic's heads, which no step uses; the critic's own are kept here.
+        # The actor's loss leaves gradients in the critic's heads that no step uses, so the critic's own are kept.
         gradients = [parameter.grad for parameter in self.critic.parameters()]
         for parameter in self.critic.parameters():
             parameter.grad = None

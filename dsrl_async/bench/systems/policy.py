@@ -1,4 +1,4 @@
-"""This project's policy with the weights of `synthetic`; as a program, the measured process (`serving`)."""
+"""This project's policy with the weights of `synthetic`. As a program it is the measured process (`serving`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsrl_async.bench import synthetic
-from dsrl_async.bench.systems.serving import Prepare, Sample, Stages, serve
+from dsrl_async.bench.systems.serving import Prepare, Sample, StageMeter, serve
 from dsrl_async.pi0.checkpoint import empty_model, parts_of
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
@@ -16,7 +16,7 @@ from dsrl_async.pi0.sampler import Sampler, language_bucket
 
 @torch.no_grad()
 def seeded_policy(config: Pi0Config, dtype: torch.dtype, seed: int) -> Pi0:
-    """A policy on the CPU, filled tensor by tensor, so that a full-size one takes no more than its weights."""
+    """A policy on the CPU, filled tensor by tensor, so that a full-size one takes no more memory than its weights."""
     policy = empty_model(config, "cpu", dtype)
     for part, rows in parts_of(policy):
         rows.copy_(torch.from_numpy(synthetic.weight(part.name, part.shape, seed)))
@@ -24,7 +24,7 @@ def seeded_policy(config: Pi0Config, dtype: torch.dtype, seed: int) -> Pi0:
 
 
 def language_length(token_mask: np.ndarray) -> int:
-    """Slots for the prompts of a batch: bool [B, L], where valid tokens come first."""
+    """Number of language slots for the prompts of a batch, bool [B, L], in which valid tokens come first."""
     return language_bucket(int(token_mask.sum(1).max()), token_mask.shape[1])
 
 
@@ -38,13 +38,13 @@ def load(config: synthetic.Sizes, dtype: str, seed: int) -> Prepare:
             given = array[:, :length] if name in ("tokens", "token_mask") else array
             getattr(sampler, name).copy_(torch.from_numpy(given))
 
-        def sample(stages: Stages) -> Tensor:
+        def sample(meter: StageMeter) -> Tensor:
             hooks = [
-                policy.vision.register_forward_pre_hook(lambda *_: stages.enter("vision")),
-                policy.vision.register_forward_hook(lambda *_: stages.enter("prefill")),
+                policy.vision.register_forward_pre_hook(lambda *_: meter.enter("vision")),
+                policy.vision.register_forward_hook(lambda *_: meter.enter("prefill")),
             ]
             sampler.encode()
-            stages.enter("denoise")
+            meter.enter("denoise")
             sampler.denoise()
             for hook in hooks:
                 hook.remove()

@@ -1,13 +1,12 @@
-"""One process per measured system: it loads a policy once and then measures what it is asked to.
+"""The process of a measured policy (`conversation.SystemProcess`): it loads a policy once and measures on request.
 
-Both ends speak JSON lines over stdin and stdout. This end runs in this project's environment and, unchanged, in those
-of the published implementations, so it imports numpy, torch and `tracing` only.
+It runs in this project's environment and, unchanged, in those of the published implementations, so it imports only
+numpy, torch, `conversation` and `tracing`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsrl_async.bench import synthetic
+from dsrl_async.bench.conversation import answer_on_stdout
 from dsrl_async.host.tracing import OperationTrace
 
 STAGES = ("vision", "prefill", "denoise")
@@ -30,34 +30,34 @@ GEMMS = (
     "aten::mkldnn_convolution",
     "aten::_slow_conv2d_forward",
 )
-"""Operations that are matrix products on the CPU; a convolution with its stride equal to its kernel is one."""
+"""Operations that are matrix products on the CPU. A convolution whose stride equals its kernel is one."""
 FUSED_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
-class Stages:
-    """Attributes a quantity that only grows, such as time or a count of operations, to the stages of one sample."""
+class StageMeter:
+    """Attributes a growing quantity, such as time or a count of operations, to the stages of a sample."""
 
     def __init__(self, read: Callable[[], int]) -> None:
         self.totals = dict.fromkeys(STAGES, 0)
         self._read, self._stage, self._mark = read, "prefill", read()
 
     def enter(self, stage: str) -> None:
-        """What comes from here on belongs to `stage`; a sample starts in prefill."""
+        """Begin a stage. A sample starts in prefill."""
         now = self._read()
         self.totals[self._stage] += now - self._mark
         self._stage, self._mark = stage, now
 
 
-Sample = Callable[[Stages], Tensor]
-"""Samples once, normalised actions [B, H, action_dim], and says when it enters a stage."""
+Sample = Callable[[StageMeter], Tensor]
+"""Samples normalised actions [B, H, action_dim] once and tells the meter when it enters a stage."""
 Prepare = Callable[[dict[str, np.ndarray], int], Sample]
-"""(inputs as of `synthetic.observation`, denoising steps) -> what is then measured."""
+"""(inputs as from `synthetic.observation`, denoising steps) -> what is measured."""
 Load = Callable[[synthetic.Sizes, str, int], Prepare]
 """(sizes, "float32" or "bfloat16", seed) -> a loaded policy."""
 
 
 def _reset_peak_memory() -> None:
-    """Makes VmHWM start again from the present size (Linux 4.0 or later)."""
+    """Resets VmHWM to the present size (Linux 4.0 or later)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -69,25 +69,25 @@ def _peak_memory() -> int:
 
 def _time(sample: Sample) -> dict[str, Any]:
     """Milliseconds per stage."""
-    stages = Stages(time.perf_counter_ns)
-    sample(stages)
-    stages.enter("prefill")
-    return {stage: total / 1e6 for stage, total in stages.totals.items()}
+    meter = StageMeter(time.perf_counter_ns)
+    sample(meter)
+    meter.enter("prefill")
+    return {stage: total / 1e6 for stage, total in meter.totals.items()}
 
 
 def _count(sample: Sample) -> dict[str, Any]:
     """Kernel-class operations per stage, and host syncs."""
     with OperationTrace() as trace:
-        stages = Stages(lambda: trace.kernels)
-        sample(stages)
-        stages.enter("prefill")
-    return {"kernels": stages.totals, "host_syncs": trace.host_syncs}
+        meter = StageMeter(lambda: trace.kernels)
+        sample(meter)
+        meter.enter("prefill")
+    return {"kernels": meter.totals, "host_syncs": trace.host_syncs}
 
 
 def _profile(sample: Sample) -> dict[str, Any]:
-    """Shares of the time that go to matrix products and to fused attention, from torch's profiler."""
+    """Shares of time in matrix products and in fused attention, from torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        sample(Stages(lambda: 0))
+        sample(StageMeter(lambda: 0))
     spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     total = sum(spent.values())
     return {
@@ -97,9 +97,9 @@ def _profile(sample: Sample) -> dict[str, Any]:
 
 
 def _actions(sample: Sample) -> dict[str, Any]:
-    """Actions, and the process's peak memory in bytes while they were sampled."""
+    """Actions and the process's peak memory in bytes while sampling."""
     _reset_peak_memory()
-    actions = sample(Stages(lambda: 0))
+    actions = sample(StageMeter(lambda: 0))
     return {"actions": actions.tolist(), "peak_memory": _peak_memory()}
 
 
@@ -107,27 +107,20 @@ MEASUREMENTS = {"time": _time, "count": _count, "profile": _profile, "actions": 
 
 
 def serve(load: Load) -> None:
-    """Answers requests until stdin ends. The first argument of the process is a JSON object: config, dtype, seed,
-    threads."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    """Answer requests until stdin ends. The process's argument is a JSON object with config, dtype, seed, threads."""
+    answer = answer_on_stdout()
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     config, seed = settings["config"], settings["seed"]
     prepare = load(config, settings["dtype"], seed)
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    answer({"ready": True})
+    answer(ready=True)
     sample: Sample | None = None
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "prepare":
             inputs = synthetic.observation(config, request["prompt_lengths"], seed)
             sample = prepare(inputs, request["steps"])
-            answer({"prepared": True})
+            answer(prepared=True)
         else:
             assert sample is not None
-            answer(MEASUREMENTS[request["do"]](sample))
+            answer(**MEASUREMENTS[request["do"]](sample))

@@ -1,4 +1,4 @@
-"""LIBERO's own environment wrapper, behind this project's protocol: what `bench env` compares with."""
+"""LIBERO's own environment wrapper behind this project's protocol, with which `bench env` compares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class StockEnvironment:
-    """A task in LIBERO's own wrapper, as published: a reset compiles the scene anew, and every step renders."""
+    """A task in LIBERO's published wrapper: it compiles the scene at every reset and renders at every step."""
 
     def __init__(self, suite: str, task: int, render_size: int = 256) -> None:
         from dsrl_async.envs import libero_files
@@ -26,19 +26,19 @@ class StockEnvironment:
         self.observation: dict[str, Any] = {}
 
     def reset(self, seed: int, init_state: int, resets: int = 1) -> None:
-        """Starts from a numbered initial state, after so many resets that follow the seed; without settling."""
+        """Starts from a numbered initial state after seeding and `resets` resets, without settling."""
         self.env.seed(seed)
         for _ in range(resets):
             self.env.reset()
         self.observation = self.env.set_init_state(self.init_states[init_state])
 
     def step(self, action: NDArray[np.float32]) -> tuple[float, bool]:
-        """Reward and whether the goal holds."""
+        """Returns the reward and whether the goal holds."""
         self.observation, reward, done, _ = self.env.step(action)
         return reward, done
 
     def observe(self, size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """What a policy sees of the last step: images uint8[2, size, size, 3] and state float32[8]."""
+        """The policy's observation of the last step: images uint8[2, size, size, 3] and state float32[8]."""
         from dsrl_async.envs.images import libero_image
         from dsrl_async.envs.libero import axis_angle
 

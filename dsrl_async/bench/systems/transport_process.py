@@ -1,4 +1,4 @@
-"""One transport in a process of its own, which starts the environments' processes itself.
+"""A transport in a process of its own, which starts the environments' processes.
 
     python -m dsrl_async.bench.systems.transport_process '{"system": ..., "environments": N, "gather": ..., ...}'
 
@@ -46,18 +46,18 @@ def _environment(lane: int, arena: Arena, wake_fd: int, server_fd: int) -> None:
         events.notify(server_fd)
         while not slots.answered(lane, number):
             events.wait(wake_fd, timeout_s=1.0)
-        slots.action_chunk[lane].copy()  # all that the bare prototype's environment does with it
+        slots.action_chunk[lane].copy()  # as in the bare transport
 
 
 def slots_only(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
-    """The run's own slots, wake-ups and gathering, without all else that actors and inference process do."""
+    """The run's own slots, wake-ups and gathering, without anything else that workers and inference process do."""
     arena = Arena.create(slot_fields(environments, SPEC, CHUNK, NOISE_DIM, HORIZON * NOISE_DIM))
     server_fd, wake_fds = events.create(), [events.create() for _ in range(environments)]
     targets = [(lane, arena, wake_fds[lane], server_fd) for lane in range(environments)]
     children = [get_context("fork").Process(target=_environment, args=target, daemon=True) for target in targets]
     for child in children:
         child.start()
-    import torch  # after the environments have been forked: they do without
+    import torch  # only now, since the forked environments do without
 
     from dsrl_async.run.inference.server import gather as gather_rows
     from dsrl_async.run.inference.server import notifier
@@ -81,14 +81,14 @@ def slots_only(environments: int, gather: bool, warm_s: float, seconds: float) -
         notify(slots.answer(lanes, numbers, chunk[: len(lanes)], noise[: len(lanes)], 0))
         return len(lanes)
 
-    figures = repeat(answer, [os.getpid(), *(child.pid for child in children if child.pid)], warm_s, seconds)
+    sample = repeat(answer, [os.getpid(), *(child.pid for child in children if child.pid)], warm_s, seconds)
     for child in children:
         child.kill()
-    return figures
+    return sample
 
 
 def memcpy(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
-    """The bound: a process copies a payload from `environments` rows to as many others, again and again."""
+    """The bound: a process copies payloads from `environments` rows to as many others, again and again."""
     source = np.random.default_rng(0).integers(0, 256, (environments, bare_transport.PAYLOAD), np.uint8)
     destination = np.empty_like(source)
 
@@ -101,7 +101,7 @@ def memcpy(environments: int, gather: bool, warm_s: float, seconds: float) -> di
 
 
 def repeat(step: Callable[[], int], pids: list[int], warm_s: float, seconds: float) -> dict[str, float]:
-    """Call `step`, which returns how many decisions it was, and measure after `warm_s`."""
+    """Call `step`, which returns its number of decisions, and measure after `warm_s`."""
     until = time.monotonic() + warm_s
     while time.monotonic() < until:
         step()
