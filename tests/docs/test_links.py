@@ -156,6 +156,14 @@ def test_what_documents_name_exists(document: Path, check: str) -> None:
     assert list(CHECKS[check]((ROOT / document).read_text())) == []
 
 
+def test_documents_that_the_code_names_exist() -> None:
+    files = [path for top in ("dsrl_async", "scripts", "configs") for path in (ROOT / top).rglob("*.*")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".py", ".sh", ".yaml")}
+    named = {name: path for path, text in texts.items() for name in re.findall(r"\bdocs/[\w/]+\.\w+", text)}
+    assert len(named) > 5
+    assert {name: path for name, path in named.items() if not (ROOT / name).exists()} == {}
+
+
 def test_every_guide_is_in_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text()
     pages = [str(path.relative_to("docs")) for path in DOCUMENTS if path.parts[0] == "docs"]
