@@ -96,7 +96,7 @@ def measure(
     sampler = Sampler(model, batch_size, length, args.denoise_steps, compiled=args.compile)
     fill(sampler, seed=1)
     halves = [sampler.encode, sampler.denoise]
-    captured = capture(halves, device, None, f"batch size {batch_size}, prompts of {length} tokens")
+    captured = capture(halves, device, None, f"batch size {batch_size}, prompts of {length} tokens", "policy.graphs")
     replays = captured.replays if captured else halves
     fill(sampler, seed=2)
     sampler.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,22 @@ def suggestion(unknown: str, known: Iterable[str], what: str, lists: str = "--he
     return f"; did you mean {near[0]!r}?" if near else f"; {lists} lists all {what}"
 
 
+class Loader(yaml.SafeLoader):
+    """YAML 1.2 in what it takes for a boolean: `graphs: off` is a word, as it is on the command line."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; raises ConfigError with one sentence if that cannot be done."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.load(path.read_text(), Loader)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -114,6 +114,9 @@ class PolicyConfig(Section):
     """Euler steps from noise (t=1) to action (t=0)."""
     compile: bool = False
     """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start."""
+    graphs: Literal["auto", "off"] = "auto"
+    """`auto`: on a GPU the policy is captured in CUDA graphs; `off`: every kernel is launched each time, which takes
+    longer at small batches."""
 
     def overrides(self) -> dict[str, Any]:
         """What the user says about the checkpoint itself, as keyword arguments of `pi0.files.find_policy`."""
@@ -266,6 +269,8 @@ class LearnerConfig(Section):
     """Device of the learner: `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means the policy's."""
     threads: int | None = Field(None, gt=0)
     """CPU threads of the learner process; null means a quarter of the cores, but at least one."""
+    graphs: Literal["auto", "off"] = "auto"
+    """`auto`: on a GPU an update is captured in a CUDA graph; `off`: every kernel is launched each time."""
     publish_interval: int = Field(10, gt=0)
     """Gradient updates between two broadcasts of the actor's weights."""
 

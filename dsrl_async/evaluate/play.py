@@ -126,7 +126,8 @@ def worker_job(config: Config, episodes: Sequence[Episode], films: Films | None)
 def load_server(evaluation: Evaluation, config: Config, spec: EnvironmentSpec, pool: WorkerPool) -> InferenceServer:
     """Load the policy, and the agent that steers it; raise ConfigError if they cannot be used."""
     torch.set_num_threads(cpu_threads(config.inference.threads))
-    policies = load_policies(config, spec, resolve_device(config.device), evaluation.mode, policy_directory(config))
+    device, directory = resolve_device(config.device), policy_directory(config)
+    policies = load_policies(config, spec, device, evaluation.mode, directory, Counters(pool.arena))
     server = InferenceServer(config, pool.arena, policies, notifier(pool.wake_fds), training=False)
     if evaluation.checkpoint is not None:
         load_actor(evaluation.checkpoint, server)

@@ -147,7 +147,7 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
         "noise": mode,
         "env": env,
         "policy": {
-            **config.policy.model_dump(),
+            **config.policy.model_dump(exclude={"graphs"}),
             "checkpoint": str(directory.absolute()),
             "dtype": str(resolve_dtype(config.policy.dtype, device)).removeprefix("torch."),
             "files": identify_files(sorted({tensor.file for tensor in find_tensors(directory).values()})),

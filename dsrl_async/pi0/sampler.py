@@ -2,7 +2,7 @@
 
 `Sampler.run` reads the input buffers and writes the output buffer; it runs the same operations on the same
 storages in each call, never synchronises with the host, and has no data-dependent shape, so that its two halves can
-be captured as CUDA graphs (`dsrl_async/graphs.py`).
+be captured as CUDA graphs (`dsrl_async/host/graphs.py`).
 """
 
 from __future__ import annotations

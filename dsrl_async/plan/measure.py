@@ -25,6 +25,7 @@ from dsrl_async.run.preflight.policy import policy_directory
 from dsrl_async.run.worker.worker import Lane
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
@@ -101,7 +102,7 @@ def measure(
         say("loading the policy")
         device = resolve_device(config.device)
         torch.set_num_threads(cpu_threads(config.inference.threads))
-        policies = load_policies(config, spec, device, "stochastic", policy_directory(config))
+        policies = load_policies(config, spec, device, "stochastic", policy_directory(config), Counters(arena))
         server = InferenceServer(config, arena, policies, lambda lanes: None)
         say(f"environment: {part_s:.0f} s, until an episode has ended")
         lane = Lane(0, 1, config.seed, config.env.model_dump(), arena)
@@ -190,7 +191,7 @@ def updating(config: Config, horizon: int) -> Callable[[], None]:
     agent = SacAgent(sac, horizon, device, config.seed)
     updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size)
     updates.refresh()
-    if device.type == "cuda":
+    if device.type == "cuda" and config.learner.graphs == "auto":
         updates.capture()
 
     def update() -> None:

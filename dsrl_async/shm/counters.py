@@ -35,6 +35,19 @@ class Stop(IntEnum):
     EVERYONE = 2
 
 
+class Graphs(IntEnum):
+    """How the policy or the learner runs on a GPU."""
+
+    NONE = 0
+    """On the CPU, or it is not known yet."""
+    CAPTURED = 1
+    """CUDA graphs are replayed."""
+    OFF = 2
+    """The settings say: without graphs."""
+    FAILED = 3
+    """Without graphs since their capture failed."""
+
+
 class Counters:
     """Views of the counters, each annotated with its dtype and shape: `counters.actor_decisions[lane] += 1`."""
 
@@ -76,6 +89,8 @@ class Counters:
     """Seconds from a request to the start of its batch, summed over the observations."""
     inference_policy_version: Count
     """The gradient updates behind the weights in use."""
+    inference_graphs: Count
+    """A value of `Graphs`."""
     inference_heartbeat_ns: Count
     inference_phase_s: Annotated[np.ndarray, "float64", len(INFERENCE_PHASES)]
     """Seconds in each of `INFERENCE_PHASES`."""
@@ -87,6 +102,8 @@ class Counters:
     learner_failed_checkpoints: Count
     learner_lost_updates: Count
     """Updates by a learner that died which are not in the agent any more."""
+    learner_graphs: Count
+    """A value of `Graphs`."""
     learner_heartbeat_ns: Count
     learner_phase_s: Annotated[np.ndarray, "float64", len(LEARNER_PHASES)]
     """Seconds in each of `LEARNER_PHASES`."""

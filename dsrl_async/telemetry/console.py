@@ -129,6 +129,8 @@ def plain_line(config: Config, view: View) -> str:
         f"lag {recent.policy_lag:.1f}",
         f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}",
     ]
+    if graphs := _graphs(view):
+        parts.append(f"CUDA graphs: {graphs}")
     if view.remaining_s is not None:
         parts.append(f"left {_duration(view.remaining_s)}")
     return " | ".join(parts)
@@ -184,6 +186,8 @@ def _figures(config: Config, view: View) -> Table:
         f"{recent.batch_size:.1f} rows, {recent.batch_fill:.0%} full, waited {recent.queue_wait_ms:.1f} ms",
     )
     table.add_row("replay", f"{view.replay_size:,} rows, {view.replay_utilization:.0%} of the ring")
+    if graphs := _graphs(view):
+        table.add_row("graphs", Text(graphs, "bold red" if "failed" in view.cuda_graphs.values() else ""))
     if metrics:
         names = ("train/sac/critic_loss", "train/actor/entropy", "train/sac/alpha")
         parts = [f"{name.split('/')[-1].replace('_', ' ')} {metrics[name]:.4g}" for name in names if name in metrics]
@@ -248,6 +252,11 @@ def _ratio(config: Config, view: View, of: str) -> str:
     if view.updates == 0 and view.decisions <= config.replay.warmup_decisions:
         return f"warm-up {view.decisions:,}{of}{config.replay.warmup_decisions:,} decisions"
     return f"{view.replay_ratio:.3f}{of}{config.replay_ratio:g}"
+
+
+def _graphs(view: View) -> str:
+    """How policy and learner run on a GPU; empty on the CPU."""
+    return ", ".join(f"{name} {state}" for name, state in view.cuda_graphs.items() if state != "none")
 
 
 def _duration(seconds: float) -> str:

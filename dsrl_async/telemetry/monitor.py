@@ -22,7 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from dsrl_async.config.settings import Config
-from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES
+from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES, Graphs
 from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class View:
     memory_mb: dict[str, float]  # private, of supervisor, inference, learner, template, actor_mean; 0 if not running
     processes: dict[str, int]
     metrics: dict[str, float]  # the agent's latest; empty before the first update
+    cuda_graphs: dict[str, str]  # of policy and learner: a name of `Graphs`, in lower case
 
 
 class RunMonitor:
@@ -181,6 +182,7 @@ class RunMonitor:
                 "batch_fill": overall.batch_fill,
                 "phases": overall.phases,
                 "memory_mb": view.memory_mb,
+                "cuda_graphs": view.cuda_graphs,
             }
         )
 
@@ -237,6 +239,10 @@ class RunMonitor:
             | {"actor_mean": memory.get("actor", 0.0)},
             processes=dict(self._usage.processes),
             metrics=self._metrics,
+            cuda_graphs={
+                name: Graphs(int(snapshot[f"{kind}_graphs"][0])).name.lower()
+                for name, kind in (("policy", "inference"), ("learner", "learner"))
+            },
         )
 
     def _remaining(self, elapsed: float, decisions: int, pace: float) -> tuple[float | None, float | None]:
@@ -329,6 +335,8 @@ def scalars(view: View) -> dict[str, float]:
     }
     if view.success_rate is not None:
         values["async/success_rate"] = view.success_rate
+    on_gpu = {name: state for name, state in view.cuda_graphs.items() if state != "none"}
+    values |= {f"system/cuda_graphs/{name}": float(state == "captured") for name, state in on_gpu.items()}
     for rate in ("env_steps_per_s", "decisions_per_s", "updates_per_s"):
         values[f"time/{rate}"] = getattr(recent, rate)
     for kind, phases in recent.phases.items():

@@ -31,7 +31,7 @@ from dsrl_async.run.supervisor.serial import join
 from dsrl_async.run.worker.worker import Lane, play
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Stop
+from dsrl_async.shm.counters import Counters, Stop
 from dsrl_async.shm.memory import create_memory
 
 HORIZON = 10
@@ -70,7 +70,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
     config.inference.buckets = [2]  # so that a round takes two batches
     arena = create_memory(config, spec, HORIZON)
     cpu = resolve_device("cpu")
-    policies = load_policies(config, spec, cpu, "stochastic", EMBEDDED_POLICY)
+    policies = load_policies(config, spec, cpu, "stochastic", EMBEDDED_POLICY, Counters(arena))
     server, learner = join(config, arena, policies, HORIZON, cpu, tmp_path, lambda lanes: None)
     counters = server.counters
     observation_ready, wake = events.create(), [events.create() for _ in range(3)]
@@ -109,8 +109,9 @@ def test_lock_step_waits_for_all_learns_answers_all(
 
 
 def test_nobody_is_woken_before_all_are_ready(small_config: Config, spec: EnvironmentSpec, memory: Arena) -> None:
-    policies = load_policies(small_config, spec, resolve_device("cpu"), "stochastic", EMBEDDED_POLICY)
-    server, _ = join(small_config, memory, policies, HORIZON, resolve_device("cpu"), Path(), lambda lanes: None)
+    cpu = resolve_device("cpu")
+    policies = load_policies(small_config, spec, cpu, "stochastic", EMBEDDED_POLICY, Counters(memory))
+    server, _ = join(small_config, memory, policies, HORIZON, cpu, Path(), lambda lanes: None)
     observation_ready, wake = events.create(), [events.create(), events.create()]
     job = {"wake_fds": wake, "observation_ready_fd": observation_ready}
     thread = threading.Thread(target=serve_in_lock_step, args=(server, job), daemon=True)

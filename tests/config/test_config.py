@@ -120,6 +120,15 @@ def test_every_key_can_be_given_on_the_command_line() -> None:
         assert load_config([f"--{key}={text}"]) == Config()
 
 
+def test_off_is_a_word_in_a_file_as_on_the_command_line(tmp_path: Path) -> None:
+    """YAML 1.1 takes it for false."""
+    path = tmp_path / "off.yaml"
+    path.write_text("log: {console: off}\nlearner: {graphs: off}\nprofile: yes\nthrottle_actors: false\n")
+    config = load_config(["--config", str(path)])
+    assert (config.log.console, config.learner.graphs) == ("off", "off")
+    assert (config.profile, config.throttle_actors) == (True, False)
+
+
 def test_text_stays_text() -> None:
     assert load_config(["--run-dir", "2026"]).run_dir == "2026"
     assert load_config(["--max-minutes", "null"]).max_minutes is None

@@ -34,6 +34,7 @@ from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.preflight.policy import check_policy
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
 
 LAYOUTS: tuple[writer.Layout, ...] = ("openpi", "rlinf", "lerobot")
 SIZES: dict[str, Any] = {
@@ -495,7 +496,7 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
     """LeRobot's pi0.5, served in one batch of two different states."""
     directory = written / "pi05" / "lerobot"
     spec = environment_spec(small_config.env.model_dump())
-    policies = load_policies(small_config, spec, torch.device("cpu"), "base", directory)
+    policies = load_policies(small_config, spec, torch.device("cpu"), "base", directory, Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
     policy, slots = load_policy(directory), server.slots
     slots.state[:] = np.random.default_rng(0).normal(size=slots.state.shape)

@@ -27,11 +27,20 @@ MODULES = {"run.inference.server": "inference", "run.learner.learner": "learner"
 
 
 class Launched:
-    """`python -m dsrl_async.launch` on `run_dir` with `arguments`, and the processes it started."""
+    """`python -m dsrl_async.launch` on `run_dir` with `arguments`, and the processes it started.
 
-    def __init__(self, run_dir: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    Another `module` may wrap the command.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        module: str = "dsrl_async.launch",
+    ) -> None:
         self.run_dir = run_dir
-        command = [sys.executable, "-m", "dsrl_async.launch", *arguments]
+        command = [sys.executable, "-m", module, *arguments]
         if "--resume" not in arguments:
             command += ["--run-dir", str(run_dir)]
         self.popen = subprocess.Popen(

@@ -792,7 +792,8 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
 
     def infer() -> None:
         stage = stages_of(arena, "inference", device)
-        policies = inference.load_policies(config, spec, device, "stochastic", EMBEDDED_POLICY, stage)
+        counters = Counters(arena)
+        policies = inference.load_policies(config, spec, device, "stochastic", EMBEDDED_POLICY, counters, stage)
         server = inference.InferenceServer(config, arena, policies, inference.notifier(wake))
         inference.serve(server, {"observation_ready_fd": observation_ready, "weights_address": address})
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsrl_async.config.load import validate
-from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES, counter_fields
+from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES, Graphs, counter_fields
 from dsrl_async.telemetry.console import LiveDisplay, make_console, phase_bar, plain_line, render, sparkline
-from dsrl_async.telemetry.monitor import HISTORY_POINTS, RunMonitor, View, finished_episodes
+from dsrl_async.telemetry.monitor import HISTORY_POINTS, RunMonitor, View, finished_episodes, scalars
 from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 METRIC_NAMES = (
@@ -297,7 +297,7 @@ def test_summary_has_exactly_its_keys_and_is_json(run: FakeRun) -> None:
     assert before["success_rate"] is None
     expected = "wall_s env_steps decisions updates episodes success_rate success_episodes"
     expected += " env_steps_per_s decisions_per_s updates_per_s replay_ratio policy_lag_mean"
-    expected += " batch_size_mean batch_fill phases memory_mb"
+    expected += " batch_size_mean batch_fill phases memory_mb cuda_graphs"
     for result in (before, summary):
         assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert set(result) == set(expected.split())
@@ -451,6 +451,29 @@ def test_live_console_can_be_forced_without_a_terminal() -> None:
     display = make_console(validate({"log": {"console": "live"}}))
     display.close()
     assert isinstance(display, LiveDisplay)
+
+
+def test_a_run_says_whether_it_replays_graphs(run: FakeRun) -> None:
+    """On a GPU; on the CPU there is nothing to say."""
+    assert run.monitor.summary()["cuda_graphs"] == {"policy": "none", "learner": "none"}
+    view = run.tick()
+    assert not [name for name in scalars(view) if "graphs" in name]
+    assert "graphs" not in plain_line(run.config, view)
+    assert "graphs" not in shown(run, view)
+    run.counters["inference_graphs"][0], run.counters["learner_graphs"][0] = Graphs.CAPTURED, Graphs.FAILED
+    view = run.tick()
+    assert run.monitor.summary()["cuda_graphs"] == {"policy": "captured", "learner": "failed"}
+    values = {name: value for name, value in scalars(view).items() if "graphs" in name}
+    assert values == {"system/cuda_graphs/policy": 1.0, "system/cuda_graphs/learner": 0.0}
+    assert "CUDA graphs: policy captured, learner failed" in plain_line(run.config, view)
+    assert "policy captured, learner failed" in shown(run, view)
+
+
+def shown(run: FakeRun, view: View) -> str:
+    """The live display as text."""
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(render(run.config, view))
+    return console.export_text()
 
 
 def test_plain_line_names_unknowns(run: FakeRun) -> None:

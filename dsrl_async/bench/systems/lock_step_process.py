@@ -23,6 +23,7 @@ from dsrl_async.run.learner.learner import Learner
 from dsrl_async.run.preflight.policy import check_checkpoint
 from dsrl_async.run.supervisor.serial import join
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
 
 
 def learn_what_is_due(learner: Learner) -> None:
@@ -44,7 +45,7 @@ def main(argument: str) -> None:
     device, learner_device = resolve_device(config.device), resolve_device(config.learner.device or config.device)
     register_memory(arena, device)
     spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
-    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), stage)
+    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), Counters(arena), stage)
     horizon = check_checkpoint(config).config.action_horizon
     server, learner = join(config, arena, policies, horizon, learner_device, run_dir, lambda lanes: None)
     serve_in_lock_step(server, job, lambda: learn_what_is_due(learner))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.stages import Stage, no_stage
 from dsrl_async.pi0.checkpoint import load_policy, resolve_dtype
 from dsrl_async.pi0.policy import Pi0Policy
@@ -22,6 +23,7 @@ from dsrl_async.run.frozen_policy import FrozenPolicy
 from dsrl_async.run.inference.batching import batch_sizes
 from dsrl_async.run.inference.steering import Mode, SteeredPolicy
 from dsrl_async.sac.networks import Actor
+from dsrl_async.shm.counters import Counters
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +70,14 @@ def load_policies(
     device: torch.device,
     mode: Mode,
     directory: Path,
+    counters: Counters,
     stage: Stage = no_stage,
 ) -> Policies:
     """Load the frozen policy in `directory`, ready for every batch size and prompt length that can occur.
 
-    The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`; `stage`
-    times the policy.
+    The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`;
+    `counters` are told whether the policy is captured; `stage` times the policy. Raises CaptureError, see
+    `graphs.capture`.
     """
     frozen = load_frozen_policy(config, directory, device, spec.prompts)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
@@ -85,9 +89,10 @@ def load_policies(
     if device.type != "cuda":
         logger.info("no CUDA graphs: the policy runs on %s", device)
     pool = None
-    for policy in steered.values():
-        if config.policy.compile:
-            policy.run()  # compiles, now and not while actors wait
-        if device.type == "cuda":
-            pool = policy.capture(pool)
+    with graphs_of(config.policy.graphs, device, counters.inference_graphs) as graphs:
+        for policy in steered.values():
+            if config.policy.compile:
+                policy.run()  # compiles, now and not while actors wait
+            if graphs:
+                pool = policy.capture(pool)
     return Policies(steered, actor, frozen.prompt_lengths, stage)

@@ -173,7 +173,7 @@ def main(argument: str) -> None:
     register_memory(arena, device)
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
-    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), stage)
+    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), Counters(arena), stage)
     serve(InferenceServer(config, arena, policies, notifier(job["wake_fds"])), job)
 
 

@@ -95,12 +95,13 @@ class SteeredPolicy:
         self.policy.noise.copy_(expand_noise(self.noise, self.horizon, self.noise_layout))
 
     def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
-        """Have `run` replay CUDA graphs of both halves from now on, where that is possible (see `graphs.capture`).
+        """Have `run` replay CUDA graphs of both halves from now on, on a GPU (see `graphs.capture`).
 
         The actor's weights are read at each replay, so new ones, copied in place, need no new capture. Returns the
         pool for the next policy's capture.
         """
-        self.captured = capture([self.encode, self.denoise], self.device, pool, self.policy.name, HIGH_PRIORITY)
+        halves, name = [self.encode, self.denoise], self.policy.name
+        self.captured = capture(halves, self.device, pool, name, "policy.graphs", HIGH_PRIORITY)
         return pool if self.captured is None else self.captured.pool
 
     def run(self) -> None:

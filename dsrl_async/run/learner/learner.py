@@ -23,6 +23,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.host import logs
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.files import replacing
+from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.run import checkpoints
@@ -66,8 +67,9 @@ class Learner:
         self._metrics_read = -math.inf
         self._checkpoint_time = self._recovery_time = time.monotonic()
         self._restore()
-        if device.type == "cuda":
-            self.updates.capture()
+        with graphs_of(config.learner.graphs, device, self.counters.learner_graphs) as graphs:
+            if graphs:
+                self.updates.capture()
         self.publish()
 
     def _restore(self) -> None:

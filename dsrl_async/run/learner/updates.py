@@ -41,14 +41,14 @@ class Updates:
         self.learn(update_actor)
 
     def capture(self) -> None:
-        """Have `run` replay CUDA graphs from now on, where that is possible.
+        """Have `run` replay CUDA graphs from now on, on a GPU (see `graphs.capture`).
 
         There are two, for updates without and with the actor. They are rehearsed first, and the agent is put back to
         what it was.
         """
         before = self.agent.state_tensors()
         functions = [lambda: self.whole(False), lambda: self.whole(True)]
-        self.captured = capture(functions, self.agent.device, None, "the learner")
+        self.captured = capture(functions, self.agent.device, None, "the learner", "learner.graphs")
         self.agent.load_state_tensors(before)
 
     def refresh(self) -> int:

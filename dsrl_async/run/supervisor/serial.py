@@ -35,7 +35,8 @@ def run_serial(session: Session) -> dict[str, Any]:
     device = torch.device("cpu")
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
-    policies = load_policies(config, spec, device, "stochastic", policy_directory(config), stage)
+    directory = policy_directory(config)
+    policies = load_policies(config, spec, device, "stochastic", directory, session.counters, stage)
     server, learner = join(config, arena, policies, session.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
     lanes = [Lane(number, 1, config.seed, env_config, arena) for number in range(config.actors)]

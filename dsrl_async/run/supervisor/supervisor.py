@@ -18,7 +18,7 @@ from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.workers import Workers
 from dsrl_async.run.worker.template import WORKER
 from dsrl_async.shm import events
-from dsrl_async.shm.counters import Stop
+from dsrl_async.shm.counters import Graphs, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ class Supervisor:
         self.workers = Workers(session, self.wake, notify_fds, programs[Kind.WORKER])
         self.children = [*self.models, self.workers.template, *self.workers.by_lane]
         self.restarts = {kind.value: 0 for kind in (Kind.WORKER, Kind.INFERENCE, Kind.LEARNER, Kind.TEMPLATE)}
+        self._graphs = {
+            Kind.INFERENCE: self.counters.inference_graphs,
+            Kind.LEARNER: self.counters.learner_graphs,
+        }
         self._heartbeats = {
             Kind.INFERENCE: self.counters.inference_heartbeat_ns,
             Kind.LEARNER: self.counters.learner_heartbeat_ns,
@@ -93,6 +97,7 @@ class Supervisor:
     def _watch(self) -> str:
         """Start everyone, replace who fails, show figures; returns why the run ends."""
         failed_saves = 0
+        uncaptured: list[Child] = []
         while True:
             self._start_missing()
             if (reason := self.session.reason_to_stop() or self._give_up_dead()) is not None:
@@ -100,6 +105,10 @@ class Supervisor:
             if (failed := int(self.counters.learner_failed_checkpoints[0])) > failed_saves:
                 failed_saves = failed
                 logger.warning("a checkpoint could not be written; learning goes on, see %s", self.run_dir / "logs")
+            for child in self.models:
+                if child not in uncaptured and self._graphs[child.kind][0] == Graphs.FAILED:
+                    uncaptured.append(child)
+                    logger.warning("the %s process does without CUDA graphs: %s says why", child.name, child.log)
             if self.session.tick_due():
                 self.session.tick(self.pids())
             time.sleep(WATCH_INTERVAL_S)

@@ -17,13 +17,14 @@ from dsrl_async.run.inference.steering import Mode
 from dsrl_async.run.weights import Weights
 from dsrl_async.sac.networks import act
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
 
 CPU = torch.device("cpu")
 
 
 def make_server(config: Config, memory: Arena, mode: Mode = "stochastic", training: bool = True) -> InferenceServer:
     spec = environment_spec(config.env.model_dump())
-    policies = load_policies(config, spec, CPU, mode, EMBEDDED_POLICY)
+    policies = load_policies(config, spec, CPU, mode, EMBEDDED_POLICY, Counters(memory))
     return InferenceServer(config, memory, policies, lambda lanes: None, training)
 
 
@@ -90,7 +91,8 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
         "the block",
     )
     known = environment_spec(small_config.env.model_dump())
-    policies = load_policies(small_config, known._replace(prompts=prompts), CPU, "base", EMBEDDED_POLICY)
+    spec = known._replace(prompts=prompts)
+    policies = load_policies(small_config, spec, CPU, "base", EMBEDDED_POLICY, Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
     assert sorted({length for _, length in policies.batch_policies}) == [8, 12]
     policy, slots = load_policy(EMBEDDED_POLICY), server.slots

@@ -16,6 +16,7 @@ from dsrl_async.run.frozen_policy import FrozenPolicy
 from dsrl_async.run.inference import policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Counters
 
 CPU = torch.device("cpu")
 
@@ -69,7 +70,7 @@ def test_another_policy_is_steered(
 ) -> None:
     reflex: FrozenPolicy = Reflex(spec)
     monkeypatch.setattr(policies, "load_frozen_policy", lambda *arguments: reflex)
-    loaded = policies.load_policies(small_config, spec, CPU, "deterministic", Path("nowhere"))
+    loaded = policies.load_policies(small_config, spec, CPU, "deterministic", Path("nowhere"), Counters(memory))
     server = InferenceServer(small_config, memory, loaded, lambda lanes: None, training=False)
     slots, rng = server.slots, np.random.default_rng(0)
     for lane in (0, 1):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from safetensors import safe_open
 from support.launched import SMALL, Launched, checkpoint_of, state_of
+from support.paths import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsrl_async.pi0.config import EMBEDDED_POLICY
@@ -57,6 +58,22 @@ def test_run_to_a_limit_leaves_a_complete_run_directory(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names} >= {"env", "train", "time", "system", "async"}
     assert (run.run_dir / "config.yaml").is_file()
     assert (run.run_dir / "summary.json").is_file()
+
+
+def test_a_process_that_cannot_capture_is_started_again_without_graphs(tmp_path: Path) -> None:
+    """After a capture that failed a process is not to be trusted; its successor does not try it."""
+    arguments = [*SMALL, "--max-decisions", "40", "--max-minutes", "2"]
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    module, environment = "support.uncapturable", {"PYTHONPATH": search}
+    result = Launched(tmp_path / "run", *arguments, module=module, environment=environment).finish(120)
+    assert result["exit_reason"] == "max_decisions", result["stderr"]
+    assert result["restarts"]["inference"] == 1
+    assert result["cuda_graphs"] == {"policy": "failed", "learner": "none"}
+    logs = tmp_path / "run" / "logs"
+    assert "CaptureError: no CUDA graphs of anything could be captured: planted" in (logs / "inference.log").read_text()
+    told = [line for line in (logs / "supervisor.log").read_text().splitlines() if "CUDA graphs" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"the inference process does without CUDA graphs: {logs / 'inference.log'} says why")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
