@@ -156,6 +156,25 @@ def test_an_error_without_words_has_its_name(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "error: RuntimeError\n"
 
 
+def test_an_interrupt_is_one_whatever_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    assert command.guard(fail) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_nobody_expects_keeps_its_traceback() -> None:
+    def fail() -> int:
+        raise ImportError("no module named so")
+
+    with pytest.raises(ImportError, match="no module named so"):
+        command.guard(fail)
+
+
 def test_development_mode_keeps_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> int:
         raise ValueError("it broke")

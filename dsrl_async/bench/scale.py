@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 
 from dsrl_async.bench.figures import Figure, JsonLines, Metrics, add_output_arguments, medians, require_positive
+from dsrl_async.bench.pipeline import h100
 from dsrl_async.config.settings import InferenceConfig
-from dsrl_async.plan.gpus import h100
 from dsrl_async.plan.simulation import EnvironmentTimes
 
 OWN = "dsrl_async"

@@ -29,17 +29,25 @@ def guard(command: Callable[[], int]) -> int:
         code = command()
         sys.stdout.flush()  # if nobody reads it any more, that is an error like others
         return code
-    except KeyboardInterrupt:
-        code, sentence = 128 + signal.SIGINT, "interrupted"
-    except (ValueError, OSError, RuntimeError) as error:
-        if sys.flags.dev_mode:
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interrupt(error):
+            code, sentence = 128 + signal.SIGINT, "interrupted"
+        elif isinstance(error, ValueError | OSError | RuntimeError) and not sys.flags.dev_mode:
+            if isinstance(error, BrokenPipeError):
+                discard_output()
+            code, sentence = 2 if isinstance(error, ValueError) else 1, f"error: {str(error) or type(error).__name__}"
+        else:
             raise
-        if isinstance(error, BrokenPipeError):
-            discard_output()
-        code, sentence = 2 if isinstance(error, ValueError) else 1, f"error: {str(error) or type(error).__name__}"
     with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr)
     return code
+
+
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an exception: a module written in C makes an ImportError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 def discard_output() -> None:

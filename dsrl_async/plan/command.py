@@ -1,8 +1,8 @@
-"""The command: `python -m dsrl_async.plan [--measure] [figures] [any option of launch]`.
+"""The command: `python -m dsrl_async.plan [--measure] [option ...] [any option of launch]`.
 
-Predicts decisions, environment steps and gradient updates per second against the number of actors, says how many are
-enough and what bounds them, and what many machines would do. The times come from a short measurement of this machine
-(--measure), from the options below, or from both: an option goes before what was measured.
+Predicts decisions, environment steps and gradient updates per second against the number of environment workers, says
+how many are enough and what bounds them, and what many machines would do. Times come from a short measurement of this
+machine (--measure), from the options below, or from both: an option overrides what was measured.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from rich.console import Console
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.plan.capacity import (
-    curve,
-    judge,
-    machines,
-)
+from dsrl_async.plan.capacity import curve, judge, machines
 from dsrl_async.plan.gpus import ABOVE_BOUND, GPUS
 from dsrl_async.plan.report import plot, show
 from dsrl_async.plan.resolve import read
 
-GIGABIT = 1e9 / 8  # bytes
-PLAIN_WIDTH = 120  # where there is no terminal
+GIGABIT = 1e9 / 8
+"""Bytes."""
+PLAIN_WIDTH = 120
+"""Columns of the tables where there is no terminal."""
 
 
 def build_parser(all_settings: bool = False) -> Parser:
@@ -35,7 +33,7 @@ def build_parser(all_settings: bool = False) -> Parser:
     assert __doc__ is not None
     parser = Parser(
         prog=program("plan"),
-        usage="%(prog)s [--measure] [figures] [any option of launch]",
+        usage="%(prog)s [--measure] [option ...] [any option of launch]",
         description=__doc__.split("\n\n", 1)[1],
         epilog=None if all_settings else "All other options are those of a run; --help-all shows them.",
     )
@@ -86,25 +84,25 @@ def build_parser(all_settings: bool = False) -> Parser:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Print the prediction; returns 0. Raises ValueError, of which ConfigError is one, for what cannot be used."""
     own, rest = build_parser().parse_known_args(list(argv))
     try:
-        plan = read(own, rest)
-        config, figures = plan.config, plan.figures
-        points = curve(figures)
-        verdict = judge(figures, points)
+        config, inputs, payload = read(own, rest)
+        points = curve(inputs)
+        verdict = judge(inputs, points)
         link = own.network_gbit * GIGABIT
-        network = machines(figures, own.nodes, plan.payload, config.learner.publish_interval, link)
+        network = machines(inputs, own.nodes, payload, config.learner.publish_interval, link)
         if own.plot:
             plot(own.plot, points, verdict)
     except OSError as error:  # a policy's files cannot be read, or the picture cannot be written: give others
         raise ConfigError(str(error)) from error
     if own.json:
         content = {
-            "figures": asdict(figures),
+            "figures": asdict(inputs),
             "curve": [point._asdict() for point in points],
             "enough": verdict.enough._asdict(),
             "bound": verdict.bound,
-            "payload": plan.payload._asdict(),
+            "payload": payload._asdict(),
             "machines": [one._asdict() for one in network],
         }
         print(json.dumps(content))
@@ -112,5 +110,5 @@ def main(argv: Sequence[str]) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    show(console, plan, points, verdict, network)
+    show(console, inputs, payload, points, verdict, network)
     return 0

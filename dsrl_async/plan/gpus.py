@@ -1,4 +1,4 @@
-"""GPUs of NVIDIA's data sheets, and how long a batch of Pi0 should take on one."""
+"""What NVIDIA's data sheets say about GPUs, and how long a batch of Pi0 should take on one."""
 
 from __future__ import annotations
 
@@ -17,30 +17,21 @@ GPUS = {
     "l40s": (362, 0.864),
     "rtx4090": (165, 1.01),
 }
-"""TFLOPS of dense bfloat16 products with float32 sums, and TB/s of memory, of NVIDIA's data sheets (SXM where there is
-a choice, A100 with 80 GB)."""
-
+"""TFLOPS of dense bfloat16 products with float32 sums, and TB/s of memory (SXM where there is a choice; the A100 with
+80 GB)."""
 
 SUSTAINED = 800 / 989
-"""Of a data sheet's TFLOPS, what large products reach; 800 on an H100 is what pi0/roofline.py reckons with."""
-
+"""Fraction of the TFLOPS that large products reach: 800 on an H100, as in pi0/roofline.py."""
 
 ABOVE_BOUND = 1.3
-"""Times the bound is what a batch is supposed to take."""
+"""A batch is assumed to take this many times its bound. No GPU has been timed yet."""
 
 
 def roofline(gpu: str, policy: Pi0Config, denoise_steps: int, sizes: Sequence[int]) -> dict[int, float]:
-    """Seconds by batch size: `ABOVE_BOUND` times the bound, with all language slots in use."""
+    """Seconds that a batch takes, by size: `ABOVE_BOUND` times its bound, with all language slots in use."""
     tera_flops, tera_bytes = GPUS[gpu]
     work = stages(policy, policy.max_token_len, denoise_steps).values()
     return {
         size: ABOVE_BOUND * sum(stage.bound_s(size, SUSTAINED * tera_flops * 1e12, tera_bytes * 1e12) for stage in work)
         for size in sizes
     }
-
-
-def h100(size: int) -> float:
-    """Seconds of a batch of Pi0, two cameras and 48 language tokens: its bound on an H100, and 30 % more."""
-    work = stages(Pi0Config(), language_length=48, denoise_steps=10).values()
-    weights, saturated = (sum(stage.bound_s(batch, 800e12, 3.35e12) for stage in work) for batch in (1, 32))
-    return 1.3 * max(weights, saturated / 32 * size)

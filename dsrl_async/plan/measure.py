@@ -1,4 +1,4 @@
-"""Short measurements of the parts of a run, through the classes that a run uses, one after another in this process."""
+"""Measures the parts of a run for a short while, one after another in this process, with the classes of a run."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
 RING_ROWS = 4096
-"""Rows of the replay ring that is drawn from, random ones: 50 MB, more than a cache holds."""
-FEWEST = 3  # samples of anything
+"""Rows of the replay ring that updates draw from. They are random and take 50 MB, more than a cache holds."""
+FEWEST = 3
+"""Lower limit on the samples of anything."""
 IDLE_LOAD = 0.5
+"""Load average up to which the machine counts as idle."""
 PATIENCE, LEAST_PATIENCE_S = 6, 60.0
-"""How many times its share of the time the environment may take until an episode ends, and the seconds at least."""
+"""An episode has to end within this many times the environment's share of the time, and is given these seconds."""
 
 
 class Measured(NamedTuple):
-    """Fields of `capacity.Figures`."""
+    """Fields of `capacity.CapacityInputs` that can be measured."""
 
     environment: EnvironmentTimes
     steps_per_decision: float
@@ -50,11 +52,11 @@ class Measured(NamedTuple):
 
 
 class Took(NamedTuple):
-    """Of one call."""
+    """How long a call took."""
 
     seconds: float
     cpu_s: float
-    """Of all threads."""
+    """CPU time of all threads."""
 
 
 def timed(function: Callable[[], object]) -> Took:
@@ -64,8 +66,8 @@ def timed(function: Callable[[], object]) -> Took:
 
 
 def repeat(function: Callable[[], object], seconds: float) -> list[Took]:
-    """Samples of about so many seconds in all, at least `FEWEST`; the first call, which warms up, counts only if there
-    is no time for another one."""
+    """Samples that take about this many seconds together, at least `FEWEST`. The first call warms up; it counts only if
+    there is no time for another one."""
     first = timed(function)
     if first.seconds > seconds:
         return [first]
@@ -77,12 +79,12 @@ def repeat(function: Callable[[], object], seconds: float) -> list[Took]:
 
 
 def cores(samples: list[Took]) -> float:
-    """That were busy."""
+    """Mean number of busy cores."""
     return sum(took.cpu_s for took in samples) / sum(took.seconds for took in samples)
 
 
 def measuring_config(config: Config) -> Config:
-    """The run as it is measured: every batch size, a small ring, a warm-up that never ends."""
+    """The configuration that is measured, with every batch size, a small ring and a warm-up that never ends."""
     sizes = config.inference.buckets
     replay = config.replay.model_copy(update={"capacity": 16 * sizes[-1], "warmup_decisions": 2**31})
     return config.model_copy(update={"actors": sizes[-1], "replay": replay, "max_decisions": None})
@@ -91,9 +93,9 @@ def measuring_config(config: Config) -> Config:
 def measure(
     config: Config, spec: EnvironmentSpec, horizon: int, seconds: float, say: Callable[[str], None]
 ) -> Measured:
-    """About `seconds` of measurement, beside loading the policy and the scene; `say` is told what comes next.
+    """Measure for about `seconds`, beside loading the policy and the scene; `say` is told what comes next.
 
-    `config` is one of `measuring_config`. Raises ConfigError where an episode takes too long to see its end.
+    `config` comes from `measuring_config`. Raises ConfigError if no episode ends in time.
     """
     part_s = seconds / 3
     if (load := os.getloadavg()[0]) > IDLE_LOAD:
@@ -126,7 +128,7 @@ def measure(
 
 
 def measure_environment(lane: Lane, server: InferenceServer, seconds: float) -> tuple[EnvironmentTimes, float, float]:
-    """Its times, steps per decision and busy cores, played by the policy with the noise of the warm-up."""
+    """The environment's times, steps per decision and busy cores, while the policy plays with the warm-up's noise."""
     number, counters = lane.number, lane.counters
     within: list[Took] = []  # chunks
     ending: list[Took] = []  # chunks that ended an episode, with the reset
@@ -157,13 +159,13 @@ def measure_environment(lane: Lane, server: InferenceServer, seconds: float) -> 
 def measure_device(
     server: InferenceServer, seconds: float, say: Callable[[str], None]
 ) -> tuple[dict[int, float], float]:
-    """Seconds of a batch by size (gathering, computing, scattering) and busy cores, for copies of one observation."""
+    """Seconds that it takes to gather, compute and scatter copies of one observation, by batch size; and busy cores."""
     slots = server.slots
     for rows in (slots.images, slots.sac_image, slots.state, slots.standard_normal, slots.task_index):
         rows[1:] = rows[0]
     times: dict[int, float] = {}
     everything: list[Took] = []
-    number = 2**20  # of a request: more than the actor has made
+    number = 2**20  # of a request: more than the lane has made
     for size in server.sizes:
         say(f"policy, batches of {size}: {seconds / len(server.sizes):.1f} s")
         lanes = np.arange(size)
@@ -185,7 +187,7 @@ def measure_device(
 
 
 def updating(config: Config, horizon: int) -> Callable[[], None]:
-    """One gradient update of critic, actor and temperature, done when it returns."""
+    """A function that does one gradient update of critic, actor and temperature, to its end."""
     sac = config.sac.model_copy(update={"train_actor_steps": 0})
     device = resolve_device(config.learner.device or config.device)
     agent = SacAgent(sac, horizon, device, config.seed)
@@ -205,7 +207,7 @@ def updating(config: Config, horizon: int) -> Callable[[], None]:
 
 
 def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
-    """A full lane of random observations, in episodes of ten decisions."""
+    """A ring whose only lane is full of random observations, in episodes of ten decisions."""
     ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim)))
     rng = np.random.default_rng(0)
     ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)

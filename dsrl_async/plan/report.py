@@ -1,30 +1,21 @@
-"""Shows a prediction: tables, a sentence and a picture."""
+"""Shows a prediction as tables, a sentence and a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from dsrl_async.config.settings import MOST_ACTORS, Config
-from dsrl_async.plan.capacity import (
-    BUSY,
-    Bound,
-    Figures,
-    Machines,
-    Payload,
-    Prediction,
-    Verdict,
-)
+from dsrl_async.config.settings import MOST_ACTORS
+from dsrl_async.plan.capacity import BUSY, Bound, CapacityInputs, Machines, Payload, Prediction, Verdict
 
-BAR = 24  # columns
-
+BAR = 24
+"""Columns of the longest bar."""
 
 PICTURES = (".pdf", ".png", ".svg")
-
+"""Endings of the files that `plot` can write."""
 
 MORE: dict[Bound, str] = {
     "device": "a faster device, fewer policy.denoise_steps or policy.compile would give more; more actors would not",
@@ -33,17 +24,10 @@ MORE: dict[Bound, str] = {
     "actors": "more machines would give more",
     "memory": "more memory or a smaller replay.capacity would allow more actors, and they would give more",
 }
+"""What would help, for each bound."""
 
 
-class Plan(NamedTuple):
-    """What the command line asks about."""
-
-    config: Config
-    figures: Figures
-    payload: Payload
-
-
-def sentence(figures: Figures, verdict: Verdict) -> str:
+def sentence(inputs: CapacityInputs, verdict: Verdict) -> str:
     """The verdict in words."""
     at, bound = verdict
     actors, saturate, reach = f"{at.actors} actors", "saturate", "reach"
@@ -54,10 +38,10 @@ def sentence(figures: Figures, verdict: Verdict) -> str:
     if bound == "device":
         return f"{actors} {saturate} the device: {rates}. The device is the bound: {MORE[bound]}."
     what = {
-        "cores": f"The {figures.cores:g} CPU cores are the bound",
-        "learner": f"The learner is the bound, at a replay ratio of {figures.replay_ratio:g}",
+        "cores": f"The {inputs.cores:g} CPU cores are the bound",
+        "learner": f"The learner is the bound, at a replay ratio of {inputs.replay_ratio:g}",
         "actors": f"The {MOST_ACTORS} actors that a run may have are the bound",
-        "memory": f"Memory is the bound: it holds {figures.most_actors} actors",
+        "memory": f"Memory is the bound: it holds {inputs.most_actors} actors",
     }[bound]
     busy = f"The device computes the policy for {at.device_busy:.0%} of the time."
     return f"{actors} {reach} {rates}. {busy} {what}: {MORE[bound]}."
@@ -74,21 +58,27 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def show(
-    console: Console, plan: Plan, points: Sequence[Prediction], verdict: Verdict, network: Sequence[Machines]
+    console: Console,
+    inputs: CapacityInputs,
+    payload: Payload,
+    points: Sequence[Prediction],
+    verdict: Verdict,
+    network: Sequence[Machines],
 ) -> None:
-    figures, times, payload = plan.figures, plan.figures.environment, plan.payload
+    """Print what is known, the curve, the verdict and what many machines would do."""
+    times = inputs.environment
     console.print(
-        f"environment  {1e3 * times.chunk_s:.4g} ms per chunk of {figures.steps_per_decision:.3g} steps (spread "
+        f"environment  {1e3 * times.chunk_s:.4g} ms per chunk of {inputs.steps_per_decision:.3g} steps (spread "
         f"{times.sigma:.2f}), reset {times.reset_s:.3g} s every {1 / times.reset_probability:.3g} decisions, "
-        f"{figures.environment_cores:.2g} cores"
+        f"{inputs.environment_cores:.2g} cores"
     )
-    batches = ", ".join(f"{size}: {1e3 * seconds:.4g}" for size, seconds in sorted(figures.device_s.items()))
-    console.print(f"device       ms by batch size: {batches}; {figures.device_cores:.2g} cores")
-    shared = ", on the policy's device" if figures.learner_shares_device else ""
-    learner = f"{1e3 * figures.update_s:.4g} ms per update{shared}, {figures.replay_ratio:g} updates per decision, "
-    learner += f"{figures.update_cores:.2g} cores"
-    console.print(f"learner      {learner if figures.update_s else 'left out (--update-ms)'}")
-    console.print(f"machine      {figures.cores:g} cores, memory for {figures.most_actors:,} actors\n")
+    batches = ", ".join(f"{size}: {1e3 * seconds:.4g}" for size, seconds in sorted(inputs.device_s.items()))
+    console.print(f"device       ms by batch size: {batches}; {inputs.device_cores:.2g} cores")
+    shared = ", on the policy's device" if inputs.learner_shares_device else ""
+    learner = f"{1e3 * inputs.update_s:.4g} ms per update{shared}, {inputs.replay_ratio:g} updates per decision, "
+    learner += f"{inputs.update_cores:.2g} cores"
+    console.print(f"learner      {learner if inputs.update_s else 'left out (--update-ms)'}")
+    console.print(f"machine      {inputs.cores:g} cores, memory for {inputs.most_actors:,} actors\n")
 
     top = max(point.decisions_per_s for point in points)
     rows = [
@@ -105,7 +95,7 @@ def show(
         for point in points
     ]
     console.print(table_of(["actors", "decisions/s", "", "env steps/s", "updates/s", "device", "cores", "bound"], rows))
-    console.print(f"\n{sentence(figures, verdict)}")
+    console.print(f"\n{sentence(inputs, verdict)}")
 
     each = network[0].actors // network[0].nodes
     console.print(

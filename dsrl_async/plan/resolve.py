@@ -1,4 +1,4 @@
-"""What the command line asks about, from options, measurements and a GPU's data sheet."""
+"""Finds out what the command line asks about: from its options, measurements and a GPU's data sheet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,12 +17,9 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.plan.capacity import (
-    Figures,
-    Payload,
-)
+from dsrl_async.plan.capacity import CapacityInputs, Payload
 from dsrl_async.plan.gpus import roofline
-from dsrl_async.plan.report import PICTURES, Plan
+from dsrl_async.plan.report import PICTURES
 from dsrl_async.plan.simulation import EnvironmentTimes
 from dsrl_async.run import preflight
 from dsrl_async.run.inference.batching import batch_wait_s
@@ -30,8 +27,16 @@ from dsrl_async.shm.replay import ROW_FIELDS, replay_fields
 from dsrl_async.shm.slots import slot_fields
 
 
+class Question(NamedTuple):
+    """What the command line asks about."""
+
+    config: Config
+    inputs: CapacityInputs
+    payload: Payload
+
+
 def check_options(own: argparse.Namespace) -> None:
-    """Raises ConfigError for what is missing, and for what no figure can be."""
+    """Raises ConfigError for an option that is missing, or has a value that cannot be."""
     if own.env_ms is None and not own.measure:
         raise ConfigError("--env-ms is missing: the mean time of a chunk; or let it be measured, with --measure")
     if not (own.device_ms or own.gpu or own.measure):
@@ -53,7 +58,7 @@ def check_options(own: argparse.Namespace) -> None:
 
 
 def device_curve(pairs: Sequence[str]) -> dict[int, float]:
-    """Seconds by batch size, from `SIZE:MS`; raises ConfigError."""
+    """Seconds by batch size, from words like `SIZE:MS`; raises ConfigError."""
     times = {}
     for pair in pairs:
         try:
@@ -66,8 +71,8 @@ def device_curve(pairs: Sequence[str]) -> dict[int, float]:
     return times
 
 
-def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
-    """Everything that is asked for, measured if need be. Raises ValueError, of which ConfigError is one."""
+def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
+    """Everything that is asked about, measured if need be. Raises ValueError, of which ConfigError is one."""
     check_options(own)
     config = load_config(rest)
     curve_s = device_curve(own.device_ms) if own.device_ms else None
@@ -75,7 +80,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
     policy = Pi0Config() if own.gpu else preflight.check_checkpoint(config).config
     if own.gpu:
         curve_s = roofline(own.gpu, policy, config.policy.denoise_steps, config.inference.buckets)
-    # not the environment's own: a simulator need not be installed here
+    # the policy's sizes and not the environment's own: a simulator need not be installed here
     spec = EnvironmentSpec(policy.cameras, policy.image_size, policy.robot_state_dim, policy.robot_action_dim, ("",))
     need = preflight.memory_needed(planned, spec, policy.action_horizon)
     memory = available_memory() if own.memory_gib is None else own.memory_gib * 2**30
@@ -101,7 +106,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
     if own.update_ms is not None:
         known["update_s"] = own.update_ms / 1e3
     on_gpu = uses_gpu(planned)
-    figures = Figures(
+    inputs = CapacityInputs(
         **known,
         batch_sizes=config.inference.buckets,
         batch_wait_s=batch_wait_s(config.inference.batch_wait_ms, not on_gpu),
@@ -110,17 +115,18 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Plan:
         replay_ratio=config.replay_ratio,
         most_actors=most_actors,
     )
-    return Plan(config, figures, payload_of(config, spec, policy.action_horizon))
+    return Question(config, inputs, payload_of(config, spec, policy.action_horizon))
 
 
 def uses_gpu(config: Config) -> bool:
+    """Whether the policy would run on a GPU here."""
     import torch  # only here, as below: it takes seconds, and mistakes should be told before
 
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
 def measured(config: Config, seconds: float) -> dict[str, Any]:
-    """Fields of `Figures`; tells on stderr what it does."""
+    """Measured fields of `CapacityInputs`; stderr is told what is being measured."""
     policy, spec = preflight.check_policy(config)
     preflight.check_device("device", config.device)
     preflight.check_device("learner.device", config.learner.device)
@@ -135,7 +141,7 @@ def measured(config: Config, seconds: float) -> dict[str, Any]:
 def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:
     """What a decision and a publication of weights would send over a network.
 
-    The noise is not sent: it follows from the episode's seed, and can be drawn where the policy is.
+    Noise is not sent: it follows from the episode's seed, and can be drawn where the policy is.
     """
     from dsrl_async.run.weights import HEADER
     from dsrl_async.sac.networks import Actor

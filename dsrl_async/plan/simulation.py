@@ -1,9 +1,9 @@
-"""What a run would achieve: a discrete-event simulation of actors and a device that serves them in batches.
+"""What a run would achieve: a discrete-event simulation of environments and a device that serves them in batches.
 
 `simulate` lets a batch form whenever the device is free, as the inference process does; `simulate_lock_step` has one
-barrier per decision, as vectorised environments have. Both are pure functions of the times that they are given, so a
-real run with the same times can be compared with them. Environments and device take time, and the host where asked for.
-Each environment has a process and a core of its own.
+barrier per decision, as vectorised environments have. Both are pure functions of the times that they are given, so that
+a real run with the same times can be compared with them. Environments and the device take time, and the host if asked
+to. Each environment has a process and a core of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from dsrl_async.run.inference.batching import choose_batch
 
-BLOCK = 256  # random numbers drawn at once
+BLOCK = 256
+"""Random numbers that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,16 @@ class EnvironmentTimes:
     """How long an environment takes, in seconds."""
 
     chunk_s: float = 0.06
-    """Mean time to execute a chunk and render; lognormal."""
+    """Mean time that a chunk takes, with rendering; times are lognormal."""
     sigma: float = 0.3
     """Standard deviation of the chunk time's logarithm."""
     reset_s: float = 0.6
-    """Of a reset."""
+    """Time that a reset takes."""
     reset_probability: float = 1 / 25
-    """That an episode ends with a decision."""
+    """Probability that a decision ends its episode."""
 
     def draw(self, seed: int, lane: int) -> Iterator[tuple[float, float]]:
-        """Endless (chunk seconds, reset seconds or 0) of an environment's decisions."""
+        """Yield for ever what each decision of an environment takes: (chunk seconds, reset seconds or 0)."""
         rng = np.random.default_rng([seed, lane])
         mean_log = np.log(self.chunk_s) - self.sigma**2 / 2 if self.chunk_s > 0 else -np.inf
         while True:
@@ -43,28 +44,28 @@ class EnvironmentTimes:
             yield from zip(chunks.tolist(), resets.tolist(), strict=True)
 
     def totals(self, seed: int, lane: int) -> Iterator[float]:
-        """Endless seconds from an answer to the next request."""
+        """Yield for ever the seconds from an answer to the environment's next request."""
         return (chunk + reset for chunk, reset in self.draw(seed, lane))
 
 
 class Throughput(NamedTuple):
-    """Figures of a simulated run; waits and latencies are sorted arrays, float64 [decisions], seconds."""
+    """What a simulated run achieved; waits and latencies are sorted arrays, float64 [decisions], in seconds."""
 
     decisions_per_s: float
     device_busy: float
-    """Share of time that the device computes."""
+    """Share of the time in which the device computes."""
     batch_size: float
-    """Mean number of observations."""
+    """Mean number of observations in a batch."""
     batch_fill: float
-    """Observations per row that was computed."""
+    """Observations per computed row; the others are padding."""
     queue_wait_s: np.ndarray
-    """From an observation to the start of its batch."""
+    """Time from an observation to the start of its batch."""
     latency_s: np.ndarray
-    """From an observation to its answer."""
+    """Time from an observation to its answer."""
 
 
 class Host(NamedTuple):
-    """What the host does for a batch: seconds for so many observations, in which the device waits."""
+    """What the host does for a batch, in seconds by number of observations, while the device waits."""
 
     gather_s: Callable[[int], float]
     """Copying the observations to the device."""
@@ -73,11 +74,11 @@ class Host(NamedTuple):
     scatter_s: Callable[[int], float]
     """Giving the answers to the environments."""
     overlap: bool = False
-    """While the device computes, gather who waits; when it is done, launch the next batch before the answers go out."""
+    """Whether the host gathers while the device computes, and launches the next batch before it gives out answers."""
 
 
 class _Tally:
-    """Sums over the decisions after the first `skip`."""
+    """Sums over the decisions that come after the first `skip`."""
 
     def __init__(self, skip: int) -> None:
         self.skip, self.served = skip, 0
@@ -121,18 +122,18 @@ def simulate(
     host: Host | None = None,
     choose: Callable[[int, Sequence[int]], tuple[int, int]] = choose_batch,
 ) -> Throughput:
-    """Batching by readiness: whenever the device is free it serves who waits, longest waiting first.
+    """Simulate batching by readiness: whenever the device is free, it serves who waits, longest waiting first.
 
     With `sizes = range(1, cap + 1)` and nothing else this is the ideal: no padding, no waiting, no overhead.
 
     Args:
-        environments: for each, endless seconds from an answer to the next request; the first until the first request.
-        service_s: seconds that the device needs for a batch of that size.
-        sizes: batch sizes that there are, increasing.
-        decisions: to count.
-        skip: decisions before those, which are not counted.
-        batch_wait_s: how long to wait for more when fewer than the largest batch, or all environments, are ready.
-        host: what it takes for each batch; None: no time.
+        environments: for each, endless seconds from an answer to the next request, at first from the start.
+        service_s: seconds that the device takes for a batch of a size.
+        sizes: available batch sizes, in increasing order.
+        decisions: how many decisions are counted.
+        skip: how many decisions come before those and are not counted.
+        batch_wait_s: how long to wait for more when fewer are ready than the largest batch, or all environments.
+        host: what the host does for each batch; None means that it takes no time.
         choose: (ready, sizes) -> (observations, batch size).
     """
     upcoming = [(next(times), lane) for lane, times in enumerate(environments)]
@@ -175,9 +176,11 @@ def simulate_lock_step(
     sizes: Sequence[int],
     decisions: int,
 ) -> Throughput:
-    """One barrier per decision: all environments step, the slowest with its reset; then all are served, then all go on.
+    """Simulate one barrier per decision: all environments step, the slowest with its reset; then all are served, and go
+    on together.
 
-    For more environments than the largest of `sizes`, batches follow one another. See `simulate` for the arguments.
+    If there are more environments than the largest of `sizes`, batches follow one another. See `simulate` for the
+    arguments.
     """
     tally, now_s = _Tally(0), 0.0
     while tally.served < decisions:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from dsrl_async.bench.pipeline import DEVICES, OWN
 from dsrl_async.config.settings import InferenceConfig
-from dsrl_async.plan.capacity import Figures, predict
+from dsrl_async.plan.capacity import CapacityInputs, predict
 from dsrl_async.plan.simulation import EnvironmentTimes
 
 TOLERANCE = 0.1
@@ -63,7 +63,7 @@ def predicted(case: str) -> float:
         raise ValueError(f"not a case of `python -m dsrl_async.bench pipeline`: {case}")
     device, actors, chunk_ms, reset_ms = match.groups()
     sizes = InferenceConfig().buckets
-    figures = Figures(
+    figures = CapacityInputs(
         environment=replace(EnvironmentTimes(), chunk_s=float(chunk_ms) / 1e3, reset_s=float(reset_ms) / 1e3),
         device_s={size: DEVICES[device](size) for size in sizes},
         batch_sizes=sizes,

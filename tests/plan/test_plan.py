@@ -18,7 +18,7 @@ from support.commands import call
 
 from dsrl_async.bench.pipeline import DEVICES
 from dsrl_async.config.settings import InferenceConfig
-from dsrl_async.plan.capacity import Figures, Payload, curve, judge, machines, predict
+from dsrl_async.plan.capacity import CapacityInputs, Payload, curve, judge, machines, predict
 from dsrl_async.plan.report import sentence
 from dsrl_async.plan.simulation import EnvironmentTimes
 
@@ -31,9 +31,9 @@ SMALL = [
 """A run that takes little time."""
 
 
-def figures(**changes: Any) -> Figures:
+def figures(**changes: Any) -> CapacityInputs:
     """Thinking 1 s, service 0.1 s for any batch up to 4; nothing but the environments and the device takes time."""
-    basis = Figures(
+    basis = CapacityInputs(
         environment=EnvironmentTimes(chunk_s=1.0, sigma=0.0, reset_s=0.0, reset_probability=0.04),
         steps_per_decision=5,
         device_s={1: 0.1, 4: 0.1},
