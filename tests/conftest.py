@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from support.paths import ROOT
@@ -45,6 +46,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
             with locked(DOOR, fcntl.LOCK_EX):  # nobody else comes in while one waits here to be alone
                 stack.enter_context(locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """What a failed test has started is ended, so that it takes no core from those that follow."""
+    report = yield
+    if report.failed:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill()
+    return report
 
 
 @pytest.fixture
