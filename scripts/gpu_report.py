@@ -1,14 +1,14 @@
-"""Runs every check that needs a GPU, times the sampler and the learner's update, writes a report.
+"""Runs every check that needs a GPU, times the sampler and the learner's update, and writes a report.
 
     python scripts/gpu_report.py --out gpu_report.md
 
-The weights are random (the time does not depend on them) and of real size. For each batch size and prompt length: the
-largest difference between the captured and the eager run, milliseconds of both halves (median of CUDA events), the
-bound of `dsrl_async/pi0/roofline.py` for the device's measured peak rates, and their ratio. For the learner, with the
-`sac` settings of `--config` and a mirrored replay ring: the largest difference of the weights after a captured and an
-eager update, milliseconds of an update run eagerly, replayed alone, and replayed many times in a row without a look at
-the results, and milliseconds per row of mirroring. `--device cpu --size toy` goes through the same code without a GPU,
-to test it.
+The weights are random (the time does not depend on them) and of real size. For each batch size and prompt length, the
+report has the largest difference between the captured and the eager run, milliseconds of both halves (median of CUDA
+events), the bound of `dsrl_async/pi0/roofline.py` for the device's measured peak rates, and their ratio. For the
+learner, with the `sac` settings of `--config` and a mirrored replay ring, it has the largest difference of the weights
+after a captured and an eager update, milliseconds of an update run eagerly, replayed alone, and replayed many times in
+a row without reading the results, and milliseconds per row of mirroring. `--device cpu --size toy` tests the same code
+without a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HORIZON = 50
 
 
 def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call, on the device."""
+    """Median time of a call on the device."""
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -101,7 +101,7 @@ def measure(
     fill(sampler, seed=2)
     sampler.run()
     eager = sampler.actions.clone()
-    sampler.actions.fill_(torch.nan)  # a replay that does nothing must not look like a right one
+    sampler.actions.fill_(torch.nan)  # a replay that does nothing must not look right
     for replay in replays:
         replay()
     difference = float((sampler.actions - eager).abs().max())
@@ -124,8 +124,6 @@ COLUMNS = (
     *("B", "prompt", "captured", "max difference", "eager ms", "encode ms", "denoise ms"),
     *("bound encode ms", "bound denoise ms", "time / bound", "observations/s"),
 )
-
-
 LEARNER_COLUMNS = (
     *("batch", "captured", "max difference", "eager ms", "replayed ms"),
     *("replayed in a row ms", "mirroring ms per row"),
@@ -192,7 +190,7 @@ def table(rows: list[list[object]], columns: Sequence[str] = COLUMNS) -> list[st
 
 
 def report(args: argparse.Namespace) -> tuple[str, bool]:
-    """The Markdown, and whether the tests passed and every difference is a number."""
+    """The report in Markdown, and whether the tests passed and every difference is a number."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     rates = peak_rates(device, dtype)
@@ -248,9 +246,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--denoise-steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--config", type=Path, help="whose `sac` settings the learner has (default: the tabletop's)")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--no-tests", dest="tests", action="store_false", help="leave the tests marked gpu out")
+    parser.add_argument("--config", type=Path, help="configuration with the learner's `sac` (default: the tabletop's)")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--no-tests", dest="tests", action="store_false", help="skip the tests marked gpu")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; --device cpu --size toy tries the script without one")
@@ -259,7 +257,7 @@ def main() -> None:
     args.out.write_text(text)
     print(args.out)
     if not good:
-        parser.exit(1, "not everything is as it should be, see the report\n")
+        parser.exit(1, "something failed, see the report\n")
 
 
 if __name__ == "__main__":

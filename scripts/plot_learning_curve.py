@@ -20,14 +20,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-MIN_EPISODES = 20  # a success rate of fewer episodes is noise, and is not drawn
+MIN_EPISODES = 20  # a success rate of fewer episodes is noise and is not drawn
 AXES = (("wall_s", 1 / 60, "minutes"), ("env_steps", 1.0, "environment steps"))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """A run's `metrics.jsonl`, without what a resume took back and without a line cut by a crash.
+    """The lines of a run's `metrics.jsonl`, without those that a resume undid or a crash cut short.
 
-    Raises ValueError with one sentence if there is nothing to draw.
+    Raises ValueError if there is nothing to draw.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def draw_runs(axes: Axes, runs: dict[str, list[dict[str, Any]]], key: str, scale: float) -> None:
-    """One line per run; for several runs also their mean, as far as all of them reach."""
+    """Draw a line per run and, for several runs, their mean as far as all of them reach."""
     several = len(runs) > 1
     curves = []
     for name, lines in runs.items():
@@ -63,7 +63,7 @@ def draw_runs(axes: Axes, runs: dict[str, list[dict[str, Any]]], key: str, scale
 
 
 def draw_evaluations(axes: Axes, evaluations: dict[str, dict[str, Any]]) -> None:
-    """A bar per named evaluation, with its 95 % confidence interval."""
+    """Draw a bar with its 95 % confidence interval for each named evaluation."""
     rates, low, high = (
         np.array([result[key] for result in evaluations.values()]) for key in ("success_rate", "ci95_low", "ci95_high")
     )
@@ -79,7 +79,7 @@ def draw_evaluations(axes: Axes, evaluations: dict[str, dict[str, Any]]) -> None
 
 
 def draw(runs: list[Path], evaluations: list[Path], title: str | None, out: Path) -> None:
-    """Write the picture; raises ValueError with one sentence if a run or an evaluation cannot be drawn."""
+    """Write the picture. Raises ValueError if a run or an evaluation cannot be drawn."""
     names = [run.resolve().name for run in runs]
     labels = names if len(set(names)) == len(names) else [str(run) for run in runs]
     metrics = {label: read_metrics(run) for label, run in zip(labels, runs, strict=True)}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes the figures of docs/measurements/libero_policy.md for one task of LIBERO-Spatial: base success from its 50 initial
-# states, and
-# for each seed a run on initial states 0 to 39, whose learning rates are a fifth for the last 4,000 of 19,000 decisions,
-# its evaluation from all 50 initial states, and the picture. The ten states that no training saw are evaluated once more,
-# five times each with other places of the fixtures. What was interrupted is continued, what is there is kept.
+# Reproduces docs/measurements/libero_policy.md for one task of LIBERO-Spatial: the base policy's success from its 50
+# initial states and, for each seed, a run on initial states 0 to 39, whose learning rates are a fifth for the last 4,000
+# of 19,000 decisions, its evaluation from all 50 initial states, and the picture. The ten states that training does not
+# see are evaluated again, five times each with other places of the fixtures. Interrupted runs continue, finished ones
+# stay.
 # Usage: bash scripts/reproduce_libero.sh [OUT [TASK [SEEDS...]]]
 source "$(dirname "$0")/setup.sh" libero,plot
 out=${1:-runs/reproduce_libero} task=${2:-2}
@@ -12,7 +12,7 @@ seeds=("${@:3}")
 mkdir -p "$out/evaluation"
 
 config=(--config "$root/configs/libero_spatial_small.yaml")
-decisions() { # so far, of a run
+decisions() { # RUN: how many it has made
     "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["decisions"])' "$1/summary.json" 2>/dev/null || echo 0
 }
 train() { # RUN DECISIONS [OPTIONS...]
@@ -20,8 +20,8 @@ train() { # RUN DECISIONS [OPTIONS...]
     [ "$(decisions "$run")" -lt "$until" ] || return 0
     [ -d "$run" ] || arguments=("${config[@]}" --env.task-ids "[$task]" --seed "${run##*-}" --run-dir "$run")
     "$python" -m dsrl_async.launch "${arguments[@]}" --max-decisions "$until" "${@:3}" --log.console plain | tail -n 1
-    [ "$(decisions "$run")" -ge "$until" ] || { # Ctrl-C ends a run, and the run ends well
-        echo "error: $run has ended before $until decisions; the same command again goes on" >&2
+    [ "$(decisions "$run")" -ge "$until" ] || { # Ctrl-C ends a run without an error
+        echo "error: $run has ended before $until decisions; run the same command again to continue" >&2
         exit 1
     }
 }

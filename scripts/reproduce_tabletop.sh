@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes the README's figures of the embedded task: base success, and for each seed a run of MINUTES, its evaluation on
-# 200 fresh episodes, and the picture. Usage: bash scripts/reproduce_tabletop.sh [OUT [MINUTES [SEEDS...]]]
+# Reproduces the README's results of the embedded task: the base policy's success and, for each seed, a run of MINUTES,
+# its evaluation on 200 fresh episodes, and the picture.
+# Usage: bash scripts/reproduce_tabletop.sh [OUT [MINUTES [SEEDS...]]]
 source "$(dirname "$0")/setup.sh" plot
 out=${1:-runs/reproduce} minutes=${2:-5}
 seeds=("${@:3}")

@@ -21,7 +21,7 @@ stamp=$root/.venv/installed-$1
 if ! [ "$stamp" -nt "$root/pyproject.toml" ] || ! [ "$stamp" -nt "$root/scripts/constraints.txt" ]; then
     echo "installing dsrl_async[$1] into $root/.venv (once, a few minutes) ..." >&2
     if ! "$python" -c 'import torch' 2>/dev/null; then
-        # Without a GPU, the CPU build of torch saves several GB, where its index can be reached.
+        # Without a GPU the CPU build of torch saves several GB, if its index is reachable.
         index=https://download.pytorch.org/whl/cpu
         if ! command -v nvidia-smi >/dev/null && curl --silent --head --fail --max-time 5 "$index/torch/" >/dev/null; then
             install --extra-index-url "$index" torch

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets everything up the first time, then runs the linters and the tests, as many at a time as there are cores, but at
-# most four; arguments go to pytest (-n 0 runs one at a time, as --pdb needs).
-# EXTRAS=dev,libero installs LIBERO too, and so runs its tests.
+# Sets everything up the first time, then runs the linters and the tests, one per core at a time, but at most four.
+# Arguments go to pytest (-n 0 runs one at a time, which --pdb needs). EXTRAS=dev,libero installs LIBERO and runs its
+# tests, too.
 source "$(dirname "$0")/setup.sh" "${EXTRAS:-dev}"
 cd "$root"
 "$python" -m ruff check .

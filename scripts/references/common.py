@@ -1,4 +1,4 @@
-"""What is the same for openpi's model and for LeRobot's copy of it: how to import, resize and fill them."""
+"""What openpi's model and LeRobot's copy of it share: how to import, resize and fill them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIED_EMBEDDING = "paligemma_with_expert.paligemma.model.language_model.embed_tok
 
 
 def stand_in(name: str, **attributes: Any) -> None:
-    """Makes `import name` give a module with just these attributes."""
+    """Makes `import name` return a module with only these attributes."""
     module = types.ModuleType(name)
     for key, value in attributes.items():
         setattr(module, key, value)
@@ -29,7 +29,7 @@ def stand_in(name: str, **attributes: Any) -> None:
 
 
 def gemma_sizes(config: synthetic.Sizes) -> tuple[types.SimpleNamespace, types.SimpleNamespace]:
-    """What `get_config` of openpi's gemma.py returns for the language model and for the expert."""
+    """The return values of `get_config` in openpi's gemma.py for the language model and the expert."""
     shared = {
         "depth": config["depth"],
         "num_heads": config["heads"],
@@ -44,7 +44,7 @@ def gemma_sizes(config: synthetic.Sizes) -> tuple[types.SimpleNamespace, types.S
 
 @contextmanager
 def resized(module: types.ModuleType, paligemma: str, expert: str, config: synthetic.Sizes) -> Iterator[None]:
-    """Under it, the two transformers constructors that `module` calls by these names get the sizes it hard-codes."""
+    """Gives `config`'s sizes to the two transformers constructors that `module` calls with hard-coded ones."""
 
     def of_paligemma(hf: Any) -> None:
         hf.vision_config.hidden_size = config["vision_width"]
@@ -55,7 +55,7 @@ def resized(module: types.ModuleType, paligemma: str, expert: str, config: synth
         hf.text_config.vocab_size = config["vocab_size"]
 
     def of_expert(hf: Any) -> None:
-        hf.vocab_size = 1  # only of its language-model head, which actions do not use
+        hf.vocab_size = 1  # only its language-model head has this size, which actions do not use
 
     def adjusted(constructor: Callable[..., Any], adjust: Callable[[Any], None]) -> Callable[..., Any]:
         def construct(config: Any) -> Any:
@@ -76,9 +76,9 @@ def resized(module: types.ModuleType, paligemma: str, expert: str, config: synth
 
 @torch.no_grad()
 def fill(model: torch.nn.Module, seed: int) -> None:
-    """Weights from the seed for a model made on the meta device; what transformers computes is computed again.
+    """Fills a model made on the meta device with weights from a seed and recomputes transformers' buffers.
 
-    Tensor by tensor, so that a full-size model takes no more than its weights.
+    It does so tensor by tensor, so that a full-size model takes no more memory than its weights.
     """
     model.to_empty(device="cpu")
     for name, parameter in model.named_parameters():
@@ -95,5 +95,5 @@ def fill(model: torch.nn.Module, seed: int) -> None:
             case "embed_scale":
                 buffer.fill_(module.embedding_dim**0.5)
             case _:
-                raise RuntimeError(f"nothing is known of the buffer {name}, which the meta device left empty")
+                raise RuntimeError(f"the buffer {name}, which the meta device left empty, is unknown")
     model.eval().requires_grad_(False)

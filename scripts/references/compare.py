@@ -1,10 +1,10 @@
-"""Compares this project's policy with openpi's live, at full size unless told otherwise.
+"""Compares this project's policy with openpi's, both running, by default at full size.
 
     bash scripts/references/setup.sh openpi
     .venv/bin/python scripts/references/compare.py
 
-Four runs per model, one process at a time (13 GB for float32 at full size): both programs in float32 and in bfloat16,
-on the same seeded weights and inputs. Prints for each model how far every result is from openpi's float32 one.
+There are four runs per model, one process at a time (13 GB for float32 at full size): both programs in float32 and in
+bfloat16, with the same seeded weights and inputs. It prints how far each result is from openpi's in float32.
 """
 
 from __future__ import annotations

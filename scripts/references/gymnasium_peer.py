@@ -1,4 +1,4 @@
-"""Gymnasium's AsyncVectorEnv, as a measured process of `bench transport`. Runs in .reference/gymnasium."""
+"""Gymnasium's AsyncVectorEnv as a measured process of `bench transport`. Runs in .reference/gymnasium."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dsrl_async.host.cpu_time import usage
 
 
 class NothingEnvironment(gymnasium.Env[Any, Any]):
-    """Returns the same observation at once."""
+    """Always returns the same observation, without delay."""
 
     observation_space = Dict(
         images=Box(0, 255, (2, 224, 224, 3), np.uint8),
@@ -40,7 +40,7 @@ class NothingEnvironment(gymnasium.Env[Any, Any]):
 
 
 def main(environments: int, gather: bool, pickled: bool, warm_s: float, seconds: float) -> dict[str, float]:
-    """`gather` is AsyncVectorEnv's `copy`; without shared memory it has no effect."""
+    """`gather` is AsyncVectorEnv's `copy`, which has no effect without shared memory."""
     vector = gymnasium.vector.AsyncVectorEnv(
         [NothingEnvironment] * environments, shared_memory=not pickled, copy=gather, context="fork"
     )
@@ -54,13 +54,13 @@ def main(environments: int, gather: bool, pickled: bool, warm_s: float, seconds:
     while time.monotonic() < begin + seconds:
         vector.step(actions)
         decisions += environments
-    figures = {
+    sample = {
         "decisions": decisions,
         "seconds": time.monotonic() - begin,
         "cpu_s": usage(processes).since(before).running,
     }
     vector.close(terminate=True)
-    return figures
+    return sample
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """LeRobot's Pi0 and Pi0.5 at any size, with weights from a seed. Runs in .reference/lerobot.
 
-The two network modules run on Python 3.11, but LeRobot's packages import much that does not, and that sampling does
-not use. So the packages are entered without running their `__init__`, and base classes and configurations, of which
-the networks only read a few fields, have stand-ins.
+The two network modules run on Python 3.11, but LeRobot's packages import much that does not, and that sampling does not
+use. So the packages are entered without running their `__init__`, and stand-ins replace base classes and
+configurations, of which the networks read only a few fields.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ for variant in ("pi0", "pi05"):
 
 
 def build(config: synthetic.Sizes, dtype: str, seed: int) -> torch.nn.Module:
-    """LeRobot's network; its "bfloat16" keeps the vision tower in float32."""
+    """LeRobot's network. Its "bfloat16" keeps the vision tower in float32."""
     variant = "pi05" if config["pi05"] else "pi0"
     module = importlib.import_module(f"lerobot.policies.{variant}.modeling_{variant}")
     module.get_gemma_config = lambda sizes: sizes
@@ -64,7 +64,7 @@ def build(config: synthetic.Sizes, dtype: str, seed: int) -> torch.nn.Module:
 
 
 def sample(model: torch.nn.Module, inputs: dict[str, np.ndarray], denoise_steps: int) -> Tensor:
-    """Normalised actions [B, H, action_dim]; the third camera is black and masked."""
+    """Normalised actions [B, H, action_dim]. The third camera is black and masked."""
     images = [torch.from_numpy(inputs["images"][:, camera]) for camera in range(inputs["images"].shape[1])]
     present = [True] * len(images) + [False] * (len(CAMERAS) - len(images))
     images += [torch.full_like(images[0], -1.0)] * (len(CAMERAS) - len(images))

@@ -1,8 +1,8 @@
 """openpi's own PyTorch Pi0 and Pi0.5 at any size, with weights from a seed. Runs in .reference/openpi.
 
-openpi fixes some sizes in its code and imports JAX for two helpers that inference does not need. Neither needs a
-change to its files: the imports are replaced by stand-ins, and the configurations are adjusted between openpi's code
-and the two transformers constructors that it calls.
+openpi fixes some sizes in its code and imports JAX for two helpers that inference does not need. Its files stay as they
+are: stand-ins replace the imports, and the configurations are adjusted between openpi's code and the two transformers
+constructors that it calls.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from dsrl_async.bench import synthetic
 
-stand_in("pytest", Cache=object)  # the package names a type of it by mistake
+stand_in("pytest", Cache=object)  # the package refers to a type of it by mistake
 stand_in("openpi.models.gemma", get_config=lambda variant: variant)
-stand_in("openpi.shared.image_tools")  # resizing, which images of 224 x 224 do not get
+stand_in("openpi.shared.image_tools")  # for resizing, which images of 224 x 224 do not need
 
 from openpi.models_pytorch import gemma_pytorch, pi0_pytorch
 
 
 def build(config: synthetic.Sizes, dtype: str, seed: int) -> pi0_pytorch.PI0Pytorch:
-    """openpi's model; `dtype` is what openpi calls precision, "float32" or "bfloat16" (its mixed precision)."""
+    """openpi's model. `dtype` is what openpi calls precision: "float32" or "bfloat16" (its mixed precision)."""
     paligemma, expert = gemma_sizes(config)
     settings = types.SimpleNamespace(
         pi05=config["pi05"],
@@ -38,13 +38,13 @@ def build(config: synthetic.Sizes, dtype: str, seed: int) -> pi0_pytorch.PI0Pyto
     constructors = "PaliGemmaForConditionalGeneration", "GemmaForCausalLM"
     with resized(gemma_pytorch, *constructors, config), torch.device("meta"):
         model = pi0_pytorch.PI0Pytorch(settings)
-    del model.sample_actions  # a compiled version set by the constructor; the method of the class is behind it
+    del model.sample_actions  # the constructor's compiled version, which hides the class's method
     fill(model, seed)
     return model
 
 
 def observation(inputs: dict[str, np.ndarray]) -> types.SimpleNamespace:
-    """openpi's observation from `synthetic.observation`; the third camera is black and masked, as in LIBERO."""
+    """openpi's observation from `synthetic.observation`. The third camera is black and masked, as in LIBERO."""
     images = [torch.from_numpy(inputs["images"][:, camera]) for camera in range(inputs["images"].shape[1])]
     present = [True] * len(images) + [False] * (len(CAMERAS) - len(images))
     images += [torch.full_like(images[0], -1.0)] * (len(CAMERAS) - len(images))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes the environments of what this project is compared with, each in .reference/NAME.
+# Makes the environments of the programs that this project is compared with, each in .reference/NAME.
 # Usage: bash scripts/references/setup.sh openpi|lerobot|gymnasium|torchrl ...
 #
 # openpi and lerobot are the published implementations of Pi0; gymnasium and torchrl are peers of `bench transport`.
-# They are apart from .venv, and from each other, because some need different libraries of the same name.
-# Python 3.11 is needed; set PYTHON if it is not found as python3.11. Only PyPI is used; nothing is loaded from a hub.
+# Each has an environment of its own because some need different versions of the same library. They need Python 3.11;
+# set PYTHON if it is not found as python3.11. Everything comes from PyPI, nothing from a hub.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 base=${PYTHON:-python3.11}
@@ -19,7 +19,7 @@ fi
 
 install() { "$environment/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
-install_model_libraries() { # torch first and alone: this project's version, so that both sides use the same kernels
+install_model_libraries() { # torch comes first, in this project's version, so that both sides use the same kernels
     install torch==2.13.0
     install "numpy>=2,<3" safetensors regex requests pyyaml tqdm packaging filelock
 }
@@ -47,7 +47,7 @@ for name in "$@"; do
         echo "error: unknown reference '$name'; it is openpi, lerobot, gymnasium or torchrl" >&2
         exit 2
     elif [ -e "$environment/complete" ]; then
-        echo "$environment is there already; remove it to make it anew" >&2
+        echo "$environment exists already; remove it to make it anew" >&2
     else
         "$base" -m venv --clear "$environment"
         "install_$name"

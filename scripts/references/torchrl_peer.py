@@ -1,7 +1,7 @@
 """TorchRL's inference server with its process-slot transport, as a measured process. Runs in .reference/torchrl.
 
-The environments' processes use the transport's bare client, without TorchRL's environments and collectors around it,
-which take several times as long.
+The environments' processes use the transport's bare client. TorchRL's environments and collectors around it would take
+several times as long.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def main(environments: int, warm_s: float, seconds: float) -> dict[str, float]:
         time.sleep(warm_s)
         decisions, begin, before = sum(counts), time.monotonic(), usage(processes)
         time.sleep(seconds)
-        figures = {
+        sample = {
             "decisions": sum(counts) - decisions,
             "seconds": time.monotonic() - begin,
             "cpu_s": usage(processes).since(before).running,
         }
         for child in children:
             child.kill()
-    return figures
+    return sample
 
 
 if __name__ == "__main__":

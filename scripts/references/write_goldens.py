@@ -1,10 +1,10 @@
-"""Writes tests/pi0/goldens/REFERENCE.safetensors: what a published implementation computes for seeded policies.
+"""Writes tests/pi0/goldens/REFERENCE.safetensors: the actions that a published implementation samples.
 
     bash scripts/references/setup.sh openpi
     .reference/openpi/bin/python scripts/references/write_goldens.py openpi
 
-and the same with `lerobot`. Nothing but the actions is stored: weights and inputs come from
-`dsrl_async.bench.synthetic`. A tensor's name says what it is: SIZE/MODEL/batchB/stepsN/DTYPE.
+and the same with `lerobot`. Weights and inputs come from `dsrl_async.bench.synthetic`, so only the actions are stored,
+under the names SIZE/MODEL/batchB/stepsN/DTYPE.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RUNS = {
     "openpi": {"toy": [(1, 4), (1, 10), (3, 4), (3, 10)], "two_layers": [(1, 10), (3, 4)]},
     "lerobot": {"toy": [(1, 4), (3, 10)], "two_layers": [(1, 10)]},
 }
-"""Batch size and number of denoising steps, for each size."""
+"""Reference -> size -> batch sizes and numbers of denoising steps."""
 PACKAGES = {
     "openpi": ("rlinf-openpi", "rlinf-transformer-openpi", "torch", "numpy"),
     "lerobot": ("lerobot", "transformers", "torch", "numpy"),
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     reference = importlib.import_module(f"{arguments.reference}_model")
-    out = arguments.out or ROOT / "tests" / "goldens" / f"{arguments.reference}.safetensors"
+    out = arguments.out or ROOT / "tests" / "pi0" / "goldens" / f"{arguments.reference}.safetensors"
     actions = {}
     for size, runs in RUNS[arguments.reference].items():
         for name in synthetic.MODELS:

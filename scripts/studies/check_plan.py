@@ -1,10 +1,10 @@
-"""Whether `python -m dsrl_async.plan` predicts what real processes do: its throughput beside that of `bench pipeline`.
+"""Compares the throughput that `python -m dsrl_async.plan` predicts with that of real processes in `bench pipeline`.
 
     python -m dsrl_async.bench pipeline --system dsrl_async --actors 8 16 32 64 --out pipeline.jsonl
     python scripts/studies/check_plan.py pipeline.jsonl
 
-prints a Markdown table; exit code 1 where one ratio is off by more than 10 %. Of the benchmark's options `--sigma`,
-`--episode-decisions`, `--buckets` and `--batch-wait-ms`, which its lines do not hold, the defaults are supposed.
+prints a Markdown table. The exit code is 1 if a prediction is off by more than 10 %. The benchmark's lines do not hold
+`--sigma`, `--episode-decisions`, `--buckets` and `--batch-wait-ms`; their defaults are assumed.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Measured(NamedTuple):
     name: str
     decisions_per_s: float
     cpu_wait: float
-    """Share of time that the inference process waited for a core; nan if the file does not say."""
+    """Share of time that the inference process waited for a core; NaN if the file does not say."""
 
 
 def read(path: Path) -> Iterator[Measured]:
-    """The cases of a file of `bench pipeline --out`; raises ValueError if it is none."""
+    """The cases of a file that `bench pipeline --out` wrote. Raises ValueError if it is no such file."""
     cases: dict[str, dict[str, float]] = {}
     try:
         for line in path.read_text().splitlines():
@@ -57,7 +57,7 @@ def read(path: Path) -> Iterator[Measured]:
 
 
 def predicted(case: str) -> float:
-    """Decisions per second; raises ValueError for a case that the benchmark does not have."""
+    """Predicted decisions per second. Raises ValueError for a case that the benchmark does not have."""
     match = CASE.fullmatch(case)
     if match is None or match[1] not in DEVICES:
         raise ValueError(f"not a case of `python -m dsrl_async.bench pipeline`: {case}")
@@ -75,7 +75,7 @@ def predicted(case: str) -> float:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="what --out of the benchmark wrote")
+    parser.add_argument("pipeline", type=Path, help="file that the benchmark's --out wrote")
     arguments = parser.parse_args(argv)
     try:
         rows = [(case, predicted(case.name)) for case in read(arguments.pipeline)]

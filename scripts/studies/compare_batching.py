@@ -1,7 +1,7 @@
-"""How batches should be chosen: a simulation of several ways, beside the ideal, as a Markdown table.
+"""Simulates several ways to choose batches and prints them, relative to the ideal, as a Markdown table.
 
 The ideal has every batch size up to the largest. `padded` pads to the next size, `chosen` is `batching.choose_batch`;
-`few` sizes are powers of two, `more` are the defaults of `inference.buckets`; `1 ms` waits so long when not all
+`few` sizes are powers of two, `more` are the defaults of `inference.buckets`; `1 ms` waits that long if not all
 environments are ready.
 """
 

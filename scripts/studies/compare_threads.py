@@ -2,13 +2,13 @@
 
     python scripts/studies/compare_threads.py --actors 2
 
-The systems take turns; each repeat is a run of its own, measured from when it learns. `default` is what a run chooses;
-`actors unlimited` lets the actors' numerical libraries have a thread for each core, as they would by themselves;
-`models, all cores` gives the inference process and the learner that many, and with `spinning` lets them wait for one
-another as they would by themselves, which is to spin; `pinned` keeps each process on one core, the
-actors in turn, the two others on the first and the last. With a replay ratio, a decision always costs the same work:
-CPU time per decision says what is wasted, also on a busy machine, and decisions/s what is lost, on an idle one only.
-Options beyond these go to the run, such as --config FILE. Prints medians as a Markdown table.
+The systems take turns; each repeat is a run of its own, measured once it learns. `default` is what a run chooses.
+`actors unlimited` allows the workers' numerical libraries a thread per core, which is their own default. `models, all
+cores` gives the inference process and the learner that many; with `spinning` their threads wait for one another by
+spinning, which is their own default. `pinned` keeps each process on one core: the workers in turn, the two others on
+the first and the last. With a replay ratio, a decision always costs the same work: CPU time per decision shows what is
+wasted, even on a busy machine, and decisions/s what is lost, but only on an idle one. Other options, such as
+--config FILE, go to the run. Prints medians as a Markdown table.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from dsrl_async.telemetry.console import NoDisplay
 
 SYSTEMS = ("default", "actors unlimited", "models, all cores", "models, all cores, spinning", "pinned")
 SPINNING = {"GOMP_SPINCOUNT": "300000"}
-"""What libgomp, torch's OpenMP, does where it is told nothing (its manual, GOMP_SPINCOUNT)."""
+"""The default of libgomp, torch's OpenMP (its manual, GOMP_SPINCOUNT)."""
 LEARNING_UPDATES, PATIENCE_S = 20, 90.0
-"""The measurement begins after so many updates, or after that time if there are not so many by then."""
+"""The measurement begins after this many updates, or after this time if there are fewer by then."""
 KINDS = ("actor", "inference", "learner")
 
 
 def start_as(system: str) -> None:
-    """Have this process start its children as the system says."""
+    """Make this process start its children as the system requires."""
     start = processes.start
     if system.endswith("spinning"):
         os.environ |= SPINNING
 
     def start_child(module: str, job: dict[str, Any], fds: Any, log: Path, threads: int) -> subprocess.Popen[bytes]:
-        of_actors = module == "dsrl_async.run.worker.template"  # which are forked from it, and have its threads
-        if system.startswith("actors" if of_actors else "models"):
+        is_template = module == "dsrl_async.run.worker.template"  # workers are forked from it and inherit its threads
+        if system.startswith("actors" if is_template else "models"):
             threads = available_cpus()
         return start(module, job, fds, log, threads)
 
@@ -60,7 +60,7 @@ def start_as(system: str) -> None:
 
 
 def pin(pids: dict[str, list[int]]) -> None:
-    """The actors to the cores in turn, the inference process to the first one, the learner to the last."""
+    """Pin the workers to the cores in turn, the inference process to the first and the learner to the last."""
     cores = sorted(os.sched_getaffinity(0))
     for number, pid in enumerate(pids["actor"]):
         os.sched_setaffinity(pid, {cores[number % len(cores)]})
@@ -69,7 +69,7 @@ def pin(pids: dict[str, list[int]]) -> None:
 
 
 def measure(system: str, supervisor: Supervisor, stop: StopRequest, seconds: float, figures: dict[str, float]) -> None:
-    """Fill `figures` once the run learns, then end it."""
+    """Fill `figures` once the run learns, then end the run."""
     counters = supervisor.counters
     patience_ends = time.monotonic() + PATIENCE_S
     while counters.learner_updates[0] < LEARNING_UPDATES and time.monotonic() < patience_ends and not stop.reason:
@@ -93,7 +93,7 @@ def measure(system: str, supervisor: Supervisor, stop: StopRequest, seconds: flo
 
 
 def run(system: str, seconds: float, options: list[str]) -> dict[str, float]:
-    """One run; returns its figures."""
+    """Make a run and return its figures."""
     start_as(system)
     stop, config = StopRequest(), load_config(options)
     policy, spec = preflight.check_policy(config)
@@ -116,7 +116,7 @@ def run(system: str, seconds: float, options: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--seconds", type=float, default=20.0, help="that a run is measured for (default: 20)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the measurement (default: 20)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     own, options = parser.parse_known_args()

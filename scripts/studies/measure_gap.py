@@ -1,19 +1,20 @@
-"""How long the device waits for the host between two batches, and what an overlap of the two could gain at most.
+"""Measures how long the device waits for the host between two batches, and simulates what an overlap could gain.
 
     python scripts/studies/measure_gap.py
 
-Measured, in CPU time, so that other programs disturb it little: what the inference process does for a batch beside
-waiting for the device. The device sleeps, observations are two 224 x 224 images and one of 64 x 64, a process waits for
+It measures what the inference process does for a batch beside waiting for the device, in CPU time, which other programs
+disturb little. The device sleeps, observations are two 224 x 224 images and one of 64 x 64, and a process waits for
 each answer.
   gather      copies the observations into the batch
-  transfers   copies them row by row and field by field as for a GPU, but into memory of the host: the driver's time and
-              the launches of a GPU are not in it
-  launch      finds out who is ready and chooses the batch
+  transfers   copies them row by row and field by field as for a GPU, but into host memory, without the driver's time
+              and a GPU's launches
+  launch      finds the ready lanes and chooses the batch
   scatter     writes the answers and wakes the workers
 
-Simulated, with the draws of `bench pipeline`: decisions/s if none of it took time; the share of them that is left when
-the device waits for all of it, as it does; and with overlap: who waits is gathered while the device computes, and the
-next batch is launched before the answers are scattered, so that the device waits for the launch only.
+It simulates, with the draws of `bench pipeline`, the decisions/s if none of this took time; the share of them that
+remains if the device waits for all of it, as it does; and the share that remains with overlap, when waiting requests
+are gathered while the device computes and the next batch is launched before the answers are scattered, so that the
+device waits only for the launch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Curve = Callable[[int], float]
 
 
 class PhasesInCpuTime:
-    """Stands for `InferenceServer.phase`: sums up the thread's CPU-seconds by phase."""
+    """Replaces `InferenceServer.phase` and sums up the thread's CPU-seconds by phase."""
 
     def __init__(self) -> None:
         self.cpu_s: dict[str, float] = {}
@@ -67,7 +68,7 @@ def wait_forever(wake_fd: int) -> None:
 
 
 def server_of_sleeping_device(service_s: float) -> tuple[inference.InferenceServer, list[int]]:
-    """A server with as many actors as the largest batch has rows, and the events that wake them."""
+    """A server with as many lanes as the largest batch has rows, and the events that wake their workers."""
     config = run_config(Simulation(SIZES[-1], EnvironmentTimes(), dict.fromkeys(SIZES, service_s)))
     policies = inference.Policies(
         {(size, PROMPT_LENGTH): SimulatedPolicy(config, size, service_s, gather=True) for size in SIZES},
@@ -84,13 +85,13 @@ def server_of_sleeping_device(service_s: float) -> tuple[inference.InferenceServ
 
 
 def transfer(rows: np.ndarray, lanes: np.ndarray, buffer: torch.Tensor) -> None:
-    """What `inference.gather` does for a GPU."""
+    """Copies as `inference.gather` does for a GPU."""
     for index, lane in enumerate(lanes):
         buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)
 
 
 def measure(server: inference.InferenceServer, size: int, repeats: int) -> dict[str, float]:
-    """CPU-seconds per batch of `size`, medians: gather, transfers, scatter, and launch, which is the rest."""
+    """Median CPU-seconds per batch of `size` for gather, transfers, scatter, and launch, which is the rest."""
     slots, samples = server.slots, []
     buffers = server.policies.batch_policies[size, PROMPT_LENGTH].inputs
     server_fd = events.create()
@@ -119,8 +120,8 @@ def rate(curve: Curve, actors: int, host: Host | None) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--service-ms", type=float, default=10.0, help="that the device sleeps for (default: 10)")
-    parser.add_argument("--repeats", type=int, default=200, help="of each batch size (default: 200)")
+    parser.add_argument("--service-ms", type=float, default=10.0, help="time that the device sleeps (default: 10)")
+    parser.add_argument("--repeats", type=int, default=200, help="batches of each size (default: 200)")
     parser.add_argument("--actors", nargs="+", type=int, default=[8, 16, 24, 32, 64])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

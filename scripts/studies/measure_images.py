@@ -1,9 +1,9 @@
-"""Rotating and resizing camera images: PIL in the environment process against one batched torch kernel.
+"""Rotating and resizing camera images: PIL in the environment worker against one batched torch kernel.
 
     python scripts/studies/measure_images.py
 
-Prints JSON lines: milliseconds of one core per observation (two 256x256 cameras to 224x224), the median of interleaved
-repeats, and how far torch's result is from PIL's.
+Prints JSON lines with milliseconds of one core per observation (two 256x256 cameras to 224x224; medians of interleaved
+repeats) and with the difference of torch's result from PIL's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def with_torch(frames: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
 
 
 def natural_frames(count: int) -> NDArray[np.uint8]:
-    """Images with edges and gradients at all scales, as renderings have."""
+    """Images with edges and gradients at all scales, like renderings."""
     generator = np.random.default_rng(0)
     frames = np.zeros((count, FRAME, FRAME, 3))
     for size in (4, 16, 64, 256):

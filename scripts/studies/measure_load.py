@@ -1,9 +1,9 @@
-"""Loads a policy checkpoint and prints one JSON line: peak resident memory against the weights kept, and seconds.
+"""Loads a policy checkpoint and prints a JSON line with peak resident memory, the size of the weights, and seconds.
 
     python scripts/studies/measure_load.py DIRECTORY --dtype bfloat16
 
-The peak is the kernel's high-water mark of this process (VmHWM), interpreter and torch included; `before_bytes` is
-what these had taken before, when they had loaded a small policy already.
+The peak is the kernel's high-water mark of this process (VmHWM) and includes the interpreter and torch; `before_bytes`
+is what they take after loading a small policy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsrl_async.pi0 import load_policy
 
 
 def status_bytes(key: str) -> int:
-    """A line of /proc/self/status that is in kB."""
+    """The value of a line of /proc/self/status that is in kB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[key].split()[0]) * 1024
 

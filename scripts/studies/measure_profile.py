@@ -1,11 +1,11 @@
-"""What `--profile` costs: the CPU time of a passage through a phase and a stage, and whole runs without and with it.
+"""Measures the cost of `--profile`: the CPU time of entering and leaving a phase or stage, and of whole runs.
 
     python scripts/studies/measure_profile.py
     python scripts/studies/measure_profile.py --runs 5 [OPTIONS OF launch]
 
-Prints JSON lines, all medians. `*_us` are of passages that hold nothing. With `--runs` pairs of runs follow, one
-without and one with the option: `decisions_per_s` and `cpu_ms_per_decision` (of all their processes) between
-the end of the warm-up and the last line of metrics.jsonl. Other programs disturb the first more than the second.
+Prints JSON lines with medians. `*_us` are the times of empty phases and stages. With `--runs`, pairs of runs follow,
+one without and one with the option: `decisions_per_s` and `cpu_ms_per_decision` (of all processes) between the end of
+the warm-up and the last line of metrics.jsonl. Other programs disturb the former more than the latter.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure_passages(passages: int, repeats: int) -> dict[str, float]:
 
 
 def measure_run(profile: bool, decisions: int, options: Sequence[str], directory: Path) -> tuple[float, float]:
-    """Decisions per second, and CPU milliseconds per decision, of a run once it learns."""
+    """Decisions per second and CPU milliseconds per decision of a run once it learns."""
     command = [
         sys.executable,
         "-m",
@@ -77,7 +77,7 @@ def measure_run(profile: bool, decisions: int, options: Sequence[str], directory
     if run.returncode != 0:
         raise SystemExit(f"error: a run failed: {(run.stderr.splitlines() or ['it left no message'])[-1]}")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["updates"]][:-1]  # the last one is of when it was stopped
+    lines = [line for line in lines if line["updates"]][:-1]  # the last line is written when the run has stopped
     if len(lines) < 2:
         raise SystemExit("error: the run ended before it was seen to learn; give more --decisions")
     made = lines[-1]["decisions"] - lines[0]["decisions"]
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passages", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--runs", type=int, default=0, help="pairs of runs; the other options are those of launch")
+    parser.add_argument("--runs", type=int, default=0, help="pairs of runs; other options go to launch")
     parser.add_argument("--decisions", type=int, default=2000, help="length of a run")
     given, launch = parser.parse_known_args()
     passages = measure_passages(given.passages, given.repeats)

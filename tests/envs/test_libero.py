@@ -24,7 +24,7 @@ from dsrl_async.envs import libero_files, make_environment
 if find_spec("libero") is None or find_spec("robosuite") is None:
     pytest.skip("LIBERO is not installed; pip install -e '.[libero]'", allow_module_level=True)
 
-from support.libero_stock import Episode, differences, play, play_stock
+from support.libero_stock import Trajectory, differences, play, play_stock
 
 from dsrl_async.envs import libero as libero_module
 from dsrl_async.envs.libero import LiberoEnvironment
@@ -78,7 +78,7 @@ def smooth_chunks(decisions: int, seed: int = 0) -> NDArray[np.float32]:
 
 def compare(
     environment: LiberoEnvironment, stock: StockEnvironment, number: int, chunks: NDArray[np.float32]
-) -> tuple[list[str], Episode]:
+) -> tuple[list[str], Trajectory]:
     # robosuite draws into whichever graphics context was made current last.
     stock.env.sim._render_context_offscreen.gl_ctx.make_current()
     settling, size = environment.settling_steps, environment.spec.image_size
