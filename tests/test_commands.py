@@ -25,6 +25,7 @@ from dsrl_async.config.command_line import COMMANDS
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.doctor.checks import Finding, Status
 from dsrl_async.host import command
+from dsrl_async.run.supervisor.session import Session
 
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 GIVEN = ["--env-ms", "60", "--device-ms", "1:7", "--cores", "4", "--memory-gib", "8"]
@@ -111,6 +112,18 @@ def test_a_run_that_ended_as_asked_is_a_success(
     monkeypatch.setattr("dsrl_async.launch.command.run", lambda *_: {"exit_reason": reason})
     done = call("launch")
     assert (done.code, json.loads(done.stdout)) == (code, {"exit_reason": reason})
+
+
+def test_a_serial_run_that_breaks_leaves_the_traceback_in_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: Session) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("dsrl_async.run.supervisor.serial.run_serial", fail)
+    done = call("launch", "--serial", "--log.console", "off", "--run-dir", str(tmp_path / "run"))
+    assert (done.code, done.stderr) == (1, "error: shapes do not fit\n")
+    assert "Traceback" in caplog.text
 
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("problem", 1)])

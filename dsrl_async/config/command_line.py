@@ -1,4 +1,4 @@
-"""The command line: one option for every setting, and the sentences for what is wrong with one."""
+"""The command line: an option for every setting, its help, and the sentences about what is wrong with one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def program(command: str) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A setting's type as a user would write it: `int`, `a|b`, `[float, float]`, `int|null`."""
+    """A setting's type as a user would write it, such as `int`, `a|b`, `[float, float]` or `int|null`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is type(None):
         return "null"
@@ -71,7 +71,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """What argparse would print before it ends the process is raised as a ConfigError."""
+    """Raises as a ConfigError what argparse would print before it ends the process."""
 
     def __init__(self, *, formatter_class: type[argparse.HelpFormatter] = HelpFormatter, **options: Any) -> None:
         super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
@@ -205,7 +205,7 @@ def parse_value(key: str, text: str) -> Any:
 
 
 def make_paths_absolute(policy: PolicyConfig) -> None:
-    """So that the run can be resumed and evaluated from elsewhere."""
+    """Make relative paths absolute, so that the run can be resumed and evaluated from elsewhere."""
     for name in ("checkpoint", "tokenizer", "norm_stats"):
         if (path := getattr(policy, name)) is not None:
             setattr(policy, name, str(Path(path).absolute()))

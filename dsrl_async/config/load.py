@@ -61,6 +61,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key in nested settings; raises ConfigError if a section of it is not one."""
     *sections, name = key.split(".")
     for section in sections:
         child = settings.setdefault(section, {})
@@ -97,6 +98,7 @@ def validate(settings: dict[str, Any]) -> Config:
 
 
 def get_key(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
@@ -104,6 +106,7 @@ def get_key(config: Config, key: str) -> Any:
 
 
 def _sentence(error: ValidationError) -> str:
+    """The first fault that pydantic found, in our words."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if key in DELETED:

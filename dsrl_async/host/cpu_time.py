@@ -1,4 +1,7 @@
-"""CPU time of processes as the kernel's scheduler counts it. Needs only Python: peers' environments use it too."""
+"""CPU time of processes, as the kernel's scheduler counts it.
+
+Needs nothing but Python, since the environments of projects that this one is compared with use it, too.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,24 @@ from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """Of processes or threads, in seconds."""
+    """How long processes or threads ran and waited, in seconds."""
 
     running: float
     waiting: float
-    """Ready to run while others ran."""
+    """Time in which they were ready to run while others ran."""
 
     def since(self, before: Usage) -> Usage:
+        """What has been added to an earlier `Usage`."""
         return Usage(self.running - before.running, self.waiting - before.waiting)
 
 
 def thread_usage(pid: int, thread: int) -> Usage:
-    """Raises ValueError where the kernel does not count it, FileNotFoundError if the thread has ended."""
+    """The usage of a thread.
+
+    Raises:
+        ValueError: the kernel does not count it.
+        FileNotFoundError: the thread has ended.
+    """
     path = Path(f"/proc/{pid}/task/{thread}/schedstat")
     try:
         running, waiting, _ = path.read_text().split()
@@ -32,7 +41,7 @@ def thread_usage(pid: int, thread: int) -> Usage:
 
 
 def usage(pids: Iterable[int]) -> Usage:
-    """Of all threads of some processes that have not ended."""
+    """The usage of all threads that processes have now; raises FileNotFoundError if one of the processes has ended."""
     running = waiting = 0.0
     for pid in pids:
         for thread in os.listdir(f"/proc/{pid}/task"):

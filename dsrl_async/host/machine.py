@@ -11,12 +11,12 @@ import psutil
 
 GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 UNLIMITED = 1 << 60
-"""Version 1 of control groups writes a number above this where there is no limit."""
+"""Version 1 of control groups writes a number above this if there is no limit."""
 
 
 def control_groups(controller: str, groups: Path | None = None, membership: Path | None = None) -> Iterator[Path]:
-    """The directories of the control groups whose limits hold for this process: its own and all above, as far as they
-    can be seen from inside a container, in version 2 and in version 1 (see cgroups(7))."""
+    """Yield the directories of the control groups whose limits hold for this process: its own and all above, as far as
+    a container lets them be seen, in version 2 and in version 1 (see cgroups(7))."""
     groups, membership = groups or GROUPS, membership or MEMBERSHIP
     text = membership.read_text() if membership.is_file() else ""
     for line in text.splitlines():
@@ -32,13 +32,13 @@ def control_groups(controller: str, groups: Path | None = None, membership: Path
 
 
 def _number(path: Path) -> int | None:
-    """The number that a limit's file holds; None if there is no such file, or it says that there is no limit."""
+    """The number in a limit's file; None if there is no such file, or if it says that there is no limit."""
     text = path.read_text().strip() if path.is_file() else ""
     return int(text) if text.isdigit() and int(text) < UNLIMITED else None
 
 
 def available_memory(groups: Path | None = None, membership: Path | None = None) -> int:
-    """Bytes that new processes can have: the machine's, or what a control group's limit leaves if that is less."""
+    """Bytes that new processes can have: what is left on the machine, or of a control group's limit if that is less."""
     available = int(psutil.virtual_memory().available)
     for group in control_groups("memory", groups, membership):
         for limit_file, used_file, cache in (
@@ -48,12 +48,12 @@ def available_memory(groups: Path | None = None, membership: Path | None = None)
             limit, used = _number(group / limit_file), _number(group / used_file)
             if limit is not None and used is not None:
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                available = min(available, limit - used + int(statistics[cache]))  # page cache can be had back
+                available = min(available, limit - used + int(statistics[cache]))  # the kernel gives page cache back
     return available
 
 
 def available_cpus(groups: Path | None = None, membership: Path | None = None) -> int:
-    """Cores that this process may keep busy: its affinity, or a control group's quota, rounded up, if that is less."""
+    """Cores that this process may keep busy: those of its affinity, or a control group's quota if less, rounded up."""
     cpus = len(os.sched_getaffinity(0))
     for group in control_groups("cpu", groups, membership):
         quota: int | None
@@ -68,5 +68,5 @@ def available_cpus(groups: Path | None = None, membership: Path | None = None) -
 
 
 def cpu_threads(wanted: int | None) -> int:
-    """Threads of a model process: as configured, or a quarter of the cores this process may use, at least one."""
+    """Number of threads of a model process: `wanted`, or a quarter of the available cores, but at least one."""
     return wanted or max(1, available_cpus() // 4)

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, Protocol, cast
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""A thread that waits for others of its team sleeps. By default it spins, on a core that the one it waits for may need:
+"""A thread that waits for others of its team sleeps. By default it spins on a core that the one it waits for may need:
 other processes want the cores, too (docs/measurements/threads.md)."""
 PR_SET_PDEATHSIG = 1
-REAP_S = 5.0  # a killed process that is still there after this is stuck in the kernel, and left to it
+"""Option of prctl(2) that names the signal a process gets when its parent ends."""
+REAP_S = 5.0
+"""A killed process that is still there after this many seconds is stuck in the kernel, and left to it."""
 
 
 class Program(NamedTuple):
@@ -29,14 +31,14 @@ class Program(NamedTuple):
 
     module: str
     settings: Mapping[str, Any] = {}
-    """JSON-ready; told to it beside its job."""
+    """Values of JSON that the process is told beside its job."""
 
 
 class Process(Protocol):
     """A child process: a `subprocess.Popen`, or one that was forked (`template.Forked`)."""
 
     pid: int
-    returncode: Any  # int | None; a protocol's attribute has to be of the very same type as theirs
+    returncode: Any  # int | None; but a protocol's attribute must have the very type of theirs
 
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> int: ...
@@ -44,7 +46,7 @@ class Process(Protocol):
 
 
 def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
-    """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches the supervisor only.
+    """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches only the supervisor.
 
     `threads` limits the process's numeric libraries, whose `WAIT_POLICY` the user's environment can override; its
     output is appended to `log`.
@@ -64,10 +66,10 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
 
 
 def prepare_child(parent: int) -> None:
-    """To be called first in a child: it ends with the process `parent`, and only that one decides when.
+    """Make this process end with the process `parent`, and only when that one wants; a child calls this first.
 
-    The kernel kills it when the parent ends, however that happens. Signals that a terminal or a batch system sends to
-    all processes of a job are left to the parent.
+    The kernel kills the child when the parent ends, however that happens. Signals that a terminal or a batch system
+    sends to all processes of a job are left to the parent.
     """
     for output in (sys.stdout, sys.stderr):  # what one process prints is not printed again by those forked from it
         cast(io.TextIOWrapper, output).reconfigure(line_buffering=True)
@@ -81,14 +83,14 @@ def prepare_child(parent: int) -> None:
 
 
 def raise_descriptor_limit() -> int:
-    """Allow as many open files as the system lets us; returns how many."""
+    """Allow this process as many open files as the system does; returns how many."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
 
 
 def wait_all(children: Iterable[Process], deadline: float) -> bool:
-    """Wait until all have ended; False if some still ran at `deadline` (of time.monotonic)."""
+    """Wait until all have ended; returns False if some still ran at `deadline` (as of time.monotonic)."""
     for child in children:
         try:
             child.wait(max(0.0, deadline - time.monotonic()))
@@ -98,7 +100,7 @@ def wait_all(children: Iterable[Process], deadline: float) -> bool:
 
 
 def kill_all(children: Iterable[Process]) -> None:
-    """SIGKILL and reap; at once."""
+    """Send SIGKILL to all of them, then reap them."""
     children = list(children)
     for child in children:
         child.kill()
@@ -111,6 +113,6 @@ def how_ended(code: int) -> str:
 
 
 def last_line(log: Path, since: int = 0) -> str:
-    """The last line that a log file got after its first `since` bytes, for an error message."""
+    """The last line of a log file after its first `since` bytes, for an error message."""
     text = log.read_bytes()[since:].decode(errors="replace").strip() if log.is_file() else ""
     return text.splitlines()[-1].strip() if text else "it left no message"

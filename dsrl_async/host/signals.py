@@ -1,4 +1,4 @@
-"""Signals that ask the launched process to stop."""
+"""Turns signals into a wish to stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SI
 
 
 class StopRequest:
-    """From its creation on, SIGINT, SIGTERM and SIGHUP no longer end the process but set `reason`."""
+    """Once it is made, SIGINT, SIGTERM and SIGHUP no longer end the process but set `reason`."""
 
     def __init__(self) -> None:
         self.reason: str | None = None

@@ -1,4 +1,4 @@
-"""Times what the device does, where the host only enqueues it: CUDA events on a GPU, the host's clock on the CPU.
+"""Times what the device does while the host only enqueues it: with CUDA events on a GPU, the host's clock on the CPU.
 
 **The events have not run on a GPU yet.**
 """
@@ -19,30 +19,30 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.spans import STAGES, Spans, TracedPhases, profiled
 
 Stage = Callable[[str], AbstractContextManager[None]]
-"""`with stage("denoise"): ...` adds the time of a stage, one of `STAGES["inference"]` or `STAGES["learner"]`."""
+"""`with stage("denoise"): ...` adds to the time of a stage, one of `STAGES["inference"]` or `STAGES["learner"]`."""
 
 HOST_STAGES = ("prefix", "denoise")
-"""What there is to time on the CPU: it has no transfers, and the learner's stage is its phase there."""
+"""Stages that are timed on the CPU, which has no transfers, and where the learner's stage is its phase."""
 ANCHOR_INTERVAL_S = 10.0
-"""How often the device's clock is put in relation to the host's, which waits for the device. In between, an event's
+"""How often the device's clock is compared with the host's, which has to wait for the device. In between, an event's
 distance in float32 milliseconds is exact to about a microsecond."""
 
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def no_stage(name: str) -> AbstractContextManager[None]:
-    """Times nothing."""
+    """Time nothing."""
     return _NOTHING
 
 
 def ranges_of(device: torch.device) -> ModuleType | None:
-    """What marks NVTX ranges, where a profiler of NVIDIA could see them."""
+    """The module that marks NVTX ranges, if NVIDIA's profilers could see them."""
     return torch.cuda.nvtx if device.type == "cuda" else None
 
 
 def stages_of(arena: Arena, kind: str, device: torch.device) -> Stage:
-    """The stages of the inference process or the learner, to be called in the stream that does the work; without
-    `profile`, `no_stage`."""
+    """What times the stages of the inference process or of the learner, in the stream that does the work; without
+    `profile` it is `no_stage`."""
     if not profiled(arena):
         return no_stage
     names, sums, spans = STAGES[kind], arena[f"stage/{kind}_s"], Spans(arena, f"{kind}_stage")
@@ -54,10 +54,10 @@ def stages_of(arena: Arena, kind: str, device: torch.device) -> Stage:
 
 
 class DeviceStages:
-    """Stages between two events in the device's stream.
+    """Times stages by two events each in the device's stream.
 
-    Nothing waits for the device but an anchor now and then: the times of a stage are read when later ones begin and its
-    events have come to pass.
+    Only an anchor waits for the device now and then. The time of a stage is read when its events have happened and a
+    later stage begins.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DeviceStages:
         self._pending.append((self._names.index(name), begin, end))
 
     def _collect(self) -> None:
-        """Read the stages that have ended."""
+        """Read the times of the stages that have ended."""
         if self._anchor is None:
             self._set_anchor()
         while self._pending and self._pending[0][2].query():

@@ -1,4 +1,4 @@
-"""What a computation enqueues: its operations one by one, and how many of them are kernels.
+"""Lists what a computation enqueues: its operations one by one, and how many of them are kernels.
 
 A CUDA graph replays the same kernels on the same memory, whatever the input. `OperationTrace` shows, on any device,
 whether a function can be captured: it raises at an operation that waits for the device or that makes a tensor from
@@ -25,7 +25,7 @@ CREATION = frozenset(
         *("lift_fresh", "lift_fresh_copy", "cat", "stack"),
     }
 )
-"""Operations that only make a new tensor, or copy into one: inside a loop they are work that could be done once."""
+"""Operations that only make a new tensor, or copy into one. Inside a loop, that is work that could be done once."""
 
 UPLOADS = frozenset(
     {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, Tensor.new_tensor}
@@ -34,14 +34,14 @@ UPLOADS = frozenset(
 DOWNLOADS = frozenset(
     {Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.__array__, Tensor.__bool__, Tensor.__float__}
 )
-"""Functions that give the host what a tensor holds; on the CPU not all of them call an operation."""
+"""Functions that give the host what a tensor holds; not all of them call an operation on the CPU."""
 
 Operation = tuple[str, tuple[object, ...]]
-"""Name and described arguments of one operation."""
+"""An operation's name and its described arguments."""
 
 
 class OperationTrace(TorchDispatchMode):
-    """Records every ATen operation under it.
+    """Records every ATen operation in its block.
 
     Args:
         guarded: raise AssertionError at what cannot be captured: an operation that makes the host wait, whose result's

@@ -33,7 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> int:
-    """Returns the exit code; for `programs` see `Supervisor`."""
+    """Check everything, then run; returns the exit code. `programs` are those of `Supervisor`.
+
+    Raises:
+        ValueError: the run cannot be started so; ConfigError is one.
+        OSError: the run cannot be set up.
+    """
     stop = StopRequest()
     config = load_config(argv)
     make_paths_absolute(config.policy)
@@ -74,7 +79,11 @@ def run(
         if config.serial:
             from dsrl_async.run.supervisor.serial import run_serial
 
-            summary = run_serial(session)
+            try:
+                summary = run_serial(session)
+            except RuntimeError:
+                logger.exception("error in the run")  # the command itself says no more than a sentence
+                raise
         else:
             summary = Supervisor(session, programs).run()
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
