@@ -48,7 +48,7 @@ from dsrl_async.config.command_line import load_config
 from dsrl_async.config.settings import Config
 from dsrl_async.host.processes import PR_SET_PDEATHSIG
 from dsrl_async.host.signals import SIGNALS, StopRequest
-from dsrl_async.run.preflight.policy import check_policy
+from dsrl_async.run.preflight import check_run
 from dsrl_async.telemetry.monitor import SUCCESS_EPISODES
 
 ASYNCHRONOUS, SERIAL, LOCK_STEP = "asynchronous", "serial", "lock step"
@@ -181,7 +181,7 @@ def name_of(config: Config) -> str:
 def run(arguments: argparse.Namespace) -> None:
     options = options_of(arguments)
     config = load_config(options)
-    check_policy(config)
+    check_run(config)
     keep: Path | None = arguments.keep
     if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
         raise ValueError(f"--keep {keep}: it is there, and is no empty directory; choose another one")

@@ -354,6 +354,11 @@ class Config(Section):
             )
         return self
 
+    def batch_sizes(self) -> list[int]:
+        """The sizes of `inference.buckets` up to the first that holds all environments."""
+        buckets = self.inference.buckets
+        return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < self.actors]
+
 
 MIN_LANE_ROWS = 16
 """Lower limit on the replay rows of a lane; with fewer, a reader loses most races with the writer."""

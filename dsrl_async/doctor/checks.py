@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
-from dsrl_async.doctor.probes import Unanswered, ask
+from dsrl_async.doctor.probes import cuda, egl_devices, render
 from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.host import processes
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
+from dsrl_async.host.probe import Unanswered, ask
 from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.run import preflight
 from dsrl_async.run.worker.pool import WorkerPool
@@ -66,7 +67,7 @@ def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
     chosen = os.environ.get("MUJOCO_GL", "egl")
     failure, software = None, False
     try:
-        answer = ask("render", options.time_limit_s)
+        answer = ask(render, options.time_limit_s)
         software = any(name in answer["renderer"].lower() for name in SOFTWARE_RENDERERS)
         yield Finding("graphics", "ok", f"MUJOCO_GL={chosen}: {_drawn(answer)}")
     except Unanswered as error:
@@ -74,7 +75,7 @@ def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
     working = []
     for other in {"egl", "osmesa"} - {chosen} if failure else ():
         try:
-            ask("render", options.time_limit_s, _graphics_environment(other))
+            ask(render, options.time_limit_s, _graphics_environment(other))
             working.append(other)
         except Unanswered:
             continue
@@ -111,12 +112,12 @@ def _drawn(answer: dict[str, Any]) -> str:
 def _egl_devices(options: Options) -> Iterator[Finding]:
     """A line for each of several devices."""
     try:
-        count = ask("egl_devices", options.time_limit_s)["devices"]
+        count = ask(egl_devices, options.time_limit_s)["devices"]
     except Unanswered:
         return  # the check of the backend that is used says whether that matters
     for device in range(count) if count > 1 else ():
         try:
-            answer = ask("render", options.time_limit_s, _graphics_environment("egl", device))
+            answer = ask(render, options.time_limit_s, _graphics_environment("egl", device))
             yield Finding("graphics", "ok", f"MUJOCO_EGL_DEVICE_ID={device}: {_drawn(answer)}")
         except Unanswered as error:
             yield Finding(
@@ -164,18 +165,17 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_policy(config: Config, options: Options) -> Iterator[Finding]:
     files = preflight.check_checkpoint(config)
-    directory = preflight.policy_directory(config)
     stored = sum(tensor.bytes for tensor in files.tensors.values())
     kinds = "/".join(sorted({tensor.dtype for tensor in files.tensors.values()}))
     yield Finding(
         "policy",
         "ok",
-        f"{directory}: {'Pi0.5' if files.config.pi05 else 'Pi0'} as {preflight.checkpoint_maker(directory)} stores it, "
+        f"{files.directory}: {'Pi0.5' if files.config.pi05 else 'Pi0'} as {files.maker} stores it, "
         f"{parameter_count(files.config):,} parameters in {stored / 1e6:,.1f} MB of {kinds}, with tokenizer and "
         f"norm stats ({files.norm_stats_source})",
     )
     preflight.check_fit(config, files.config, preflight.check_environment(config))
-    preflight.check_render_quality(config)
+    preflight.check_render_quality(config, files.maker)
     yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
 
 
@@ -183,9 +183,10 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
     available = available_memory()
     os.close(os.memfd_create("dsrl_async-doctor"))  # what shared memory is made of; some sandboxes forbid it
     try:
-        policy, spec = preflight.check_policy(config)
+        run = preflight.check_run(config)
     except ConfigError:
-        actors = preflight.template_bytes(config) + config.actors * preflight.actor_bytes(config)
+        record = environment_record(config.env.model_dump())
+        actors = record.template_bytes + config.actors * record.worker_bytes
         yield Finding(
             "memory",
             "ok" if actors < available else "problem",
@@ -193,9 +194,9 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
             f"{'' if actors < available else '; lower actors'} (the policy's share is not known yet)",
         )
         return
-    need = preflight.memory_needed(config, spec, policy.action_horizon)
-    fit = preflight.actors_that_fit(config, spec, policy.action_horizon, available)
-    preflight.check_memory(config, spec, policy.action_horizon)
+    need = preflight.memory_needed(config, run.environment, run.spec, run.policy.config)
+    fit = preflight.actors_that_fit(config, run.environment, run.spec, run.policy.config, available)
+    preflight.check_memory(run)
     yield Finding(
         "memory",
         "ok",
@@ -231,7 +232,7 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
             phase_s = dict(zip(ACTOR_PHASES, Counters(pool.arena).actor_phase_s[0].tolist(), strict=True))
     except RuntimeError as error:
         raise ConfigError(f"no actor can be started: {error}") from error
-    estimate = preflight.actor_bytes(config)
+    estimate = environment_record(config.env.model_dump()).worker_bytes
     message = (
         f"what all share is ready after {prepared_s:.1f} s, an actor {started_s:.1f} s later (first reset "
         f"{phase_s['reset']:.1f} s, pictures {phase_s['render']:.2f} s); memory {memory.uss / 1e6:,.0f} MB private and "
@@ -279,9 +280,9 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
-    found = ask("cuda", options.time_limit_s)
-    preflight.check_device("device", config.device)
-    preflight.check_device("learner.device", config.learner.device)
+    found = ask(cuda, options.time_limit_s)
+    preflight.check_device("device", config.device, found["devices"])
+    preflight.check_device("learner.device", config.learner.device, found["devices"])
     build = f"torch {found['torch']} ({'CUDA ' + found['built_for'] if found['built_for'] else 'without CUDA'})"
     driver = _nvidia_smi(options.time_limit_s)
     if not found["available"]:
@@ -321,11 +322,11 @@ def check_run_directory(config: Config, options: Options) -> Iterator[Finding]:
         raise ConfigError(f"run_dir: cannot write to {run_dir}; give another one with --run-dir")
     free = shutil.disk_usage(place).free
     try:
-        policy, spec = preflight.check_policy(config)
+        run = preflight.check_run(config)
     except ConfigError:
         yield Finding("run directory", "ok", f"{run_dir} can be written, {free / GIB:.1f} GiB free")
         return
-    checkpoint = layout(run_fields(config, spec, policy.action_horizon))[1]
+    checkpoint = layout(run_fields(config, run.spec, run.horizon))[1]
     copies = config.checkpoint.keep + 1  # the one that is being written
     status: Status = "ok" if free > copies * checkpoint else "warning" if free > checkpoint else "problem"
     advice = "" if status == "ok" else "; free some, or lower replay.capacity or checkpoint.keep"

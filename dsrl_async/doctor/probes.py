@@ -1,21 +1,12 @@
-"""What may crash or hang in C code (OpenGL, CUDA), asked in a process of its own with a time limit.
-
-`ask` starts this module, which prints its answer as one JSON object.
-"""
+"""What may crash or hang in C code (OpenGL, CUDA); the checks `ask` for it in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from importlib.util import find_spec
 from typing import Any
-
-from dsrl_async.host import processes
 
 RENDER_SIZE = 256
 FRAMES = 5
@@ -31,42 +22,6 @@ SCENE = """
   </worldbody>
 </mujoco>
 """
-
-
-class Unanswered(Exception):
-    """Why a probe gave no answer: a phrase, such as `killed by SIGSEGV`."""
-
-
-def ask(probe: str, time_limit_s: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """The answer of a function of this module, run with the variables of `environment`; raises Unanswered.
-
-    The process ends with this call, however that ends, or with its parent.
-    """
-    job = json.dumps({"probe": probe, "parent": os.getpid()})
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dsrl_async.doctor.probes", job],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            env=dict(os.environ) if environment is None else environment,
-        )
-        try:
-            code = process.wait(time_limit_s)
-        except subprocess.TimeoutExpired:
-            raise Unanswered(f"no answer within {time_limit_s:g} s") from None
-        finally:
-            processes.kill_all([process])
-        output.seek(0)
-        errors.seek(0)
-        lines, complaints = (file.read().decode(errors="replace").split("\n") for file in (output, errors))
-    if code:
-        said = next((line.strip() for line in reversed(complaints) if line.strip()), "without a message")
-        raise Unanswered(f"{processes.how_ended(code)}{'' if code < 0 else f': {said}'}")
-    answer: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line))
-    if "error" in answer:
-        raise Unanswered(answer["error"])
-    return answer
 
 
 def egl_devices() -> dict[str, Any]:
@@ -122,25 +77,10 @@ def cuda() -> dict[str, Any]:
     """What torch finds, and whether cupy, which page-locks the shared memory, is there."""
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "built_for": torch.version.cuda}
+    found: dict[str, Any] = {"torch": torch.__version__, "built_for": torch.version.cuda, "devices": 0}
     found["available"] = torch.cuda.is_available()
     if found["available"]:
         free, total = torch.cuda.mem_get_info()
-        found |= {"device": torch.cuda.get_device_name(), "free_bytes": free, "total_bytes": total}
-        found["cupy"] = find_spec("cupy") is not None
+        found |= {"devices": torch.cuda.device_count(), "device": torch.cuda.get_device_name()}
+        found |= {"free_bytes": free, "total_bytes": total, "cupy": find_spec("cupy") is not None}
     return found
-
-
-def main(argument: str) -> None:
-    job = json.loads(argument)
-    processes.prepare_child(job["parent"])
-    try:
-        answer = {"egl_devices": egl_devices, "render": render, "cuda": cuda}[job["probe"]]()
-    except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    print(json.dumps(answer), flush=True)
-    os._exit(0)  # what is left of a broken OpenGL context complains, or crashes, when Python takes it apart
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

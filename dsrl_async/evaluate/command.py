@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
-from dsrl_async.envs import environment_record, libero_files
+from dsrl_async.envs import libero_files
 from dsrl_async.evaluate.episodes import across_tasks
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.play import evaluate
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
         result = result_of(evaluation, settings, outcomes, time.monotonic() - begin)
         if out is not None:
             out.finish(result)
-    if environment_record(evaluation.config.env.model_dump()).suite is not None:
+    if evaluation.run.environment.suite is not None:
         console.print(table(result))
     print(json.dumps(result), flush=True)
     return 0

@@ -14,8 +14,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
-from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentSpec, environment_record
+from dsrl_async.config.settings import ConfigError
 from dsrl_async.evaluate.episodes import Episode, Schedule
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.progress import ProgressBar
@@ -27,7 +26,7 @@ from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer, notifier
-from dsrl_async.run.preflight.policy import policy_directory
+from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.run.worker.worker import EVALUATION, episode_seed
 from dsrl_async.shm import events
@@ -86,13 +85,13 @@ def play(
     """
     if not episodes:
         return
-    config = evaluation.config.model_copy(update={"actors": min(evaluation.config.actors, len(episodes))})
-    policy, spec = preflight.check_policy(config)
+    run = evaluation.run.with_actors(min(evaluation.config.actors, len(episodes)))
+    config = run.config
     preflight.check_descriptors(config, "--processes")
-    preflight.check_memory(config, spec, policy.action_horizon, lower="--processes")
-    fields = {**run_fields(config, spec, policy.action_horizon), **assignment_fields(config.actors)}
-    with WorkerPool(config, fields, evaluation=worker_job(config, episodes, films), meanwhile=meanwhile) as pool:
-        server = load_server(evaluation, config, spec, pool)
+    preflight.check_memory(run, lower="--processes")
+    fields = {**run_fields(config, run.spec, run.horizon), **assignment_fields(config.actors)}
+    with WorkerPool(config, fields, evaluation=worker_job(run, episodes, films), meanwhile=meanwhile) as pool:
+        server = load_server(evaluation, run, pool)
         pool.await_template()
         pool.fork_workers()
         pool.end_template()
@@ -113,21 +112,22 @@ def play(
         pool.await_end()
 
 
-def worker_job(config: Config, episodes: Sequence[Episode], films: Films | None) -> dict[str, Any]:
+def worker_job(run: CheckedRun, episodes: Sequence[Episode], films: Films | None) -> dict[str, Any]:
     """Return what the workers have to know of the evaluation, see `Template`."""
     one_task = len({episode.task for episode in episodes}) == 1
     return {
         "video_dir": None if films is None else str(films.directory.absolute()),
-        "rate_hz": environment_record(config.env.model_dump()).rate_hz,
+        "rate_hz": run.environment.rate_hz,
         "begin_with": episodes[0].number if one_task else None,  # of several, a worker compiles what it is given
     }
 
 
-def load_server(evaluation: Evaluation, config: Config, spec: EnvironmentSpec, pool: WorkerPool) -> InferenceServer:
+def load_server(evaluation: Evaluation, run: CheckedRun, pool: WorkerPool) -> InferenceServer:
     """Load the policy, and the agent that steers it; raise ConfigError if they cannot be used."""
+    config = run.config
     torch.set_num_threads(cpu_threads(config.inference.threads))
-    device, directory = resolve_device(config.device), policy_directory(config)
-    policies = load_policies(config, spec, device, evaluation.mode, directory, Counters(pool.arena))
+    device = resolve_device(config.device)
+    policies = load_policies(config, run.spec, device, evaluation.mode, run.policy, Counters(pool.arena))
     server = InferenceServer(config, pool.arena, policies, notifier(pool.wake_fds), training=False)
     if evaluation.checkpoint is not None:
         load_actor(evaluation.checkpoint, server)

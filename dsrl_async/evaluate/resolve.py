@@ -20,10 +20,9 @@ from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, 
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
-from dsrl_async.pi0.tensors import find_tensors
 from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.inference.steering import Mode
-from dsrl_async.run.preflight.policy import policy_directory
+from dsrl_async.run.preflight import CheckedRun
 
 SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
 """Settings, or prefixes of their names, that an evaluation uses."""
@@ -37,15 +36,17 @@ DIGEST_BYTES = 2 << 30
 class Evaluation(NamedTuple):
     """An evaluation that is asked for."""
 
-    config: Config
-    """The settings, with the evaluation's own `seed` and its number of environment workers as `actors`."""
+    run: CheckedRun
+    """Its settings have the evaluation's own `seed`, and its number of environment workers as `actors`."""
     checkpoint: Path | None
     """The checkpoint directory whose agent steers the policy; None if the policy is not steered."""
     mode: Mode
     """How the policy's noise is chosen."""
     episodes: list[Episode]
-    instructions: tuple[str, ...]
-    """The instruction of each of the environment's tasks, by the task's number."""
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
 
 
 def resolve(options: argparse.Namespace) -> Evaluation:
@@ -78,14 +79,14 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the workers write it, nobody reads it
     own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
     config = config.model_copy(update=own)
-    preflight.check_device("device", config.device)
-    _, spec = preflight.check_policy(config)
+    run = preflight.check_run(config)
+    preflight.check_devices(config, ["device"])
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
         checkpoint, mode = None, "base"
     if mode == "deterministic" and record.suite is not None:
         check_repeats(record.suite, episodes, record.settings["seeding"])
-    return Evaluation(config, checkpoint, mode, episodes, spec.prompts)
+    return Evaluation(run, checkpoint, mode, episodes)
 
 
 def settings_for_suite(suite: str, env: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,15 +124,14 @@ def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | N
 
 def identity(evaluation: Evaluation) -> dict[str, Any]:
     """Return everything that outcomes depend on, ready for JSON, with the presets' values filled in."""
-    config, mode = evaluation.config, evaluation.mode
-    record = environment_record(config.env.model_dump())
+    run, config = evaluation.run, evaluation.config
+    record = run.environment
     env = dict(record.settings)
     if record.suite is not None:
         env["task_ids"] = sorted({episode.task for episode in evaluation.episodes})
         env["init_states"] = sorted(
             {episode.init_state for episode in evaluation.episodes if episode.init_state is not None}
         )
-    directory = policy_directory(config)
     device = resolve_device(config.device)
     steering = {}
     if evaluation.checkpoint is not None:
@@ -144,13 +144,13 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "episodes": len(evaluation.episodes),
         "seed": config.seed,
-        "noise": mode,
+        "noise": evaluation.mode,
         "env": env,
         "policy": {
             **config.policy.model_dump(exclude={"graphs"}),
-            "checkpoint": str(directory.absolute()),
+            "checkpoint": str(run.policy.directory.absolute()),
             "dtype": str(resolve_dtype(config.policy.dtype, device)).removeprefix("torch."),
-            "files": identify_files(sorted({tensor.file for tensor in find_tensors(directory).values()})),
+            "files": identify_files(sorted({tensor.file for tensor in run.policy.tensors.values()})),
         },
         **steering,
         "device": device.type,

@@ -16,14 +16,13 @@ from typing import Any
 
 from dsrl_async.config.command_line import load_config, make_paths_absolute, program
 from dsrl_async.config.load import to_yaml
-from dsrl_async.config.settings import Config
-from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host import logs
 from dsrl_async.host.command import discard_output
 from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
@@ -42,14 +41,13 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     stop = StopRequest()
     config = load_config(argv)
     make_paths_absolute(config.policy)
-    policy, spec = preflight.check_policy(config)
-    preflight.check_memory(config, spec, policy.action_horizon)
-    preflight.check_device("device", config.device)
-    preflight.check_device("learner.device", config.learner.device)
+    checked = preflight.check_run(config)
+    preflight.check_memory(checked)
+    preflight.check_devices(config)
     preflight.check_descriptors(config)
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
-        summary = run(config, run_dir, spec, policy.action_horizon, stop, programs)
+        summary = run(checked, run_dir, stop, programs)
     try:
         print(json.dumps(summary), flush=True)
     except BrokenPipeError:  # the run did what it was for
@@ -58,21 +56,17 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
 
 
 def run(
-    config: Config,
-    run_dir: Path,
-    spec: EnvironmentSpec,
-    horizon: int,
-    stop: StopRequest,
-    programs: Mapping[Kind, Program] = PROGRAMS,
+    checked: CheckedRun, run_dir: Path, stop: StopRequest, programs: Mapping[Kind, Program] = PROGRAMS
 ) -> dict[str, Any]:
     """Run in an opened run directory; returns the summary, which is also written there.
 
     Raises:
         ValueError, OSError: a checkpoint cannot be used, or the run cannot be set up; nothing was started.
     """
+    config = checked.config
     with contextlib.closing(make_console(config)) as console:
         logs.set_up(console.handler, logging.FileHandler(run_dir / "logs" / "supervisor.log"))
-        session = Session(config, run_dir, spec, horizon, stop, console)
+        session = Session(checked, run_dir, stop, console)
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)  # of an earlier launch: its checkpoint counts
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
-from dsrl_async.pi0.files import NormStats, find_policy, read_config, save_norm_stats
+from dsrl_async.pi0.files import NormStats, PolicyFiles, find_policy, make_config, read_content, save_norm_stats
 from dsrl_async.pi0.model import Pi0, rope_frequency, time_frequency
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pi0.tensors import Part, StoredTensor, check_tensors, find_tensors, infer_config, model_tensors
+from dsrl_async.pi0.tensors import Part, StoredTensor, check_tensors, find_tensors, model_tensors
 
 STAGING_BYTES = 32 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -65,7 +65,7 @@ def load_model(
     path = Path(path)
     tensors = find_tensors(path)
     if config is None:
-        config = infer_config(tensors, path) if path.is_file() else read_config(path, tensors)
+        config = make_config({} if path.is_file() else read_content(path), path, tensors)
     check_tensors(config, tensors, path)
     return _read_model(config, tensors, device, dtype)
 
@@ -139,7 +139,11 @@ def load_policy(
     `dtype` is that of the transformer stacks (bfloat16 follows openpi's mixed precision); `overrides` go to
     `files.find_policy`. Raises ValueError, naming file and tensor, when something is missing or does not fit.
     """
-    files = find_policy(Path(directory), **overrides)
+    return read_policy(find_policy(Path(directory), **overrides), device, dtype)
+
+
+def read_policy(files: PolicyFiles, device: torch.device | str, dtype: torch.dtype) -> LoadedPolicy:
+    """Reads the weights of a checkpoint whose other files have been read; see `load_policy`."""
     normaliser = Normaliser(files.config, files.norm_stats, files.norm_stats_source).to(device)
     tokenizer = PromptTokenizer(files.tokenizer, files.config.max_token_len)
     return LoadedPolicy(files.config, _read_model(files.config, files.tensors, device, dtype), normaliser, tokenizer)

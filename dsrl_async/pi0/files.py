@@ -43,6 +43,9 @@ NormStats = dict[str, dict[str, list[float]]]
 class PolicyFiles(NamedTuple):
     """A checkpoint that is complete and consistent."""
 
+    directory: Path
+    maker: str
+    """Whose layout it has: `dsrl_async`, `LeRobot` or `openpi or RLinf`."""
     config: Pi0Config
     tensors: dict[str, StoredTensor]
     norm_stats: NormStats
@@ -75,7 +78,8 @@ def find_policy(
     if directory.is_file():
         raise ValueError(f"{directory} is a file, give the directory that it is in")
     tensors = find_tensors(directory)
-    config = read_config(directory, tensors)
+    content = read_content(directory)
+    config = make_config(content, directory, tensors)
     given: dict[str, Any] = {"action_horizon": action_horizon, "delta_action_dims": delta_action_dims}
     for name, value in given.items():
         if value is not None:
@@ -90,7 +94,7 @@ def find_policy(
         loaded = load_tokenizer(file)
         if (size := make_encoder(loaded, file).size) > config.vocab_size:
             raise ValueError(f"{file} has {size} tokens, the policy embeds {config.vocab_size}: it is of another model")
-    return PolicyFiles(config, tensors, stats, source, loaded)
+    return PolicyFiles(directory, maker_of(content), config, tensors, stats, source, loaded)
 
 
 @contextlib.contextmanager
@@ -104,19 +108,29 @@ def _blaming(culprit: Path | str | None) -> Iterator[None]:
         raise ValueError(f"{culprit}: {str(error).removeprefix('policy config: ')}") from None
 
 
-def read_config(directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Config:
-    """Reads this project's `config.json`, or infers the config from the tensors and openpi's or LeRobot's file.
+def read_content(directory: Path) -> dict[str, Any]:
+    """The checkpoint's `config.json`, empty if it has none. Raises ValueError naming the file if it is not valid."""
+    path = directory / CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+def maker_of(content: Mapping[str, Any]) -> str:
+    """Whose layout a checkpoint has, by the content of its `config.json`, see `PolicyFiles`."""
+    if "type" in content:
+        return "LeRobot"
+    return "dsrl_async" if Pi0Config.wrote(content) else "openpi or RLinf"
+
+
+def make_config(content: Mapping[str, Any], directory: Path, tensors: Mapping[str, StoredTensor]) -> Pi0Config:
+    """The config from this project's `config.json`, or from the tensors and openpi's or LeRobot's file.
 
     A `config.json` of any other project (such as Hugging Face's) is ignored. Raises ValueError naming the file when
     it contradicts the tensors or asks for something unsupported.
     """
-    path = directory / CONFIG
-    if not path.is_file():
-        return infer_config(tensors, directory)
-    content = read_json(path)
-    if "type" in content:
+    path, maker = directory / CONFIG, maker_of(content)
+    if maker == "LeRobot":
         return _lerobot_config(content, infer_config(tensors, directory), path)
-    if Pi0Config.wrote(content):
+    if maker == "dsrl_async":
         return Pi0Config.from_json(content, path)
     config = infer_config(tensors, directory)
     if "paligemma_variant" not in content:

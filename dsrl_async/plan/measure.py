@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from dsrl_async.config.settings import Config, ConfigError, SacConfig
-from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.plan.simulation import EnvironmentTimes
@@ -21,7 +20,7 @@ from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
-from dsrl_async.run.preflight.policy import policy_directory
+from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.worker.worker import Lane
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.shm.arena import Arena
@@ -90,21 +89,20 @@ def measuring_config(config: Config) -> Config:
     return config.model_copy(update={"actors": sizes[-1], "replay": replay, "max_decisions": None})
 
 
-def measure(
-    config: Config, spec: EnvironmentSpec, horizon: int, seconds: float, say: Callable[[str], None]
-) -> Measured:
+def measure(run: CheckedRun, seconds: float, say: Callable[[str], None]) -> Measured:
     """Measure for about `seconds`, beside loading the policy and the scene; `say` is told what comes next.
 
-    `config` comes from `measuring_config`. Raises ConfigError if no episode ends in time.
+    Raises ConfigError if no episode ends in time.
     """
+    config = measuring_config(run.config)
     part_s = seconds / 3
     if (load := os.getloadavg()[0]) > IDLE_LOAD:
         say(f"the machine has a load of {load:.1f}: if others use it now, all times will be too long")
-    with closing(create_memory(config, spec, horizon)) as arena:
+    with closing(create_memory(config, run.spec, run.horizon)) as arena:
         say("loading the policy")
         device = resolve_device(config.device)
         torch.set_num_threads(cpu_threads(config.inference.threads))
-        policies = load_policies(config, spec, device, "stochastic", policy_directory(config), Counters(arena))
+        policies = load_policies(config, run.spec, device, "stochastic", run.policy, Counters(arena))
         server = InferenceServer(config, arena, policies, lambda lanes: None)
         say(f"environment: {part_s:.0f} s, until an episode has ended")
         lane = Lane(0, 1, config.seed, config.env.model_dump(), arena)
@@ -115,7 +113,7 @@ def measure(
         device_s, device_cores = measure_device(server, part_s, say)
     say(f"gradient updates: {part_s:.0f} s")
     torch.set_num_threads(cpu_threads(config.learner.threads))
-    update = repeat(updating(config, horizon), part_s)
+    update = repeat(updating(config, run.horizon), part_s)
     return Measured(
         times,
         steps,

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.envs import EnvironmentSpec, environment_record
 from dsrl_async.host.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.plan.capacity import CapacityInputs, Payload
@@ -23,6 +23,7 @@ from dsrl_async.plan.report import PICTURES
 from dsrl_async.plan.simulation import EnvironmentTimes
 from dsrl_async.run import preflight
 from dsrl_async.run.inference.batching import batch_wait_s
+from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.shm.replay import ROW_FIELDS, replay_fields
 from dsrl_async.shm.slots import slot_fields
 
@@ -77,22 +78,26 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     config = load_config(rest)
     curve_s = device_curve(own.device_ms) if own.device_ms else None
     planned = config.model_copy(update={"device": "cuda"}) if own.gpu else config
-    policy = Pi0Config() if own.gpu else preflight.check_checkpoint(config).config
+    run = preflight.check_run(config) if own.measure else None
     if own.gpu:
+        policy = Pi0Config()
         curve_s = roofline(own.gpu, policy, config.policy.denoise_steps, config.inference.buckets)
+    else:
+        policy = (run.policy if run else preflight.check_checkpoint(config)).config
     # the policy's sizes and not the environment's own: a simulator need not be installed here
     spec = EnvironmentSpec(policy.cameras, policy.image_size, policy.robot_state_dim, policy.robot_action_dim, ("",))
-    need = preflight.memory_needed(planned, spec, policy.action_horizon)
+    environment = environment_record(config.env.model_dump())
+    need = preflight.memory_needed(planned, environment, spec, policy)
     memory = available_memory() if own.memory_gib is None else own.memory_gib * 2**30
-    most_actors = preflight.actors_that_fit(planned, spec, policy.action_horizon, memory)
+    most_actors = preflight.actors_that_fit(planned, environment, spec, policy, memory)
     if most_actors < 1:
         raise ConfigError(
             f"the memory of {memory / 2**30:.3g} GiB holds no actor beside replay, policy and learner, which need "
             f"{need.without_actors / 2**30:.3g}; lower replay.capacity, or give more with --memory-gib"
         )
     known: dict[str, Any] = {"steps_per_decision": config.env.chunk, "environment": EnvironmentTimes(reset_s=0.0)}
-    if own.measure:
-        known |= measured(config, own.seconds)
+    if run is not None:
+        known |= measured(run, own.seconds)
     times = {
         "chunk_s": own.env_ms and own.env_ms / 1e3,
         "reset_s": own.reset_s,
@@ -125,17 +130,15 @@ def uses_gpu(config: Config) -> bool:
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
-def measured(config: Config, seconds: float) -> dict[str, Any]:
+def measured(run: CheckedRun, seconds: float) -> dict[str, Any]:
     """Measured fields of `CapacityInputs`; stderr is told what is being measured."""
-    policy, spec = preflight.check_policy(config)
-    preflight.check_device("device", config.device)
-    preflight.check_device("learner.device", config.learner.device)
-    from dsrl_async.plan.measure import measure, measuring_config
+    preflight.check_devices(run.config)
+    from dsrl_async.plan.measure import measure
 
     def say(what: str) -> None:
         print(f"measuring: {what}", file=sys.stderr, flush=True)
 
-    return measure(measuring_config(config), spec, policy.action_horizon, seconds, say)._asdict()
+    return measure(run, seconds, say)._asdict()
 
 
 def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:

@@ -96,13 +96,13 @@ def run(system: str, seconds: float, options: list[str]) -> dict[str, float]:
     """Make a run and return its figures."""
     start_as(system)
     stop, config = StopRequest(), load_config(options)
-    policy, spec = preflight.check_policy(config)
+    checked = preflight.check_run(config)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as directory:
         for name in ("logs", "checkpoints"):
             (Path(directory) / name).mkdir()
         (Path(directory) / "config.yaml").write_text(to_yaml(config))
-        session = Session(config, Path(directory), spec, policy.action_horizon, stop, NoDisplay())
+        session = Session(checked, Path(directory), stop, NoDisplay())
         supervisor = Supervisor(session)
         watch = threading.Thread(target=measure, args=(system, supervisor, stop, seconds, figures), daemon=True)
         watch.start()

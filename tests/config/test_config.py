@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from support.paths import CONFIGS, SCRIPTS
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.load import get_key, leaf_fields, to_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.envs import environment_record
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
+from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.run import checkpoints, preflight
 
 needs_libero = pytest.mark.skipif(find_spec("libero") is None, reason="pip install -e '.[libero]'")
@@ -52,9 +55,9 @@ def test_libero_file_has_the_values_of_the_guide() -> None:
 def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
     config = load_config(["--config", "configs/libero_spatial_small.yaml"])
-    policy, spec = preflight.check_policy(config)
-    assert policy.image_size == spec.image_size == 96
-    assert spec.prompts == ("pick up the black bowl from table center and place it on the plate",)
+    run = preflight.check_run(config)
+    assert run.policy.config.image_size == run.spec.image_size == 96
+    assert run.spec.prompts == ("pick up the black bowl from table center and place it on the plate",)
 
 
 @needs_libero
@@ -73,9 +76,9 @@ def test_libero_file_fits_a_policy_of_openpi(monkeypatch: pytest.MonkeyPatch, tm
     spec = preflight.check_environment(config)
     assert len(spec.prompts) == 10
     preflight.check_fit(config, Pi0Config(), spec)
-    preflight.check_render_quality(config)
+    preflight.check_render_quality(config, "openpi or RLinf")
     with pytest.raises(ConfigError, match=r"^policy\.checkpoint: .*checkpoints/pi0_libero_spatial"):
-        preflight.check_policy(config)
+        preflight.check_run(config)
 
 
 def test_command_line_overrides_file_overrides_defaults(tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_saved_configuration_reads_back(gamma: float, dims: list[int], actors: i
 )
 def test_policy_and_environment_must_fit(settings: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        preflight.check_policy(validate(settings))
+        preflight.check_run(validate(settings))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "norm_stats.json", "tokenizer.json", "config.json"])
@@ -238,19 +241,19 @@ def test_damaged_policy_is_said_before_anything_is_started(tmp_path: Path, name:
     path = tmp_path / "policy" / name
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=name) as caught:
-        preflight.check_policy(validate({"policy": {"checkpoint": str(tmp_path / "policy")}}))
+        preflight.check_run(validate({"policy": {"checkpoint": str(tmp_path / "policy")}}))
     assert "\n" not in str(caught.value)
 
 
 def test_too_little_memory_is_said_before_anything_is_started() -> None:
     config = validate({"replay": {"capacity": 10**9}})
-    policy, spec = preflight.check_policy(config)
+    run = preflight.check_run(config)
     with pytest.raises(ConfigError, match=r"needs about .* GiB .* lower replay.capacity or actors"):
-        preflight.check_memory(config, spec, policy.action_horizon)
+        preflight.check_memory(run)
     for name in ("tabletop", "libero_spatial"):  # an actor of LIBERO needs more than a gigabyte
         config = validate({"actors": 2000, "env": {"name": name}})
         with pytest.raises(ConfigError) as caught:
-            preflight.check_memory(config, spec, policy.action_horizon)
+            preflight.check_memory(replace(run, config=config, environment=environment_record(config.env.model_dump())))
         assert (float(str(caught.value).split()[4]) > 2000) == (name != "tabletop")
 
 
@@ -324,15 +327,16 @@ def test_a_policy_is_not_shown_pictures_of_another_quality(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
+    maker = maker_of(read_content(tmp_path))
     policy: dict[str, Any] = {"checkpoint": str(tmp_path)}
     settings = {"env": {"name": "libero_spatial", "render_quality": quality}, "policy": policy}
     if refused is None:
-        preflight.check_render_quality(validate(settings))
+        preflight.check_render_quality(validate(settings), maker)
     else:
         with pytest.raises(ConfigError, match=f"trained on {refused} pictures.*policy.ignore_render_quality"):
-            preflight.check_render_quality(validate(settings))
+            preflight.check_render_quality(validate(settings), maker)
     policy["ignore_render_quality"] = True
-    preflight.check_render_quality(validate(settings))
+    preflight.check_render_quality(validate(settings), maker)
 
 
 @pytest.mark.parametrize(
@@ -349,29 +353,28 @@ def test_a_policy_is_not_shown_pictures_of_another_quality(
 def test_a_device_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str | None, devices: int, words: str | None
 ) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr("dsrl_async.host.probe.ask", lambda function, time_limit_s: {"devices": devices})
+    config = validate({"learner": {"device": name}})
     if words is None:
-        preflight.check_device("learner.device", name)
+        preflight.check_devices(config)
     else:
         with pytest.raises(ConfigError, match=rf"^learner\.device: {name} was asked for, but .*{words}"):
-            preflight.check_device("learner.device", name)
+            preflight.check_devices(config)
 
 
 def test_damaged_training_notes_are_named(tmp_path: Path) -> None:
     settings = {"env": {"name": "libero_spatial"}, "policy": {"checkpoint": str(tmp_path)}}
+    maker = "dsrl_async"
     for text in ("{", '{"render_quality": "good"}'):
         (tmp_path / "training.json").write_text(text)
         with pytest.raises(ConfigError, match=r"policy\.checkpoint: .*training\.json"):
-            preflight.check_render_quality(validate(settings))
+            preflight.check_render_quality(validate(settings), maker)
 
 
 def test_the_fit_of_policy_and_environment_includes_the_quality(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`check_policy` is what launch, evaluation and doctor ask."""
+    """`check_run` is what launch, evaluation and doctor ask."""
     asked: list[object] = []
-    monkeypatch.setattr("dsrl_async.run.preflight.policy.check_render_quality", asked.append)
+    monkeypatch.setattr("dsrl_async.run.preflight.checked_run.check_render_quality", lambda *given: asked.append(given))
     config = validate({})
-    preflight.check_policy(config)
-    assert asked == [config]
+    preflight.check_run(config)
+    assert asked == [(config, "dsrl_async")]

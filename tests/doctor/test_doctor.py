@@ -23,6 +23,7 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor import checks, probes
 from dsrl_async.doctor.checks import Finding, Options
 from dsrl_async.host import machine
+from dsrl_async.host.probe import Unanswered, ask
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.run.worker.template import Template, TemplateError
 
@@ -50,7 +51,7 @@ def test_the_default_run_can_start_and_nothing_is_left_behind(tmp_path: Path) ->
 
 def test_several_faults_are_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2", "built_for": None, "available": False})
+    monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2", "built_for": None, "devices": 0, "available": False})
     arguments = ["--policy.checkpoint", str(tmp_path / "none"), "--run-dir", str(tmp_path / "file" / "run")]
     done = call("doctor", *arguments, "--actors", "3000", "--replay.capacity", "50000")
     assert done.code == 1
@@ -88,8 +89,8 @@ def test_check_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
 
 
 def test_software_rendering_beside_a_gpu_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(probe: str, *_: Any) -> dict[str, Any]:
-        return {"devices": 2} if probe == "egl_devices" else {"renderer": "llvmpipe (LLVM)", "seconds": 0.01}
+    def answer(probe: object, *_: Any) -> dict[str, Any]:
+        return {"devices": 2} if probe is probes.egl_devices else {"renderer": "llvmpipe (LLVM)", "seconds": 0.01}
 
     monkeypatch.setattr(checks, "ask", answer)
     for gpu in (False, True):
@@ -100,9 +101,9 @@ def test_software_rendering_beside_a_gpu_is_warned_of(monkeypatch: pytest.Monkey
 
 
 def test_broken_backend_names_the_one_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(probe: str, limit: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-        if environment is None or probe == "egl_devices":
-            raise probes.Unanswered("killed by SIGSEGV")
+    def answer(probe: object, limit: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
+        if environment is None or probe is probes.egl_devices:
+            raise Unanswered("killed by SIGSEGV")
         return {"renderer": "llvmpipe", "seconds": 0.01}
 
     monkeypatch.setattr(checks, "ask", answer)
@@ -122,15 +123,15 @@ def test_broken_backend_names_the_one_that_works(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_rendering_that_cannot_work_is_told_in_one_line(variables: dict[str, str], words: str) -> None:
-    with pytest.raises(probes.Unanswered, match=words) as caught:
-        probes.ask("render", 60.0, os.environ | variables)
+    with pytest.raises(Unanswered, match=words) as caught:
+        ask(probes.render, 60.0, os.environ | variables)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.libero
 @pytest.mark.skipif(find_spec("robosuite") is None, reason="needs the extra libero")
 def test_rendering_works_where_libero_does() -> None:
-    answer = probes.ask("render", 60.0)
+    answer = ask(probes.render, 60.0)
     assert answer["seconds"] > 0
     assert answer["renderer"]
 
@@ -143,16 +144,16 @@ def planted(tmp_path: Path, code: str) -> dict[str, str]:
 
 
 def test_probe_that_hangs_or_crashes_is_ended(tmp_path: Path) -> None:
-    with pytest.raises(probes.Unanswered, match=r"no answer within 0\.5 s"):
-        probes.ask("render", 0.5, planted(tmp_path, "time.sleep(1000)"))
-    with pytest.raises(probes.Unanswered, match="killed by SIGSEGV"):
-        probes.ask("render", 60.0, planted(tmp_path, "ctypes.string_at(0)"))
+    with pytest.raises(Unanswered, match=r"no answer within 0\.5 s"):
+        ask(probes.render, 0.5, planted(tmp_path, "time.sleep(1000)"))
+    with pytest.raises(Unanswered, match="killed by SIGSEGV"):
+        ask(probes.render, 60.0, planted(tmp_path, "ctypes.string_at(0)"))
     assert psutil.Process().children() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signal_ends_the_doctor_and_what_it_started(tmp_path: Path, number: signal.Signals) -> None:
-    only_probes = "'dsrl_async.doctor.probes' in sys.orig_argv and time.sleep(1000)"
+    only_probes = "'dsrl_async.host.probe' in sys.orig_argv and time.sleep(1000)"
     doctor = subprocess.Popen(
         [sys.executable, "-m", "dsrl_async.doctor"], env=planted(tmp_path, only_probes), stderr=subprocess.PIPE
     )
@@ -251,11 +252,11 @@ def test_oversubscribed_cpus_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("answer", "gpu", "status", "words"),
     [
-        ({"built_for": None, "available": False}, True, "warning", "install one with CUDA"),
-        ({"built_for": "13.0", "available": False}, True, "warning", "driver"),
-        ({"built_for": None, "available": False}, False, "ok", "uses the CPU"),
+        ({"built_for": None, "devices": 0, "available": False}, True, "warning", "install one with CUDA"),
+        ({"built_for": "13.0", "devices": 0, "available": False}, True, "warning", "driver"),
+        ({"built_for": None, "devices": 0, "available": False}, False, "ok", "uses the CPU"),
         (
-            {"built_for": "13.0", "available": True, "device": "X", "free_bytes": 2**31, "cupy": False},
+            {"built_for": "13", "available": True, "devices": 1, "device": "X", "free_bytes": 2**31, "cupy": False},
             True,
             "warning",
             "cupy",

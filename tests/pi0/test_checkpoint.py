@@ -26,13 +26,14 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import environment_spec
 from dsrl_async.pi0 import Pi0Config, load_model, load_policy, sample_actions
 from dsrl_async.pi0 import synthetic as writer
+from dsrl_async.pi0.files import find_policy
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.policy import Pi0Batch
 from dsrl_async.pi0.tensors import EMBEDDING, TIED_EMBEDDING, find_tensors, parameter_count
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.inference.steering import SteeredPolicy
-from dsrl_async.run.preflight.policy import check_policy
+from dsrl_async.run.preflight import CheckedRun, check_run
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 
@@ -163,7 +164,7 @@ def test_weights_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
 def test_settings_override_what_the_checkpoint_says(written: Path, tmp_path: Path) -> None:
     directory = written / "pi0" / "openpi"
     settings = {"checkpoint": str(directory), "action_horizon": 12, "delta_action_dims": 0}
-    policy, _ = check_policy(validate({"policy": settings}))
+    policy = check_run(validate({"policy": settings})).policy.config
     assert (policy.action_horizon, policy.delta_action_dims) == (12, 0)
     stats = json.loads(next(directory.rglob("norm_stats.json")).read_text())
     stats["norm_stats"]["state"]["mean"] = [5.0] * 8
@@ -172,9 +173,9 @@ def test_settings_override_what_the_checkpoint_says(written: Path, tmp_path: Pat
         loaded = load_policy(directory, norm_stats=str(given), tokenizer=str(directory / "tokenizer.json"))
         assert loaded.normaliser.state_offset.tolist() == [5.0] * 8
     with pytest.raises(ValueError, match=r"^policy\.norm_stats: there is no file .*nothing"):
-        check_policy(validate({"policy": {**settings, "norm_stats": str(tmp_path / "nothing")}}))
+        check_run(validate({"policy": {**settings, "norm_stats": str(tmp_path / "nothing")}}))
     with pytest.raises(ValueError, match=r"^policy\.tokenizer: .* has no tokenizer"):
-        check_policy(validate({"policy": {**settings, "tokenizer": str(tmp_path)}}))
+        check_run(validate({"policy": {**settings, "tokenizer": str(tmp_path)}}))
 
 
 def large_tokenizer(directory: Path) -> str:
@@ -220,7 +221,7 @@ def test_the_setting_that_is_wrong_is_named(
     checkpoint = copy("openpi")
     given = value(checkpoint if setting == "checkpoint" else directory)
     with pytest.raises(ConfigError, match=rf"^policy\.{setting}: {message}"):
-        check_policy(validate({"policy": {"checkpoint": str(checkpoint), setting: given}}))
+        check_run(validate({"policy": {"checkpoint": str(checkpoint), setting: given}}))
 
 
 @pytest.mark.parametrize("layout", ["openpi", "rlinf"])
@@ -228,7 +229,7 @@ def test_the_setting_that_is_wrong_is_named(
 def test_what_others_write_about_a_model_is_left_alone(copy: Callable[..., Path], layout: str, content: dict) -> None:
     directory = copy(layout)
     (directory / "config.json").write_text(json.dumps(content))
-    policy, _ = check_policy(validate({"policy": {"checkpoint": str(directory)}}))
+    policy = check_run(validate({"policy": {"checkpoint": str(directory)}})).policy.config
     assert policy == writer.pi0_config(False, **SIZES)
 
 
@@ -266,16 +267,16 @@ def test_a_run_finds_its_policy_from_everywhere(written: Path, tmp_path: Path, m
     monkeypatch.chdir(written)
     runs: list[Config] = []
 
-    def run(config: Config, *_: object) -> dict[str, str]:
-        runs.append(config)
+    def run(checked: CheckedRun, *_: object) -> dict[str, str]:
+        runs.append(checked.config)
         return {"exit_reason": "max_decisions"}
 
-    monkeypatch.setattr("dsrl_async.launch.run", run)
+    monkeypatch.setattr("dsrl_async.launch.command.run", run)
     given = {"checkpoint": "pi0/openpi", "tokenizer": "pi0/openpi/tokenizer.json", "norm-stats": str(stats)}
     options = [word for name, path in given.items() for word in (f"--policy.{name}", path)]
     assert call("launch", "--run-dir", str(tmp_path / "run"), *options).code == 0
     monkeypatch.chdir(tmp_path)
-    check_policy(runs[0])
+    check_run(runs[0])
 
 
 def test_of_several_norm_stats_liberos_are_taken(copy: Callable[..., Path]) -> None:
@@ -473,7 +474,7 @@ def test_damage_is_named_in_one_sentence_before_anything_starts(
     directory = copy(layout)
     damage(directory)
     with pytest.raises(ValueError, match=message) as raised:
-        check_policy(validate({"policy": {"checkpoint": str(directory)}}))
+        check_run(validate({"policy": {"checkpoint": str(directory)}}))
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match=message):
         load_policy(directory)
@@ -496,7 +497,8 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
     """LeRobot's pi0.5, served in one batch of two different states."""
     directory = written / "pi05" / "lerobot"
     spec = environment_spec(small_config.env.model_dump())
-    policies = load_policies(small_config, spec, torch.device("cpu"), "base", directory, Counters(memory))
+    cpu = torch.device("cpu")
+    policies = load_policies(small_config, spec, cpu, "base", find_policy(directory), Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
     policy, slots = load_policy(directory), server.slots
     slots.state[:] = np.random.default_rng(0).normal(size=slots.state.shape)
@@ -518,9 +520,9 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
 
 def test_checks_before_a_run_do_without_torch(written: Path) -> None:
     code = (
-        "import sys; from dsrl_async.run.preflight import policy; from dsrl_async.config.load import validate; "
+        "import sys; from dsrl_async.run.preflight import checked_run; from dsrl_async.config.load import validate; "
         "import dsrl_async.envs.images; "
-        f"policy.check_policy(validate({{'policy': {{'checkpoint': '{written / 'pi0' / 'lerobot'}'}}}})); "
+        f"checked_run.check_run(validate({{'policy': {{'checkpoint': '{written / 'pi0' / 'lerobot'}'}}}})); "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

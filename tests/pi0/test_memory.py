@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.envs import environment_spec
 from dsrl_async.pi0.checkpoint import empty_model
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
@@ -68,25 +68,24 @@ def test_memory_of_a_sampler(config: Pi0Config, batch_size: int, language_length
     assert allocations.peak == pytest.approx(activation_bytes(*sizes), rel=0.03)
 
 
-def test_samplers_count_in_what_a_run_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers_count_in_what_a_run_needs() -> None:
     """Those of all batch sizes up to the number of actors, and the activations of the largest; on a GPU, nothing."""
     full = Pi0Config()
-    monkeypatch.setattr("dsrl_async.run.preflight.memory.read_config", lambda directory, tensors: full)
     settings = {"actors": 12, "device": "cpu", "inference": {"buckets": [2, 8, 16, 32]}}
     sizes, rows = (full, 1, full.max_token_len, 4), 2 + 8 + 16
     expected = rows * buffer_bytes(*sizes) + 16 * activation_bytes(*sizes) + 4 * parameter_count(full)
-    assert policy_bytes(validate(settings), full.action_horizon) == expected
-    assert policy_bytes(validate(settings | {"actors": 40}), full.action_horizon) > expected + 32 * buffer_bytes(*sizes)
-    assert policy_bytes(validate(settings | {"device": "cuda"}), full.action_horizon) == 0
+    assert policy_bytes(validate(settings), full) == expected
+    assert policy_bytes(validate(settings | {"actors": 40}), full) > expected + 32 * buffer_bytes(*sizes)
+    assert policy_bytes(validate(settings | {"device": "cuda"}), full) == 0
 
 
 def test_too_little_memory_for_the_policy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsrl_async.run.preflight.memory.read_config", lambda directory, tensors: Pi0Config())
     monkeypatch.setattr("dsrl_async.run.preflight.memory.available_memory", lambda: 15 << 30)
     config = validate({"device": "cpu", "policy": {"checkpoint": str(EMBEDDED_POLICY)}})
-    spec = environment_spec(config.env.model_dump())
+    run = preflight.check_run(config)
+    run = dataclasses.replace(run, policy=run.policy._replace(config=Pi0Config()))
     with pytest.raises(
         ConfigError, match=r"needs about 1\d\.\d GiB .* 1\d\.\d the policy's\) .* policy\.dtype to bfloat16$"
     ):
-        preflight.check_memory(config, spec, 50)
-    preflight.check_memory(config.model_copy(update={"actors": 1}), spec, 50)
+        preflight.check_memory(run)
+    preflight.check_memory(run.with_actors(1))

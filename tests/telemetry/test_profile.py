@@ -32,6 +32,7 @@ from dsrl_async.envs import ChunkOutcome, EnvironmentSpec, environment_spec
 from dsrl_async.envs.shipped import TABLETOP
 from dsrl_async.host.stages import DeviceStages, no_stage, stages_of
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.files import find_policy
 from dsrl_async.run import checkpoints
 from dsrl_async.run.inference import server as inference
 from dsrl_async.run.inference.steering import SteeredPolicy
@@ -792,8 +793,8 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
 
     def infer() -> None:
         stage = stages_of(arena, "inference", device)
-        counters = Counters(arena)
-        policies = inference.load_policies(config, spec, device, "stochastic", EMBEDDED_POLICY, counters, stage)
+        files, counters = find_policy(EMBEDDED_POLICY), Counters(arena)
+        policies = inference.load_policies(config, spec, device, "stochastic", files, counters, stage)
         server = inference.InferenceServer(config, arena, policies, inference.notifier(wake))
         inference.serve(server, {"observation_ready_fd": observation_ready, "weights_address": address})
 

@@ -22,7 +22,6 @@ from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.host.processes import prepare_child
-from dsrl_async.run.inference.batching import batch_sizes
 from dsrl_async.run.inference.policies import Policies
 from dsrl_async.run.inference.server import InferenceServer, notifier, serve
 from dsrl_async.sac.networks import Actor
@@ -91,7 +90,7 @@ def main(argument: str) -> None:
     policies = Policies(
         {
             (size, PROMPT_LENGTH): SimulatedPolicy(config, size, job["service_s"][str(size)], job["gather"])
-            for size in batch_sizes(config)
+            for size in config.batch_sizes()
         },
         Actor(config.sac, HORIZON, torch.device("cpu"), config.seed),
         prompt_lengths=np.array([PROMPT_LENGTH]),

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program, raise_descriptor_limit
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.run.preflight import check_run
 from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import Supervisor
@@ -93,6 +94,7 @@ def run_config(simulation: Simulation) -> Config:
     settings = {
         "actors": simulation.workers,
         "env": {"chunk": CHUNK},
+        "policy": {"action_horizon": HORIZON},
         "replay": {
             "capacity": simulation.workers * LANE_ROWS,
             "warmup_decisions": WARMUP_DECISIONS,
@@ -178,7 +180,7 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         run_dir = Path(directory)
         (run_dir / "logs").mkdir()
         write_text(run_dir / "config.yaml", to_yaml(config))
-        session = Session(config, run_dir, SPEC, HORIZON, stop, NoDisplay())
+        session = Session(replace(check_run(config), spec=SPEC), run_dir, stop, NoDisplay())
         session.counters.learner_updates[0] = FAR_AHEAD
         device = {
             "service_s": dict(simulation.service_s),

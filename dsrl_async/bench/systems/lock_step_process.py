@@ -18,9 +18,9 @@ from dsrl_async.host import logs
 from dsrl_async.host.device import register_memory, resolve_device
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import stages_of
+from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.learner.learner import Learner
-from dsrl_async.run.preflight.policy import check_checkpoint
 from dsrl_async.run.supervisor.serial import join
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
@@ -45,8 +45,9 @@ def main(argument: str) -> None:
     device, learner_device = resolve_device(config.device), resolve_device(config.learner.device or config.device)
     register_memory(arena, device)
     spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
-    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), Counters(arena), stage)
-    horizon = check_checkpoint(config).config.action_horizon
+    files = find_policy(Path(job["policy"]), **config.policy.overrides())
+    policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)
+    horizon = files.config.action_horizon
     server, learner = join(config, arena, policies, horizon, learner_device, run_dir, lambda lanes: None)
     serve_in_lock_step(server, job, lambda: learn_what_is_due(learner))
 

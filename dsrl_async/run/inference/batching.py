@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsrl_async.config.settings import Config
-
 FEWEST_USED_ROWS = 0.9
 """A batch is padded only when so large a share of its rows is used (docs/measurements/throughput.md)."""
 
@@ -37,9 +35,3 @@ def choose_batch(ready: int, sizes: Sequence[int]) -> tuple[int, int]:
     if smaller > ready or ready >= FEWEST_USED_ROWS * larger:
         return ready, larger
     return smaller, smaller
-
-
-def batch_sizes(config: Config) -> list[int]:
-    """Sizes of `inference.buckets` up to the first that holds all environments."""
-    buckets = config.inference.buckets
-    return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < config.actors]

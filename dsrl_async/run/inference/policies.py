@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +16,10 @@ from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.stages import Stage, no_stage
-from dsrl_async.pi0.checkpoint import load_policy, resolve_dtype
+from dsrl_async.pi0.checkpoint import read_policy, resolve_dtype
+from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.pi0.policy import Pi0Policy
 from dsrl_async.run.frozen_policy import FrozenPolicy
-from dsrl_async.run.inference.batching import batch_sizes
 from dsrl_async.run.inference.steering import Mode, SteeredPolicy
 from dsrl_async.sac.networks import Actor
 from dsrl_async.shm.counters import Counters
@@ -57,10 +56,11 @@ class Policies:
         return self.actor.flat.device
 
 
-def load_frozen_policy(config: Config, directory: Path, device: torch.device, prompts: Sequence[str]) -> FrozenPolicy:
-    """Load the policy in `directory`. This is the one place where a checkpoint becomes a policy; so far it is a Pi0."""
-    dtype = resolve_dtype(config.policy.dtype, device)
-    loaded = load_policy(directory, device, dtype, **config.policy.overrides())
+def load_frozen_policy(
+    config: Config, files: PolicyFiles, device: torch.device, prompts: Sequence[str]
+) -> FrozenPolicy:
+    """Load the weights of a policy. This is the one place where a checkpoint becomes a policy; so far it is a Pi0."""
+    loaded = read_policy(files, device, resolve_dtype(config.policy.dtype, device))
     return Pi0Policy(loaded, prompts, config.policy.denoise_steps, config.policy.compile)
 
 
@@ -69,21 +69,21 @@ def load_policies(
     spec: EnvironmentSpec,
     device: torch.device,
     mode: Mode,
-    directory: Path,
+    files: PolicyFiles,
     counters: Counters,
     stage: Stage = no_stage,
 ) -> Policies:
-    """Load the frozen policy in `directory`, ready for every batch size and prompt length that can occur.
+    """Load the weights of the frozen policy of `files`, ready for every batch size and prompt length that can occur.
 
     The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`;
     `counters` are told whether the policy is captured; `stage` times the policy. Raises CaptureError, see
     `graphs.capture`.
     """
-    frozen = load_frozen_policy(config, directory, device, spec.prompts)
+    frozen = load_frozen_policy(config, files, device, spec.prompts)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
     steered = {
         (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, mode, stage)
-        for size in reversed(batch_sizes(config))  # the largest first, so that the others fit into its captured memory
+        for size in reversed(config.batch_sizes())  # the largest first, so that the others fit into its captured memory
         for length in sorted(set(frozen.prompt_lengths.tolist()), reverse=True)
     }
     if device.type != "cuda":

@@ -25,7 +25,8 @@ from dsrl_async.host import logs
 from dsrl_async.host.device import register_memory, resolve_device
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import ranges_of, stages_of
-from dsrl_async.run.inference.batching import batch_sizes, batch_wait_s, choose_batch
+from dsrl_async.pi0.files import find_policy
+from dsrl_async.run.inference.batching import batch_wait_s, choose_batch
 from dsrl_async.run.inference.policies import Policies, load_policies
 from dsrl_async.run.replay_ratio import decisions_allowed
 from dsrl_async.run.weights import Weights, WeightSubscriber
@@ -48,7 +49,7 @@ class InferenceServer:
     Args:
         config: of the run.
         arena: its shared memory.
-        policies: for every size of `batch_sizes`.
+        policies: for every size of `Config.batch_sizes`.
         notify: called with the lanes that were answered.
         training: warm up with Gaussian noise and keep the replay ratio; evaluation does neither.
     """
@@ -64,7 +65,7 @@ class InferenceServer:
         self.config, self.policies, self.training, self._notify = config, policies, training, notify
         self.slots, self.counters = Slots(arena), Counters(arena)
         self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.device))
-        self.sizes = batch_sizes(config)
+        self.sizes = config.batch_sizes()
         self.policy_version = -1  # no weights received yet
 
     def load_weights(self, weights: Weights) -> None:
@@ -173,7 +174,8 @@ def main(argument: str) -> None:
     register_memory(arena, device)
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
-    policies = load_policies(config, spec, device, "stochastic", Path(job["policy"]), Counters(arena), stage)
+    files = find_policy(Path(job["policy"]), **config.policy.overrides())
+    policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)
     serve(InferenceServer(config, arena, policies, notifier(job["wake_fds"])), job)
 
 

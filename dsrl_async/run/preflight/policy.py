@@ -6,21 +6,14 @@ from pathlib import Path
 
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentSpec, environment_record, environment_spec
-from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, TRAINING, Pi0Config
+from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
 from dsrl_async.pi0.tensors import read_json
+from dsrl_async.run.frozen_policy import PolicySpec
 
 
 def policy_directory(config: Config) -> Path:
     return Path(config.policy.checkpoint) if config.policy.checkpoint else EMBEDDED_POLICY
-
-
-def check_policy(config: Config) -> tuple[Pi0Config, EnvironmentSpec]:
-    """The policy's configuration and the environment's shapes; raises ConfigError unless they fit each other."""
-    spec, policy = check_environment(config), check_checkpoint(config).config
-    check_fit(config, policy, spec)
-    check_render_quality(config)
-    return policy, spec
 
 
 def check_environment(config: Config) -> EnvironmentSpec:
@@ -41,7 +34,7 @@ def check_checkpoint(config: Config) -> PolicyFiles:
         raise ConfigError(f"{key}{error}") from error
 
 
-def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
+def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None:
     """Raises ConfigError unless policy, environment and agent have the same shapes."""
     directory, record = policy_directory(config), environment_record(config.env.model_dump())
     if config.policy.checkpoint is None and not record.embedded_policy:
@@ -74,19 +67,10 @@ def check_fit(config: Config, policy: Pi0Config, spec: EnvironmentSpec) -> None:
         raise ConfigError(f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}")
 
 
-def checkpoint_maker(directory: Path) -> str:
-    """Whose layout a policy checkpoint has: `dsrl_async`, `LeRobot` or `openpi or RLinf`.
-
-    Raises ValueError when its config.json cannot be read.
-    """
-    content = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
-    if "type" in content:
-        return "LeRobot"
-    return "dsrl_async" if Pi0Config.wrote(content) else "openpi or RLinf"
-
-
-def trained_quality(directory: Path) -> str | None:
+def trained_quality(directory: Path, maker: str) -> str | None:
     """The `env.render_quality` of the pictures that a policy was trained on; None if nobody says.
+
+    `maker` is that of its `PolicyFiles`.
 
     Raises ValueError naming the file that cannot be understood.
     """
@@ -95,17 +79,17 @@ def trained_quality(directory: Path) -> str | None:
         if quality not in (None, "exact", "fast"):
             raise ValueError(f"{directory / TRAINING}: render_quality is {quality!r}, it must be exact or fast")
         return quality
-    return None if checkpoint_maker(directory) == "dsrl_async" else "exact"
+    return None if maker == "dsrl_async" else "exact"
 
 
-def check_render_quality(config: Config) -> None:
+def check_render_quality(config: Config, maker: str) -> None:
     """Raises ConfigError when the policy was trained on other pictures than the run would show it."""
     own_settings = environment_record(config.env.model_dump()).own_settings
     if "render_quality" not in own_settings or config.policy.ignore_render_quality:
         return
     directory = policy_directory(config)
     try:
-        trained = trained_quality(directory)
+        trained = trained_quality(directory, maker)
     except ValueError as error:
         raise ConfigError(f"policy.checkpoint: {error}") from error
     if trained not in (None, config.env.render_quality):

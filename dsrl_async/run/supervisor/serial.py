@@ -14,13 +14,11 @@ import numpy as np
 import torch
 
 from dsrl_async.config.settings import Config
-from dsrl_async.envs import environment_spec
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.stages import stages_of
 from dsrl_async.run.inference.policies import Policies, load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.learner.learner import Learner
-from dsrl_async.run.preflight.policy import policy_directory
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.weights import decode
 from dsrl_async.run.worker.worker import Lane
@@ -30,14 +28,12 @@ from dsrl_async.shm.arena import Arena
 
 def run_serial(session: Session) -> dict[str, Any]:
     """Run on the CPU until a limit or a signal; ends with a checkpoint and returns the summary."""
-    config, arena = session.config, session.arena
+    run, config, arena = session.run, session.config, session.arena
     torch.set_num_threads(cpu_threads(config.learner.threads))
     device = torch.device("cpu")
-    spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
-    directory = policy_directory(config)
-    policies = load_policies(config, spec, device, "stochastic", directory, session.counters, stage)
-    server, learner = join(config, arena, policies, session.horizon, device, session.run_dir, lambda lanes: None)
+    policies = load_policies(config, run.spec, device, "stochastic", run.policy, session.counters, stage)
+    server, learner = join(config, arena, policies, run.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
     lanes = [Lane(number, 1, config.seed, env_config, arena) for number in range(config.actors)]
     for lane in lanes:

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dsrl_async.config.settings import Config
-from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints
+from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.memory import create_memory
@@ -24,18 +23,11 @@ from dsrl_async.telemetry.usage import Pids
 class Session:
     """A run from launch to summary, in the process that was launched."""
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        spec: EnvironmentSpec,
-        horizon: int,
-        stop: StopRequest,
-        console: Display,
-    ) -> None:
-        self.config, self.run_dir, self.horizon = config, run_dir, horizon
+    def __init__(self, run: CheckedRun, run_dir: Path, stop: StopRequest, console: Display) -> None:
+        self.run, self.config, self.run_dir = run, run.config, run_dir
         self._stop, self._console = stop, console
-        self.arena = create_memory(config, spec, horizon)
+        config = run.config
+        self.arena = create_memory(config, run.spec, run.horizon)
         self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
         if (checkpoint := checkpoints.find(run_dir)) is not None:
             checkpoints.restore_shared(checkpoint, self.counters, self.ring)

@@ -12,7 +12,6 @@ from typing import Any
 from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
 from dsrl_async.host.machine import cpu_threads
-from dsrl_async.run.preflight.policy import policy_directory
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.workers import Workers
@@ -124,7 +123,7 @@ class Supervisor:
 
     def _start_inference(self, child: Child) -> processes.Process:
         job = {
-            "policy": str(policy_directory(self.config)),
+            "policy": str(self.session.run.policy.directory),
             "observation_ready_fd": self.observation_ready,
             "wake_fds": self.wake,
         }
@@ -132,7 +131,7 @@ class Supervisor:
         return self._start(child, job, fds, self.config.inference.threads)
 
     def _start_learner(self, child: Child) -> processes.Process:
-        job = {"horizon": self.session.horizon, "transition_ready_fd": self.transition_ready}
+        job = {"horizon": self.session.run.horizon, "transition_ready_fd": self.transition_ready}
         return self._start(child, job, [self.transition_ready], self.config.learner.threads)
 
     def _start(self, child: Child, job: dict[str, Any], fds: list[int], threads: int | None) -> processes.Process:

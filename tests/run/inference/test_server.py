@@ -9,6 +9,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.envs import environment_spec
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.files import find_policy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import sample_actions
 from dsrl_async.run.inference.policies import load_policies
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 
 def make_server(config: Config, memory: Arena, mode: Mode = "stochastic", training: bool = True) -> InferenceServer:
     spec = environment_spec(config.env.model_dump())
-    policies = load_policies(config, spec, CPU, mode, EMBEDDED_POLICY, Counters(memory))
+    policies = load_policies(config, spec, CPU, mode, find_policy(EMBEDDED_POLICY), Counters(memory))
     return InferenceServer(config, memory, policies, lambda lanes: None, training)
 
 
@@ -92,7 +93,7 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
     )
     known = environment_spec(small_config.env.model_dump())
     spec = known._replace(prompts=prompts)
-    policies = load_policies(small_config, spec, CPU, "base", EMBEDDED_POLICY, Counters(memory))
+    policies = load_policies(small_config, spec, CPU, "base", find_policy(EMBEDDED_POLICY), Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
     assert sorted({length for _, length in policies.batch_policies}) == [8, 12]
     policy, slots = load_policy(EMBEDDED_POLICY), server.slots

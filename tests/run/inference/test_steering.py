@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +11,8 @@ from numpy.typing import NDArray
 
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.frozen_policy import FrozenPolicy
 from dsrl_async.run.inference import policies
 from dsrl_async.run.inference.server import InferenceServer
@@ -70,7 +71,8 @@ def test_another_policy_is_steered(
 ) -> None:
     reflex: FrozenPolicy = Reflex(spec)
     monkeypatch.setattr(policies, "load_frozen_policy", lambda *arguments: reflex)
-    loaded = policies.load_policies(small_config, spec, CPU, "deterministic", Path("nowhere"), Counters(memory))
+    files = find_policy(EMBEDDED_POLICY)
+    loaded = policies.load_policies(small_config, spec, CPU, "deterministic", files, Counters(memory))
     server = InferenceServer(small_config, memory, loaded, lambda lanes: None, training=False)
     slots, rng = server.slots, np.random.default_rng(0)
     for lane in (0, 1):

@@ -1,0 +1,43 @@
+"""A run whose parts are there and fit each other, as everything after the check takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from dsrl_async.config.settings import Config
+from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record
+from dsrl_async.pi0.files import PolicyFiles
+from dsrl_async.run.preflight.policy import check_checkpoint, check_environment, check_fit, check_render_quality
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What `check_run` has found out, so that nobody in this process asks or reads it again."""
+
+    config: Config
+    environment: EnvironmentRecord
+    spec: EnvironmentSpec
+    """The shapes of the environment."""
+    policy: PolicyFiles
+    """All that the policy's files hold but the weights."""
+
+    @property
+    def horizon(self) -> int:
+        """Action slots of one sampled chunk."""
+        return self.policy.config.action_horizon
+
+    def with_actors(self, actors: int) -> CheckedRun:
+        """The same with another number of environments, on which nothing depends that was checked."""
+        return dataclasses.replace(self, config=self.config.model_copy(update={"actors": actors}))
+
+
+def check_run(config: Config) -> CheckedRun:
+    """Reads the policy's files; raises ConfigError unless policy, environment and agent are there and fit each other.
+
+    What the machine has to have for the run is checked by itself: `check_memory`, `check_devices`, `check_descriptors`.
+    """
+    spec, files = check_environment(config), check_checkpoint(config)
+    check_fit(config, files.config, spec)
+    check_render_quality(config, files.maker)
+    return CheckedRun(config, environment_record(config.env.model_dump()), spec, files)
