@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dsrl_async.config.load import read_yaml, validate
@@ -33,11 +32,10 @@ from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.plan.measure import fill_ring
 from dsrl_async.run.learner.sampling import Mirror
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.sac.agent import SacAgent
-from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.replay import ReplayRing, replay_fields
 
 MODELS = {
     "full": {"pi0": Pi0Config(), "pi0.5": Pi0Config(pi05=True, action_horizon=10, max_token_len=200)},
@@ -136,14 +134,7 @@ IN_A_ROW = 20
 def measure_learner(sac: SacConfig, batch_size: int, args: argparse.Namespace) -> list[object]:
     """A row of the learner's table."""
     device, rows = torch.device(args.device), RING_ROWS[args.size]
-    ring = ReplayRing(Arena.create(replay_fields(1, rows, sac.state_dim, sac.noise_width(HORIZON))))
-    rng = np.random.default_rng(0)
-    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
-    for name in ("state", "noise"):
-        ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
-    ring.rows["complete"][:] = True
-    ring.head[:] = rows
-    source = Mirror(ring, device)
+    source = Mirror(fill_ring(sac, rows, sac.noise_width(HORIZON)), device)
     begin = time.perf_counter()
     source.refresh()
     float(source.columns.reward.sum())  # waits for the device

@@ -1,11 +1,10 @@
-"""Makes the pictures of the documents from a run of its own: docs/pictures/steering.gif, display.svg, trace.png and
-tensorboard.png.
+"""Makes the pictures of the documentation: docs/pictures/steering.gif, display.svg, trace.png and tensorboard.png.
 
     python scripts/make_pictures.py --minutes 5
 
-It steers the embedded task for so many minutes, with `--profile` and in a terminal of its own; then it films the base
-policy and the steered one in the same episodes, and draws. What is in the working directory already (`--work`) is not
-made again. The picture of TensorBoard needs Chromium, and is left out where there is none. Needs matplotlib.
+It steers the embedded task for --minutes with `--profile` in a terminal of its own, films the base policy and the
+steered one in the same episodes, and draws. It keeps what the working directory (`--work`) already holds. It needs
+matplotlib, and Chromium for the picture of TensorBoard, which is left out otherwise.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, LINES = 82, 50
-"""Size of the terminal that the live display is recorded in."""
+"""Size of the terminal in which the live display is recorded."""
 ERASE = re.compile(rb"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K)+")
-"""How rich takes away the frame before the next one."""
+"""What rich writes to remove a frame before the next one."""
 BEFORE_THE_END = 15
-"""The frame that is shown is so many frames before the last one, when all processes are at work."""
+"""Distance of the frame that is shown from the last one, so that all processes are at work."""
 EPISODES, FILM_SEED, SHOWN = 12, 1000, 3
 NOISE, STILL = 13, 5
-"""Levels of 255 that the compression of a film adds to a pixel; still frames that end a film."""
+"""Error of a film's compression in levels of 255; number of still frames that end a film."""
 FRAME, GAP, CAPTION = 256, 12, 34  # pixels of the GIF
 COLOURS_OF_GIF = 160
 HOLD = 12  # frames for which an episode's end is shown
@@ -75,12 +74,12 @@ COLOURS = {
     "weights": "#f39c12",
     "checkpoint": "#555555",
 }
-"""Of the phases and stages in the trace; waits are grey, and `compute` is what the stages inside it say."""
+"""Colours of phases and stages in the trace. Waits are grey, and the stages inside `compute` show it."""
 WAITING = "#e3e6ea"
 
 
 def run(work: Path, minutes: float) -> None:
-    """Steer the embedded task, and keep all that its live display wrote in display.ansi."""
+    """Steer the embedded task and keep everything that its live display writes in display.ansi."""
     if (work / "run" / "summary.json").is_file():
         return
     command = [sys.executable, "-m", "dsrl_async.launch", "--profile", "--max-minutes", str(minutes)]
@@ -94,14 +93,14 @@ def run(work: Path, minutes: float) -> None:
         while True:
             try:
                 file.write(os.read(ours, 1 << 16))
-            except OSError:  # the run has ended, and its terminal with it
+            except OSError:  # the run and its terminal have ended
                 break
     if process.wait() != 0:
         raise SystemExit(f"the run failed; see {work / 'display.ansi'}")
 
 
 def film(work: Path, name: str, *options: str) -> dict[int, Path]:
-    """Play the episodes and film them all; returns the films of a kind by episode number."""
+    """Play and film the episodes. Returns the films of a kind by episode number."""
     directory = work / name
     if not directory.is_dir():
         command = [sys.executable, "-m", "dsrl_async.evaluate", "--episodes", str(EPISODES), "--seed", str(FILM_SEED)]
@@ -176,12 +175,12 @@ def draw_display(work: Path, out: Path) -> None:
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
     console.print(text)
     picture = console.export_svg(title=f"bash scripts/run.sh --max-minutes {minutes:g}", unique_id="display")
-    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # nothing is to be fetched for a picture
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # a picture must not fetch anything
     out.write_text(picture.replace("Fira Code", "ui-monospace, DejaVu Sans Mono"))
 
 
 def draw_trace(work: Path, out: Path) -> None:
-    """A second of all kinds of processes, from the trace that the run left for Perfetto."""
+    """A second of every kind of process, from the run's trace for Perfetto."""
     events = json.loads((work / "run" / "profile" / "trace.json").read_text())["traceEvents"]
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     spans = [event for event in events if event["ph"] == "X"]
@@ -210,7 +209,7 @@ def draw_trace(work: Path, out: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     shown = [name for name in COLOURS if name in used]
     if {"publish", "weights"} <= used:
-        shown.remove("publish")  # the two sides of one thing, in one colour
+        shown.remove("publish")  # the two sides of one thing have one colour
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in shown]
     handles.append(plt.Rectangle((0, 0), 1, 1, color=WAITING))
     titles = [*(name.replace("_", " ") for name in shown), "waiting"]
@@ -220,7 +219,7 @@ def draw_trace(work: Path, out: Path) -> None:
 
 
 def clearest(spans: list[dict[str, Any]], names: dict[int, str]) -> float:
-    """When the TRACE_S begins in which other programs held up the workers least, in the trace's microseconds.
+    """Start of the TRACE_S in which other programs held up the workers least, in the trace's microseconds.
 
     It begins with a batch, which the workers execute within it.
     """
@@ -236,7 +235,7 @@ def clearest(spans: list[dict[str, Any]], names: dict[int, str]) -> float:
 
 
 def draw_tensorboard(work: Path, out: Path) -> None:
-    """TensorBoard as a browser shows it, without its pane of settings."""
+    """TensorBoard in a browser, without its settings pane."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         print("no Chromium: the picture of TensorBoard is left out", file=sys.stderr)
@@ -249,7 +248,7 @@ def draw_tensorboard(work: Path, out: Path) -> None:
     page = f'<body style="margin:0;overflow:hidden">{frame}<img src="/late" style="display:none">'
 
     class Page(http.server.BaseHTTPRequestHandler):
-        """A page that is complete only when TensorBoard's, inside it, has had the time to draw."""
+        """A page that counts as loaded only when TensorBoard, inside it, has had time to draw."""
 
         def do_GET(self) -> None:
             if self.path == "/late":

@@ -159,7 +159,7 @@ class LiberoEnvironment:
             self._reset_scene(count)
         self._start_from(self._init_states[scene.task][scene.init_state])
         for _ in range(self.settling_steps):
-            self._step(np.array(IDLE_ACTION))
+            self.step(np.array(IDLE_ACTION))
         assert domain.timestep == self.settling_steps
         self._steps = 0
         self._ended = False
@@ -188,7 +188,7 @@ class LiberoEnvironment:
         self._add_observable(self._cameras)
         # A first reset and step make numba compile or load robosuite's functions. Later ones do not depend on them.
         self._reset_scene(1)
-        self._step(np.array(IDLE_ACTION))
+        self.step(np.array(IDLE_ACTION))
         self._task = task
         mujoco.mj_clearCache(mujoco.mj_getCache())  # the compiler's files are not needed again
         ctypes.CDLL(None).malloc_trim(0)
@@ -269,8 +269,11 @@ class LiberoEnvironment:
         domain._post_process()
         domain._update_observables(force=True)
 
-    def _step(self, action: NDArray[Any]) -> bool:
-        """Does what robosuite's and LIBERO's `step` do, 25 substeps. Returns whether the goal holds."""
+    def step(self, action: NDArray[Any]) -> bool:
+        """Does what robosuite's and LIBERO's `step` do (25 substeps), even after the end of the episode.
+
+        Returns whether the goal holds.
+        """
         domain = self.domain
         sim, model, data = domain.sim, self._model, self.data
         domain.timestep += 1
@@ -296,7 +299,7 @@ class LiberoEnvironment:
         if self._ended:
             raise ValueError("the episode has ended; call reset before step_chunk")
         for index, action in enumerate(action_chunk):
-            success = self._step(action)
+            success = self.step(action)
             self._steps += 1
             truncated = not success and self._steps >= self.max_episode_steps
             if success or truncated:

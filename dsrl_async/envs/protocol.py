@@ -51,7 +51,7 @@ class Environment(Protocol):
     def reset(self, seed: int, number: int = 0) -> int:
         """Starts the episode that `seed` and `number` fully determine; returns its task_index.
 
-        `number` counts the episodes of all actors, for environments that go through their scenes in order.
+        `number` counts the episodes of all lanes, for environments that go through their scenes in order.
         """
         ...
 

@@ -25,9 +25,9 @@ class Pi0Policy:
 
     Args:
         loaded: the parts of the policy.
-        prompts: the run's, known by their numbers from here on.
+        prompts: the run's prompts, known by their numbers from here on.
         denoise_steps: Euler steps from noise to actions.
-        compiled: let torch.compile fuse the kernels, see `Sampler`.
+        compiled: whether torch.compile fuses the kernels, see `Sampler`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Pi0Policy:
         self.prompt_lengths = language_lengths(loaded, self.prompts)
         device = loaded.model.action_out.weight.device
         self.tokens, self.token_mask = (table.to(device) for table in loaded.tokenizer(self.prompts))
-        """int64 and bool [prompts, language slots]; without the state, for which `state_tokens` is there."""
+        """int64 and bool [prompts, language slots], without the state, which `state_tokens` adds."""
 
     def state_tokens(self, prompts: NDArray[np.int64], state: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and mask on the CPU of prompts that hold the robot's state float32 [n, robot_state_dim]."""

@@ -147,7 +147,7 @@ def record_episode(environment: LiberoEnvironment, attempt: Attempt) -> Demonstr
         noise[3:] *= ROTATION_NOISE
         executed[:6] = np.clip(executed[:6] + noise, -1, 1)
         # `step_chunk` would end the episode at a success.
-        success = environment._step(executed)
+        success = environment.step(executed)
         frames.append({**frame, "executed_actions": executed, "rewards": np.asarray(success, np.uint8)})
         hovered += success and expert.phase == "raise"
     if hovered < HOVER_FRAMES or not frames[-1]["rewards"]:

@@ -15,7 +15,7 @@ import pytest
 from dsrl_async.bench import denoise, references, scale, synthetic
 from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments
 from dsrl_async.bench.systems.policy import language_length, load
-from dsrl_async.bench.systems.serving import StageMeter, _count, _time
+from dsrl_async.bench.systems.serving import StageMeter, count_operations, time_stages
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
@@ -77,10 +77,10 @@ def test_quantities_go_to_the_stage_that_is_open() -> None:
 def test_every_stage_of_a_sample_is_timed_and_counted() -> None:
     config = synthetic.sizes("pi0", "toy")
     sample = load(config, "float32", 0)(synthetic.observation(config, [5], 0), 2)
-    times, counts = _time(sample), _count(sample)
+    times, counts = time_stages(sample), count_operations(sample)
     assert all(milliseconds > 0 for milliseconds in times.values())
     assert all(kernels > 50 for kernels in counts["kernels"].values())
-    longer = _count(load(config, "float32", 0)(synthetic.observation(config, [5], 0), 4))
+    longer = count_operations(load(config, "float32", 0)(synthetic.observation(config, [5], 0), 4))
     assert longer["kernels"]["denoise"] == pytest.approx(2 * counts["kernels"]["denoise"], rel=0.1)
     assert longer["kernels"]["vision"] == counts["kernels"]["vision"]
 

@@ -147,8 +147,8 @@ def draw_the_present(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) 
 
 
 def nudge_an_action(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:
-    step = environment._step
-    patch.setattr(environment, "_step", lambda action: step(action + 1e-9))
+    step = environment.step
+    patch.setattr(environment, "step", lambda action: step(action + 1e-9))
 
 
 def seed_otherwise(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,7 @@ def test_recorded_episode_is_what_a_policy_would_have_seen() -> None:
             np.testing.assert_array_equal(images[0], fields["obs/agentview_rgb"][frame])
             np.testing.assert_array_equal(images[1], fields["obs/eye_in_hand_rgb"][frame])
             np.testing.assert_array_equal(state, fields["obs/robot_state"][frame])
-        success = environment._step(fields["executed_actions"][frame])
+        success = environment.step(fields["executed_actions"][frame])
         assert success == fields["rewards"][frame]
     environment.close()
 

@@ -67,7 +67,7 @@ def _peak_memory() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def _time(sample: Sample) -> dict[str, Any]:
+def time_stages(sample: Sample) -> dict[str, Any]:
     """Milliseconds per stage."""
     meter = StageMeter(time.perf_counter_ns)
     sample(meter)
@@ -75,7 +75,7 @@ def _time(sample: Sample) -> dict[str, Any]:
     return {stage: total / 1e6 for stage, total in meter.totals.items()}
 
 
-def _count(sample: Sample) -> dict[str, Any]:
+def count_operations(sample: Sample) -> dict[str, Any]:
     """Kernel-class operations per stage, and host syncs."""
     with OperationTrace() as trace:
         meter = StageMeter(lambda: trace.kernels)
@@ -84,7 +84,7 @@ def _count(sample: Sample) -> dict[str, Any]:
     return {"kernels": meter.totals, "host_syncs": trace.host_syncs}
 
 
-def _profile(sample: Sample) -> dict[str, Any]:
+def profile_shares(sample: Sample) -> dict[str, Any]:
     """Shares of time in matrix products and in fused attention, from torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         sample(StageMeter(lambda: 0))
@@ -96,14 +96,14 @@ def _profile(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _actions(sample: Sample) -> dict[str, Any]:
+def sample_actions(sample: Sample) -> dict[str, Any]:
     """Actions and the process's peak memory in bytes while sampling."""
     _reset_peak_memory()
     actions = sample(StageMeter(lambda: 0))
     return {"actions": actions.tolist(), "peak_memory": _peak_memory()}
 
 
-MEASUREMENTS = {"time": _time, "count": _count, "profile": _profile, "actions": _actions}
+MEASUREMENTS = {"time": time_stages, "count": count_operations, "profile": profile_shares, "actions": sample_actions}
 
 
 def serve(load: Load) -> None:
