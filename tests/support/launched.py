@@ -68,9 +68,9 @@ class Launched:
         return found
 
     def figures(self) -> dict[str, Any]:
-        """The newest line of metrics.jsonl; empty before the first."""
+        """The newest whole line of metrics.jsonl, which may be read while one is written; empty before the first."""
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
         return json.loads(lines[-1]) if lines else {}
 
     def wait_for(self, condition: Any, timeout_s: float = 60.0) -> None:
