@@ -269,6 +269,9 @@ class LearnerConfig(Section):
     """Device of the learner: `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means the policy's."""
     threads: int | None = Field(None, gt=0)
     """CPU threads of the learner process; null means a quarter of the cores, but at least one."""
+    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
+    """What an update's convolutions and matrix products round their inputs to: `ieee`: float32, nothing is rounded;
+    `tf32`: 10 bits, on a GPU only; `bf16`: 7 bits. Weights, losses and optimiser are float32 (docs/learner.md)."""
     graphs: Literal["auto", "off"] = "auto"
     """`auto`: on a GPU an update is captured in a CUDA graph; `off`: every kernel is launched each time."""
     publish_interval: int = Field(10, gt=0)

@@ -18,11 +18,11 @@ from dsrl_async.host.machine import cpu_threads
 from dsrl_async.plan.simulation import EnvironmentTimes
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer
+from dsrl_async.run.learner.learner import learner_device, make_agent
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.worker.worker import Lane
-from dsrl_async.sac.agent import SacAgent
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.memory import create_memory
@@ -187,8 +187,8 @@ def measure_device(
 def updating(config: Config, horizon: int) -> Callable[[], None]:
     """A function that does one gradient update of critic, actor and temperature, to its end."""
     sac = config.sac.model_copy(update={"train_actor_steps": 0})
-    device = resolve_device(config.learner.device or config.device)
-    agent = SacAgent(sac, horizon, device, config.seed)
+    device = learner_device(config)
+    agent = make_agent(config.model_copy(update={"sac": sac}), horizon, device)
     updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size)
     updates.refresh()
     if device.type == "cuda" and config.learner.graphs == "auto":

@@ -125,6 +125,7 @@ class SacAgent:
         horizon: number of action slots of the policy.
         device: device of all tensors, which are fp32.
         seed: determines the initial weights and seeds `generator`.
+        products: dtype of convolutions and matrix products, see `Actor`.
 
     Attributes:
         actor, critic, target_critic: the networks; `.flat` is the contiguous vector of their weights.
@@ -133,13 +134,20 @@ class SacAgent:
         updates: number of critic updates so far, which the caller of `learn` counts.
     """
 
-    def __init__(self, config: SacConfig, horizon: int, device: torch.device | str = "cpu", seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: SacConfig,
+        horizon: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        products: torch.dtype = torch.float32,
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
         self.action_dim = config.noise_width(horizon)
-        self.actor = Actor(config, horizon, self.device, seed, trainable=True)
-        self.critic = Critic(config, horizon, self.device, seed + 1, trainable=True)
-        self.target_critic = Critic(config, horizon, self.device, seed + 1)
+        self.actor = Actor(config, horizon, self.device, seed, True, products)
+        self.critic = Critic(config, horizon, self.device, seed + 1, True, products)
+        self.target_critic = Critic(config, horizon, self.device, seed + 1, False, products)
         self.raw_alpha = torch.full(
             (), raw_from_alpha(config.initial_alpha, config.alpha_type), dtype=torch.float32, device=self.device
         )

@@ -76,6 +76,11 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
     return pixels.mul_(unit) if config.image_range == "zero_one" else pixels.mul_(2 * unit).sub_(1)
 
 
+def linear(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The layer's output, in `dtype`, from its input and its weights, both rounded to `dtype`."""
+    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
 class Encoder(nn.Module):
     """Image features (convolutions with ReLU, Linear, LayerNorm, tanh) next to state features (Linear, LayerNorm, tanh,
     or the raw state).
@@ -83,8 +88,9 @@ class Encoder(nn.Module):
     On the CPU, images pass through convolutions and projection a few at a time, forward and backward.
     """
 
-    def __init__(self, config: SacConfig) -> None:
+    def __init__(self, config: SacConfig, products: torch.dtype) -> None:
         super().__init__()
+        self.products = products
         channels = [3, *config.conv_channels]
         self.convolutions = nn.ModuleList()
         size, largest = SAC_IMAGE_SIZE // config.image_pool, 0
@@ -114,17 +120,18 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
         """fp32 [B, 3, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
-        projection = self.image_projection
-        convolutions = list(self.convolutions.parameters())
+        projection, dtype = self.image_projection, self.products
+        weights = [projection.weight, projection.bias, *self.convolutions.parameters()]
+        weights = [weight.to(dtype) for weight in weights]
         at_a_time = self.images_at_a_time if pixels.device.type == "cpu" else pixels.shape[0]
         trunk = _Trunk(self.strides, self.padding, at_a_time)
         if torch.is_grad_enabled() and projection.weight.requires_grad:
-            x = _TrunkWithGradient.apply(trunk, pixels, projection.weight, projection.bias, *convolutions)
+            x = _TrunkWithGradient.apply(trunk, pixels.to(dtype), *weights)
         else:
-            x = trunk.forward(pixels, projection.weight, projection.bias, convolutions, None)
-        x = self.image_norm(x).tanh_()
+            x = trunk.forward(pixels.to(dtype), weights[0], weights[1], weights[2:], None)
+        x = self.image_norm(x.float()).tanh_()
         if self.encodes_state:
-            state = self.state_norm(self.state_projection(state)).tanh_()
+            state = self.state_norm(linear(self.state_projection, state, dtype).float()).tanh_()
         return torch.cat([x, state], dim=1)
 
 
@@ -146,7 +153,7 @@ class _Trunk(NamedTuple):
         convolutions: Sequence[Tensor],
         kept: list[Tensor] | None,
     ) -> Tensor:
-        """fp32 [B, 3, S, S] -> fp32 [B, image_latent_dim]. Appends what `backward` needs to `kept`."""
+        """[B, 3, S, S] -> [B, image_latent_dim], of one dtype. Appends what `backward` needs to `kept`."""
         outputs = []
         for x in pixels.split(self.images_at_a_time):
             for weight, bias, stride in zip(convolutions[::2], convolutions[1::2], self.strides, strict=True):
@@ -224,6 +231,8 @@ class Actor(FlatModule):
         device: device of the parameters.
         seed: determines the initial weights. The global random state does not change.
         trainable: whether gradients are kept. An actor that only acts needs none.
+        products: dtype that the inputs of convolutions and matrix products are rounded to, but for the last layer's.
+            Weights, what is summed up and all else are fp32.
     """
 
     def __init__(
@@ -233,12 +242,13 @@ class Actor(FlatModule):
         device: torch.device | str = "cpu",
         seed: int = 0,
         trainable: bool = False,
+        products: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.products = config, products
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.encoder = Encoder(config)
+            self.encoder = Encoder(config, products)
             widths = [self.encoder.output_dim, *config.hidden_dims]
             self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
             self.norms = nn.ModuleList(nn.LayerNorm(o) for o in config.hidden_dims if config.actor_layer_norm)
@@ -251,10 +261,10 @@ class Actor(FlatModule):
                     nn.init.xavier_uniform_(half, LAST_LAYER_GAIN)
             nn.init.zeros_(self.output.bias)
             if config.init == "orthogonal":
-                for linear in self.hidden.children():
-                    assert isinstance(linear, nn.Linear)
-                    nn.init.orthogonal_(linear.weight)
-                    nn.init.zeros_(linear.bias)
+                for layer in self.hidden.children():
+                    assert isinstance(layer, nn.Linear)
+                    nn.init.orthogonal_(layer.weight)
+                    nn.init.zeros_(layer.bias)
         self.flatten_(device, trainable)
 
     def forward(self, pixels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,12 +278,13 @@ class Actor(FlatModule):
             mean and log_std, each fp32 [B, A]; log_std within [log_std_min, log_std_max].
         """
         x = self.encoder(pixels, state)
-        for index, linear in enumerate(self.hidden):
-            x = linear(x)
+        for index, layer in enumerate(self.hidden.children()):
+            assert isinstance(layer, nn.Linear)
+            x = linear(layer, x, self.products)
             if self.config.actor_layer_norm:
-                x = self.norms[index](x)
+                x = self.norms[index](x.float())
             x = x.relu_()
-        mean, log_std = self.output(x).chunk(2, dim=1)
+        mean, log_std = self.output(x.float()).chunk(2, dim=1)
         return mean, log_std.clamp(self.config.log_std_min, self.config.log_std_max)
 
 
@@ -287,13 +298,14 @@ class Critic(FlatModule):
         device: torch.device | str = "cpu",
         seed: int = 0,
         trainable: bool = False,
+        products: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.products = config, products
         heads = config.num_q_heads
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.encoder = Encoder(config)
+            self.encoder = Encoder(config, products)
             widths = [self.encoder.output_dim + config.noise_width(horizon), *config.hidden_dims, 1]
             self.weights = nn.ParameterList()
             self.norm_scales = nn.ParameterList()
@@ -327,17 +339,17 @@ class Critic(FlatModule):
         Returns:
             fp32 [heads, B].
         """
-        x = torch.cat([features, noise], dim=1).expand(self.config.num_q_heads, -1, -1)
-        last = len(self.weights) - 1
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if index == last:
-                break
+        dtype = self.products
+        x = torch.cat([features, noise], dim=1).to(dtype).expand(self.config.num_q_heads, -1, -1)
+        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        for index, (weight, bias) in enumerate(hidden):
+            x = torch.baddbmm(bias.to(dtype), x.to(dtype), weight.to(dtype))
             if self.config.critic_layer_norm:
-                x = F.layer_norm(x, x.shape[-1:])
+                x = F.layer_norm(x.float(), x.shape[-1:])
                 x = torch.addcmul(self.norm_shifts[index], x, self.norm_scales[index])
             x = x.relu_()
-        return x.squeeze(-1)
+        # in fp32 in any case: what Q values differ by is less than bfloat16 tells apart
+        return torch.baddbmm(last_bias, x.float(), last_weight).squeeze(-1)
 
     def forward(self, pixels: Tensor, state: Tensor, noise: Tensor) -> Tensor:
         """fp32 [B, 3, S, S], fp32 [B, state_dim], fp32 [B, A] -> fp32 [heads, B]."""

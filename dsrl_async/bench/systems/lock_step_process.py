@@ -20,7 +20,7 @@ from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import stages_of
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.inference.policies import load_policies
-from dsrl_async.run.learner.learner import Learner
+from dsrl_async.run.learner.learner import Learner, learner_device
 from dsrl_async.run.supervisor.serial import join
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
@@ -42,13 +42,13 @@ def main(argument: str) -> None:
     config = validate(read_yaml(run_dir / "config.yaml"))
     config.inference.buckets = [config.actors]  # one batch for all, without padding
     arena = Arena.attach(job["arena"])
-    device, learner_device = resolve_device(config.device), resolve_device(config.learner.device or config.device)
+    device, learners_device = resolve_device(config.device), learner_device(config)
     register_memory(arena, device)
     spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
     policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)
     horizon = files.config.action_horizon
-    server, learner = join(config, arena, policies, horizon, learner_device, run_dir, lambda lanes: None)
+    server, learner = join(config, arena, policies, horizon, learners_device, run_dir, lambda lanes: None)
     serve_in_lock_step(server, job, lambda: learn_what_is_due(learner))
 
 

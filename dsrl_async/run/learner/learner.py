@@ -62,7 +62,7 @@ class Learner:
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
         self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
         self.stage = stages_of(arena, "learner", device)
-        self.agent = SacAgent(config.sac, horizon, device, config.seed)
+        self.agent = make_agent(config, horizon, device)
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = -math.inf
         self._checkpoint_time = self._recovery_time = time.monotonic()
@@ -170,6 +170,17 @@ class Learner:
         self.counters.learner_heartbeat_ns[0] = time.monotonic_ns()
 
 
+def learner_device(config: Config) -> torch.device:
+    """Return the learner's device, with `learner.precision` set for this process."""
+    return resolve_device(config.learner.device or config.device, tf32=config.learner.precision == "tf32")
+
+
+def make_agent(config: Config, horizon: int, device: torch.device) -> SacAgent:
+    """Make the agent of a run, with its initial weights."""
+    products = torch.bfloat16 if config.learner.precision == "bf16" else torch.float32
+    return SacAgent(config.sac, horizon, device, config.seed, products)
+
+
 def load_agent(agent: SacAgent, path: Path) -> None:
     """Load an agent's safetensors file; raises ValueError with one sentence if it is damaged or does not fit."""
     try:
@@ -191,7 +202,7 @@ def main(argument: str) -> None:
     arena = Arena.attach(job["arena"])
     # Where NVIDIA's MPS lets the processes share a GPU, what the robots wait for goes first (docs/learner.md).
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
-    device = resolve_device(config.learner.device or config.device)
+    device = learner_device(config)
     learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
     learn(learner, publisher, job["transition_ready_fd"])
     learner.checkpoint()

@@ -95,15 +95,17 @@ def write(ring: ReplayRing, decisions: int, seed: int) -> None:
 
 
 def make_updates(
-    changes: dict[str, object] | None = None, ring: ReplayRing | None = None, mirrored: bool = False
+    changes: dict[str, object] | None = None,
+    ring: ReplayRing | None = None,
+    mirrored: bool = False,
+    products: torch.dtype = torch.float32,
 ) -> Updates:
     config = with_settings(changes or {})
     if ring is None:
         ring = make_ring(config)
         write(ring, 9, seed=0)
-    updates = Updates(
-        SacAgent(config, HORIZON), Mirror(ring, torch.device("cpu")) if mirrored else InPlace(ring), BATCH
-    )
+    agent = SacAgent(config, HORIZON, products=products)
+    updates = Updates(agent, Mirror(ring, torch.device("cpu")) if mirrored else InPlace(ring), BATCH)
     updates.refresh()
     updates.random.draw_(updates.agent.generator)
     return updates
@@ -330,6 +332,65 @@ def test_a_rehearsed_capture_leaves_the_agent_alone(monkeypatch: pytest.MonkeyPa
     assert_same(before, updates.agent.state_tensors())
     updates.run()
     assert not torch.equal(updates.agent.critic.flat, before["critic.flat"])
+
+
+# --- convolutions and products in bfloat16 -----------------------------------------------------------------
+
+
+PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+
+
+def test_bfloat16_is_for_convolutions_and_products() -> None:
+    """All but the last layers', whose fp32 results are few; what outlives an update is fp32."""
+    changes: dict[str, object] = {"actor_layer_norm": True, "state_latent_dim": 8}
+    rounded = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        updates = make_updates(changes, products=dtype)
+        with OperationTrace() as trace:
+            updates.whole(update_actor=True)
+        used = [str(leaves[0]).split("torch.")[-1] for name, leaves in trace.operations if name in PRODUCTS]
+        rounded[dtype] = [sum(name in of for of in used) for name in ("bfloat16", "float32")]
+        kept = [*updates.agent._tensors().values(), updates.agent.critic.flat_grad, updates.agent.actor.flat_grad]
+        assert {tensor.dtype for tensor in kept} == {torch.float32}
+        assert updates.metrics.isfinite().all()
+    # the last layers: of the actor twice, of the critics three times, and back through one actor and two critics, of
+    # which one is not trained
+    in_any_case = 5 + (2 + 2 + 1)
+    everything = sum(rounded[torch.float32])
+    assert rounded[torch.float32] == [0, everything]
+    assert rounded[torch.bfloat16] == [everything - in_any_case, in_any_case]
+
+
+def test_bfloat16_gives_nearly_the_same_gradients() -> None:
+    both = [make_updates({"augmentation": "none"}, products=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(module.flat.shape, generator=generator) * 0.1 for module in networks(both[0])]
+    for updates in both:
+        for module, flat in zip(networks(updates), weights, strict=True):
+            module.flat.copy_(flat)
+        updates.whole(update_actor=True)
+    exact, rounded = both
+    torch.testing.assert_close(rounded.metrics, exact.metrics, rtol=0.05, atol=0.02)
+    for name in ("actor", "critic"):
+        first, second = (getattr(updates.agent, name).flat_grad for updates in both)
+        assert not torch.equal(first, second)
+        assert torch.cosine_similarity(first, second, dim=0) > 0.999
+
+
+def networks(updates: Updates) -> list[Any]:
+    return [updates.agent.actor, updates.agent.critic, updates.agent.target_critic]
+
+
+@pytest.mark.parametrize("update_actor", [False, True])
+def test_updates_in_bfloat16_can_be_captured(update_actor: bool) -> None:
+    ring = make_ring()
+    write(ring, 9, seed=0)
+    updates = make_updates(None, ring, True, torch.bfloat16)
+    first = watched(updates, update_actor)
+    write(ring, 25, seed=1)
+    updates.refresh()
+    updates.random.draw_(updates.agent.generator)
+    assert watched(updates, update_actor) == first
 
 
 # --- drawing and learning -----------------------------------------------------------------------------------
