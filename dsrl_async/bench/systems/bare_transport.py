@@ -6,12 +6,11 @@ transitions, noise, counters or weights, and nobody notices when a process dies.
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import select
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import get_context
 
 import numpy as np
@@ -44,8 +43,9 @@ def arrays(memory: mmap.mmap, environments: int) -> tuple[np.ndarray, np.ndarray
     return found[0], found[1], found[2], found[3]
 
 
-def run(environments: int, gather: bool, warm_s: float, seconds: float, cpu_s: Callable[[list[int]], float]) -> dict:
-    """Measures decisions, seconds, and the CPU-seconds of all processes; `cpu_s` reads those of process ids."""
+@contextmanager
+def bare(environments: int, gather: bool) -> Iterator[tuple[Callable[[], int], list[int]]]:
+    """The transport's step, as `transport_process.Transport` describes it."""
     memory = mmap.mmap(-1, environments * (PAYLOAD + 1024))
     events = [os.eventfd(0) for _ in range(environments + 1)]
     context = get_context("fork")
@@ -53,14 +53,10 @@ def run(environments: int, gather: bool, warm_s: float, seconds: float, cpu_s: C
     children = [context.Process(target=environment, args=target, daemon=True) for target in targets]
     for child in children:
         child.start()
-    pids = [os.getpid(), *(child.pid for child in children if child.pid)]
     observation, action, asked, answered = arrays(memory, environments)
     batch, chunk = np.empty_like(observation), np.zeros((environments, *ANSWER), np.float32)
-    decisions, begin, spent = 0, math.inf, 0.0
-    warm = time.monotonic() + warm_s
-    while (now := time.monotonic()) < begin + seconds:
-        if begin == math.inf and now >= warm:
-            decisions, begin, spent = 0, now, cpu_s(pids)
+
+    def answer() -> int:
         os.eventfd_read(events[-1])
         numbers = asked.copy()
         ready = np.flatnonzero(numbers != answered)
@@ -70,11 +66,11 @@ def run(environments: int, gather: bool, warm_s: float, seconds: float, cpu_s: C
         answered[ready] = numbers[ready]
         for lane in ready.tolist():
             os.eventfd_write(events[lane], 1)
-        decisions += len(ready)
-    sample = {"decisions": decisions, "seconds": time.monotonic() - begin, "cpu_s": cpu_s(pids) - spent}
+        return len(ready)
+
+    yield answer, [child.pid for child in children if child.pid]
     for child in children:
         child.kill()
         child.join()
     for event in events:
         os.close(event)
-    return sample

@@ -11,9 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import get_context
-from typing import Any
 
 import numpy as np
 
@@ -27,13 +27,9 @@ from dsrl_async.shm.slots import Slots, slot_fields
 
 NOISE_DIM = 32
 
-
-def cpu_s(pids: list[int]) -> float:
-    return usage(pids).running
-
-
-def bare(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
-    return bare_transport.run(environments, gather, warm_s, seconds, cpu_s)
+Transport = Callable[[int, bool], AbstractContextManager[tuple[Callable[[], int], list[int]]]]
+"""(environments, whether observations are copied into a batch) -> a step, which answers environments and returns how
+many, and the ids of their processes."""
 
 
 def _environment(lane: int, arena: Arena, wake_fd: int, server_fd: int) -> None:
@@ -49,7 +45,8 @@ def _environment(lane: int, arena: Arena, wake_fd: int, server_fd: int) -> None:
         slots.action_chunk[lane].copy()  # as in the bare transport
 
 
-def slots_only(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
+@contextmanager
+def slots_only(environments: int, gather: bool) -> Iterator[tuple[Callable[[], int], list[int]]]:
     """The run's own slots, wake-ups and gathering, without anything else that workers and inference process do."""
     arena = Arena.create(slot_fields(environments, SPEC, CHUNK, NOISE_DIM, HORIZON * NOISE_DIM))
     server_fd, wake_fds = events.create(), [events.create() for _ in range(environments)]
@@ -81,13 +78,13 @@ def slots_only(environments: int, gather: bool, warm_s: float, seconds: float) -
         notify(slots.answer(lanes, numbers, chunk[: len(lanes)], noise[: len(lanes)], 0))
         return len(lanes)
 
-    sample = repeat(answer, [os.getpid(), *(child.pid for child in children if child.pid)], warm_s, seconds)
+    yield answer, [child.pid for child in children if child.pid]
     for child in children:
         child.kill()
-    return sample
 
 
-def memcpy(environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
+@contextmanager
+def memcpy(environments: int, gather: bool) -> Iterator[tuple[Callable[[], int], list[int]]]:
     """The bound: a process copies payloads from `environments` rows to as many others, again and again."""
     source = np.random.default_rng(0).integers(0, 256, (environments, bare_transport.PAYLOAD), np.uint8)
     destination = np.empty_like(source)
@@ -97,32 +94,28 @@ def memcpy(environments: int, gather: bool, warm_s: float, seconds: float) -> di
             np.copyto(destination[row], source[row])
         return environments
 
-    return repeat(copy, [os.getpid()], warm_s, seconds)
+    yield copy, []
 
 
-def repeat(step: Callable[[], int], pids: list[int], warm_s: float, seconds: float) -> dict[str, float]:
-    """Call `step`, which returns its number of decisions, and measure after `warm_s`."""
-    until = time.monotonic() + warm_s
-    while time.monotonic() < until:
-        step()
-    decisions, begin, spent = 0, time.monotonic(), cpu_s(pids)
-    while time.monotonic() < begin + seconds:
-        decisions += step()
-    return {"decisions": decisions, "seconds": time.monotonic() - begin, "cpu_s": cpu_s(pids) - spent}
+SYSTEMS: dict[str, Transport] = {"bare": bare_transport.bare, "slots": slots_only, "memcpy": memcpy}
 
 
-SYSTEMS: dict[str, Callable[[int, bool, float, float], dict[str, float]]] = {
-    "bare": bare,
-    "slots": slots_only,
-    "memcpy": memcpy,
-}
-
-
-def main(argument: str) -> None:
-    asked: dict[str, Any] = json.loads(argument)
-    measure = SYSTEMS[asked["system"]]
-    print(json.dumps(measure(asked["environments"], asked["gather"], asked["warm_s"], asked["seconds"])), flush=True)
+def main(system: str, environments: int, gather: bool, warm_s: float, seconds: float) -> dict[str, float]:
+    """Make steps for `warm_s`, then measure further ones for `seconds`."""
+    with SYSTEMS[system](environments, gather) as (step, pids):
+        pids = [os.getpid(), *pids]
+        until = time.monotonic() + warm_s
+        while time.monotonic() < until:
+            step()
+        decisions, begin, before = 0, time.monotonic(), usage(pids)
+        while time.monotonic() < begin + seconds:
+            decisions += step()
+        return {
+            "decisions": decisions,
+            "seconds": time.monotonic() - begin,
+            "cpu_s": usage(pids).since(before).running,
+        }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    print(json.dumps(main(**json.loads(sys.argv[1]))), flush=True)
