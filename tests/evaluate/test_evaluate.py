@@ -517,6 +517,19 @@ def test_two_processes_give_the_same_outcomes_as_one(tmp_path: Path) -> None:
     assert code == 2
     assert "begun with episodes 7" in stderr
     assert stderr.count("\n") == 1
+    # An earlier version had other settings, and noted packages that this environment does not use.
+    path = tmp_path / "1" / "settings.json"
+    settings = json.loads(path.read_text())
+    settings["versions"]["robosuite"] = "1.4.0"
+    settings["env"]["gone"] = 3
+    del settings["env"]["reward_rule"]
+    path.write_text(json.dumps(settings))
+    again = call("evaluate", *QUICK, "--episodes", "7", "--out", str(tmp_path / "1"))
+    assert again.result | {"wall_s": 0} == result | {"wall_s": 0}
+    options = ("--episodes", "7", "--env.reward-rule", "first_step", "--out", str(tmp_path / "1"))
+    code, _, stderr = call("evaluate", *QUICK, *options)
+    assert code == 2
+    assert "begun with env.reward_rule chunk_success, which is now first_step" in stderr
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
