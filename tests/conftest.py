@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from support import launched
 from support.paths import ROOT
 
 from dsrl_async.config.load import validate
@@ -79,3 +80,8 @@ def spec(small_config: Config) -> EnvironmentSpec:
 @pytest.fixture
 def memory(small_config: Config, spec: EnvironmentSpec) -> Arena:
     return create_memory(small_config, spec, HORIZON)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> launched.FinishedRun:
+    return launched.finished_run(tmp_path_factory.mktemp("finished"))

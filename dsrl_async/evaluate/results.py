@@ -76,7 +76,7 @@ def result_of(
         "policy": "base" if evaluation.checkpoint is None else str(evaluation.checkpoint),
         "noise": evaluation.mode,
         "seed": evaluation.config.seed,
-        "tasks": summarise_tasks(played, evaluation.instructions),
+        "tasks": summarise_tasks(played, evaluation.run.spec.prompts),
         "versions": identity["versions"],
         "settings": {key: value for key, value in identity.items() if key != "versions"},
         "wall_s": round(wall_s, 2),

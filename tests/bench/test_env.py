@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from support.planted import Planted
 
 from dsrl_async.bench import env
 from dsrl_async.bench.env import FAST, OWN, STOCK, forked_workers, memory_mb, summarise
@@ -107,16 +108,14 @@ def test_forked_workers_share_what_the_template_has_made_and_leave_nothing() -> 
 
 
 def test_an_actor_that_ends_in_its_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'dsrl_async.run.worker.template' in sys.orig_argv:\n"
-        "    from dsrl_async.envs.tabletop import TabletopEnvironment\n"
-        "    def broken(*arguments):\n"
-        "        raise ValueError('no such scene')\n"
-        "    TabletopEnvironment.reset = broken\n"
+    code = (
+        "from dsrl_async.envs.tabletop import TabletopEnvironment\n"
+        "def broken(*arguments):\n"
+        "    raise ValueError('no such scene')\n"
+        "TabletopEnvironment.reset = broken\n"
     )
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    monkeypatch.setenv("PYTHONPATH", path)
+    planted = Planted(tmp_path, {"dsrl_async.run.worker.template": code})
+    monkeypatch.setenv("PYTHONPATH", planted.variables["PYTHONPATH"])
     sentence = r"environment process \d ended \(exit code 1\): ValueError: no such scene"
     with pytest.raises(ValueError, match=sentence), forked_workers({}, 2):
         pass

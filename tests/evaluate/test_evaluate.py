@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich.console import Console
 from support.commands import call
 from support.launched import SMALL, Launched
 from support.paths import CONFIGS
+from support.planted import Planted
 
 import dsrl_async
 from dsrl_async.config.settings import ConfigError
@@ -641,15 +641,13 @@ def libero_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COUNTED = """
-import sys
-if "dsrl_async.run.worker.template" in sys.orig_argv:
-    from dsrl_async.envs.libero import LiberoEnvironment
-    load = LiberoEnvironment._load
-    def counted(environment, task):
-        with open({file!r}, "a") as file:
-            print(task, file=file)
-        load(environment, task)
-    LiberoEnvironment._load = counted
+from dsrl_async.envs.libero import LiberoEnvironment
+load = LiberoEnvironment._load
+def counted(environment, task):
+    with open({file!r}, "a") as file:
+        print(task, file=file)
+    load(environment, task)
+LiberoEnvironment._load = counted
 """
 
 
@@ -688,8 +686,8 @@ def test_tasks_and_initial_states_of_libero(
     assert len(names) == 4
     # Again with one task only, whose scene is compiled once for both processes.
     compiled = tmp_path / "compiled"
-    (tmp_path / "sitecustomize.py").write_text(COUNTED.format(file=str(compiled)))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    planted = Planted(tmp_path, {"dsrl_async.run.worker.template": COUNTED.format(file=str(compiled))})
+    monkeypatch.setenv("PYTHONPATH", planted.variables["PYTHONPATH"])
     run(*arguments, "--processes", "2", "--tasks", "3", "--out", str(tmp_path / "one"))
     before = episodes_in(tmp_path / "two")
     assert episodes_in(tmp_path / "one") == {number: before[number] for number in (150, 151)}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from support.planted import Planted
 
 from dsrl_async.run import checkpoints
 
@@ -27,7 +30,7 @@ MODULES = {"run.inference.server": "inference", "run.learner.learner": "learner"
 
 
 class Launched:
-    """`python -m dsrl_async.launch` on `run_dir` with `arguments`, and the processes it started.
+    """`python -m dsrl_async.launch` on `run_dir`, and the processes it started, which may meet what is `planted`.
 
     Another `module` may wrap the command.
     """
@@ -36,10 +39,11 @@ class Launched:
         self,
         run_dir: Path,
         *arguments: str,
+        planted: Planted | None = None,
         environment: dict[str, str] | None = None,
         module: str = "dsrl_async.launch",
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.planted = run_dir, planted
         command = [sys.executable, "-m", module, *arguments]
         if "--resume" not in arguments:
             command += ["--run-dir", str(run_dir)]
@@ -48,7 +52,7 @@ class Launched:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | (environment or {}),
+            env=os.environ | (environment or {}) | (planted.variables if planted else {}),
         )
         self.process = psutil.Process(self.popen.pid)
         self.seen: dict[int, psutil.Process] = {}
@@ -92,6 +96,7 @@ class Launched:
     def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """Wait for the end; returns the JSON object on the last line of stdout, with `returncode` and `stderr`."""
         stdout, stderr = self.popen.communicate(timeout=timeout_s)
+        assert self.planted is None or self.planted.met()
         lines = stdout.strip().splitlines()
         result = json.loads(lines[-1]) if lines else {}
         return {**result, "returncode": self.popen.returncode, "stderr": stderr}
@@ -100,6 +105,27 @@ class Launched:
         """Processes of this run that are still alive `timeout_s` later."""
         _, alive = psutil.wait_procs(list(self.seen.values()), timeout=timeout_s)
         return alive
+
+
+@dataclass
+class FinishedRun:
+    """A run that has ended at its limit of 400 decisions, for tests that look at it; those that go on take a copy."""
+
+    run_dir: Path
+    result: dict[str, Any]
+    mapped_by_workers: list[list[str]]
+    """Files that each environment worker had mapped while the run went on."""
+    left_over: list[psutil.Process]
+
+    def copy(self, directory: Path) -> Path:
+        return Path(shutil.copytree(self.run_dir, directory))
+
+
+def finished_run(directory: Path) -> FinishedRun:
+    run = Launched(directory / "run", *SMALL, "--max-decisions", "400", "--max-minutes", "2")
+    run.wait_learning()
+    mapped = [[file.path for file in worker.memory_maps()] for worker in run.children("worker")]
+    return FinishedRun(run.run_dir, run.finish(), mapped, run.left_over())
 
 
 def checkpoint_of(run_dir: Path) -> Path:

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from support.launched import SMALL, Launched
+from support.planted import Planted, delay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsrl_async.config.load import validate
@@ -853,20 +854,6 @@ def test_report_names_the_stage_that_was_made_slow(
 
 ON_FEW_CORES = {"replay_ratio", "policy.denoise_steps", "policy.compile"}
 """What is advised where no core is left for more threads."""
-SITECUSTOMIZE = """
-import importlib, sys, time
-if "dsrl_async.run.{process}" in sys.orig_argv:
-    owner = importlib.import_module("{module}")
-    *path, name = "{function}".split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    original = getattr(owner, name)
-    def delayed(*arguments, **keywords):
-        if {condition}:
-            time.sleep({seconds})
-        return original(*arguments, **keywords)
-    setattr(owner, name, delayed)
-"""
 
 
 def cpu_seconds() -> tuple[float, float, float]:
@@ -912,14 +899,10 @@ BUSY_MACHINE = 0.25
 def test_profile_of_a_real_run_that_was_made_slow(
     tmp_path: Path, kind: str, phase: str, program: str, function: str, condition: str, options: Sequence[str]
 ) -> None:
-    """Delays are put into the real processes through Python's sitecustomize hook."""
-    module, _, name = function.partition(":")
-    hook = SITECUSTOMIZE.format(process=program, module=module, function=name, condition=condition, seconds=0.3)
-    (tmp_path / "sitecustomize.py").write_text(hook)
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    planted = Planted(tmp_path, {f"dsrl_async.run.{program}": delay(function, 0.3, condition)})
     arguments = [*SMALL, "--profile", "--max-decisions", "48", *options]
     begin = cpu_seconds()
-    result = Launched(tmp_path / "run", *arguments, environment={"PYTHONPATH": path}).finish(280)
+    result = Launched(tmp_path / "run", *arguments, planted=planted).finish(280)
     busy, own, seconds = (end - start for start, end in zip(begin, cpu_seconds(), strict=True))
     others = (busy - own) / seconds
     assert result["exit_reason"] == "max_decisions", result
