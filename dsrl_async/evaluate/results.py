@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.evaluate.resolve import Evaluation
+from dsrl_async.evaluate.resolve import SETTINGS, Evaluation
 from dsrl_async.host.files import temporary_path, write_text
 
 BEFORE_SETTINGS = ("episodes.jsonl", temporary_path(Path("settings.json")).name)
@@ -165,7 +166,10 @@ class ResultDirectory:
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"--out {self.directory}: {path.name} is damaged; choose another directory") from error
         now = _flat(json.loads(json.dumps(settings)))
-        for key in [*now, *before]:
+        # An earlier version may lack settings that there are now, or have had others and noted other packages.
+        before = {key: field.default for key, field in leaf_fields() if key in now} | before
+        gone = {key for key in before if key not in now and key.startswith(("versions.", *SETTINGS))}
+        for key in [*now, *(key for key in before if key not in gone)]:
             if now.get(key) != before.get(key):
                 raise ConfigError(
                     f"--out {self.directory}: it was begun with {key} {_shown(before.get(key))}, which is now "
