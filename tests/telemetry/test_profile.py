@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -530,31 +530,90 @@ def test_gpus_are_none_without_their_library(monkeypatch: pytest.MonkeyPatch) ->
     assert Gpus().read() == []
 
 
-def test_gpus_as_the_library_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    class NVMLError(Exception):
-        pass
+class NVMLError(Exception):
+    pass
 
-    def memory(handle: str) -> Any:
-        if handle == "lost":
+
+def fake_nvml(monkeypatch: pytest.MonkeyPatch, broken: Sequence[tuple[str, str]] = ()) -> None:
+    """NVML on a machine with two GPUs, of which the second is divided into two parts. `broken` are pairs of a device
+    and of what it does not answer, memory or utilization."""
+    memory = types.SimpleNamespace(used=3 * 10**9, total=80 * 10**9)
+    uuids = {"A": "GPU-aa1", "B": "GPU-ab2", "B0": "MIG-b0", "B1": "MIG-b1"}
+
+    def answer(what: str, value: Any) -> Callable[[str], Any]:
+        def ask(handle: str) -> Any:
+            if (handle, what) in broken:
+                raise NVMLError
+            return value
+
+        return ask
+
+    def parts(handle: str) -> int:
+        if handle == "A":
             raise NVMLError
-        return types.SimpleNamespace(used=3 * 10**9, total=80 * 10**9)
+        return 7
+
+    def part(handle: str, index: int) -> str:
+        if (name := f"{handle}{index}") not in uuids:
+            raise NVMLError
+        return name
 
     library = types.ModuleType("pynvml")
     library.__dict__.update(
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: ["first", "lost"][index],
-        nvmlDeviceGetMemoryInfo=memory,
-        nvmlDeviceGetUtilizationRates=lambda handle: types.SimpleNamespace(gpu=37),
-        nvmlDeviceGetName=lambda handle: "H100",
+        nvmlDeviceGetHandleByIndex=lambda index: "AB"[index],
+        nvmlDeviceGetMemoryInfo=answer("memory", memory),
+        nvmlDeviceGetUtilizationRates=answer("utilization", types.SimpleNamespace(gpu=37)),
+        nvmlDeviceGetName=lambda handle: f"H100 {handle}",
+        nvmlDeviceGetUUID=lambda handle: uuids[handle].encode(),
+        nvmlDeviceGetMaxMigDeviceCount=parts,
+        nvmlDeviceGetMigDeviceHandleByIndex=part,
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_gpus_as_the_library_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device does not answer costs only that figure: a part of a GPU has memory, but no utilisation."""
+    fake_nvml(monkeypatch, [("A", "memory"), ("B", "utilization")])
     gpus = tuple(Gpus().read())
-    assert gpus == (Gpu("H100", 0.37, 3 * 10**9, 80 * 10**9), Gpu("H100", 0.0, 0, 0))
+    assert gpus == (Gpu("H100 A", 0.37, 0, 0), Gpu("H100 B", None, 3 * 10**9, 80 * 10**9))
     seen = figures({}, gpus=gpus)
-    assert "GPU 0, H100: 37% busy, 3.0 of 80.0 GB used" in report.text(seen, diagnose(seen, Config()))
-    assert report.scalars(seen)["profile/gpu_busy/0"] == 0.37
+    words = report.text(seen, diagnose(seen, Config()))
+    assert "GPU 0, H100 A: 37% busy, 0.0 of 0.0 GB used" in words
+    assert "GPU 1, H100 B: how busy is not known, 3.0 of 80.0 GB used" in words
+    values = report.scalars(seen)
+    assert values["profile/gpu_busy/0"] == 0.37
+    assert "profile/gpu_busy/1" not in values
+    assert values["profile/gpu_memory_gb/1"] == 3.0
+    json.dumps(report.as_json(seen, diagnose(seen, Config())), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, "A B"),
+        ("", ""),
+        ("1,0", "B A"),
+        (" 1", "B"),
+        ("1,2,0", "B"),
+        ("-1,0", ""),
+        ("0,0", ""),
+        ("GPU-ab,GPU-aa", "B A"),
+        ("GPU-a", ""),  # of which?
+        ("GPU-aa1,0", "A"),
+        ("GPU-aa1,GPU-aa", ""),
+        ("MIG-b1,MIG-b0", "B1 B0"),
+        ("MIG-b2", ""),
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str) -> None:
+    fake_nvml(monkeypatch)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [gpu.name.removeprefix("H100 ") for gpu in Gpus().read()] == expected.split()
 
 
 def test_launched_process_does_without_torch() -> None:
@@ -718,7 +777,8 @@ def test_gpu_is_as_busy_as_it_was_over_the_run_and_not_when_the_report_is_writte
 ) -> None:
     now, busy = [1000.0], [0.0]
     monkeypatch.setattr("dsrl_async.telemetry.profile.profiler.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(Gpus, "read", lambda self: [Gpu("H100", busy[0], 3 * 10**9, 80 * 10**9)])
+    part = Gpu("MIG", None, 10**9, 10**10)
+    monkeypatch.setattr(Gpus, "read", lambda self: [Gpu("H100", busy[0], 3 * 10**9, 80 * 10**9), part])
     handler = signal.getsignal(signal.SIGUSR1)
     profiler = Profiler(profile_config, tmp_path, profile_memory, Counters(profile_memory).snapshot())
     signal.signal(signal.SIGUSR1, handler)
@@ -728,7 +788,7 @@ def test_gpu_is_as_busy_as_it_was_over_the_run_and_not_when_the_report_is_writte
     busy[0] = 0.0  # the processes have been stopped
     profiler.write({})
     content = json.loads((tmp_path / "profile" / "report.json").read_text())
-    assert [gpu["utilization"] for gpu in content["gpus"]] == [pytest.approx(0.8)]
+    assert [gpu["utilization"] for gpu in content["gpus"]] == [pytest.approx(0.8), None]
     assert content["gpus"][0]["memory_used"] == 3 * 10**9
 
 

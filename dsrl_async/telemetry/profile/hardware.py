@@ -18,6 +18,9 @@ from dsrl_async.telemetry.usage import MEASURING_SHARE, Pids
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("GPU-", "MIG-")
+"""How the UUIDs of GPUs and of their parts begin."""
+
 
 @dataclass
 class CpuTime:
@@ -95,37 +98,90 @@ def _busy_seconds(allowed: Iterable[int]) -> Iterator[float]:
 
 class Gpu(NamedTuple):
     name: str
-    utilization: float
-    """Share of time in which a kernel ran: over the last moments when read, over the whole stretch in a report."""
+    utilization: float | None
+    """Share of time in which a kernel ran: over the last moments when read, over the whole stretch in a report. None
+    where there is no telling, as for a part of a GPU (MIG)."""
     memory_used: int
-    """Bytes that all programs use."""
+    """Bytes that all programs use; 0 where there is no telling, as is `memory_total`."""
     memory_total: int
 
 
 class Gpus:
-    """The machine's NVIDIA GPUs; none without the driver or without `nvidia-ml-py` (extra `cuda`).
+    """The NVIDIA GPUs that CUDA programs of this process see, in their order; none without the driver or without
+    `nvidia-ml-py` (extra `cuda`).
 
-    A GPU that stops answering counts as idle. This has not run on a GPU yet.
+    This has not run on a GPU yet.
     """
 
     def __init__(self) -> None:
         self._library: Any = None
-        self._handles: list[tuple[Any, str]] = []  # handles and names
+        self._devices: list[tuple[Any, str]] = []  # handles and names
         with contextlib.suppress(Exception):  # not installed, no driver or no permission: the run goes on without
             import pynvml
 
             pynvml.nvmlInit()
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-            self._handles = [(handle, str(pynvml.nvmlDeviceGetName(handle))) for handle in handles]
+            self._devices = [(handle, _text(pynvml.nvmlDeviceGetName(handle))) for handle in visible_devices(pynvml)]
             self._library = pynvml
 
     def read(self) -> list[Gpu]:
-        library, gpus = self._library, []
-        for handle, name in self._handles:
-            try:
-                memory = library.nvmlDeviceGetMemoryInfo(handle)
-                busy = library.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-                gpus.append(Gpu(name, busy, int(memory.used), int(memory.total)))
-            except library.NVMLError:
-                gpus.append(Gpu(name, 0.0, 0, 0))
+        return [Gpu(name, self._utilization(handle), *self._memory(handle)) for handle, name in self._devices]
+
+    # What a device does not support, or a lost one does not answer, must not cost the other figure.
+
+    def _utilization(self, handle: Any) -> float | None:
+        try:
+            return int(self._library.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+        except self._library.NVMLError:
+            return None
+
+    def _memory(self, handle: Any) -> tuple[int, int]:
+        try:
+            memory = self._library.nvmlDeviceGetMemoryInfo(handle)
+        except self._library.NVMLError:
+            return 0, 0
+        return int(memory.used), int(memory.total)
+
+
+def visible_devices(library: Any) -> list[Any]:
+    """Handles of the devices that `CUDA_VISIBLE_DEVICES` names, in its order; NVML itself knows nothing of it.
+
+    It lists numbers, or beginnings of the UUIDs `GPU-...` of GPUs and `MIG-...` of their parts; without it there are
+    all GPUs. As in CUDA, an entry that names none, or several, ends the list, and one that comes twice voids it. NVML
+    numbers GPUs by their place on the bus; CUDA does so with `CUDA_DEVICE_ORDER=PCI_BUS_ID`, and by default puts the
+    fastest first, where they differ.
+    """
+    gpus = [library.nvmlDeviceGetHandleByIndex(index) for index in range(library.nvmlDeviceGetCount())]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
         return gpus
+    entries = [entry.strip() for entry in chosen.split(",")]
+    devices, names = gpus, [str(index) for index in range(len(gpus))]
+    if entries[0].startswith(KINDS):
+        devices = [*gpus, *(part for gpu in gpus for part in _parts(library, gpu))]
+        names = [_text(library.nvmlDeviceGetUUID(device)) for device in devices]
+    positions: list[int] = []
+    for entry in entries:
+        begins = entry.startswith(KINDS)
+        found = [i for i, name in enumerate(names) if name == entry or (begins and name.startswith(entry))]
+        if len(found) != 1:
+            break
+        if found[0] in positions:
+            return []
+        positions += found
+    return [devices[position] for position in positions]
+
+
+def _parts(library: Any, gpu: Any) -> Iterator[Any]:
+    """Handles of the parts that a GPU is divided into (MIG)."""
+    try:
+        count = library.nvmlDeviceGetMaxMigDeviceCount(gpu)
+    except library.NVMLError:  # it cannot be divided
+        return
+    for index in range(count):
+        with contextlib.suppress(library.NVMLError):  # there are fewer
+            yield library.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
+
+
+def _text(value: str | bytes) -> str:
+    """Older versions of the library answer with bytes."""
+    return value.decode() if isinstance(value, bytes) else value

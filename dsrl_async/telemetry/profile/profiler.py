@@ -92,7 +92,7 @@ class Profiler:
         if before is not None:
             lasted = now - before.time
             gpu_busy_s = tuple(
-                busy + gpu.utilization * lasted for busy, gpu in zip(before.gpu_busy_s, gpus, strict=True)
+                busy + (gpu.utilization or 0.0) * lasted for busy, gpu in zip(before.gpu_busy_s, gpus, strict=True)
             )
         return Moment(now, totals(counters), stages, cpu.kinds, cpu.cores, cpu.measured, gpus, gpu_busy_s)
 
@@ -107,7 +107,8 @@ class Profiler:
         cores = {kind: process.cores for kind, process in profile.system_processes.items()}
         self._samples.append((now_ns, "cores used", {**cores, "other programs": profile.cores_of_others}))
         for index, gpu in enumerate(profile.gpus):
-            self._samples.append((now_ns, f"GPU {index} busy", {"share": gpu.utilization}))
+            if gpu.utilization is not None:
+                self._samples.append((now_ns, f"GPU {index} busy", {"share": gpu.utilization}))
         while self._samples[0][0] < now_ns - LONGEST_S * 1e9:
             self._samples.popleft()
 
@@ -157,7 +158,7 @@ class Profiler:
             cpus=self._cpus,
             on_gpu=on_gpu,
             gpus=tuple(
-                gpu._replace(utilization=ratio(end - begin, seconds))
+                gpu if gpu.utilization is None else gpu._replace(utilization=ratio(end - begin, seconds))
                 for gpu, begin, end in zip(now.gpus, since.gpu_busy_s, now.gpu_busy_s, strict=True)
             ),
             cupy=find_spec("cupy") is not None,

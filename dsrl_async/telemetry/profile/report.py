@@ -64,7 +64,8 @@ def _lines(profile: RunProfile) -> Iterator[str]:
     yield from textwrap.wrap(busy, 118, initial_indent=f"  {'each core':<14}  ", subsequent_indent=" " * 18)
     for index, gpu in enumerate(profile.gpus):
         used, total = gpu.memory_used / 1e9, gpu.memory_total / 1e9
-        yield f"GPU {index}, {gpu.name}: {gpu.utilization:.0%} busy, {used:.1f} of {total:.1f} GB used"
+        busy = "how busy is not known" if gpu.utilization is None else f"{gpu.utilization:.0%} busy"
+        yield f"GPU {index}, {gpu.name}: {busy}, {used:.1f} of {total:.1f} GB used"
 
 
 def _title(kind: str, count: int) -> str:
@@ -89,7 +90,8 @@ def scalars(profile: RunProfile) -> dict[str, float]:
         values |= {f"profile/cores/{kind}": process.cores, f"profile/waits_for_a_core/{kind}": process.queued}
     values |= {f"profile/core_busy/{core}": share for core, share in enumerate(profile.core_shares)}
     for index, gpu in enumerate(profile.gpus):
-        values[f"profile/gpu_busy/{index}"] = gpu.utilization
+        if gpu.utilization is not None:
+            values[f"profile/gpu_busy/{index}"] = gpu.utilization
         values[f"profile/gpu_memory_gb/{index}"] = gpu.memory_used / 1e9
     return values
 
