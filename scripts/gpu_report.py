@@ -1,255 +1,327 @@
-"""Runs every check that needs a GPU, times the sampler and the learner's update, and writes a report.
+"""All that is worth knowing of this project on a GPU, in ten minutes:
 
-    python scripts/gpu_report.py --out gpu_report.md
+    python scripts/gpu_report.py --out gpu_report            # again with --compile, to another directory
 
-The weights are random (the time does not depend on them) and of real size. For each batch size and prompt length, the
-report has the largest difference between the captured and the eager run, milliseconds of both halves (median of CUDA
-events), the bound of `dsrl_async/pi0/roofline.py` for the device's measured peak rates, and their ratio. For the
-learner, with the `sac` settings of `--config` and a mirrored replay ring, it has the largest difference of the weights
-after a captured and an eager update, milliseconds of an update run eagerly, replayed alone, and replayed many times in
-a row without reading the results, and milliseconds per row of mirroring. `--device cpu --size toy` tests the same code
-without a GPU.
+Each section is a process of its own with a limit on its time (`gpu_report_sections.py` has what they measure). What it
+finds is appended to `results.jsonl` at once, and `report.md` grows section by section, so that a crash or a time limit
+costs one section and not the report; `log.txt` has what the sections printed. The report ends with a table that holds
+what the documents claim against what was measured. Weights are random and of real size, since time does not depend on
+them.
+
+A section that needs a package which is not installed says so and is no failure. The exit status is 0 only if every
+other section came to its end without a problem, and if policy or learner was captured in CUDA graphs: so it is 1 on the
+CPU, where `--device cpu --size toy` rehearses the same code.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import platform
-import statistics
+import contextlib
+import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-
-from dsrl_async.config.load import read_yaml, validate
-from dsrl_async.config.settings import SacConfig
-from dsrl_async.host.graphs import capture
-from dsrl_async.pi0.config import Pi0Config, tabletop_config
-from dsrl_async.pi0.model import Pi0
-from dsrl_async.pi0.roofline import stages
-from dsrl_async.pi0.sampler import Sampler
-from dsrl_async.plan.measure import fill_ring
-from dsrl_async.run.learner.sampling import Mirror
-from dsrl_async.run.learner.updates import Updates
-from dsrl_async.sac.agent import SacAgent
-
-MODELS = {
-    "full": {"pi0": Pi0Config(), "pi0.5": Pi0Config(pi05=True, action_horizon=10, max_token_len=200)},
-    "toy": {"pi0": tabletop_config(), "pi0.5": dataclasses.replace(tabletop_config(), pi05=True)},
-}
-PROMPTS = {"full": (16, 24, 48), "toy": (8, 12)}
-HORIZON = 50
+PROGRAM = Path(__file__).resolve().with_name("gpu_report_sections.py")
+MISSING = 3
+"""Exit status of a section that needs a package which is not installed."""
+REPORT, RESULTS, LOG = "report.md", "results.jsonl", "log.txt"
+"""The files that are written."""
+LEAST_S = 5.0
+"""A section is not begun with less time than this."""
+LOG_LINES = 15
+"""How much of a failed section's log the report shows."""
 
 
-def seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call on the device."""
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+class Section(NamedTuple):
+    """A part of the report."""
+
+    name: str
+    title: str
+    limit_s: float
 
 
-def peak_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Measured FLOP/s of a large matrix product and bytes/s of a large copy (read and write)."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    big = torch.empty(2**30 if device.type == "cuda" else 2**25, dtype=torch.uint8, device=device)
-    other = torch.empty_like(big)
-    for _ in range(3):
-        a @ b
-        other.copy_(big)
-    return 2 * size**3 / seconds(lambda: a @ b, device, 20), 2 * big.numel() / seconds(
-        lambda: other.copy_(big), device, 20
-    )
-
-
-def fill(sampler: Sampler, seed: int) -> None:
-    generator = torch.Generator(sampler.noise.device).manual_seed(seed)
-    sampler.images.uniform_(-1, 1, generator=generator)
-    sampler.tokens.random_(0, sampler.model.config.vocab_size, generator=generator)
-    sampler.token_mask.fill_(True)
-    sampler.state.normal_(generator=generator)
-    sampler.noise.normal_(generator=generator)
-
-
-def measure(
-    model: Pi0, batch_size: int, length: int, args: argparse.Namespace, rates: tuple[float, float]
-) -> list[object]:
-    """A row of the table."""
-    device = model.action_out.weight.device
-    sampler = Sampler(model, batch_size, length, args.denoise_steps, compiled=args.compile)
-    fill(sampler, seed=1)
-    halves = [sampler.encode, sampler.denoise]
-    captured = capture(halves, device, None, f"batch size {batch_size}, prompts of {length} tokens", "policy.graphs")
-    replays = captured.replays if captured else halves
-    fill(sampler, seed=2)
-    sampler.run()
-    eager = sampler.actions.clone()
-    sampler.actions.fill_(torch.nan)  # a replay that does nothing must not look right
-    for replay in replays:
-        replay()
-    difference = float((sampler.actions - eager).abs().max())
-    eager_s = seconds(sampler.run, device, args.repeats)
-    encode_s, denoise_s = (seconds(replay, device, args.repeats) for replay in replays)
-    work = stages(model.config, length, args.denoise_steps)
-    weight_bytes = torch.finfo(model.dtype).bits // 8
-    bound = {name: stage.bound_s(batch_size, *rates, weight_bytes) for name, stage in work.items()}
-    bound_s = sum(bound.values())
-    replay_s = encode_s + denoise_s
-    return [
-        *(batch_size, length, "yes" if captured else "no", f"{difference:.1e}"),
-        *(f"{1e3 * value:.2f}" for value in (eager_s, encode_s, denoise_s)),
-        *(f"{1e3 * value:.2f}" for value in (bound["vision"] + bound["prefill"], bound["denoise"])),
-        *(f"{replay_s / bound_s:.2f}", f"{batch_size / replay_s:.1f}"),
-    ]
-
-
-COLUMNS = (
-    *("B", "prompt", "captured", "max difference", "eager ms", "encode ms", "denoise ms"),
-    *("bound encode ms", "bound denoise ms", "time / bound", "observations/s"),
+SECTIONS = (
+    Section("machine", "The machine", 40),
+    Section("sampler_pi0", "Sampler of Pi0: captures, memory, replays", 75),
+    Section("goldens", "openpi's actions", 60),
+    Section("learner", "The learner's update, and its mirror of the ring", 75),
+    Section("serve_pi0", "Batches of the inference server, Pi0", 60),
+    Section("fallback", "A capture that fails", 25),
+    Section("launches", "Launches of graphs", 25),
+    Section("copies", "Copies up to the device", 30),
+    Section("attention", "Attention by shape and backend", 45),
+    Section("kernels", "The costliest kernels of a sample", 50),
+    Section("serve_pi05", "Batches of the inference server, Pi0.5 with the state in its prompt", 60),
+    Section("sharing", "Policy and learner on one GPU", 60),
+    Section("sampler_pi05", "Sampler of Pi0.5", 60),
+    Section("tests", "Tests marked gpu", 90),
 )
-LEARNER_COLUMNS = (
-    *("batch", "captured", "max difference", "eager ms", "replayed ms"),
-    *("replayed in a row ms", "mirroring ms per row"),
-)
-LEARNER_BATCHES = {"full": (64, 256, 512), "toy": (8,)}
-RING_ROWS = {"full": 20_000, "toy": 40}
-IN_A_ROW = 20
+"""In this order, since the limit on the whole report may leave out what comes last."""
 
 
-def measure_learner(sac: SacConfig, batch_size: int, args: argparse.Namespace) -> list[object]:
-    """A row of the learner's table."""
-    device, rows = torch.device(args.device), RING_ROWS[args.size]
-    source = Mirror(fill_ring(sac, rows, sac.noise_width(HORIZON)), device)
-    begin = time.perf_counter()
-    source.refresh()
-    float(source.columns.reward.sum())  # waits for the device
-    mirroring_s = time.perf_counter() - begin
-    updates = Updates(SacAgent(sac, HORIZON, device), source, batch_size)
-    updates.capture()
-    captured = updates.captured
-    updates.random.draw_(updates.agent.generator)
-    before = updates.agent.state_tensors()
+class Claim(NamedTuple):
+    """What a document, or the code, says of a GPU, and between which numbers it holds."""
 
-    def eager() -> None:
-        updates.whole(True)
+    text: str
+    place: str
+    figure: str
+    low: float
+    high: float
 
-    def replay() -> None:
-        if captured is None:
-            eager()
-        else:
-            captured.replays[True]()
 
-    def replay_in_a_row() -> None:
-        for _ in range(IN_A_ROW):
-            replay()
+CLAIMS = (
+    Claim("float32 gives openpi's actions to 1e-5", "tests/pi0/test_parity.py", "goldens float32", 0, 1e-5),
+    Claim(
+        "bfloat16 is at most 1.5 times as far from float32 as openpi's own",
+        "tests/pi0/test_parity.py",
+        "goldens bfloat16 factor",
+        0,
+        1.5,
+    ),
+    Claim("each half of the policy is captured", "docs/design.md", "pi0 captures", 1, math.inf),
+    Claim("a replay gives what an eager run gives (Pi0)", "docs/design.md", "pi0 replay difference", 0, 0.02),
+    Claim("a replay gives what an eager run gives (Pi0.5)", "docs/design.md", "pi05 replay difference", 0, 0.02),
+    Claim(
+        "the largest batch takes what memory.py reckons, to a quarter",
+        "dsrl_async/pi0/memory.py",
+        "pi0 memory over memory.py",
+        0.75,
+        1.25,
+    ),
+    Claim("a batch takes 1.3 times its bound at most", "dsrl_async/plan/gpus.py", "pi0 batch 16 over bound", 1, 1.3),
+    Claim(
+        "a small kernel inside a graph takes 1.5 microseconds",
+        "docs/measurements/pi0.md",
+        "us per kernel in a graph",
+        1.0,
+        2.25,
+    ),
+    Claim(
+        "while the host gathers and scatters, 1.5 % of a batch's time at most is lost",
+        "docs/throughput.md",
+        "pi0 gap share at batch 16",
+        -0.01,
+        0.015,
+    ),
+    Claim("an update is at most 400 kernels", "docs/learner.md", "kernels of an update", 1, 400),
+    Claim("a captured update gives what an eager one gives", "docs/learner.md", "update difference", 0, 1e-4),
+    Claim("a mirror takes 12.5 kB per row", "docs/learner.md", "mirror bytes per row", 12_000, 13_500),
+    Claim("TF32 makes an update faster", "docs/learner.md", "update tf32 over ieee", 0, 0.98),
+    Claim(
+        "copies run from registered memory at full speed",
+        "dsrl_async/host/device.py",
+        "registered over page-locked",
+        0.9,
+        1.2,
+    ),
+    Claim("prompts that hold the state are served", "docs/pi0.md", "pi05 served", 1, 1),
+    Claim("a failed capture leaves its stream, and the next process has no graphs", "docs/design.md",
+          "fallback works", 1, 1),
+    Claim(
+        "without MPS policy and learner take turns: a batch waits for the learner",
+        "docs/learner.md",
+        "batch beside a learner over alone",
+        1.05,
+        math.inf,
+    ),
+    Claim("the tests marked gpu pass", "docs/design.md", "status of the gpu tests", 0, 0),
+)  # fmt: skip
+CAPTURES = ("pi0 captures", "pi05 captures", "learner captures", "pi0 server captures", "pi05 server captures")
+"""Figures of which at least one must be positive."""
 
-    weights = []
-    for update in (eager, replay):
-        updates.agent.load_state_tensors(before)
-        update()
-        weights.append(
-            torch.cat([updates.agent.actor.flat, updates.agent.critic.flat, updates.agent.target_critic.flat])
+
+class Outcome(NamedTuple):
+    """How a section ended."""
+
+    section: Section
+    status: str
+    """`whole`, `missing` (a package), `problem`, `failed`, `timed out` or `left out`."""
+    seconds: float
+    lines: list[dict[str, Any]]
+    """Its results."""
+    tail: list[str]
+    """The end of what it printed."""
+
+    @property
+    def good(self) -> bool:
+        return self.status in ("whole", "missing")
+
+
+def run_section(section: Section, options: Mapping[str, object], out: Path, limit_s: float) -> Outcome:
+    """Run a section in a process group of its own, which is killed at its limit."""
+    results, log = out / RESULTS, out / LOG
+    before, logged, begin = results.stat().st_size, log.stat().st_size, time.monotonic()
+    command = [sys.executable, str(PROGRAM), section.name, json.dumps(options), str(results)]
+    root = str(PROGRAM.parent.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    eager_s = seconds(eager, device, args.repeats)
-    replay_s = seconds(replay, device, args.repeats)
-    in_a_row_s = seconds(replay_in_a_row, device, args.repeats) / IN_A_ROW
-    return [
-        *(batch_size, "yes" if captured else "no", f"{float((weights[0] - weights[1]).abs().max()):.1e}"),
-        *(f"{1e3 * value:.3f}" for value in (eager_s, replay_s, in_a_row_s)),
-        f"{1e3 * mirroring_s / rows:.5f}",
-    ]
+        try:
+            status = child.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # and whatever it started
+            child.wait()
+    lines = list(whole_lines(results.read_bytes()[before:]))
+    tail = log.read_bytes()[logged:].decode(errors="replace").splitlines()[-LOG_LINES:]
+    if status is None:
+        outcome = "timed out"
+    elif status == MISSING:
+        outcome = "missing"
+    elif status != 0:
+        outcome = "failed"
+    else:
+        outcome = "problem" if any("problem" in line for line in lines) else "whole"
+    return Outcome(section, outcome, time.monotonic() - begin, lines, tail)
 
 
-def table(rows: list[list[object]], columns: Sequence[str] = COLUMNS) -> list[str]:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+def whole_lines(text: bytes) -> Iterable[dict[str, Any]]:
+    """The lines of JSON; the last one may have been cut short."""
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
-def report(args: argparse.Namespace) -> tuple[str, bool]:
-    """The report in Markdown, and whether the tests passed and every difference is a number."""
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-    rates = peak_rates(device, dtype)
-    lines = [
-        f"# Sampler and learner on {name}",
-        "",
-        f"torch {torch.__version__}, CUDA {torch.version.cuda}, {args.dtype}, {args.denoise_steps} steps, "
-        f"{'compiled' if args.compile else 'not compiled'}. Measured peaks: {rates[0] / 1e12:.1f} TFLOP/s, "
-        f"{rates[1] / 1e9:.0f} GB/s.",
-        "",
-    ]
-    good = True
-    if args.tests:
-        root = Path(__file__).resolve().parent.parent
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-        tests = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        good = tests.returncode == 0
-        lines += [
-            f"## Tests marked gpu: {'passed' if good else 'FAILED'}",
-            "",
-            "```",
-            *tests.stdout.strip().splitlines()[-15:],
-            "```",
-            "",
-        ]
-    for variant, config in MODELS[args.size].items():
-        with torch.device(device):
-            model = Pi0(config).set_dtype(dtype).eval().requires_grad_(False)
-        rows = []
-        for batch_size in args.batch_sizes:
-            for length in PROMPTS[args.size]:
-                rows.append(measure(model, batch_size, length, args, rates))
-                good = good and rows[-1][3] != "nan"
-                print(variant, *rows[-1], file=sys.stderr)
-        lines += [f"## {variant}, {args.size} size", "", *table(rows), ""]
-        if device.type == "cuda":
-            lines += [f"Peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB.", ""]
-            torch.cuda.reset_peak_memory_stats(device)
-        del model
-    sac = validate(read_yaml(args.config)).sac if args.config else SacConfig()
-    rows = [measure_learner(sac, batch_size, args) for batch_size in LEARNER_BATCHES[args.size]]
-    good = good and all(row[2] != "nan" for row in rows)
-    lines += ["## An update of the learner", "", *table(rows, LEARNER_COLUMNS), ""]
-    return "\n".join(lines), good
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A table in Markdown, of rows that have the same columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(columns), "|" + "---|" * len(columns), *(line(row.get(name, "") for name in columns) for row in rows)]
 
 
-def main() -> None:
+def section_text(outcome: Outcome) -> str:
+    """A section of the report in Markdown."""
+    section = outcome.section
+    text = [f"## {section.title}", "", f"`{section.name}`: {outcome.status}, {outcome.seconds:.1f} s.", ""]
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for line in outcome.lines:
+        if "table" in line:
+            tables.setdefault(line["table"], []).append(line["row"])
+    for name, rows in tables.items():
+        text += [f"**{name}**", "", *table(rows), ""]
+    text += [f"* {line['note']}" for line in outcome.lines if "note" in line]
+    text += [f"* **Problem: {line['problem']}.**" for line in outcome.lines if "problem" in line]
+    if not outcome.good and outcome.tail:
+        text += ["", "The last that it printed:", "", "```", *outcome.tail, "```"]
+    return "\n".join([*text, "", ""])
+
+
+def claims_text(figures: Mapping[str, float]) -> str:
+    """The last table: what is claimed, and whether it holds."""
+    rows = []
+    for claim in CLAIMS:
+        value = figures.get(claim.figure)
+        if value is None:
+            measured, verdict = "", "not measured"
+        else:
+            measured, verdict = f"{value:.4g}", "holds" if claim.low <= value <= claim.high else "DOES NOT HOLD"
+        holds = f"{claim.low:g} to {claim.high:g}"
+        rows.append({"claim": claim.text, "place": f"`{claim.place}`", "holds for": holds,
+                     "measured": measured, "verdict": verdict})  # fmt: skip
+    return "\n".join(["## Claims", "", *table(rows), ""])
+
+
+def verdict(outcomes: list[Outcome], captured: bool) -> str:
+    """The last line of the report and of the output."""
+    bad = [f"{outcome.section.name} ({outcome.status})" for outcome in outcomes if not outcome.good]
+    missing = [outcome.section.name for outcome in outcomes if outcome.status == "missing"]
+    parts = [f"{sum(outcome.status == 'whole' for outcome in outcomes)} of {len(outcomes)} sections are whole"]
+    if bad:
+        parts.append(f"not whole: {', '.join(bad)}")
+    if missing:
+        parts.append(f"a package is missing for {', '.join(missing)}")
+    if not captured:
+        parts.append("NOTHING WAS CAPTURED in CUDA graphs")
+    return ("FAILED: " if bad or not captured else "PASSED: ") + "; ".join(parts)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write, which must not have a report yet")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", choices=sorted(MODELS), default="full")
+    parser.add_argument("--size", choices=["full", "toy"], default="full")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--denoise-steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--config", type=Path, help="configuration with the learner's `sac` (default: the tabletop's)")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--no-tests", dest="tests", action="store_false", help="skip the tests marked gpu")
+    parser.add_argument("--config", help="configuration with the learner's `sac` (default: the tabletop's)")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile, which takes minutes")
+    parser.add_argument("--limit-s", type=float, default=480, help="limit on all sections together (default: 480)")
+    parser.add_argument(
+        "--limits", nargs="+", default=[], metavar="SECTION=SECONDS", help="limits on sections, instead of their own"
+    )
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--sections", nargs="+", choices=names, default=names, metavar="SECTION", help=", ".join(names))
+    parser.add_argument(
+        "--plant",
+        nargs="+",
+        default=[],
+        metavar="SECTION=crash|hang",
+        help="let sections fail, to see that the others do not suffer",
+    )
     args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device here; --device cpu --size toy tries the script without one")
-    torch.manual_seed(0)
-    text, good = report(args)
-    args.out.write_text(text)
-    print(args.out)
-    if not good:
-        parser.exit(1, "something failed, see the report\n")
+    report = args.out / REPORT
+    if report.exists():
+        parser.error(f"{report} exists; give another directory")
+    if args.device.startswith("cuda") and not cuda_is_there():
+        parser.error("torch finds no CUDA device here; --device cpu --size toy rehearses the report without one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in (RESULTS, LOG):
+        (args.out / name).write_text("")
+    shared = ("device", "size", "dtype", "batch_sizes", "denoise_steps", "repeats", "compile", "config")
+    options = {name: getattr(args, name) for name in shared}
+    plants, limits = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.plant, args.limits))
+    command = f"python scripts/gpu_report.py {' '.join(sys.argv[1:])}"
+    report.write_text(f"# dsrl_async on a GPU\n\n`{command}`, {time.strftime('%Y-%m-%d %H:%M')}.\n\n")
+    end, outcomes, figures = time.monotonic() + args.limit_s, [], dict[str, float]()
+    for section in (section for section in SECTIONS if section.name in args.sections):
+        left = end - time.monotonic()
+        if left < LEAST_S:
+            outcome = Outcome(section, "left out", 0.0, [], [])
+        else:
+            planted = {"plant": plants[section.name]} if section.name in plants else {}
+            limit_s = float(limits.get(section.name, section.limit_s * (4 if args.compile else 1)))
+            outcome = run_section(section, options | planted, args.out, min(left, limit_s))
+        outcomes.append(outcome)
+        figures |= {line["figure"]: line["value"] for line in outcome.lines if "figure" in line}
+        append(report, section_text(outcome))
+        print(f"{section.name}: {outcome.status}, {outcome.seconds:.1f} s", flush=True)
+    last = verdict(outcomes, captured=any(figures.get(name, 0) > 0 for name in CAPTURES))
+    append(report, claims_text(figures) + f"\n**{last}.**\n")
+    print(report)
+    print(last)
+    return 0 if last.startswith("PASSED") else 1
+
+
+def append(path: Path, text: str) -> None:
+    """Write to the end of a file, and to the disk."""
+    with path.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cuda_is_there() -> bool:
+    """Asked in a process of its own, so that this one never takes memory of the device."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
