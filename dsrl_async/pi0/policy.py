@@ -69,16 +69,19 @@ class Pi0Batch:
         self.images = torch.zeros(batch_size, config.cameras, size, size, 3, dtype=torch.uint8, device=device)
         self.state = torch.zeros(batch_size, config.robot_state_dim, device=device)
         self.actions = torch.zeros(batch_size, config.action_horizon, config.robot_action_dim, device=device)
+        self.prompts = torch.zeros(batch_size, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def fill_prompts(self, prompts: NDArray[np.int64]) -> None:
-        """A look-up, except where prompts hold the state."""
+        """A look-up, except where prompts hold the state. The batch before it must have been computed."""
         policy, count, length = self.policy, len(prompts), self.tokens.shape[1]
         if policy.spec.state_in_prompt:
             tokens, token_mask = policy.state_tokens(prompts, self.state[:count])
             self.tokens[:count].copy_(tokens[:, :length])
             self.token_mask[:count].copy_(token_mask[:, :length])
             return
-        rows = torch.from_numpy(prompts).to(self.tokens.device)
+        numbers = self.prompts[:count]  # page-locked on CUDA, so that the host need not wait until they are there
+        numbers.numpy()[:] = prompts
+        rows = numbers.to(self.tokens.device, non_blocking=True)
         torch.index_select(policy.tokens[:, :length], 0, rows, out=self.tokens[:count])
         torch.index_select(policy.token_mask[:, :length], 0, rows, out=self.token_mask[:count])
 
