@@ -736,7 +736,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
     arena = create_memory(config, spec, pi0.action_horizon)
     results.note(f"Shared memory registered with CUDA: {register_memory(arena, device)}.")
     original = module.load_frozen_policy
-    module.load_frozen_policy = lambda config, files, device, prompts: Pi0Policy(
+    module.load_frozen_policy = lambda config, files, device, prompts, progress: Pi0Policy(
         loaded, prompts, config.policy.denoise_steps, config.policy.compile
     )
     try:

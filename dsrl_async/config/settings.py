@@ -113,7 +113,8 @@ class PolicyConfig(Section):
     denoise_steps: int = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
     compile: bool = False
-    """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start."""
+    """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start for each
+    batch size and prompt length."""
     graphs: Literal["auto", "off"] = "auto"
     """`auto`: on a GPU the policy is captured in CUDA graphs; `off`: every kernel is launched each time, which takes
     longer at small batches."""

@@ -8,7 +8,7 @@ the weights and one staging buffer.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ class LoadedPolicy:
     model: Pi0
     normaliser: Normaliser
     tokenizer: PromptTokenizer
+
+
+def do_nothing() -> None:
+    """Nobody wants to know of progress."""
 
 
 def parts_of(model: Pi0) -> Iterator[tuple[Part, Tensor]]:
@@ -83,13 +87,18 @@ def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtyp
 
 @torch.no_grad()
 def _read_model(
-    config: Pi0Config, tensors: Mapping[str, StoredTensor], device: torch.device | str, dtype: torch.dtype
+    config: Pi0Config,
+    tensors: Mapping[str, StoredTensor],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Callable[[], None] = do_nothing,
 ) -> Pi0:
     """The model with the weights of a checkpoint that has passed `check_tensors`."""
     model = empty_model(config, device, dtype)
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
     for part, target in parts_of(model):
         _read_tensor(tensors[part.name], target, staging)
+        progress()
     return model
 
 
@@ -142,11 +151,17 @@ def load_policy(
     return read_policy(find_policy(Path(directory), **overrides), device, dtype)
 
 
-def read_policy(files: PolicyFiles, device: torch.device | str, dtype: torch.dtype) -> LoadedPolicy:
-    """Reads the weights of a checkpoint whose other files have been read; see `load_policy`."""
+def read_policy(
+    files: PolicyFiles, device: torch.device | str, dtype: torch.dtype, progress: Callable[[], None] = do_nothing
+) -> LoadedPolicy:
+    """Reads the weights of a checkpoint whose other files have been read; see `load_policy`.
+
+    `progress` is called after each tensor.
+    """
     normaliser = Normaliser(files.config, files.norm_stats, files.norm_stats_source).to(device)
     tokenizer = PromptTokenizer(files.tokenizer, files.config.max_token_len)
-    return LoadedPolicy(files.config, _read_model(files.config, files.tensors, device, dtype), normaliser, tokenizer)
+    model = _read_model(files.config, files.tensors, device, dtype, progress)
+    return LoadedPolicy(files.config, model, normaliser, tokenizer)
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:

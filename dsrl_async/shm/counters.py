@@ -91,6 +91,10 @@ class Counters:
     """The gradient updates behind the weights in use."""
     inference_graphs: Count
     """A value of `Graphs`."""
+    inference_loading_ns: Count
+    """When the process last got on with loading, compiling or capturing the policy; its heartbeat begins after that."""
+    inference_prepared: Annotated[np.ndarray, "int64", 2]
+    """For how many pairs of batch size and prompt length the policy is ready, and how many there are."""
     inference_heartbeat_ns: Count
     inference_phase_s: Annotated[np.ndarray, "float64", len(INFERENCE_PHASES)]
     """Seconds in each of `INFERENCE_PHASES`."""

@@ -129,6 +129,8 @@ def plain_line(config: Config, view: View) -> str:
         f"lag {recent.policy_lag:.1f}",
         f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}",
     ]
+    if loading := _loading(view):
+        parts.append(f"policy {loading}")
     if graphs := _graphs(view):
         parts.append(f"CUDA graphs: {graphs}")
     if view.remaining_s is not None:
@@ -186,6 +188,8 @@ def _figures(config: Config, view: View) -> Table:
         f"{recent.batch_size:.1f} rows, {recent.batch_fill:.0%} full, waited {recent.queue_wait_ms:.1f} ms",
     )
     table.add_row("replay", f"{view.replay_size:,} rows, {view.replay_utilization:.0%} of the ring")
+    if loading := _loading(view):
+        table.add_row("policy", loading)
     if graphs := _graphs(view):
         table.add_row("graphs", Text(graphs, "bold red" if "failed" in view.cuda_graphs.values() else ""))
     if metrics:
@@ -252,6 +256,13 @@ def _ratio(config: Config, view: View, of: str) -> str:
     if view.updates == 0 and view.decisions <= config.replay.warmup_decisions:
         return f"warm-up {view.decisions:,}{of}{config.replay.warmup_decisions:,} decisions"
     return f"{view.replay_ratio:.3f}{of}{config.replay_ratio:g}"
+
+
+def _loading(view: View) -> str:
+    """How far the policy is loaded; empty once it is, and before it is known."""
+    if view.policies_ready == view.policies:
+        return ""
+    return f"ready for {view.policies_ready} of {view.policies} batch sizes and prompt lengths"
 
 
 def _graphs(view: View) -> str:

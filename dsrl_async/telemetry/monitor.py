@@ -97,6 +97,8 @@ class View:
     memory_mb: dict[str, float]  # private, of supervisor, inference, learner, template, actor_mean; 0 if not running
     processes: dict[str, int]
     metrics: dict[str, float]  # the agent's latest; empty before the first update
+    policies_ready: int  # batch sizes and prompt lengths that the policy is loaded for
+    policies: int  # how many there are; 0 before that is known
     cuda_graphs: dict[str, str]  # of policy and learner: a name of `Graphs`, in lower case
 
 
@@ -239,6 +241,8 @@ class RunMonitor:
             | {"actor_mean": memory.get("actor", 0.0)},
             processes=dict(self._usage.processes),
             metrics=self._metrics,
+            policies_ready=int(snapshot["inference_prepared"][0]),
+            policies=int(snapshot["inference_prepared"][1]),
             cuda_graphs={
                 name: Graphs(int(snapshot[f"{kind}_graphs"][0])).name.lower()
                 for name, kind in (("policy", "inference"), ("learner", "learner"))

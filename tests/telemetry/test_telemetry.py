@@ -469,6 +469,16 @@ def test_a_run_says_whether_it_replays_graphs(run: FakeRun) -> None:
     assert "policy captured, learner failed" in shown(run, view)
 
 
+def test_a_run_says_how_far_its_policy_is_loaded(run: FakeRun) -> None:
+    """Compiling it for all batch sizes can take long."""
+    words = "ready for 3 of 20 batch sizes and prompt lengths"
+    for prepared, said in (([0, 0], False), ([3, 20], True), ([20, 20], False)):
+        run.counters["inference_prepared"][:] = prepared
+        view = run.tick()
+        assert (f"policy {words}" in plain_line(run.config, view)) is said
+        assert (words in shown(run, view)) is said
+
+
 def shown(run: FakeRun, view: View) -> str:
     """The live display as text."""
     console = Console(file=io.StringIO(), width=80, record=True)

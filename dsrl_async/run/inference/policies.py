@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,10 +58,13 @@ class Policies:
 
 
 def load_frozen_policy(
-    config: Config, files: PolicyFiles, device: torch.device, prompts: Sequence[str]
+    config: Config, files: PolicyFiles, device: torch.device, prompts: Sequence[str], progress: Callable[[], None]
 ) -> FrozenPolicy:
-    """Load the weights of a policy. This is the one place where a checkpoint becomes a policy; so far it is a Pi0."""
-    loaded = read_policy(files, device, resolve_dtype(config.policy.dtype, device))
+    """Load the weights of a policy. This is the one place where a checkpoint becomes a policy; so far it is a Pi0.
+
+    `progress` is called after each tensor.
+    """
+    loaded = read_policy(files, device, resolve_dtype(config.policy.dtype, device), progress)
     return Pi0Policy(loaded, prompts, config.policy.denoise_steps, config.policy.compile)
 
 
@@ -76,10 +80,14 @@ def load_policies(
     """Load the weights of the frozen policy of `files`, ready for every batch size and prompt length that can occur.
 
     The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`;
-    `counters` are told whether the policy is captured; `stage` times the policy. Raises CaptureError, see
-    `graphs.capture`.
+    `counters` are told how far this is, and whether the policy is captured; `stage` times the policy. Raises
+    CaptureError, see `graphs.capture`.
     """
-    frozen = load_frozen_policy(config, files, device, spec.prompts)
+
+    def progress() -> None:
+        counters.inference_loading_ns[0] = time.monotonic_ns()
+
+    frozen = load_frozen_policy(config, files, device, spec.prompts, progress)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
     steered = {
         (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, mode, stage)
@@ -89,10 +97,14 @@ def load_policies(
     if device.type != "cuda":
         logger.info("no CUDA graphs: the policy runs on %s", device)
     pool = None
+    counters.inference_prepared[:] = 0, len(steered)
     with graphs_of(config.policy.graphs, device, counters.inference_graphs) as graphs:
         for policy in steered.values():
             if config.policy.compile:
                 policy.run()  # compiles, now and not while actors wait
+                progress()
             if graphs:
                 pool = policy.capture(pool)
+                progress()
+            counters.inference_prepared[0] += 1
     return Policies(steered, actor, frozen.prompt_lengths, stage)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 WATCH_INTERVAL_S = 0.05
 QUICK_S = 15.0  # a process that dies younger than this, or before it got anywhere, died of starting
 QUICK_FAILURES = 3  # so many in a row of the same process end the run
-START_S = 1800.0  # until a model process's first sign of life: loading and compiling a policy takes minutes
+LOADING_S = 900.0  # silence of a model process that is loading: compiling for one batch size may take minutes
 WORKERS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
 WORKER_STOP_S = 0.05  # and for each environment worker, where there are more of them than cores
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
@@ -175,10 +175,15 @@ class Supervisor:
 
     def _kill_if_silent(self, child: Child, popen: processes.Process) -> str:
         """Kill a process that gives no sign of life; returns what is the matter with it, empty if nothing is."""
-        beat = self._last_beat(child)
-        silent_s = time.monotonic() - (beat or child.started)
-        loading = beat is None and child in self.models
-        if silent_s <= (START_S if loading else self.config.heartbeat_timeout_s):
+        beat, patience_s = self._last_beat(child), self.config.heartbeat_timeout_s
+        if beat is None:
+            beat = child.started
+            if child in self.models:
+                patience_s = LOADING_S
+            if child is self.inference:
+                beat = max(beat, int(self.counters.inference_loading_ns[0]) * 1e-9)
+        silent_s = time.monotonic() - beat
+        if silent_s <= patience_s:
             return ""
         processes.kill_all([popen])
         return f"no sign of life for {silent_s:.0f} s"

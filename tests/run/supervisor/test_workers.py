@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.processes import Program
 from dsrl_async.run.supervisor import workers
 from dsrl_async.run.supervisor.child import Child, Kind
-from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
+from dsrl_async.run.supervisor.supervisor import LOADING_S, PROGRAMS, Supervisor
 from dsrl_async.run.supervisor.workers import Workers
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.memory import create_memory
@@ -91,6 +92,33 @@ def test_names_are_those_of_logs_and_metrics(session: Any) -> None:
 def test_without_a_program_there_is_no_learner(session: Any) -> None:
     run = Supervisor(session, {kind: program for kind, program in PROGRAMS.items() if kind is not Kind.LEARNER})
     assert [child.kind for child in run.models] == [Kind.INFERENCE]
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "killed"),
+    [
+        ({"started": LOADING_S - 5}, False),
+        ({"started": LOADING_S + 5}, True),
+        ({"started": 4000, "loading": LOADING_S - 5}, False),  # the policy is compiled for many batch sizes
+        ({"started": 4000, "loading": LOADING_S + 5}, True),
+        ({"started": 300, "loading": 400}, False),  # of the incarnation before
+        ({"started": 4000, "loading": 200, "heartbeat": 100}, False),
+        ({"started": 4000, "loading": 100, "heartbeat": 130}, True),  # it is loaded: heartbeat_timeout_s counts
+    ],
+)
+def test_loading_may_take_long_but_not_in_silence(
+    session: Any, monkeypatch: pytest.MonkeyPatch, seconds_ago: dict[str, float], killed: bool
+) -> None:
+    run, now = Supervisor(session), 10_000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    child, popen = run.inference, PretendedProcess(1)
+    child.begin()
+    child.popen, child.started = popen, now - seconds_ago["started"]
+    for name in ("loading", "heartbeat"):
+        if name in seconds_ago:
+            getattr(session.counters, f"inference_{name}_ns")[0] = int(1e9 * (now - seconds_ago[name]))
+    assert bool(run._kill_if_silent(child, popen)) is killed
+    assert popen.returncode == (-9 if killed else None)
 
 
 def test_an_incarnation_knows_where_its_output_begins(tmp_path: Path) -> None:
