@@ -22,7 +22,7 @@ WARMUP_RUNS = 3
 """Runs before a capture, as torch's notes on CUDA graphs ask for: libraries choose algorithms and allocate."""
 
 NORMAL_PRIORITY, HIGH_PRIORITY = 0, -1
-"""Of a stream; CUDA's lower numbers go first. The policy's kernels are high, since robots wait for them."""
+"""Priorities of streams; CUDA's lower numbers go first. The policy's kernels are high, since robots wait for them."""
 
 
 class CaptureError(RuntimeError):
