@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import call
 from support.launched import Launched
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "dsrl_async.evaluate", "--seed", "77", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    return call("evaluate", "--seed", "77", *arguments).result
 
 
 @pytest.mark.slow

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import Done, call
 
 from dsrl_async.bench import denoise, references, scale, synthetic
 from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments
@@ -18,15 +17,15 @@ from dsrl_async.bench.systems.policy import language_length, load
 from dsrl_async.bench.systems.serving import StageMeter, count_operations, time_stages
 
 
-def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dsrl_async.bench", *options], capture_output=True, text=True)
+def bench(*options: str) -> Done:
+    return call("bench", *options)
 
 
 def test_one_case_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
     options = ["--system", "dsrl_async", "--dtype", "float32", "--batch", "1", "--steps", "2", "--repeats", "2"]
     result = bench("denoise", *options, "--threads", "1", "--out", str(out))
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert result.stdout == out.read_text()
     records = [json.loads(line) for line in result.stdout.splitlines()]
     keys = {"benchmark", "case", "system", "metric", "value", "unit", "repeats", "load"}
@@ -55,7 +54,7 @@ def test_a_missing_reference_is_named_with_the_command(monkeypatch: pytest.Monke
 )
 def test_impossible_options_are_refused(options: list[str], message: str) -> None:
     result = bench("denoise", *options)
-    assert result.returncode == 2
+    assert result.code == 2
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

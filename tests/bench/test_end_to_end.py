@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from support.commands import Done, call
 
 from dsrl_async.bench import end_to_end
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
@@ -46,10 +47,8 @@ log: {interval_s: 0.05}
 """
 
 
-def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dsrl_async.bench", "end_to_end", *options], capture_output=True, text=True
-    )
+def bench(*options: str) -> Done:
+    return call("bench", "end_to_end", *options)
 
 
 class SlowLane(Lane):
@@ -220,7 +219,7 @@ def test_impossible_options_are_refused(changed: dict[str, Any], message: str) -
 def test_what_no_run_could_be_made_with_is_said_before_anything_starts(tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("actors: 0")
     result = bench("--config", str(tmp_path / "wrong.yaml"))
-    assert result.returncode == 2
+    assert result.code == 2
     assert result.stderr.startswith("error: actors: ")
     assert len(result.stderr.splitlines()) == 1
 
@@ -239,7 +238,7 @@ def test_runs_of_before_are_not_measured_again(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for keep in (tmp_path, tmp_path / "file"):
         result = bench("--keep", str(keep))
-        assert result.returncode == 2
+        assert result.code == 2
         assert result.stderr == f"error: --keep {keep}: it is there, and is no empty directory; choose another one\n"
 
 
@@ -261,7 +260,7 @@ def test_all_systems_end_to_end(tmp_path: Path) -> None:
         *("--config", str(tmp_path / "tiny.yaml"), "--actors", "3", "--threads", "1", "--repeats", "1"),
         *("--max-minutes", "4", "--keep", str(runs), "--out", str(out)),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert result.stdout == out.read_text()
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {record["case"] for record in records} == {"tabletop 3 actors replay ratio 1 1 threads until 90%"}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import Done, call
 
 from dsrl_async.bench import pipeline
 from dsrl_async.bench.simulated import environment as simulated_environment
@@ -20,8 +19,8 @@ TIMES = EnvironmentTimes(chunk_s=0.004, sigma=0.3, reset_s=0.02, reset_probabili
 SERVICE = {1: 0.002, 2: 0.004, 4: 0.008}
 
 
-def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dsrl_async.bench", *options], capture_output=True, text=True)
+def bench(*options: str) -> Done:
+    return call("bench", *options)
 
 
 def test_a_run_is_measured_and_leaves_nothing_behind() -> None:
@@ -74,7 +73,7 @@ def test_pipeline_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "figures.jsonl"
     options = ["--actors", "2", "--seconds", "0.5", "--warm-seconds", "0.1", "--repeats", "1", "--out", str(out)]
     result = bench("pipeline", *options, "--chunk-ms", "5", "--reset-ms", "20")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     assert result.stdout == out.read_text()
     value = {(record["system"], record["metric"]): record["value"] for record in map(json.loads, out.open())}
     for system in pipeline.SYSTEMS:
@@ -90,7 +89,7 @@ def test_pipeline_end_to_end(tmp_path: Path) -> None:
 def test_scale_end_to_end() -> None:
     options = ["--actors", "3", "--seconds", "0.2", "--decisions", "50", "--compression", "20"]
     result = bench("scale", *options)
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert {record["case"] for record in records} == {"3 actors, time compressed 20 times"}
     for record in records:
@@ -111,7 +110,7 @@ def test_scale_end_to_end() -> None:
 )
 def test_impossible_options_are_refused(options: list[str], message: str) -> None:
     result = bench(*options)
-    assert result.returncode == 2
+    assert result.code == 2
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stdout == ""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.commands import call
 from support.launched import Launched, checkpoint_of
 from support.paths import ROOT
 
@@ -347,11 +348,10 @@ def test_fast_pictures_differ_and_it_is_said(environment: LiberoEnvironment, cap
 
 def test_the_benchmark_prints_a_line_per_figure() -> None:
     options = ["--system", "dsrl_async", "--decisions", "1", "--repeats", "1", "--together", "2"]
-    command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = call("bench", "env", *options)
     if "cannot render" in result.stderr:
         pytest.skip(result.stderr.splitlines()[-1])
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.stderr
     value = {record["metric"]: record["value"] for record in map(json.loads, result.stdout.splitlines())}
     assert value["steps_per_second"] == pytest.approx(1000 / value["step"], rel=1e-3)
     assert value["memory"] > 200

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.commands import call
 
 from dsrl_async.config.load import validate
 from dsrl_async.envs import EnvironmentSpec, environment_spec, libero_files
@@ -236,8 +237,7 @@ def test_a_specification_imports_neither_simulator_nor_libero() -> None:
 
 @pytest.mark.parametrize("options", [["--repeats", "0"], ["--starts", "0"], ["--together", "-1"]])
 def test_impossible_options_of_the_benchmark_are_refused(options: list[str]) -> None:
-    command = [sys.executable, "-m", "dsrl_async.bench", "env", *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "positive" in result.stderr
-    assert result.stderr.count("\n") == 1
+    done = call("bench", "env", *options)
+    assert done.code == 2
+    assert "positive" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -543,10 +543,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_base_and_checkpoint_of_a_run(tmp_path: Path, finished_run: FinishedRun) -> None:
-    arguments = ["--checkpoint", str(finished_run.run_dir), "--episodes", "5", "--seed", "7", "--processes", "2"]
+    arguments = ["--checkpoint", str(finished_run.run_dir), *QUICK, "--episodes", "3", "--processes", "2"]
     steered = run(*arguments, "--video", str(tmp_path / "video"), "--videos", "2")
     assert steered.keys() >= {"episodes", "successes", "success_rate", "ci95_low", "ci95_high", "policy"}
-    assert steered["episodes"] == 5
+    assert steered["episodes"] == 3
     assert steered["ci95_low"] <= steered["success_rate"] <= steered["ci95_high"]
     assert len(list((tmp_path / "video").glob("episode-*.mp4"))) == len(list((tmp_path / "video").iterdir())) == 2
     assert len(steered["settings"]["agent_files"][0]["sha256"]) == 64

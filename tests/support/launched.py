@@ -109,7 +109,7 @@ class Launched:
 
 @dataclass
 class FinishedRun:
-    """A run that has ended at its limit of 400 decisions, for tests that look at it; those that go on take a copy."""
+    """A run that has ended at its limit of 240 decisions, for tests that look at it; those that go on take a copy."""
 
     run_dir: Path
     result: dict[str, Any]
@@ -122,7 +122,7 @@ class FinishedRun:
 
 
 def finished_run(directory: Path) -> FinishedRun:
-    run = Launched(directory / "run", *SMALL, "--max-decisions", "400", "--max-minutes", "2")
+    run = Launched(directory / "run", *SMALL, "--max-decisions", "240", "--max-minutes", "2")
     run.wait_learning()
     mapped = [[file.path for file in worker.memory_maps()] for worker in run.children("worker")]
     return FinishedRun(run.run_dir, run.finish(), mapped, run.left_over())

@@ -930,6 +930,7 @@ BUSY_MACHINE = 0.25
 """Of each core that the run may use. Where other programs take so much of them, processes may wait for a core."""
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("kind", "phase", "program", "function", "condition", "options"),
     [

@@ -45,12 +45,12 @@ def test_run_to_a_limit_leaves_a_complete_run_directory(finished_run: FinishedRu
     assert result["returncode"] == 0, result["stderr"]
     assert result.keys() >= SUMMARY_KEYS
     assert result["exit_reason"] == "max_decisions"
-    assert result["decisions"] == 400
-    assert 0 < result["env_steps"] <= 400 * 5
+    assert result["decisions"] == 240
+    assert 0 < result["env_steps"] <= 240 * 5
     assert result["replay_ratio"] == pytest.approx(1.0, abs=0.1)
     assert finished_run.left_over == []
     counters = state_of(run_dir)["counters"]
-    assert sum(counters["actor_decisions"]) == 400
+    assert sum(counters["actor_decisions"]) == 240
     assert sum(counters["actor_env_steps"]) == result["env_steps"]
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
