@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -871,6 +872,127 @@ def learner_load(results_path: Path, options: Options) -> None:
             temporary.replace(results_path)
 
 
+def write_checkpoint(directory: Path, config: Pi0Config) -> None:
+    """A checkpoint of this project's layout, of the same few million random numbers again and again, for speed."""
+    from dsrl_async.pi0 import synthetic
+    from dsrl_async.pi0.config import CONFIG, NORM_STATS, TOKENIZER, WEIGHTS
+    from dsrl_async.pi0.files import save_norm_stats
+    from dsrl_async.pi0.tensors import Part, model_tensors
+
+    normal = np.random.default_rng(0).standard_normal(synthetic.CHUNK, dtype=np.float32)
+
+    def repeated(part: Part, seed: int) -> Iterator[np.ndarray]:
+        mean, spread = synthetic.moments(part)
+        piece = ((normal * np.float32(spread) + np.float32(mean)).view(np.uint32) >> 16).astype(np.uint16)
+        for left in range(math.prod(part.shape), 0, -synthetic.CHUNK):
+            yield piece[:left]
+
+    synthetic.random_bfloat16 = repeated
+    parts = [part for rows in model_tensors(config).values() for part in rows]
+    synthetic.write_tensors(directory / WEIGHTS, parts, "", 0, {})
+    config.save(directory / CONFIG)
+    save_norm_stats(synthetic.random_norm_stats(config, 0), directory / NORM_STATS)
+    synthetic.write_tokenizer(directory / TOKENIZER)
+
+
+def end_to_end(results: Results, options: Options) -> None:
+    """A run's own processes with a full-size checkpoint from the disk; only the environments are simulated."""
+    from dsrl_async.bench.simulated.environment import CHUNK, SPEC
+    from dsrl_async.config.load import to_yaml, validate
+    from dsrl_async.envs import environment_record
+    from dsrl_async.host.files import write_text
+    from dsrl_async.host.processes import Program
+    from dsrl_async.host.signals import StopRequest
+    from dsrl_async.pi0.files import find_policy
+    from dsrl_async.plan.simulation import EnvironmentTimes
+    from dsrl_async.run.preflight import CheckedRun
+    from dsrl_async.run.supervisor.child import Kind
+    from dsrl_async.run.supervisor.session import Session
+    from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
+    from dsrl_async.shm.counters import INFERENCE_PHASES
+    from dsrl_async.telemetry.console import NoDisplay
+
+    pi0 = MODELS[options.size]["pi0"]
+    if options.size == "toy":
+        pi0 = dataclasses.replace(pi0, image_size=224, patch_size=56, vocab_size=128, max_token_len=48)
+    workers = max(options.batch_sizes)
+    times = EnvironmentTimes(0.060, 0.3, 0.6, 1 / 25)
+    with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
+        run_dir, policy = Path(directory) / "run", Path(directory) / "policy"
+        (run_dir / "logs").mkdir(parents=True)
+        policy.mkdir()
+        begin = time.perf_counter()
+        write_checkpoint(policy, pi0)
+        results.note(f"The checkpoint was written in {time.perf_counter() - begin:.1f} s.")
+        config = validate(
+            {
+                "device": options.device,
+                "actors": workers,
+                "env": {"chunk": CHUNK},
+                "policy": {
+                    "checkpoint": str(policy),
+                    "denoise_steps": options.denoise_steps,
+                    "compile": options.compile,
+                    "dtype": options.dtype,
+                },
+                "inference": {"buckets": sorted(options.batch_sizes)},
+                "replay": {"capacity": max(64 * workers, 1000), "warmup_decisions": 64},
+                "sac": {"batch_size": 64},
+                "throttle_actors": False,
+            }
+        )
+        write_text(run_dir / "config.yaml", to_yaml(config))
+        stop = StopRequest()
+        run = CheckedRun(config, environment_record(config.env.model_dump()), SPEC, find_policy(policy))
+        session = Session(run, run_dir, stop, NoDisplay())
+        sleeping = Program("dsrl_async.bench.simulated.environment", {"times": dataclasses.asdict(times)})
+        supervisor = Supervisor(session, {**PROGRAMS, Kind.WORKER: sleeping})
+        counters, moments = session.counters, list[tuple[float, dict[str, np.ndarray]]]()
+        begin = time.perf_counter()
+
+        def watch() -> None:
+            while counters.actor_decisions.min() == 0 and stop.reason is None:
+                time.sleep(0.05)
+            results.note(f"All {workers} workers were at work {time.perf_counter() - begin:.1f} s after the start.")
+            for pause in (SHARED_S[options.size], 2 * SHARED_S[options.size]):
+                time.sleep(pause)
+                moments.append((time.perf_counter(), counters.snapshot()))
+            stop.reason = stop.reason or "measured"
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        summary = supervisor.run()
+        ended, stop.reason = stop.reason, stop.reason or summary["exit_reason"]
+        watcher.join()
+        if ended != "measured":
+            for log in sorted((run_dir / "logs").glob("*.log")):
+                print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-15:], sep="\n")
+            raise RuntimeError(f"the run ended: {summary['exit_reason']}")
+    (start, before), (end, after) = moments
+    taken = end - start
+
+    def change(name: str) -> float:
+        return float((after[name] - before[name]).sum())
+
+    results.row(
+        "a run with simulated environments",
+        workers=workers,
+        seconds=f"{taken:.1f}",
+        decisions_per_s=f"{change('actor_decisions') / taken:.1f}",
+        updates_per_s=f"{change('learner_updates') / taken:.1f}",
+        rows_per_batch=f"{change('inference_rows') / max(1.0, change('inference_batches')):.1f}",
+        fill=f"{change('inference_rows') / max(1.0, change('inference_padded_rows')):.2f}",
+        queue_wait_ms=f"{1e3 * change('inference_queue_wait_s') / max(1.0, change('inference_rows')):.1f}",
+    )
+    shares = (after["inference_phase_s"] - before["inference_phase_s"]) / taken
+    for phase, share in zip(INFERENCE_PHASES, shares.tolist(), strict=True):
+        results.row("time of the inference process", phase=phase, share=f"{share:.1%}")
+    states = summary["cuda_graphs"]
+    results.note(f"CUDA graphs by the summary: {states}.")
+    results.figure("run captures", float(list(states.values()).count("captured")))
+    results.figure("run decisions", change("actor_decisions"))
+
+
 SECTIONS: dict[str, Callable[[Results, Options], None]] = {
     "machine": machine,
     "tests": gpu_tests,
@@ -885,6 +1007,7 @@ SECTIONS: dict[str, Callable[[Results, Options], None]] = {
     "serve_pi0": serve_pi0,
     "serve_pi05": serve_pi05,
     "sharing": sharing,
+    "end_to_end": end_to_end,
     "fallback": fallback,
 }
 

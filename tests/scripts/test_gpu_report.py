@@ -110,11 +110,12 @@ def test_sections_say_which_package_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_other_sections(tmp_path: Path) -> None:
-    others = ["goldens", "kernels", "sharing", "sampler_pi05", "serve_pi0", "tests"]
+    others = ["goldens", "kernels", "sharing", "sampler_pi05", "serve_pi0", "end_to_end", "tests"]
     report = Report(tmp_path / "out", *others)
     assert report.status == dict.fromkeys(others, "whole"), report.text
     figures = {line["figure"]: line["value"] for line in report.lines if "figure" in line}
     assert figures["goldens float32"] <= 1e-5
+    assert figures["run decisions"] > 0
     assert len(report.rows("kernels", "denoise, batch 2")) == 25
 
 
