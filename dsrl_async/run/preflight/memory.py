@@ -17,8 +17,8 @@ from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
 MODEL_PROCESS_BYTES = 500 << 20
-"""Private memory of the inference process without the policy, and of the learner: the summary of a run has them as
-`memory_mb`, `python -m dsrl_async.launch --max-minutes 1`."""
+"""Upper estimate of the private memory of the learner, and of the inference process without the policy. The summary of a
+run has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700` for the embedded policy of 3 MB."""
 
 
 def policy_bytes(config: Config, policy: Pi0Config) -> int:
