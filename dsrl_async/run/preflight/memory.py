@@ -17,8 +17,8 @@ from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
 MODEL_PROCESS_BYTES = 500 << 20
-"""Upper estimate of the private memory of the learner, and of the inference process without the policy. The summary of a
-run has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700` for the embedded policy of 3 MB."""
+"""Upper estimate of the private memory of the learner, and of the inference process without the policy. A run's summary
+has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700`, where the policy takes 3 MB of it."""
 
 
 def policy_bytes(config: Config, policy: Pi0Config) -> int:
