@@ -79,11 +79,6 @@ WITH_TORCH = {
     "run.supervisor.serial": "it is the inference process and the learner as well, and imported in serial mode only",
 }
 
-DOORS = {
-    "envs.shipped": "an environment's record makes the environment, whose module takes its constants from there",
-}
-"""Modules that import late, and only when called, what imports them."""
-
 
 class Import(NamedTuple):
     """A line of the package that imports something."""
@@ -94,8 +89,6 @@ class Import(NamedTuple):
     """The module, without the package's name if it is one of the package."""
     own: bool
     """Whether it is one of the package."""
-    late: bool
-    """Whether it is imported inside a function."""
 
     def __str__(self) -> str:
         return f"{self.module}, line {self.line}, imports {self.imported}"
@@ -114,8 +107,6 @@ def read_sources() -> dict[str, str]:
 def imports_of(sources: Mapping[str, str]) -> Iterator[Import]:
     for module, source in sources.items():
         tree = ast.parse(source)
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        late = {id(node) for function in functions for node in ast.walk(function)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -127,7 +118,7 @@ def imports_of(sources: Mapping[str, str]) -> Iterator[Import]:
                 continue
             for name in names:
                 own, inside = name.partition(".")[0] == PACKAGE, name.removeprefix(PACKAGE).lstrip(".")
-                yield Import(module, node.lineno, inside if own else name, own, id(node) in late)
+                yield Import(module, node.lineno, inside if own else name, own)
 
 
 def room_of(module: str) -> str:
@@ -160,7 +151,7 @@ def circle(sources: Mapping[str, str]) -> list[str]:
     """Modules that import one another in a circle, or none. An import of a folder is one of its `__init__.py`."""
     graph: dict[str, set[str]] = {module: set() for module in sources}
     for found in imports_of(sources):
-        if found.own and not (found.late and found.module in DOORS):
+        if found.own:
             graph[found.module].add(found.imported)
     try:
         graphlib.TopologicalSorter(graph).prepare()

@@ -24,7 +24,7 @@ import contextlib
 import ctypes
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import mujoco
@@ -32,10 +32,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
-from dsrl_async.envs import ChunkOutcome, check_chunk, environment_record, libero_files
+from dsrl_async.envs import libero_files
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.libero_cameras import Cameras, no_rendering
-from dsrl_async.envs.shipped import PRESETS
+from dsrl_async.envs.libero_presets import PRESETS
+from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentRecord, check_chunk
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ class LiberoEnvironment:
     Raises ValueError if LIBERO is not usable or a setting does not fit it.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        record = environment_record(config)
+    def __init__(self, record: EnvironmentRecord) -> None:
         self.spec, config = record.spec(), record.settings
         self.suite: str = config["name"]
         self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])

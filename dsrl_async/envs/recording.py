@@ -10,7 +10,7 @@ import imageio.v2 as imageio
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import ChunkOutcome
+from dsrl_async.envs.protocol import ChunkOutcome
 
 FRAME_PIXELS = 256
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
-
 from dsrl_async.envs import libero_files
+from dsrl_async.envs.libero_presets import with_preset
 from dsrl_async.envs.protocol import Environment, EnvironmentRecord, EnvironmentSpec, Settings, installed_versions
+from dsrl_async.envs.tabletop_spec import TABLETOP
 
-TABLETOP = EnvironmentSpec(
-    cameras=2, image_size=64, state_dim=8, action_dim=7, prompts=("put the block on the red plate",)
-)
 TABLETOP_EPISODE_STEPS = 50
 
 IMPORTS_BYTES = 100 << 20
@@ -61,65 +57,6 @@ def tabletop_record(settings: Settings) -> EnvironmentRecord:
     )
 
 
-class Preset(NamedTuple):
-    """How a published implementation plays LIBERO."""
-
-    max_episode_steps: Mapping[str, int]
-    """Suite -> steps after settling."""
-    settling_steps: int
-    seeding: str
-    """See `EnvConfig.seeding`."""
-    seed: int
-    """Determines the fixtures' places unless `seeding` is by episode."""
-    render_size: int
-    antialias: bool
-    """See `EnvConfig`."""
-
-
-PRESETS = {
-    # openpi: examples/libero/main.py
-    "openpi": Preset(
-        {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
-        settling_steps=10,
-        seeding="task",
-        seed=7,
-        render_size=256,
-        antialias=True,
-    ),
-    # RLinf: rlinf/envs/libero/libero_env.py and its configurations; openpi's transforms make the images
-    "rlinf": Preset(
-        {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
-        settling_steps=15,
-        seeding="fixed",
-        seed=0,
-        render_size=256,
-        antialias=True,
-    ),
-    # LeRobot: src/lerobot/envs/libero.py and configs.py; policies/common/vla_utils.py makes the images
-    "lerobot": Preset(
-        {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_90": 400, "libero_10": 520},
-        settling_steps=10,
-        seeding="episode",
-        seed=0,
-        render_size=360,
-        antialias=False,
-    ),
-}
-
-
-def with_preset(settings: Settings) -> dict[str, Any]:
-    """The settings of a suite with the values of `preset` in place of nulls."""
-    preset = PRESETS[settings["preset"]]
-    values = {
-        "max_episode_steps": preset.max_episode_steps[settings["name"]],
-        "settling_steps": preset.settling_steps,
-        "seeding": preset.seeding,
-        "render_size": preset.render_size,
-        "antialias": preset.antialias,
-    }
-    return {**settings, **{name: value for name, value in values.items() if settings[name] is None}}
-
-
 def libero_versions() -> dict[str, str]:
     """The versions of what is installed of the simulator and of the packages that provide LIBERO."""
     return installed_versions(LIBERO_PACKAGES)
@@ -141,9 +78,9 @@ def libero_record(settings: Settings) -> EnvironmentRecord:
     def make() -> Environment:
         from dsrl_async.envs.libero import LiberoEnvironment
 
-        return LiberoEnvironment(settings)
+        return LiberoEnvironment(record)
 
-    return EnvironmentRecord(
+    record = EnvironmentRecord(
         name=suite,
         settings=resolved,
         own_settings=LIBERO_SETTINGS,
@@ -158,3 +95,4 @@ def libero_record(settings: Settings) -> EnvironmentRecord:
         suite=suite,
         example="configs/libero_spatial_small.yaml" if suite == "libero_spatial" else None,
     )
+    return record

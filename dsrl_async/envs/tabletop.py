@@ -17,8 +17,8 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.envs import ChunkOutcome, check_chunk
-from dsrl_async.envs.shipped import TABLETOP
+from dsrl_async.envs.protocol import ChunkOutcome, check_chunk
+from dsrl_async.envs.tabletop_spec import TABLETOP
 
 LAYOUTS = ("fixed", "swap2", "shuffle")
 COLOURS = ("red", "yellow", "blue")

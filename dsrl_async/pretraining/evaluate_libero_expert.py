@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsrl_async.config.load import validate
-from dsrl_async.envs import libero_files
+from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.envs.libero import LiberoEnvironment
 from dsrl_async.envs.shipped import libero_versions
 from dsrl_async.evaluate.results import wilson_interval
@@ -25,7 +25,8 @@ def play(job: tuple[int, int, float], advance: Callable[[], None]) -> list[tuple
     """Success and steps from each of the first initial states of a task. `job`: task, episodes, side."""
     task, episodes, side = job
     settings = {"name": "libero_spatial", "task_ids": [task], "preset": "openpi", "scene_order": "cycled"}
-    environment = LiberoEnvironment(validate({"env": settings | {"render_quality": "fast"}}).env.model_dump())
+    config = validate({"env": settings | {"render_quality": "fast"}})
+    environment = LiberoEnvironment(environment_record(config.env.model_dump()))
     outcomes = []
     for init_state in range(episodes):
         environment.reset(0, init_state)

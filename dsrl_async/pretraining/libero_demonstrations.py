@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dsrl_async import __version__
 from dsrl_async.config.load import validate
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
-from dsrl_async.envs import libero_files
+from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.envs.shipped import libero_versions
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situation
 
@@ -105,7 +105,7 @@ def environment_for(suite: str, task: int, image_size: int, render_quality: str)
         "image_size": image_size,
         "rotate_images": False,
     }
-    environment = LiberoEnvironment(validate({"env": settings}).env.model_dump())
+    environment = LiberoEnvironment(environment_record(validate({"env": settings}).env.model_dump()))
     # LIBERO's files have these too, which our policies do not see. They are sampled at the same moment as the images.
     for name in ("robot0_eef_quat", "robot0_joint_pos"):
         environment.domain._observables[name]._enabled = True

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dsrl_async.envs.shipped import TABLETOP
+from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.files import NormStats

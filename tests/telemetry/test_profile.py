@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec, environment_spec
-from dsrl_async.envs.shipped import TABLETOP
+from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.host.stages import DeviceStages, no_stage, stages_of
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy

@@ -7,7 +7,7 @@ import pytest
 
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
-from dsrl_async.envs.shipped import TABLETOP
+from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.run.worker.worker import EVALUATION, TRAINING, Lane, decision_reward, episode_seed
 from dsrl_async.shm.arena import Arena
 
