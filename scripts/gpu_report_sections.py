@@ -397,6 +397,7 @@ def sampler(results: Results, options: Options, name: str) -> None:
         results.problem(f"replays differ from eager runs by {worst:.1e} of the largest action")
     results.figure(f"{name} captures", captures)
     results.figure(f"{name} replay difference", worst)
+    totals: dict[int, float] = {}
     for size in sorted(samplers):
         encode_s, denoise_s = (seconds(replay, device, options.repeats) for replay in replays[size])
         bound = {stage: of.bound_s(size, *rates, value_bytes) for stage, of in work.items()}
@@ -411,8 +412,10 @@ def sampler(results: Results, options: Options, name: str) -> None:
             time_over_bound=f"{total_s / bound_s:.2f}",
             observations_per_s=f"{size / total_s:.1f}",
         )
-        results.figure(f"{name} batch {size} ms", 1e3 * total_s)
+        totals[size] = total_s
         results.figure(f"{name} batch {size} over bound", total_s / bound_s)
+    for size, total_s in totals.items():
+        results.figure(f"{name} batch {size} over batch 1", total_s / totals[min(totals)])
 
 
 def sampler_pi0(results: Results, options: Options) -> None:
@@ -527,40 +530,53 @@ def learner(results: Results, options: Options) -> None:
         ring.head[:] += 1
         again.append(wall_seconds(mirror.refresh, device))
     results.row("mirror", what=f"refresh of one new row, {rows} rows", ms=f"{1e3 * statistics.median(again):.3f}")
+
+    def prepare(precision: str, batch: int) -> tuple[Updates, Callable[[], None], Callable[[], None]]:
+        """Captured updates, and one of them eagerly and replayed."""
+        of_learner = {**settings.get("learner", {}), "precision": precision, "device": options.device}
+        config = validate({**settings, "learner": of_learner})
+        device = module.learner_device(config)
+        updates = Updates(module.make_agent(config, HORIZON, device), mirror, batch)
+        updates.capture()
+        updates.random.draw_(updates.agent.generator)
+
+        def eager() -> None:
+            updates.whole(True)
+
+        return updates, eager, updates.captured.replays[True] if updates.captured else eager
+
     times: dict[str, float] = {}
     for precision in ("ieee", "tf32", "bf16"):
+        # Adam's first step makes a difference of any size of a gradient whose sign depends on the order of a sum.
+        torch.backends.cudnn.deterministic = True
+        updates, *both = prepare(precision, LEARNER_BATCHES[options.size][0])
+        start, weights = updates.agent.state_tensors(), []
+        for update in both:
+            updates.agent.load_state_tensors(start)
+            update()
+            parts = updates.agent.actor.flat, updates.agent.critic.flat, updates.agent.target_critic.flat
+            weights.append(torch.cat(parts))
+        difference = float((weights[0] - weights[1]).abs().max())
+        worst = max(worst, math.inf if math.isnan(difference) else difference)
+        results.row("a replay against an eager update", precision=precision, max_difference=f"{difference:.1e}")
+        torch.backends.cudnn.deterministic = False
         for batch in LEARNER_BATCHES[options.size]:
-            of_learner = {**settings.get("learner", {}), "precision": precision, "device": options.device}
-            config = validate({**settings, "learner": of_learner})
-            device = module.learner_device(config)
-            updates = Updates(module.make_agent(config, HORIZON, device), mirror, batch)
-            updates.capture()
-            captured = updates.captured
-            captures += captured is not None
-            updates.random.draw_(updates.agent.generator)
-            start = updates.agent.state_tensors()
-            eager = lambda updates=updates: updates.whole(True)  # noqa: E731
-            replay = captured.replays[True] if captured else eager
-            weights = []
-            for update in (eager, replay):
-                updates.agent.load_state_tensors(start)
-                update()
-                parts = updates.agent.actor.flat, updates.agent.critic.flat, updates.agent.target_critic.flat
-                weights.append(torch.cat(parts))
-            difference = float((weights[0] - weights[1]).abs().max())
-            worst = max(worst, math.inf if math.isnan(difference) else difference)
-            replay_s = seconds(replay, device, options.repeats)
-            in_a_row = lambda replay=replay: [replay() for _ in range(20)]  # noqa: E731
+            updates, eager, replay = prepare(precision, batch)
+            captures += updates.captured is not None
+
+            def in_a_row(replay: Callable[[], None] = replay) -> None:
+                for _ in range(20):
+                    replay()
+
             row_s = seconds(in_a_row, device, max(1, options.repeats // 5)) / 20
             times[f"{precision} {batch}"] = row_s
             results.row(
                 "updates",
                 precision=precision,
                 batch=batch,
-                captured="yes" if captured else "no",
-                max_difference=f"{difference:.1e}",
+                captured="yes" if updates.captured else "no",
                 eager_ms=f"{1e3 * seconds(eager, device, min(5, options.repeats)):.3f}",
-                replayed_ms=f"{1e3 * replay_s:.3f}",
+                replayed_ms=f"{1e3 * seconds(replay, device, options.repeats):.3f}",
                 replayed_in_a_row_ms=f"{1e3 * row_s:.3f}",
             )
             if precision == "ieee" and batch == LEARNER_BATCHES[options.size][-1]:
