@@ -17,6 +17,8 @@ def main() -> int:
     for name in COMMANDS:
         print(f"{program(name):30}{importlib.import_module(f'dsrl_async.{name}').__doc__}")
     print("\nEach has --help, and is installed as a console script, too: dsrl-launch and so on.")
+    making = program("pretraining")
+    print(f"{making}.NAME makes a small policy (NAME: tabletop, libero), .make_NAME_demonstrations its data.")
     return 0
 
 

@@ -762,7 +762,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
         synchronize(device)
         results.note(
             f"`load_policies` without reading weights: {time.perf_counter() - begin:.1f} s, "
-            f"{reserved_gib(device):.2f} GiB reserved, sizes and prompt lengths {sorted(policies.batch_policies)}."
+            f"{reserved_gib(device):.2f} GiB reserved, sizes and prompt lengths {sorted(policies.steered_batches)}."
         )
     finally:
         module.load_frozen_policy = original
@@ -777,7 +777,7 @@ def serve(results: Results, options: Options, model: str, state_in_prompt: bool)
             getattr(slots, name)[:] = rng.integers(0, 256, getattr(slots, name).shape, dtype=np.uint8)
         for name in ("state", "standard_normal"):
             getattr(slots, name)[:] = rng.standard_normal(getattr(slots, name).shape)
-        captured = {size for (size, _), policy in policies.batch_policies.items() if policy.captured}
+        captured = {size for (size, _), policy in policies.steered_batches.items() if policy.captured}
         number = 0
         for size in sorted(options.batch_sizes):
             times = []
@@ -791,7 +791,7 @@ def serve(results: Results, options: Options, model: str, state_in_prompt: bool)
                 assert answered == size, f"{answered} of {size} requests were answered"
             if not np.isfinite(slots.action_chunk[:size]).all():
                 results.problem(f"batch {size}: the robot would get numbers that are not finite")
-            policy = next(one for (rows, _), one in policies.batch_policies.items() if rows == size)
+            policy = next(one for (rows, _), one in policies.steered_batches.items() if rows == size)
             run_s, batch_s = seconds(policy.run, device, options.repeats), statistics.median(times[1:])
             p99 = float(np.percentile(times[1:], 99))
             results.row(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from dsrl_async.config.load import leaf_fields, read_run_settings, read_yaml, set_key, suggestion, validate
-from dsrl_async.config.settings import DELETED, Config, ConfigError, PolicyConfig
+from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
 
 COMMANDS = ("launch", "evaluate", "plan", "doctor", "bench")
 """Each is a folder of this package."""
@@ -80,8 +80,8 @@ class Parser(argparse.ArgumentParser):
         _, _, unknown = message.partition("unrecognized arguments: ")
         if unknown.startswith("--"):
             option = unknown.split()[0].partition("=")[0]
-            if (key := option.removeprefix("--").replace("-", "_")) in DELETED:
-                raise ConfigError(f"{option} is no longer an option: {DELETED[key]}")
+            if (key := option.removeprefix("--").replace("-", "_")) in DELETED_OPTIONS:
+                raise ConfigError(f"{option} is no longer an option: {DELETED_OPTIONS[key]}")
             known = self._option_string_actions
             message += suggestion(option, known, "options", "--help-all" if "--help-all" in known else "--help")
         raise ConfigError(message)

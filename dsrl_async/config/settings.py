@@ -25,9 +25,10 @@ MOST_ACTORS = 4096
 
 DELETED = {
     "envs_per_actor": "every environment has a process of its own; leave it out",
-    "learner_device": "write learner.device",
 }
-"""Settings and options of earlier versions, and what to do instead. In an old run's config.yaml they are ignored."""
+"""Settings of earlier versions, and what to do instead. In an old run's config.yaml they are ignored."""
+DELETED_OPTIONS = DELETED | {"learner_device": "write learner.device"}
+"""Options of earlier versions, by their names with underscores, and what to do instead."""
 
 
 class Section(BaseModel):
@@ -42,7 +43,7 @@ class EnvConfig(Section):
     name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"] = "tabletop"
     """Which environment: the embedded MuJoCo tabletop scene, or a suite of LIBERO (docs/libero.md)."""
     layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
-    """tabletop: where the red target plate lies: always in one place, in one of two, or anywhere."""
+    """tabletop: where the red target plate lies (always in one place, in one of two, or anywhere)."""
     max_episode_steps: int | None = Field(None, gt=0)
     """Environment steps after which an episode is truncated; null means 50 for the tabletop, and for LIBERO what
     `preset` says about the suite."""

@@ -34,7 +34,7 @@ from dsrl_async.telemetry.usage import template_bytes
 Status = Literal["ok", "warning", "problem"]
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
 ACTORS_PER_CPU = 2
-"""More actors than this on a core wait for one another; LIBERO's simulate nearly all of the time."""
+"""More environment workers than this on a core wait for one another; LIBERO's simulate nearly all of the time."""
 GIB = 2**30
 
 
@@ -51,9 +51,9 @@ class Options(NamedTuple):
     """How thoroughly to look."""
 
     measure: bool = False
-    """Start an actor and measure it."""
+    """Start an environment worker and measure it."""
     time_limit_s: float = 60.0
-    """For each process that a check starts."""
+    """Upper limit for each process that a check starts."""
 
 
 def has_nvidia_gpu() -> bool:
@@ -201,8 +201,8 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         "memory",
         "ok",
         f"{available / GIB:.1f} GiB available, about {need.total / GIB:.1f} needed ({need.shared / GIB:.1f} shared, "
-        f"{need.policy / GIB:.1f} the policy, {need.template / GIB:.1f} of all actors, {need.actor / GIB:.2f} "
-        f"each of {need.actors}); {fit} actors fit",
+        f"{need.policy / GIB:.1f} the policy, {need.template / GIB:.1f} of all actors, {need.worker / GIB:.2f} "
+        f"each of {need.workers}); {fit} actors fit",
     )
 
 
@@ -212,7 +212,7 @@ def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def check_actor(config: Config, options: Options) -> Iterator[Finding]:
-    """Start an actor of this configuration and look at it when it has the first observation."""
+    """Start an environment worker of this configuration and look at it when it has the first observation."""
     if not options.measure:
         return
     spec = preflight.check_environment(config)
@@ -231,7 +231,7 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
             memory, shared = worker.memory_full_info(), template_bytes(template)
             phase_s = dict(zip(ACTOR_PHASES, Counters(pool.arena).actor_phase_s[0].tolist(), strict=True))
     except RuntimeError as error:
-        raise ConfigError(f"no actor can be started: {error}") from error
+        raise ConfigError(f"no environment worker can be started: {error}") from error
     estimate = environment_record(config.env.model_dump()).worker_bytes
     message = (
         f"what all share is ready after {prepared_s:.1f} s, an actor {started_s:.1f} s later (first reset "

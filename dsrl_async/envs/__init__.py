@@ -32,7 +32,8 @@ __all__ = [
 def environment_record(settings: Settings) -> EnvironmentRecord:
     """What is known of the environment with these settings; raises ValueError if there is none of that name.
 
-    This is the one place where a name becomes an environment, and where a user's own will enter.
+    This is the one place where a name becomes an environment, and one of two doors for a user's own: the other is
+    `env.name` in config/settings.py, which today admits only the shipped names.
     """
     name = settings["name"]
     if name == "tabletop":

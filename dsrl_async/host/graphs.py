@@ -33,7 +33,7 @@ class Captured(NamedTuple):
     """CUDA graphs of some functions."""
 
     replays: list[Callable[[], None]]
-    """In the order of the functions."""
+    """One for each function, in the order of the functions."""
     pool: MemoryPool
 
 

@@ -163,7 +163,7 @@ def measure_device(
         rows[1:] = rows[0]
     times: dict[int, float] = {}
     everything: list[Took] = []
-    number = 2**20  # of a request: more than the lane has made
+    number = 2**20  # a request's: larger than any number that the lane has used
     for size in server.sizes:
         say(f"policy, batches of {size}: {seconds / len(server.sizes):.1f} s")
         lanes = np.arange(size)

@@ -92,8 +92,8 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     most_actors = preflight.actors_that_fit(planned, environment, spec, policy, memory)
     if most_actors < 1:
         raise ConfigError(
-            f"the memory of {memory / 2**30:.3g} GiB holds no actor beside replay, policy and learner, which need "
-            f"{need.without_actors / 2**30:.3g}; lower replay.capacity, or give more with --memory-gib"
+            f"the memory of {memory / 2**30:.3g} GiB holds no environment worker beside replay, policy and learner, "
+            f"which need {need.without_workers / 2**30:.3g}; lower replay.capacity, or give more with --memory-gib"
         )
     known: dict[str, Any] = {"steps_per_decision": config.env.chunk, "environment": EnvironmentTimes(reset_s=0.0)}
     if run is not None:

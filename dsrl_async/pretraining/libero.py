@@ -323,7 +323,7 @@ def main() -> None:
     try:
         pretrain(args, Console())
     except ValueError as error:
-        sys.exit(f"pretrain_libero: {error}")
+        sys.exit(f"dsrl_async.pretraining.libero: {error}")
 
 
 def pretrain(args: argparse.Namespace, console: Console) -> None:

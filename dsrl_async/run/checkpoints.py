@@ -4,7 +4,7 @@
       00001234-00001650/        named by the numbers of gradient updates and of decisions
         agent.safetensors       actor, critic, target, temperature, optimisers, generator
         state.json              counters, sampling RNG, versions
-        replay/lane-0000.safetensors ...   rows of each actor's lane, oldest first
+        replay/lane-0000.safetensors ...   rows of each lane, oldest first
       recovery.safetensors      while the run goes on: the agent, for a learner that has to replace one that died
 
 The newest directory is the one that counts. There is no link to it: run directories are copied by tools that do not
@@ -44,7 +44,7 @@ def save(
 ) -> Path:
     """Write a checkpoint; older ones beyond `keep` are removed.
 
-    Actors may go on meanwhile. `save_agent(path)` writes the agent's safetensors file; `beat` is called between the
+    Workers may go on meanwhile. `save_agent(path)` writes the agent's safetensors file; `beat` is called between the
     larger writes, as a sign of life.
 
     Raises:
@@ -115,7 +115,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> None:
-    """Fill fresh shared memory with a checkpoint's counters and replay rows, also for another number of actors.
+    """Fill fresh shared memory with a checkpoint's counters and replay rows, also for another number of lanes.
 
     Raises ValueError with one sentence if a file is missing, damaged or does not fit.
     """

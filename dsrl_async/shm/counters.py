@@ -45,7 +45,7 @@ class Graphs(IntEnum):
     OFF = 2
     """The settings say: without graphs."""
     FAILED = 3
-    """Without graphs since their capture failed."""
+    """It runs without graphs, because their capture failed."""
 
 
 class Counters:

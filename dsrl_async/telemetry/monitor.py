@@ -85,7 +85,7 @@ class View:
     decisions: int
     updates: int
     episodes: int
-    success_rate: float | None  # of the last `success_episodes` episodes of this launch
+    success_rate: float | None  # share of successes among the last `success_episodes` of this launch
     success_episodes: int
     success_history: tuple[float, ...]  # over this launch, evenly spaced
     recent: Activity  # the last RATE_WINDOW_S
@@ -99,7 +99,7 @@ class View:
     metrics: dict[str, float]  # the agent's latest; empty before the first update
     policies_ready: int  # batch sizes and prompt lengths that the policy is loaded for
     policies: int  # how many there are; 0 before that is known
-    cuda_graphs: dict[str, str]  # of policy and learner: a name of `Graphs`, in lower case
+    cuda_graphs: dict[str, str]  # policy or learner -> a name of `Graphs`, in lower case
 
 
 class RunMonitor:

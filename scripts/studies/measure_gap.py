@@ -93,7 +93,7 @@ def transfer(rows: np.ndarray, lanes: np.ndarray, buffer: torch.Tensor) -> None:
 def measure(server: inference.InferenceServer, size: int, repeats: int) -> dict[str, float]:
     """Median CPU-seconds per batch of `size` for gather, transfers, scatter, and launch, which is the rest."""
     slots, samples = server.slots, []
-    buffers = server.policies.batch_policies[size, PROMPT_LENGTH].inputs
+    buffers = server.policies.steered_batches[size, PROMPT_LENGTH].inputs
     server_fd = events.create()
     for repeat in range(repeats):
         for lane in range(size):

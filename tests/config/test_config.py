@@ -113,6 +113,12 @@ def test_a_deleted_key_is_refused_in_a_file_and_ignored_in_an_old_run(tmp_path: 
     assert load_config(["--resume", str(tmp_path)]).actors == 3
 
 
+def test_an_option_that_was_never_a_key_is_an_unknown_key_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("learner_device: cpu\n")
+    with pytest.raises(ConfigError, match=r"^unknown key 'learner_device'.*'learner.device'"):
+        load_config(["--config", str(tmp_path / "config.yaml")])
+
+
 def test_every_key_can_be_given_on_the_command_line() -> None:
     for key, _ in leaf_fields():
         value = get_key(Config(), key)
@@ -250,7 +256,7 @@ def test_too_little_memory_is_said_before_anything_is_started() -> None:
     run = preflight.check_run(config)
     with pytest.raises(ConfigError, match=r"needs about .* GiB .* lower replay.capacity or actors"):
         preflight.check_memory(run)
-    for name in ("tabletop", "libero_spatial"):  # an actor of LIBERO needs more than a gigabyte
+    for name in ("tabletop", "libero_spatial"):  # a worker of LIBERO needs more than a gigabyte
         config = validate({"actors": 2000, "env": {"name": name}})
         with pytest.raises(ConfigError) as caught:
             preflight.check_memory(replace(run, config=config, environment=environment_record(config.env.model_dump())))

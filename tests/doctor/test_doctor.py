@@ -197,16 +197,18 @@ def test_an_actor_is_measured_and_gone(tmp_path: Path) -> None:
 
 def test_an_actor_that_cannot_be_forked_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fork(*arguments: object) -> None:
-        raise TemplateError("the template of the actors is of no use: it has ended")
+        raise TemplateError("the template of the environment workers is of no use: it has ended")
 
     monkeypatch.setattr(Template, "fork", fork)
-    with pytest.raises(ConfigError, match="no actor can be started: the template of the actors is of no use"):
+    with pytest.raises(
+        ConfigError, match="no environment worker can be started: the template of the environment workers is of no use"
+    ):
         found(checks.check_actor, {}, measure=True)
     assert psutil.Process().children() == []
 
 
 def test_actor_that_takes_too_long_is_ended() -> None:
-    with pytest.raises(ConfigError, match=r"the actors' template was not ready within 0\.01 s"):
+    with pytest.raises(ConfigError, match=r"the environment workers' template was not ready within 0\.01 s"):
         found(checks.check_actor, {}, measure=True, time_limit_s=0.01)
     assert psutil.Process().children() == []
 

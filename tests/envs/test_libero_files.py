@@ -99,7 +99,7 @@ def test_all_directories_of_a_package_are_listed(tmp_path: Path, monkeypatch: py
 
 
 def written() -> dict[str, str]:
-    """What LIBERO would read when it is imported now."""
+    """The configuration that LIBERO would read if it were imported now."""
     content: dict[str, str] = yaml.safe_load((Path(os.environ["LIBERO_CONFIG_PATH"]) / "config.yaml").read_text())
     return content
 

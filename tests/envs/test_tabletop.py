@@ -135,7 +135,7 @@ def test_actions_that_are_not_finite_are_refused(value: float) -> None:
 
 
 def test_same_seed_and_actions_give_the_same_bits() -> None:
-    """Also when the environment has a past, and when nobody looked on the way."""
+    """They do so even if the environment has a past, and if nobody looked on the way."""
     fresh, used = TabletopEnvironment("shuffle"), TabletopEnvironment("shuffle")
     used.reset(5)
     used.step_chunk(random_chunks(1, 1)[0])

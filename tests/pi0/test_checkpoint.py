@@ -509,7 +509,7 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
     states = policy.normaliser.state(torch.from_numpy(slots.state))[:, :8]
     tokens, mask = policy.tokenizer([spec.prompts[0]] * 2, states)
     assert mask[:, :length].sum() == mask.sum() > 2 * len(spec.prompts[0])
-    steered = policies.batch_policies[2, length]
+    steered = policies.steered_batches[2, length]
     assert isinstance(steered, SteeredPolicy)
     batch = steered.policy
     assert isinstance(batch, Pi0Batch)

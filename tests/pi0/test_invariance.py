@@ -22,9 +22,9 @@ Leak = Callable[[dict[str, Tensor]], None]
 PROMPTS = (17, 5, 24, 9)
 """Lengths of the four rows' prompts."""
 FLOAT32_TOLERANCE = 1e-6
-"""Of the row's largest action: a few units in the last place, from matrix products that sum in another order."""
+"""Allowed share of the row's largest action: a few last places, as matrix products sum in another order."""
 BFLOAT16_TOLERANCE = 0.01
-"""Of the same: about what bfloat16 differs from float32 by."""
+"""The same for bfloat16: about what it differs from float32 by."""
 VARIANTS: dict[str, tuple[list[int], int | None]] = {
     "second of two": ([1, 0], 24),
     "last of four": ([3, 2, 1, 0], 24),

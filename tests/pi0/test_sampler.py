@@ -1,4 +1,4 @@
-"""That sampling can be captured in a CUDA graph, as far as a CPU can tell; each guard is shown to catch a violation."""
+"""Sampling can be captured in a CUDA graph, as far as a CPU can tell; each guard is shown to catch a violation."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_the_meta_device_finds_violations(violation: Callable[[Tensor], object])
 
 
 KERNELS_ALLOWED = 4500
-"""Of one call at full depth with ten steps; openpi's PyTorch model has 12,042."""
+"""A call at full depth with ten steps may launch so many; openpi's PyTorch model launches 12,042."""
 
 
 @pytest.mark.parametrize("pi05", [False, True])

@@ -84,7 +84,7 @@ def test_the_script_writes_a_policy_that_loads(
     options |= {"--joint-batch": 4, "--expert-batch": 4, "--samples": 2}
     for name in ("one", "two"):
         arguments = [str(part) for pair in {**options, "--out": tmp_path / name}.items() for part in pair]
-        monkeypatch.setattr(sys, "argv", ["pretrain_tabletop.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["tabletop.py", *arguments])
         script.main()
     one, two = load_policy(tmp_path / "one"), load_policy(tmp_path / "two")
     assert one.config == tabletop_config()
@@ -168,7 +168,7 @@ def test_files_that_were_recorded_differently_are_refused(
 def test_a_directory_without_demonstrations_is_refused(
     libero: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pretrain_libero.py", "--data", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["libero.py", "--data", str(tmp_path)])
     with pytest.raises(SystemExit, match="record demonstrations first"):
         libero.main()
 
@@ -176,7 +176,7 @@ def test_a_directory_without_demonstrations_is_refused(
 def run_libero(libero: ModuleType, monkeypatch: pytest.MonkeyPatch, data: Path, out: Path, *more: str) -> None:
     options = ["--data", str(data), "--out", str(out), "--threads", "1", "--held-out", "1", "--joint-batch", "4"]
     options += ["--joint-steps", "3", "--expert-steps", "4", "--expert-batch", "4", "--checkpoint-minutes", "0"]
-    monkeypatch.setattr(sys, "argv", ["pretrain_libero.py", *options, *more])
+    monkeypatch.setattr(sys, "argv", ["libero.py", *options, *more])
     libero.main()
 
 

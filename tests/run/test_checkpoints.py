@@ -31,7 +31,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def fill(memory: Arena, decisions: int, seed: int = 0) -> None:
-    """Random transitions in both lanes, counted as an actor counts them."""
+    """Random transitions in both lanes, counted as a worker counts them."""
     rng, ring, counters = np.random.default_rng(seed), ReplayRing(memory), Counters(memory)
     for lane in (0, 1):
         for _ in range(decisions // 2):

@@ -13,7 +13,7 @@ from support.launched import Launched, checkpoint_of, state_of
 from support.paths import FIXTURES
 
 DECISIONS, UPDATES, EPISODES = 100, 84, 10
-"""That the run had when it ended; all of its decisions are in its replay ring."""
+"""What the run had counted when it ended; all of its decisions are in its replay ring."""
 
 
 @pytest.fixture

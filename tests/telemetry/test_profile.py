@@ -177,7 +177,7 @@ def figures(
     others: float = 0.0,
     **changes: Any,
 ) -> RunProfile:
-    """Of 100 s of a run whose shares are those of `IDLE` but for `phases`."""
+    """A profile of 100 s of a run whose shares are those of `IDLE` but for `phases`."""
     cores, queued = cores or {}, queued or {}
     processes = {
         kind: ProcessProfile(
@@ -297,7 +297,7 @@ CASES: dict[str, tuple[RunProfile, dict[str, Any], tuple[str, str, str], str]] =
         figures(BUSY_ACTORS, cores={"actor": 1.2, "learner": 0.5}, queued={"actor": 0.6}, cpus=2),
         {},
         ("cpu", "actor/render", "actors"),
-        "the actors' work waits for a core 60%",
+        "the workers' work waits for a core 60%",
     ),
     "a slow process waits for a core too, but not for long": (
         figures(BUSY_LEARNER, queued={"learner": 0.2}, cpus=2, others=1.5),
@@ -927,7 +927,7 @@ def cpu_seconds() -> tuple[float, float, float]:
 
 
 BUSY_MACHINE = 0.25
-"""Of each core that the run may use. Where other programs take so much of them, processes may wait for a core."""
+"""Share of each core that the run may use: where other programs take so much, processes may wait for a core."""
 
 
 @pytest.mark.alone

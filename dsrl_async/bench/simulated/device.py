@@ -66,7 +66,7 @@ class Recorder:
     """Notes when each request was made, when its batch began, and when it was answered."""
 
     def __init__(self, slots: Slots, policies: Policies) -> None:
-        self._slots, self._policies = slots, [*policies.batch_policies.values()]
+        self._slots, self._policies = slots, [*policies.steered_batches.values()]
         self._records = array("q")
 
     def add(self, lanes: np.ndarray) -> None:
@@ -80,7 +80,7 @@ class Recorder:
 
 
 def main(argument: str) -> None:
-    """`argument` is the job of `inference.main` with the fields of `Simulation` that concern the device."""
+    """`argument` is the job of `run.inference.server.main` with the fields of `Simulation` that concern the device."""
     job = json.loads(argument)
     prepare_child(job["parent"])
     sharpen_timers()

@@ -33,7 +33,7 @@ def learn_what_is_due(learner: Learner) -> None:
 
 
 def main(argument: str) -> None:
-    """`argument` is the job of `inference.main`."""
+    """`argument` is the job of `run.inference.server.main`."""
     job = json.loads(argument)
     prepare_child(job["parent"])
     logs.set_up()

@@ -16,7 +16,7 @@ CPU_BATCH_WAIT_S = 0.001
 def batch_wait_s(milliseconds: float | None, on_cpu: bool) -> float:
     """Seconds to wait for a fuller batch, where `inference.batch_wait_ms` is `milliseconds` (null: by the device).
 
-    The actors need a CPU's cores to get ready; a GPU's next batch takes whoever comes meanwhile.
+    The workers need a CPU's cores to get ready; a GPU's next batch takes whoever comes meanwhile.
     """
     if milliseconds is not None:
         return milliseconds / 1e3

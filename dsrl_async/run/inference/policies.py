@@ -28,7 +28,7 @@ from dsrl_async.shm.counters import Counters
 logger = logging.getLogger(__name__)
 
 
-class BatchPolicy(Protocol):
+class SteeredBatch(Protocol):
     """What `InferenceServer` needs of a `steering.SteeredPolicy`, for batches of B."""
 
     inputs: dict[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
@@ -44,7 +44,7 @@ class BatchPolicy(Protocol):
 class Policies:
     """The steered policy for every batch size and prompt length of a run."""
 
-    batch_policies: Mapping[tuple[int, int], BatchPolicy]
+    steered_batches: Mapping[tuple[int, int], SteeredBatch]
     """(batch size, prompt length) -> policy."""
     actor: Actor
     prompt_lengths: NDArray[np.int64]
@@ -101,7 +101,7 @@ def load_policies(
     with graphs_of(config.policy.graphs, device, counters.inference_graphs) as graphs:
         for policy in steered.values():
             if config.policy.compile:
-                policy.run()  # compiles, now and not while actors wait
+                policy.run()  # compiles, now and not while workers wait
                 progress()
             if graphs:
                 pool = policy.capture(pool)

@@ -39,7 +39,7 @@ from dsrl_async.shm.spans import phases_of
 
 logger = logging.getLogger(__name__)
 
-THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the actors wait for it
+THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the workers wait for it
 IDLE_POLL_S = 1.0
 
 
@@ -47,8 +47,8 @@ class InferenceServer:
     """Answers requests in the slots.
 
     Args:
-        config: of the run.
-        arena: its shared memory.
+        config: the run's settings.
+        arena: the run's shared memory.
         policies: for every size of `Config.batch_sizes`.
         notify: called with the lanes that were answered.
         training: warm up with Gaussian noise and keep the replay ratio; evaluation does neither.
@@ -83,7 +83,7 @@ class InferenceServer:
         return self.counters.decisions() + int(np.count_nonzero(executing))
 
     def allowed(self, wanted: int, handed_out: int) -> int:
-        """How many of `wanted` requests may be answered now, so that the actors do not outrun the learner.
+        """How many of `wanted` requests may be answered now, so that the workers do not outrun the learner.
 
         Where they must wait, all of them do until all may go on: a full batch costs little more than a batch of one.
         The learner can always get far enough for that, see `decisions_allowed`.
@@ -126,7 +126,7 @@ class InferenceServer:
         with self.phase("gather"):
             task_index = slots.task_index[lanes]
             length = int(policies.prompt_lengths[task_index].max())
-            policy = policies.batch_policies[size, length]
+            policy = policies.steered_batches[size, length]
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
             with policies.stage("host_to_device"):

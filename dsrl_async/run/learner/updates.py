@@ -52,7 +52,7 @@ class Updates:
         self.agent.load_state_tensors(before)
 
     def refresh(self) -> int:
-        """Take in what the actors have written; returns how many decisions can be drawn."""
+        """Take in what the workers have written; returns how many decisions can be drawn."""
         return self.source.refresh()
 
     def draw_batch(self) -> bool:

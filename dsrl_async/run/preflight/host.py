@@ -10,7 +10,7 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.host import probe, processes
 
 SPARE_DESCRIPTORS = 64
-"""Open files of the launched process beside the actors' events: memory, logs, sockets, the terminal."""
+"""Open files of the launched process beside the workers' events: memory, logs, sockets, the terminal."""
 TIME_LIMIT_S = 120.0
 """How long torch may take to be imported and to find its devices."""
 
@@ -46,7 +46,7 @@ def check_device(key: str, name: str | None, count: int) -> None:
 
 
 def check_descriptors(config: Config, key: str = "actors") -> None:
-    """Every actor has an event of its own, which is an open file; raises ConfigError, naming `key`, if it may not."""
+    """Every worker has an event of its own, which is an open file; raises ConfigError, naming `key`, if it may not."""
     limit = processes.raise_descriptor_limit()
     if config.actors + SPARE_DESCRIPTORS > limit:
         raise ConfigError(f"{key}: {config.actors} need more open files than the limit of {limit}; raise `ulimit -n`")

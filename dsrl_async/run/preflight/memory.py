@@ -46,19 +46,19 @@ class MemoryNeed(NamedTuple):
     policy: int
     """Weights, buffers and activations, where they are not on a GPU."""
     template: int
-    """What all actors share."""
-    actor: int
-    """Private memory of one actor with its environments."""
-    actors: int
-    """How many actors."""
+    """What all environment workers share."""
+    worker: int
+    """Private memory of one worker with its environment."""
+    workers: int
+    """How many workers."""
 
     @property
-    def without_actors(self) -> int:
+    def without_workers(self) -> int:
         return self.shared + self.policy + self.template + 2 * MODEL_PROCESS_BYTES
 
     @property
     def total(self) -> int:
-        return self.without_actors + self.actors * self.actor
+        return self.without_workers + self.workers * self.worker
 
 
 def memory_needed(
@@ -69,15 +69,15 @@ def memory_needed(
         shared=layout(run_fields(config, spec, policy.action_horizon))[1],
         policy=policy_bytes(config, policy),
         template=environment.template_bytes,
-        actor=environment.worker_bytes,
-        actors=config.actors,
+        worker=environment.worker_bytes,
+        workers=config.actors,
     )
 
 
 def actors_that_fit(
     config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: Pi0Config, memory: float
 ) -> int:
-    """The most actors with which the run needs no more than `memory` bytes; 0 if not even one fits."""
+    """The most environment workers with which the run needs no more than `memory` bytes; 0 if not even one fits."""
 
     def need(actors: int) -> int:
         return memory_needed(config.model_copy(update={"actors": actors}), environment, spec, policy).total

@@ -1,6 +1,6 @@
 """A run in one process and in a fixed order: the same components, bit-for-bit reproducible by seed.
 
-Meant for the debugger and for tests. Each round all waiting requests are answered, then every actor executes its
+Meant for the debugger and for tests. Each round all waiting requests are answered, then every lane executes its
 action chunk, then the learner does the updates that the replay ratio asks for.
 """
 

@@ -25,7 +25,7 @@ class Workers:
     A worker without a process is missing; the template is asked for those that are, one by one.
 
     Args:
-        session: of the run.
+        session: the run that they belong to.
         wake_fds: for each lane, what its worker waits on.
         notify_fds: on which the workers announce observations.
         program: what a worker runs.

@@ -111,7 +111,7 @@ class WorkerPool:
         deadline = time.monotonic() + self._start_limit_s
         while not self._template.prepared:
             self._check_template()
-            self._pause(deadline, "the actors' template")
+            self._pause(deadline, "the environment workers' template")
 
     def fork_workers(self) -> None:
         """Fork the worker of each lane, without waiting for what it does then."""
@@ -130,7 +130,7 @@ class WorkerPool:
             self._meanwhile()
             for lane in range(len(self.workers)):
                 self.check(lane)
-            self._pause(deadline, "an actor")
+            self._pause(deadline, "an environment worker")
 
     def check(self, lane: int) -> None:
         """Raise RuntimeError if the worker of a lane has ended or hangs."""
@@ -150,7 +150,7 @@ class WorkerPool:
         self._meanwhile()
         heard_ns = max(self._started_ns, int(self._counters.template_heartbeat_ns[0]))
         silence_s, log = self._config.heartbeat_timeout_s, self.logs / "template.log"
-        check_alive("the actors' template", self._template.popen, heard_ns, silence_s, log)
+        check_alive("the environment workers' template", self._template.popen, heard_ns, silence_s, log)
 
     def _pause(self, deadline: float, what: str) -> None:
         """Wait a little; raise RuntimeError, which says what was awaited, if the `deadline` has passed."""

@@ -196,8 +196,8 @@ class Template:
     def _fail(self, problem: str) -> NoReturn:
         self._connection.close()
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
-        self.problem = f"it could not start an actor: {problem}"
-        raise TemplateError(f"the template of the actors is of no use: {problem}")
+        self.problem = f"it could not start an environment worker: {problem}"
+        raise TemplateError(f"the template of the environment workers is of no use: {problem}")
 
     def close(self) -> None:
         """End the template; its workers live on, but for one that was asked for and not taken."""

@@ -48,7 +48,7 @@ WORK = {
 """What a kind of process does in a phase or stage."""
 SERIAL = "serial"
 """The kind of the only process of a `--serial` run."""
-OWNERS = {"actor": "the actors'", "inference": "the inference process's", "learner": "the learner's"}
+OWNERS = {"actor": "the workers'", "inference": "the inference process's", "learner": "the learner's"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def diagnose(profile: RunProfile, config: Config) -> Diagnosis:
     waiting = kinds["actor"].phases.get("wait_action", 0.0)
     setting, advice = _more_actors(profile, config)
     sentence = (
-        f"Nothing is busy all the time: the actors wait for {waiting:.0%} of their time and the inference process is "
+        f"Nothing is busy all the time: the workers wait for {waiting:.0%} of their time and the inference process is "
         f"busy for {kinds['inference'].busy:.0%} of its time, in turn; {advice}."
     )
     return Diagnosis("turns", "wait_action", setting, sentence)

@@ -1,4 +1,4 @@
-"""Batching and steering: whom the inference process answers, with what, and when it makes the actors wait."""
+"""Batching and steering: whom the inference process answers, with what, and when it makes the workers wait."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
     spec = known._replace(prompts=prompts)
     policies = load_policies(small_config, spec, CPU, "base", find_policy(EMBEDDED_POLICY), Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
-    assert sorted({length for _, length in policies.batch_policies}) == [8, 12]
+    assert sorted({length for _, length in policies.steered_batches}) == [8, 12]
     policy, slots = load_policy(EMBEDDED_POLICY), server.slots
     for count, tasks in enumerate(((1, 3), (2, 1), (0, 2), (1, 1), (3, 0)), start=1):
         for lane, task in enumerate(tasks):

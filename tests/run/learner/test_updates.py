@@ -1,4 +1,4 @@
-"""That an update of the learner can be captured in a CUDA graph, as far as a CPU can tell, and computes what it should.
+"""An update of the learner can be captured in a CUDA graph, as far as a CPU can tell, and computes what it should.
 
 Each guard is shown to catch a violation.
 """

@@ -41,11 +41,11 @@ for method, fault in {faults!r}.items():
     plant(method, meet)
 """
 METHODS = {"template": "__init__", "actor": "reset"}
-"""Of the environment: the first thing that each of them does."""
+"""The method of the environment that each of them calls first."""
 
 
 def launched(directory: Path, faults: dict[str, str], always: bool, *arguments: str) -> Launched:
-    """A run whose template or actors meet their fault, all of them or only the first one."""
+    """A run whose template or workers meet their fault, all of them or only the first one."""
     of_methods = {METHODS[where]: fault for where, fault in faults.items()}
     code = FAULT.format(faults=of_methods, first=str(directory / "first-"), always=always)
     planted = Planted(directory, {"dsrl_async.launch": QUICK, "dsrl_async.run.worker.template": code})

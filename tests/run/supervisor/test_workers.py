@@ -48,7 +48,7 @@ class PretendedTemplate:
 
     def ask(self, number: int, incarnation: int, log: Path) -> None:
         if self.refuses:
-            raise RuntimeError("the template of the actors is of no use")
+            raise RuntimeError("the template of the environment workers is of no use")
         self.asked.append((number, incarnation))
 
     def answer(self, wait_s: float, last: bool) -> PretendedProcess | None:

@@ -138,31 +138,31 @@ def test_workers_start_play_and_end(pool_of: Callable[..., WorkerPool]) -> None:
 @pytest.mark.parametrize(
     ("fault", "options", "kind", "sentence"),
     [
-        ("the template ends", {}, RuntimeError, r"the actors' template ended \(exit code 3\): no scene"),
-        ("the template crashes", {}, WorkerLost, r"the actors' template ended \(killed by SIGSEGV\)"),
+        ("the template ends", {}, RuntimeError, r"the environment workers' template ended \(exit code 3\): no scene"),
+        ("the template crashes", {}, WorkerLost, r"the environment workers' template ended \(killed by SIGSEGV\)"),
         (
             "the template hangs",
             {"heartbeat_timeout_s": 1.5},
             WorkerLost,
-            "the actors' template has given no sign of life for 2 s",
+            "the environment workers' template has given no sign of life for 2 s",
         ),
         (
             "the template hangs",
             {"start_limit_s": 0.5},
             RuntimeError,
-            r"the actors' template was not ready within 0\.5 s",
+            r"the environment workers' template was not ready within 0\.5 s",
         ),
         (
             "no forks",
             {},
             RuntimeError,
-            "the template of the actors is of no use: no process could be made.*the limit of processes is reached",
+            "template of the environment workers is of no use: no process could be made.*limit of processes is reached",
         ),
         (
             "the template is killed between two forks",
             {},
             RuntimeError,
-            "the template of the actors is of no use: it .*",
+            "the template of the environment workers is of no use: it .*",
         ),
         ("a worker fails", {}, RuntimeError, r"environment process 1 ended \(exit code 1\): scene is known"),
         ("a worker is killed", {}, WorkerLost, r"environment process 1 ended \(killed by SIGKILL\)"),
@@ -172,7 +172,7 @@ def test_workers_start_play_and_end(pool_of: Callable[..., WorkerPool]) -> None:
             WorkerLost,
             "environment process 1 has given no sign of life for 2 s",
         ),
-        ("a worker hangs", {"start_limit_s": 3.0}, RuntimeError, "an actor was not ready within 3 s"),
+        ("a worker hangs", {"start_limit_s": 3.0}, RuntimeError, "an environment worker was not ready within 3 s"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(

@@ -107,7 +107,7 @@ def test_a_dead_template_is_an_error(template_of: Callable[..., Template], tmp_p
     template = template_of()
     template.popen.kill()
     template.popen.wait()
-    with pytest.raises(RuntimeError, match="template of the actors"):
+    with pytest.raises(RuntimeError, match="template of the environment workers"):
         template.fork(1, 1, tmp_path / "log", lambda: None)
 
 

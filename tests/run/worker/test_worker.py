@@ -1,4 +1,4 @@
-"""An actor's decisions: what it executes, writes, counts and asks for."""
+"""A worker's decisions: what it executes, writes, counts and asks for."""
 
 from __future__ import annotations
 
