@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dsrl_async.host.device import register_memory, resolve_device
+from dsrl_async.host.device import resolve_device
 from dsrl_async.host.graphs import HIGH_PRIORITY, CaptureError, MemoryPool, capture, graphs_of
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
@@ -591,6 +592,9 @@ def learner(results: Results, options: Options) -> None:
 
 def copies(results: Results, options: Options) -> None:
     """16 observations up to the device: from pageable, page-locked and registered memory, by row and at once."""
+    from dsrl_async.run.inference.copies import Copies, prepare_uploads
+    from dsrl_async.shm.counters import Uploads
+
     device = resolve_device(options.device)
     count = 16
     shapes = {"images": (2, 224, 224, 3), "sac_image": (64, 64, 3), "state": (8,), "standard_normal": (HORIZON * 32,)}
@@ -612,14 +616,14 @@ def copies(results: Results, options: Options) -> None:
 
     rate: dict[str, float] = {}
 
-    def measure(memory: str, source: dict[str, Tensor]) -> None:
-        for how, copy in (("64 rows", by_row), ("4 buffers", at_once)):
-            copy(source)
+    def measure(memory: str, ways: dict[str, Callable[[], None]]) -> None:
+        for how, copy in ways.items():
+            copy()
             enqueued, done = [], []
             for _ in range(options.repeats):
                 synchronize(device)
                 begin = time.perf_counter()
-                copy(source)
+                copy()
                 enqueued.append(time.perf_counter() - begin)
                 synchronize(device)
                 done.append(time.perf_counter() - begin)
@@ -634,10 +638,24 @@ def copies(results: Results, options: Options) -> None:
                 GB_per_s=f"{size / taken / 1e9:.1f}",
             )
 
-    measure("pageable", host)
-    measure("page-locked", locked)
-    if register_memory(arena, device):
-        measure("registered", host)
+    def both(source: dict[str, Tensor]) -> dict[str, Callable[[], None]]:
+        return {"64 rows": lambda: by_row(source), "4 buffers": lambda: at_once(source)}
+
+    measure("pageable", both(host))
+    measure("page-locked", both(locked))
+    way = prepare_uploads(arena, device)
+    if way.reason:
+        results.note(f"Observations would go up row by row: {way.reason}.")
+    if way.gather is not None:
+        batch: Any = SimpleNamespace(inputs=buffers, outputs=torch.zeros(count, 1, device=device))
+        policies: Any = SimpleNamespace(steered_batches={(count, 0): batch}, device=device)
+        copier = Copies(arena, policies, way)
+        measure("registered", {"one launch": lambda: copier.up((count, 0), np.arange(count))})
+        synchronize(device)
+        wrong = [name for name, rows in host.items() if not torch.equal(buffers[name].cpu(), rows)]
+        results.note(f"The kernel gathers what numpy does{': not so for ' + ', '.join(wrong) if wrong else ''}.")
+    if way.uploads >= Uploads.PAGE_LOCKED:
+        measure("registered", both(host))
         results.figure("registered over page-locked", rate["registered, 4 buffers"] / rate["page-locked, 4 buffers"])
     else:
         results.note("The shared memory could not be registered with CUDA; the log of this section says why.")
@@ -726,7 +744,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
     from dsrl_async.pi0.synthetic import random_norm_stats, write_tokenizer
     from dsrl_async.run.inference import policies as module
     from dsrl_async.run.inference.server import InferenceServer
-    from dsrl_async.shm.counters import Counters
+    from dsrl_async.shm.counters import Counters, Uploads
     from dsrl_async.shm.memory import create_memory
 
     device = resolve_device(options.device)
@@ -751,7 +769,6 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
     normaliser = Normaliser(pi0, random_norm_stats(pi0, 0)).to(device)
     loaded = LoadedPolicy(pi0, random_model(pi0, device, options.torch_dtype()), normaliser, tokenizer)
     arena = create_memory(config, spec, pi0.action_horizon)
-    results.note(f"Shared memory registered with CUDA: {register_memory(arena, device)}.")
     original = module.load_frozen_policy
     module.load_frozen_policy = lambda config, files, device, prompts, progress: Pi0Policy(
         loaded, prompts, config.policy.denoise_steps, config.policy.compile
@@ -766,7 +783,9 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
         )
     finally:
         module.load_frozen_policy = original
-    yield InferenceServer(config, arena, policies, lambda lanes: None, training=False), policies
+    server = InferenceServer(config, arena, policies, lambda lanes: None, training=False)
+    results.note(f"Observations go up: {Uploads(int(server.counters.inference_uploads[0])).name.lower()}.")
+    yield server, policies
 
 
 def serve(results: Results, options: Options, model: str, state_in_prompt: bool) -> None:

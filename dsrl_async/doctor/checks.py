@@ -27,7 +27,7 @@ from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.run import preflight
 from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.shm.arena import layout
-from dsrl_async.shm.counters import ACTOR_PHASES, Counters
+from dsrl_async.shm.counters import ACTOR_PHASES, Counters, Uploads
 from dsrl_async.shm.memory import run_fields
 from dsrl_async.telemetry.usage import template_bytes
 
@@ -298,8 +298,11 @@ def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
     users = [user for user, device in devices.items() if device != "cpu"]
     used = f"for {' and '.join(users)}" if users else "not used, as device is cpu"
     yield Finding("cuda", "ok", f"{build}: {found['device']}, {found['free_bytes'] / GIB:.1f} GiB free{driver}, {used}")
-    if not found["cupy"] and users:
-        yield Finding("cuda", "warning", "without cupy transfers to the GPU are slower; pip install -e '.[cuda]'")
+    if devices["policy"] != "cpu":
+        if found["uploads"] == Uploads.GATHERED:
+            yield Finding("cuda", "ok", "observations go to the GPU in one launch, from page-locked memory")
+        else:
+            yield Finding("cuda", "warning", f"observations go to the GPU row by row: {found['uploads_reason']}")
 
 
 def _nvidia_smi(time_limit_s: float) -> str:

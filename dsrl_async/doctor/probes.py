@@ -74,7 +74,7 @@ def render() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """What torch finds, and whether cupy, which page-locks the shared memory, is there."""
+    """What torch finds, and how observations would get to the GPU (`Uploads`), with the reason if not the best way."""
     import torch
 
     found: dict[str, Any] = {"torch": torch.__version__, "built_for": torch.version.cuda, "devices": 0}
@@ -82,5 +82,17 @@ def cuda() -> dict[str, Any]:
     if found["available"]:
         free, total = torch.cuda.mem_get_info()
         found |= {"devices": torch.cuda.device_count(), "device": torch.cuda.get_device_name()}
-        found |= {"free_bytes": free, "total_bytes": total, "cupy": find_spec("cupy") is not None}
+        found |= {"free_bytes": free, "total_bytes": total}
+        found |= _uploads()
     return found
+
+
+def _uploads() -> dict[str, Any]:
+    import torch
+
+    from dsrl_async.run.inference.copies import SLOTS, prepare_uploads
+    from dsrl_async.shm.arena import Arena
+
+    memory = Arena.create({SLOTS + "state": ((1, 8), "float32")})
+    way = prepare_uploads(memory, torch.device("cuda", torch.cuda.current_device()))
+    return {"uploads": int(way.uploads), "uploads_reason": way.reason}

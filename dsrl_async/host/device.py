@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import warnings
 from typing import Any
 
 import torch
-
-from dsrl_async.shm.arena import Arena
-
-logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str, tf32: bool = False) -> torch.device:
@@ -47,19 +43,21 @@ def set_float32_precision(tf32: bool) -> None:
         operations.fp32_precision = "tf32" if tf32 else "ieee"
 
 
-def register_memory(arena: Arena, device: torch.device) -> bool:
-    """Page-lock the shared memory for CUDA, so that copies to the device run from it at full speed, asynchronously.
+MAPPED = 2
+"""cudaHostRegisterMapped: kernels may read the memory, too."""
 
-    Returns False, and logs why, where that is not to be had; copies then wait for their end. Registration is per
-    process and ends with it. (Has not run on a GPU yet.)
+
+def register_memory(address: int, size: int, device: torch.device) -> None:
+    """Page-lock whole pages of this process's memory, so that copies to `device` run from there asynchronously.
+
+    They stay so until the process ends. Raises RuntimeError with CUDA's reason. (Has not run on a GPU yet.)
     """
-    if device.type != "cuda":
-        return False
-    try:
-        import cupy
-
-        cupy.cuda.runtime.hostRegister(arena.address, arena.size, 0)
-    except Exception as error:  # no cupy, or cupy's own exception types
-        logger.warning("the shared memory is not page-locked, transfers will be slower: %s", error)
-        return False
-    return True
+    with torch.cuda.device(device):
+        cudart = torch.cuda.cudart()
+        status = cudart.cudaHostRegister(address, size, MAPPED)
+        if status != cudart.cudaError.success:
+            # CUDA keeps the error, and torch would raise it after some later launch. It has no call that only forgets
+            # it, but it does so after a launch, by raising it.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=device)
+            raise RuntimeError(cudart.cudaGetErrorString(status))

@@ -47,10 +47,12 @@ class Arena:
             for name, (shape, dtype) in fields.items()
         }
 
-    @property
-    def address(self) -> int:
-        """Where the mapping begins in this process."""
-        return np.frombuffer(self._map, np.uint8).ctypes.data
+    def pages(self, prefix: str) -> tuple[int, int]:
+        """Address and size of the whole pages in this process that hold the arrays whose names begin with `prefix`."""
+        arrays = [array for name, array in self._arrays.items() if name.startswith(prefix)]
+        begin = min(array.ctypes.data for array in arrays) // mmap.PAGESIZE * mmap.PAGESIZE
+        end = -(-max(array.ctypes.data + array.nbytes for array in arrays) // mmap.PAGESIZE) * mmap.PAGESIZE
+        return begin, end - begin
 
     @classmethod
     def create(cls, fields: Fields) -> Arena:

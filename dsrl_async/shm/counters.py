@@ -48,6 +48,19 @@ class Graphs(IntEnum):
     """It runs without graphs, because their capture failed."""
 
 
+class Uploads(IntEnum):
+    """How observations get to a GPU, the best way last."""
+
+    NONE = 0
+    """The policy is on the CPU, or it is not known yet."""
+    PAGEABLE = 1
+    """By a copy per row that the host waits for."""
+    PAGE_LOCKED = 2
+    """By a copy per row that it does not wait for."""
+    GATHERED = 3
+    """By one kernel."""
+
+
 class Counters:
     """Views of the counters, each annotated with its dtype and shape: `counters.actor_decisions[lane] += 1`."""
 
@@ -95,6 +108,8 @@ class Counters:
     """When the process last got on with loading, compiling or capturing the policy; its heartbeat begins after that."""
     inference_prepared: Annotated[np.ndarray, "int64", 2]
     """For how many pairs of batch size and prompt length the policy is ready, and how many there are."""
+    inference_uploads: Count
+    """A value of `Uploads`."""
     inference_heartbeat_ns: Count
     inference_phase_s: Annotated[np.ndarray, "float64", len(INFERENCE_PHASES)]
     """Seconds in each of `INFERENCE_PHASES`."""

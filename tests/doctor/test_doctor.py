@@ -251,6 +251,9 @@ def test_oversubscribed_cpus_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
     assert "OMP_NUM_THREADS=64 on 4 cores" in messages(found(checks.check_cpus, {}), "warning")
 
 
+GPU = {"built_for": "13", "available": True, "devices": 1, "device": "X", "free_bytes": 2**31}
+
+
 @pytest.mark.parametrize(
     ("answer", "gpu", "status", "words"),
     [
@@ -258,10 +261,16 @@ def test_oversubscribed_cpus_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
         ({"built_for": "13.0", "devices": 0, "available": False}, True, "warning", "driver"),
         ({"built_for": None, "devices": 0, "available": False}, False, "ok", "uses the CPU"),
         (
-            {"built_for": "13", "available": True, "devices": 1, "device": "X", "free_bytes": 2**31, "cupy": False},
+            {**GPU, "uploads": 2, "uploads_reason": "cupy is not installed"},
             True,
             "warning",
-            "cupy",
+            "row by row: cupy is not installed",
+        ),
+        (
+            {**GPU, "uploads": 3, "uploads_reason": ""},
+            True,
+            "ok",
+            "in one launch",
         ),
     ],
 )

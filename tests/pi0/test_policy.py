@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.devices import CountCopies
 from torch import Tensor
 
 from dsrl_async.pi0.checkpoint import load_policy
@@ -47,7 +48,7 @@ def test_prompts_fill_the_first_rows(state_in_prompt: bool) -> None:
 
 @pytest.mark.parametrize("state_in_prompt", [False, True])
 def test_prompts_reach_buffers_on_another_device(state_in_prompt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch treats the meta device as any other: it refuses to mix one of its tensors with one of the host.
+    """Prompts that hold the state come from the tokenizer, on the host; the others from a table on the device.
 
     The state is read back from a real device; from this one nothing can be, so that what holds it is made beforehand.
     """
@@ -57,6 +58,8 @@ def test_prompts_reach_buffers_on_another_device(state_in_prompt: bool, monkeypa
     monkeypatch.setattr(batch.policy, "state_tokens", lambda *arguments: made)
     for owner in (batch.policy, batch):
         owner.tokens, owner.token_mask = owner.tokens.to("meta"), owner.token_mask.to("meta")
-    batch.fill_prompts(prompts)
+    with CountCopies() as copies:
+        batch.fill_prompts(prompts)
+    assert copies.up == (2 if state_in_prompt else 1)
     assert batch.tokens.is_meta
     assert batch.token_mask.is_meta

@@ -194,7 +194,7 @@ def figures(
         **{"seconds": 100.0, "warmed_up": True, "decisions": 1000, "env_steps": 5000, "updates": 1000},
         **{"batch_size": 4.0, "batch_fill": 0.9, "queue_wait_ms": 1.0, "processes": processes, "cpus": cpus},
         **{"core_shares": (used / cpus,) * cpus, "on_gpu": {"inference": False, "learner": False}, "gpus": ()},
-        "cupy": False,
+        "uploads": "pageable",
     }
     return RunProfile(**(known | changes))
 
@@ -267,10 +267,10 @@ CASES: dict[str, tuple[RunProfile, dict[str, Any], tuple[str, str, str], str]] =
         figures(BUSY_COPIES, on_gpu={"inference": True}),
         {},
         ("inference", "host_to_device", ""),
-        "install the extra `cuda`",
+        "why observations go up row by row",
     ),
     "copies are slow although it is": (
-        figures(BUSY_COPIES, on_gpu={"inference": True}, cupy=True),
+        figures(BUSY_COPIES, on_gpu={"inference": True}, uploads="gathered"),
         {},
         ("inference", "host_to_device", ""),
         "a faster link to the GPU",

@@ -49,8 +49,7 @@ class SimulatedPolicy:
         self.tokens = torch.zeros(batch_size, PROMPT_LENGTH, dtype=torch.int64)
         self.prompts = torch.zeros(1, PROMPT_LENGTH, dtype=torch.int64)
         self.warmup = torch.zeros(batch_size, dtype=torch.bool)
-        self.noise = torch.zeros(batch_size, config.sac.noise_width(HORIZON))
-        self.actions = torch.zeros(batch_size, HORIZON, SPEC.action_dim)
+        self.outputs = torch.zeros(batch_size, config.sac.noise_width(HORIZON) + HORIZON * SPEC.action_dim)
 
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None:
         """Looks them up, as Pi0 does."""

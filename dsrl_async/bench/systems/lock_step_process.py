@@ -15,7 +15,7 @@ from dsrl_async.bench.systems.barrier import serve_in_lock_step
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.envs import environment_spec
 from dsrl_async.host import logs
-from dsrl_async.host.device import register_memory, resolve_device
+from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import stages_of
 from dsrl_async.pi0.files import find_policy
@@ -43,7 +43,6 @@ def main(argument: str) -> None:
     config.inference.buckets = [config.actors]  # one batch for all, without padding
     arena = Arena.attach(job["arena"])
     device, learners_device = resolve_device(config.device), learner_device(config)
-    register_memory(arena, device)
     spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
     policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)

@@ -56,7 +56,7 @@ def slots_only(environments: int, gather: bool) -> Iterator[tuple[Callable[[], i
         child.start()
     import torch  # only now, since the forked environments do without
 
-    from dsrl_async.run.inference.server import gather as gather_rows
+    from dsrl_async.run.inference.copies import copy_rows
     from dsrl_async.run.inference.server import notifier
 
     torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def slots_only(environments: int, gather: bool) -> Iterator[tuple[Callable[[], i
         numbers = slots.request_id[lanes]
         if gather:
             for rows, buffer in buffers:
-                gather_rows(rows, lanes, buffer)
+                copy_rows(rows, lanes, buffer)
         notify(slots.answer(lanes, numbers, chunk[: len(lanes)], noise[: len(lanes)], 0))
         return len(lanes)
 

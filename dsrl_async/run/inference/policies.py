@@ -33,8 +33,7 @@ class SteeredBatch(Protocol):
 
     inputs: dict[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
     warmup: Tensor  # bool [B]
-    noise: Tensor  # float32 [B, A]
-    actions: Tensor  # float32 [B, H, robot_action_dim]
+    outputs: Tensor  # float32 [B, A + H * robot_action_dim]: noise, then actions in the robot's units
 
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None: ...
     def run(self) -> None: ...

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import zmq
-from torch import Tensor
 
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import environment_spec
 from dsrl_async.host import logs
-from dsrl_async.host.device import register_memory, resolve_device
+from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.inference.batching import batch_wait_s, choose_batch
+from dsrl_async.run.inference.copies import Copies, prepare_uploads
 from dsrl_async.run.inference.policies import Policies, load_policies
 from dsrl_async.run.replay_ratio import decisions_allowed
 from dsrl_async.run.weights import Weights, WeightSubscriber
@@ -65,6 +65,9 @@ class InferenceServer:
         self.config, self.policies, self.training, self._notify = config, policies, training, notify
         self.slots, self.counters = Slots(arena), Counters(arena)
         self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.device))
+        way = prepare_uploads(arena, policies.device)
+        self.counters.inference_uploads[0] = way.uploads
+        self.copies = Copies(arena, policies, way)
         self.sizes = config.batch_sizes()
         self.policy_version = -1  # no weights received yet
 
@@ -130,15 +133,14 @@ class InferenceServer:
             numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
             with policies.stage("host_to_device"):
-                for name, buffer in policy.inputs.items():
-                    gather(getattr(slots, name), lanes, buffer)
+                self.copies.up((size, length), lanes)
             policy.fill_prompts(task_index)
             policy.warmup.fill_(warmup)
         with self.phase("compute"):
             policy.run()
-            with policies.stage("device_to_host"):
-                action_chunk = policy.actions[:count].cpu().numpy()
-                noise = policy.noise[:count].cpu().numpy()
+            outputs = self.copies.down(policy.outputs[:count], policies.stage)
+            noise, actions = np.split(outputs, [slots.noise.shape[1]], axis=1)
+            action_chunk = actions.reshape(count, -1, slots.action_chunk.shape[2])
         with self.phase("scatter"):
             answered = slots.answer(lanes, numbers, action_chunk, noise, max(self.policy_version, 0))
             self._notify(answered)
@@ -147,19 +149,6 @@ class InferenceServer:
         counters.inference_rows[0] += count
         counters.inference_padded_rows[0] += size
         counters.inference_queue_wait_s[0] += waited_ns.sum() * 1e-9
-
-
-def gather(rows: np.ndarray, lanes: np.ndarray, buffer: Tensor) -> None:
-    """Copy rows [N, ...] of `lanes` to the front of `buffer` [B, ...], once and straight from the shared memory.
-
-    On CUDA that is a transfer per row, asynchronous if the memory is registered (`device.register_memory`).
-    """
-    if buffer.is_cpu:
-        # `clip`: with another mode numpy gathers into memory of its own first, and copies that to `out`
-        rows.take(lanes, axis=0, out=buffer.numpy()[: len(lanes)], mode="clip")
-    else:
-        for index, lane in enumerate(lanes):
-            buffer[index].copy_(torch.from_numpy(rows[lane]), non_blocking=True)
 
 
 def main(argument: str) -> None:
@@ -171,7 +160,6 @@ def main(argument: str) -> None:
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     arena = Arena.attach(job["arena"])
     device = resolve_device(config.device)
-    register_memory(arena, device)
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())

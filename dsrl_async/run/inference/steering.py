@@ -29,7 +29,8 @@ class SteeredPolicy:
       uint8 [B, 64, 64, 3], and `standard_normal` float32 [B, H * noise_dim];
     - the policy's prompts;
     - `warmup` bool [B]: where true, the noise is standard normal, unsquashed.
-    Output buffers: `noise` float32 [B, A] and `actions` float32 [B, H, robot_action_dim] in the robot's units.
+    Output buffer: `outputs` float32 [B, A + H * robot_action_dim], which is `noise` [B, A] and behind it `actions`
+    [B, H, robot_action_dim] in the robot's units, so that one copy takes both from a GPU.
 
     Modes: `stochastic` samples the actor's distribution, `deterministic` takes its mode, `base` ignores the actor
     and starts every action slot from independent N(0, I), as the frozen policy was trained. `stage` times the halves.
@@ -55,8 +56,10 @@ class SteeredPolicy:
             "sac_image": self.sac_image,
             "standard_normal": self.standard_normal,
         }
-        self.noise = zeros(config.noise_width(self.horizon))
-        self.actions = policy.actions
+        width, action_dim = config.noise_width(self.horizon), policy.actions.shape[2]
+        self.outputs = zeros(width + self.horizon * action_dim)
+        self.noise = self.outputs[:, :width]
+        self.actions = self.outputs[:, width:].unflatten(1, (self.horizon, action_dim))
         self.captured: Captured | None = None
 
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None:
@@ -73,6 +76,7 @@ class SteeredPolicy:
     def denoise(self) -> None:
         """Second half: from noise to the robot's actions."""
         self.policy.denoise()
+        self.actions.copy_(self.policy.actions)
 
     def _choose_noise(self) -> None:
         """Write `noise` and the policy's initial noise."""

@@ -98,8 +98,8 @@ class RunProfile:
     on_gpu: dict[str, bool]
     """inference, learner -> whether it computes on a GPU."""
     gpus: tuple[Gpu, ...]
-    cupy: bool
-    """Whether cupy, which page-locks the shared memory for a GPU, is installed."""
+    uploads: str
+    """How observations get to a GPU: the name of one of `shm.counters.Uploads`, in small letters."""
 
     @property
     def system_processes(self) -> dict[str, ProcessProfile]:
@@ -225,9 +225,9 @@ def _advice(kind: str, phase: str, profile: RunProfile, config: Config) -> tuple
         advice = f"raise inference.batch_wait_ms ({_batch_wait(config)}), for fewer and larger batches"
         return "inference.batch_wait_ms", advice
     if phase in ("host_to_device", "device_to_host"):
-        if profile.cupy:
+        if profile.uploads == "gathered" or phase == "device_to_host":
             return "", "only a faster link to the GPU would help"
-        return "", "install the extra `cuda`, which page-locks the shared memory"
+        return "", "ask `python -m dsrl_async.doctor` why observations go up row by row"
     if spare:
         return "inference.threads", f"raise inference.threads (now {cpu_threads(config.inference.threads)})"
     if phase == "denoise":

@@ -12,7 +12,6 @@ import logging
 import signal
 import time
 from collections import deque
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.counters import Uploads
 from dsrl_async.shm.spans import STAGES
 from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot, activity, ratio, totals
 from dsrl_async.telemetry.profile import report
@@ -161,7 +161,7 @@ class Profiler:
                 gpu if gpu.utilization is None else gpu._replace(utilization=ratio(end - begin, seconds))
                 for gpu, begin, end in zip(now.gpus, since.gpu_busy_s, now.gpu_busy_s, strict=True)
             ),
-            cupy=find_spec("cupy") is not None,
+            uploads=Uploads(int(self._arena["inference/uploads"][0])).name.lower(),
         )
 
     def write(self, memory_mb: dict[str, float]) -> tuple[Diagnosis, tuple[bytes, int, int] | None]:
