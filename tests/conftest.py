@@ -18,6 +18,7 @@ from support.paths import ROOT
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec, environment_spec
+from dsrl_async.run.preflight.host import cuda_devices
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
 
@@ -58,6 +59,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             with suppress(psutil.Error):
                 process.kill()
     return report
+
+
+@pytest.fixture(autouse=True)
+def ask_for_gpus_anew() -> Iterator[None]:
+    """What a test says of CUDA's devices is not kept for the next one."""
+    cuda_devices.cache_clear()
+    yield
+    cuda_devices.cache_clear()
 
 
 @pytest.fixture

@@ -204,6 +204,18 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         f"{need.policy / GIB:.1f} the policy, {need.template / GIB:.1f} of all actors, {need.worker / GIB:.2f} "
         f"each of {need.workers}); {fit} actors fit",
     )
+    yield from check_gpu_memory(config, options)
+
+
+def check_gpu_memory(config: Config, options: Options) -> Iterator[Finding]:
+    preflight.check_devices(config)
+    for device, memory in preflight.check_gpu_memory(preflight.check_run(config)).items():
+        yield Finding(
+            "memory",
+            "ok",
+            f"cuda:{device}: {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB free, about "
+            f"{preflight.describe(memory.need)} needed",
+        )
 
 
 def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:

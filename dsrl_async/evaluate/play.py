@@ -89,6 +89,7 @@ def play(
     config = run.config
     preflight.check_descriptors(config, "--processes")
     preflight.check_memory(run, lower="--processes")
+    preflight.check_gpu_memory(run, ["device"])
     fields = {**run_fields(config, run.spec, run.horizon), **assignment_fields(config.actors)}
     with WorkerPool(config, fields, evaluation=worker_job(run, episodes, films), meanwhile=meanwhile) as pool:
         server = load_server(evaluation, run, pool)

@@ -56,10 +56,19 @@ def ask(
 
 
 def cuda_devices() -> dict[str, Any]:
-    """How many CUDA devices torch can use."""
+    """How many CUDA devices torch can use, and their memory: `free_bytes` and `total_bytes`, a number for each.
+
+    What is free is what this process has left, with a context of its own on each of them.
+    """
     import torch
 
-    return {"devices": torch.cuda.device_count() if torch.cuda.is_available() else 0}
+    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    memory = [torch.cuda.mem_get_info(device) for device in devices]
+    return {
+        "devices": len(devices),
+        "free_bytes": [free for free, _ in memory],
+        "total_bytes": [total for _, total in memory],
+    }
 
 
 def main(argument: str) -> None:

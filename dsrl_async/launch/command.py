@@ -44,6 +44,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     checked = preflight.check_run(config)
     preflight.check_memory(checked)
     preflight.check_devices(config)
+    preflight.check_gpu_memory(checked)
     preflight.check_descriptors(config)
     run_dir, lock = preflight.open_run_directory(config)
     with lock:

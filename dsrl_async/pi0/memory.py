@@ -1,33 +1,68 @@
-"""Estimates the memory that sampling takes beside the weights, from sizes alone, before a run starts.
+"""Estimates the memory that a policy takes, from sizes alone, before a run starts. This needs no torch.
 
 `bytes_per_value` is the size of an element of the transformer stacks: 4 for float32, 2 for bfloat16.
 """
 
 from __future__ import annotations
 
+import math
+
 from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.tensors import model_tensors
+
+KEY_ALIGNMENT = 8
+"""Keys and values have room for a multiple of so many tokens (`sampler.MASK_ALIGNMENT`)."""
+CAST = ("embedding.", "vlm.", "expert.", "vision.")
+"""How the parameters of the transformer stacks begin, which have the policy's dtype."""
+KEPT = ("vision.patch.", "vision.position")
+"""What stays in float32 of them, beside the norms of the two Gemma stacks (`Pi0.set_dtype`)."""
 
 
-def buffer_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
-    """Memory that a `Sampler` keeps for inputs, output, keys and values, and the results of norms.
+def weight_bytes(config: Pi0Config, bytes_per_value: int) -> int:
+    """Memory of the weights of a loaded policy."""
 
-    Masks and tables (a few MB) are left out.
-    """
+    def is_cast(name: str) -> bool:
+        if name.startswith("vision."):
+            return not name.startswith(KEPT) and not config.vision_float32
+        return name.startswith(CAST) and "_norm." not in name
+
+    return sum(
+        (bytes_per_value if is_cast(name) else 4) * sum(math.prod(part.shape) for part in parts)
+        for name, parts in model_tensors(config).items()
+    )
+
+
+def buffer_bytes(
+    config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int, denoise_steps: int = 10
+) -> int:
+    """Memory that a `Pi0Batch` keeps: inputs, outputs, keys and values, results of norms, tables over the steps."""
     c = config
-    inputs = 4 * 3 * c.cameras * c.image_size**2 + 8 * language_length + 4 * c.action_dim * (1 + 2 * c.action_horizon)
-    prefix = c.cameras * c.image_tokens + language_length
-    tokens = prefix + c.state_tokens + c.action_horizon
-    keys_values = 2 * c.depth * c.kv_heads * c.head_dim * tokens
-    norms = prefix * c.vlm_width + (1 + c.action_horizon) * c.expert_width
-    return batch_size * (inputs + (keys_values + norms) * bytes_per_value)
+    prefix, actions = c.cameras * c.image_tokens + language_length, c.action_horizon
+    tokens = prefix + c.state_tokens + actions
+    pixels, rotations = 3 * c.cameras * c.image_size**2, 3 * c.head_dim // 2
+    robot = c.robot_state_dim + actions * c.robot_action_dim
+    inputs = 5 * pixels + 9 * language_length + 4 * (c.action_dim * (1 + 2 * actions) + robot)
+    keys_values = 2 * c.depth * c.kv_heads * c.head_dim * (tokens + -tokens % KEY_ALIGNMENT)
+    norms = prefix * c.vlm_width + (1 + actions) * c.expert_width
+    rows = batch_size * (inputs + (keys_values + norms + actions * rotations) * bytes_per_value)
+    positions = c.prefix_length + c.state_tokens + actions
+    tables = positions * rotations * bytes_per_value + 4 * (2 * c.depth - 1) * c.vlm_width
+    tables += 4 * denoise_steps * c.expert_width
+    if c.pi05:  # of each norm its scale; shift and gate, which are views of three; the gate once more, if it is cast
+        cast = bytes_per_value if bytes_per_value < 4 else 0
+        tables += denoise_steps * (2 * c.depth + 1) * c.expert_width * (16 + cast)
+    else:
+        tables += 4 * (2 * c.depth + 1 + c.action_dim) * c.expert_width
+    return rows + tables
 
 
 def activation_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
     """Memory that a `Sampler` takes temporarily while it runs.
 
-    The peak is in an MLP of the language model: gate and up, the gate's GELU, the product of the two, and about six
-    hidden states (the input of the stack and of the layer, queries, attention).
+    The peak is in an MLP of the language model: gate and up, the gate's GELU, the product of the two; three hidden
+    states (the images' and the stack's input, attention), queries with keys and values, and rotations.
     """
     c = config
     tokens = c.cameras * c.image_tokens + language_length
-    return batch_size * tokens * (4 * c.vlm_mlp + 6 * c.vlm_width) * bytes_per_value
+    queries, rotations = (c.heads + 2 * c.kv_heads) * c.head_dim, 3 * c.head_dim // 2
+    return batch_size * tokens * (4 * c.vlm_mlp + 3 * c.vlm_width + queries + rotations) * bytes_per_value

@@ -16,8 +16,8 @@ from torch import Tensor
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.processing import scale_images
-from dsrl_async.pi0.sampler import Sampler, language_bucket
-from dsrl_async.pi0.tokenizer import longest_prompt
+from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.pi0.tokenizer import language_slots
 
 
 class Pi0Policy:
@@ -99,11 +99,5 @@ class Pi0Batch:
 
 
 def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> NDArray[np.int64]:
-    """Language slots that each prompt needs, rounded up so that there are few different lengths: int64 [prompts].
-
-    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens.
-    """
-    config, tokenizer = policy.config, policy.tokenizer
-    state_width = config.robot_state_dim if config.state_in_prompt else None
-    lengths = [longest_prompt(tokenizer.ids, prompt, tokenizer.length, state_width) for prompt in prompts]
-    return np.array([language_bucket(length, tokenizer.length) for length in lengths], np.int64)
+    """`tokenizer.language_slots` of a loaded policy, int64 [prompts]."""
+    return np.array(language_slots(policy.config, policy.tokenizer.ids, prompts), np.int64)

@@ -15,15 +15,8 @@ from dsrl_async.pi0.model import MASKED, Extend, Pi0, Rope, Step, key_mask, pref
 
 MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
-LANGUAGE_MULTIPLE = 8
-"""Language slots come in multiples of this, so that a run needs few samplers."""
 COMPILED_SAMPLERS = 256
 """How many samplers torch.compile may specialise its two functions for; its own limit is 8."""
-
-
-def language_bucket(length: int, most: int) -> int:
-    """Language slots of the sampler for prompts of `length` tokens, of `most` that the policy has."""
-    return min(most, length + -length % LANGUAGE_MULTIPLE)
 
 
 class Sampler:

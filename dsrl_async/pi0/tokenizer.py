@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from dsrl_async.pi0.config import Pi0Config
+
 logger = logging.getLogger(__name__)
 
 TOKENIZER_NAMES = ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model")
@@ -20,6 +22,10 @@ WHERE_TO_GET_ONE = (
     "in google/paligemma-3b-pt-224, and at gs://big_vision/paligemma_tokenizer.model"
 )
 STATE_BINS = 256
+Ids = Callable[[str, NDArray[np.float32] | None], list[int]]
+"""(prompt, state or None) -> its ids, neither padded nor cut."""
+LANGUAGE_MULTIPLE = 8
+"""Language slots come in multiples of this, so that a run needs few samplers."""
 
 
 class Encoder(NamedTuple):
@@ -107,9 +113,7 @@ def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None 
     return [encoder.bos, *encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
 
 
-def longest_prompt(
-    ids: Callable[[str, NDArray[np.float32] | None], list[int]], prompt: str, slots: int, state_width: int | None
-) -> int:
+def longest_prompt(ids: Ids, prompt: str, slots: int, state_width: int | None) -> int:
     """Upper limit on a prompt's ids, reached when all `state_width` numbers of the state (if any) are the longest.
 
     `ids` is `prompt_ids` of a tokenizer. Logs a warning if the prompt does not fit into the policy's `slots`.
@@ -122,6 +126,22 @@ def longest_prompt(
     if length > slots:
         logger.warning("the prompt %r has up to %d tokens, the policy takes %d: it is cut", prompt, length, slots)
     return length
+
+
+def language_bucket(length: int, most: int) -> int:
+    """Language slots of the sampler for prompts of `length` tokens, of `most` that the policy has."""
+    return min(most, length + -length % LANGUAGE_MULTIPLE)
+
+
+def language_slots(config: Pi0Config, ids: Ids, prompts: Sequence[str]) -> list[int]:
+    """Language slots that each prompt needs, rounded up so that there are few different lengths.
+
+    A run's prompts are known when it starts, so a batch needs no more slots than its longest prompt has tokens. `ids`
+    is `prompt_ids` of a tokenizer.
+    """
+    most = config.max_token_len
+    state_width = config.robot_state_dim if config.state_in_prompt else None
+    return [language_bucket(longest_prompt(ids, prompt, most, state_width), most) for prompt in prompts]
 
 
 def pad_ids(encoder: Encoder, rows: Sequence[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import types
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsrl_async.config.load import validate
-from dsrl_async.config.settings import ConfigError
+from dsrl_async.config.settings import ConfigError, InferenceConfig
 from dsrl_async.pi0.checkpoint import empty_model
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
-from dsrl_async.pi0.sampler import Sampler
-from dsrl_async.pi0.tensors import parameter_count
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
+from dsrl_async.pi0.policy import Pi0Batch, Pi0Policy
+from dsrl_async.pi0.processing import Normaliser
 from dsrl_async.run import preflight
+from dsrl_async.run.inference.steering import SteeredPolicy
+from dsrl_async.run.preflight.gpu_memory import policy_need
 from dsrl_async.run.preflight.memory import policy_bytes
+from dsrl_async.sac.networks import Actor
 
 
 class Allocations(TorchDispatchMode):
@@ -46,36 +50,66 @@ def storages(tree: object) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
+PI05 = Pi0Config(pi05=True, max_token_len=200, action_horizon=10)
+
+
+def kept_bytes(tree: object, but: object = ()) -> int:
+    """Bytes of the storages of `tree` that are not among those of `but`."""
+    known = storages(but)
+    return sum(storage.nbytes() for pointer, storage in storages(tree).items() if pointer not in known)
+
+
 @pytest.mark.parametrize(
     ("config", "batch_size", "language_length", "dtype"),
     [
         (Pi0Config(), 16, 48, torch.float32),
         (Pi0Config(), 4, 24, torch.bfloat16),
-        (Pi0Config(pi05=True, max_token_len=200, action_horizon=10), 8, 200, torch.bfloat16),
+        (PI05, 8, 200, torch.bfloat16),
+        (dataclasses.replace(PI05, vision_float32=True), 1, 64, torch.bfloat16),
     ],
 )
-def test_memory_of_a_sampler(config: Pi0Config, batch_size: int, language_length: int, dtype: torch.dtype) -> None:
-    """The sampler runs on the meta device, which computes nothing and allocates what the CPU does."""
+def test_memory_of_a_policy(config: Pi0Config, batch_size: int, language_length: int, dtype: torch.dtype) -> None:
+    """All runs on the meta device, which computes nothing and allocates what the CPU does."""
     model = empty_model(config, "meta", dtype)
-    sampler = Sampler(model, batch_size, language_length, 1)
-    weights, made = [*model.parameters(), *model.buffers()], list(vars(sampler).values())
-    buffers = sum(storage.nbytes() for pointer, storage in storages(made).items() if pointer not in storages(weights))
-    with Allocations([weights, made]) as allocations:
-        sampler.encode()
-        sampler.denoise()
+    statistics = {name: [0.5] * 32 for name in ("mean", "std", "q01", "q99")}
+    normaliser = Normaliser(config, {"state": statistics, "actions": statistics}).to("meta")
+    loaded = types.SimpleNamespace(model=model, normaliser=normaliser)
+    policy = types.SimpleNamespace(spec=config, loaded=loaded, denoise_steps=10, compiled=False)
+    batch = Pi0Batch(cast(Pi0Policy, policy), batch_size, language_length)
+    sac = validate({}).sac
+    with torch.device("meta"):
+        actor = Actor(sac, config.action_horizon, "meta")
+    steered = SteeredPolicy(batch, actor, sac, "stochastic")
+    weights, sampler = [*model.parameters(), *model.buffers()], list(vars(batch.sampler).values())
+    made = [list(vars(steered).values()), list(vars(batch).values()), sampler]
+    sampler_and_weights = [weights, sampler]
+    with Allocations(sampler_and_weights) as allocations:
+        batch.sampler.encode()
+        batch.sampler.denoise()
     sizes = (config, batch_size, language_length, dtype.itemsize)
-    assert buffers == pytest.approx(buffer_bytes(*sizes), rel=0.03)
-    assert allocations.peak == pytest.approx(activation_bytes(*sizes), rel=0.03)
+    need = policy_need(
+        validate({"policy": {"dtype": str(dtype).removeprefix("torch.")}}).model_copy(
+            update={"inference": InferenceConfig(buckets=[batch_size]), "actors": batch_size}
+        ),
+        config,
+        [language_length],
+    )
+    of_weights, of_buffers, of_actor = kept_bytes(weights), kept_bytes(made, weights), actor.flat.nbytes
+    assert of_weights == pytest.approx(weight_bytes(config, dtype.itemsize), rel=1e-4)
+    assert of_buffers == pytest.approx(need.buffers - of_actor, rel=5e-3)
+    assert allocations.peak == pytest.approx(activation_bytes(*sizes), rel=1e-2)
+    assert (need.weights, need.activations) == (weight_bytes(config, dtype.itemsize), activation_bytes(*sizes))
 
 
 def test_samplers_count_in_what_a_run_needs() -> None:
     """Those of all batch sizes up to the number of actors, and the activations of the largest; on a GPU, nothing."""
     full = Pi0Config()
     settings = {"actors": 12, "device": "cpu", "inference": {"buckets": [2, 8, 16, 32]}}
-    sizes, rows = (full, 1, full.max_token_len, 4), 2 + 8 + 16
-    expected = rows * buffer_bytes(*sizes) + 16 * activation_bytes(*sizes) + 4 * parameter_count(full)
+    sizes = (full.max_token_len, 4)
+    expected = sum(buffer_bytes(full, rows, *sizes) for rows in (2, 8, 16))
+    expected += activation_bytes(full, 16, *sizes) + weight_bytes(full, 4)
     assert policy_bytes(validate(settings), full) == expected
-    assert policy_bytes(validate(settings | {"actors": 40}), full) > expected + 32 * buffer_bytes(*sizes)
+    assert policy_bytes(validate(settings | {"actors": 40}), full) > expected + buffer_bytes(full, 32, *sizes)
     assert policy_bytes(validate(settings | {"device": "cuda"}), full) == 0
 
 

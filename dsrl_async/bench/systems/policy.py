@@ -11,7 +11,8 @@ from dsrl_async.bench.systems.serving import Prepare, Sample, StageMeter, serve
 from dsrl_async.pi0.checkpoint import empty_model, parts_of
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
-from dsrl_async.pi0.sampler import Sampler, language_bucket
+from dsrl_async.pi0.sampler import Sampler
+from dsrl_async.pi0.tokenizer import language_bucket
 
 
 @torch.no_grad()

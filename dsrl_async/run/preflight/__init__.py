@@ -1,6 +1,7 @@
 """What is checked before anything starts; whatever is wrong becomes one sentence."""
 
 from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
+from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
 from dsrl_async.run.preflight.host import check_descriptors, check_device, check_devices
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed
 from dsrl_async.run.preflight.policy import check_checkpoint, check_environment, check_fit, check_render_quality
@@ -15,10 +16,12 @@ __all__ = [
     "check_devices",
     "check_environment",
     "check_fit",
+    "check_gpu_memory",
     "check_memory",
     "check_render_quality",
     "check_run",
     "choose_run_directory",
+    "describe",
     "memory_needed",
     "open_run_directory",
 ]

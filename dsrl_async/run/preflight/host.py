@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from dsrl_async.config.command_line import program
 from dsrl_async.config.load import get_key
@@ -11,28 +14,48 @@ from dsrl_async.host import probe, processes
 
 SPARE_DESCRIPTORS = 64
 """Open files of the launched process beside the workers' events: memory, logs, sockets, the terminal."""
+DEVICE_KEYS = ("device", "learner.device")
+"""The settings that name a device: the policy's, and the learner's."""
 TIME_LIMIT_S = 120.0
 """How long torch may take to be imported and to find its devices."""
 
 
-def check_devices(config: Config, keys: Sequence[str] = ("device", "learner.device")) -> None:
-    """Raises ConfigError where a CUDA device that one of the settings asks for is not there.
+def check_devices(config: Config, keys: Sequence[str] = DEVICE_KEYS) -> None:
+    """Raises ConfigError where a CUDA device that one of the settings asks for is not there."""
+    for key in keys:
+        if (name := get_key(config, key) or "").startswith("cuda"):
+            found = cuda_devices()
+            if "error" in found:
+                raise ConfigError(
+                    f"{key}: {name} was asked for, but torch does not say what there is ({found['error']}); use cpu, "
+                    f"or see what {program('doctor')} says"
+                )
+            check_device(key, name, found["devices"])
 
-    Torch is asked in a child process, and only if there is such a device: the supervisor does without it.
+
+@functools.cache
+def cuda_devices() -> dict[str, Any]:
+    """What `probe.cuda_devices` says, or that there are none and the `error`.
+
+    Torch is asked once, in a child process: the supervisor does without it.
     """
-    wanted = {key: name for key in keys if (name := get_key(config, key) or "").startswith("cuda")}
-    if not wanted:
-        return
     try:
-        count = probe.ask(probe.cuda_devices, TIME_LIMIT_S)["devices"]
+        return probe.ask(probe.cuda_devices, TIME_LIMIT_S)
     except probe.Unanswered as error:
-        key, name = next(iter(wanted.items()))
-        raise ConfigError(
-            f"{key}: {name} was asked for, but torch does not say what there is ({error}); use cpu, or see what "
-            f"{program('doctor')} says"
-        ) from error
-    for key, name in wanted.items():
-        check_device(key, name, count)
+        return {"devices": 0, "error": str(error)}
+
+
+def has_driver() -> bool:
+    """Whether there may be a CUDA device: without a driver's file (the second one is WSL's) torch need not be asked."""
+    return any(Path(file).exists() for file in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def cuda_index(config: Config, key: str) -> int | None:
+    """The number of the CUDA device that a run uses by the setting `key`, one of `DEVICE_KEYS`; None for the CPU."""
+    name = get_key(config, key) or config.device
+    if name == "auto":
+        return 0 if not config.serial and has_driver() and cuda_devices()["devices"] else None
+    return int(name.partition(":")[2] or 0) if name.startswith("cuda") else None
 
 
 def check_device(key: str, name: str | None, count: int) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from pathlib import Path
 from typing import NamedTuple
 
 from dsrl_async.config.settings import MOST_ACTORS, Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.machine import available_memory
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes
-from dsrl_async.pi0.tensors import parameter_count
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
 from dsrl_async.run.preflight.checked_run import CheckedRun
+from dsrl_async.run.preflight.host import cuda_index
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
@@ -22,19 +21,18 @@ has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700`, wher
 
 
 def policy_bytes(config: Config, policy: Pi0Config) -> int:
-    """Memory of the machine that the policy takes: weights, samplers' buffers and activations; none on a GPU.
+    """Memory of the machine that the policy takes: weights, buffers and activations; none on a GPU.
 
     One prompt length is counted, the longest; a run seldom has more than two.
     """
-    if config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidiactl").exists()):
+    if cuda_index(config, "device") is not None:
         return 0
     bytes_per_value = 2 if config.policy.dtype == "bfloat16" else 4
-    sizes = config.batch_sizes()
-    of_one = (policy, 1, policy.max_token_len, bytes_per_value)
+    sizes, of_batch = config.batch_sizes(), (policy.max_token_len, bytes_per_value)
     return (
-        parameter_count(policy) * bytes_per_value
-        + sum(sizes) * buffer_bytes(*of_one)
-        + sizes[-1] * activation_bytes(*of_one)
+        weight_bytes(policy, bytes_per_value)
+        + sum(buffer_bytes(policy, size, *of_batch, config.policy.denoise_steps) for size in sizes)
+        + activation_bytes(policy, sizes[-1], *of_batch)
     )
 
 

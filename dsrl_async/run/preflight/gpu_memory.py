@@ -1,0 +1,202 @@
+"""How much memory of GPUs a run needs, checked before it starts. Nothing of this has run on a GPU yet."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
+from dsrl_async.pi0.tokenizer import language_slots, make_encoder, prompt_ids
+from dsrl_async.run.learner.memory import actor_parameters, agent_bytes, batch_bytes, mirror_bytes, update_bytes
+from dsrl_async.run.preflight.checked_run import CheckedRun
+from dsrl_async.run.preflight.host import DEVICE_KEYS, cuda_devices, cuda_index
+
+GIB = 2**30
+LIBRARIES_BYTES = 256 << 20
+"""Assumed for a process: kernels that are loaded, and the libraries' workspaces."""
+CONTEXT_BYTES = 512 << 20
+"""Assumed for CUDA's context in a second process on a GPU; the process that is asked for the free memory has the
+first one's."""
+SPARE = 0.05
+"""Share of what is needed that is assumed to be lost between the allocator's blocks."""
+WORTH_SAYING = 0.05
+"""A change is advised if it spares such a share of what is needed."""
+
+
+class GpuNeed(NamedTuple):
+    """Estimated bytes that a run takes of one GPU."""
+
+    weights: int = 0
+    """The policy's."""
+    buffers: int = 0
+    """The policy's, for every batch size and prompt length, with the actor."""
+    activations: int = 0
+    """The policy's. Captured, the pool of all graphs has those of the largest batch, and the next one's warm-up takes
+    its own beside it."""
+    mirror: int = 0
+    """The learner's copy of the replay ring."""
+    learner: int = 0
+    """The agent, the batch and the activations of an update."""
+    processes: int = 0
+    """Contexts and libraries of the processes, and what is lost between blocks."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def steering_bytes(config: Config, policy: Pi0Config) -> int:
+    """What a `SteeredPolicy` has for a row beside the policy's own: image, standard normal noise, actor's noise."""
+    standard_normal, width = policy.action_horizon * policy.action_dim, config.sac.noise_width(policy.action_horizon)
+    return 3 * SAC_IMAGE_SIZE**2 + 1 + 4 * (standard_normal + width)
+
+
+def policy_need(config: Config, policy: Pi0Config, prompt_lengths: Sequence[int]) -> GpuNeed:
+    """What the inference process takes, with prompts of these lengths (each once)."""
+    bytes_per_value = 4 if config.policy.dtype == "float32" else 2
+    sizes = config.batch_sizes()
+    pairs = [(size, length) for size in sorted(sizes, reverse=True) for length in sorted(prompt_lengths, reverse=True)]
+    activations = [activation_bytes(policy, *pair, bytes_per_value) for pair in pairs]
+    steps = config.policy.denoise_steps
+    buffers = sum(buffer_bytes(policy, *pair, bytes_per_value, steps) for pair in pairs)
+    buffers += sum(size for size, _ in pairs) * steering_bytes(config, policy)
+    return GpuNeed(
+        weights=weight_bytes(policy, bytes_per_value),
+        buffers=buffers + 4 * actor_parameters(config.sac, policy.action_horizon),
+        activations=sum(activations[: 1 if config.policy.graphs == "off" else 2]),
+    )
+
+
+def learner_need(config: Config, horizon: int) -> GpuNeed:
+    """What the learner takes on a GPU, for a policy of `horizon` action slots."""
+    sac = config.sac
+    return GpuNeed(
+        mirror=mirror_bytes(config, horizon),
+        learner=agent_bytes(sac, horizon) + batch_bytes(sac, horizon) + update_bytes(sac, horizon),
+    )
+
+
+def gpu_needs(
+    config: Config, policy: Pi0Config, prompt_lengths: Sequence[int], keys: Sequence[str] = DEVICE_KEYS
+) -> dict[int, GpuNeed]:
+    """What a run takes of each GPU that it uses, by the number of the CUDA device.
+
+    `keys` are the settings that count: an evaluation has no learner.
+    """
+    of_device: dict[int, list[GpuNeed]] = {}
+    for key in keys:
+        if (device := cuda_index(config, key)) is not None:
+            learner = key == "learner.device"
+            need = (
+                learner_need(config, policy.action_horizon) if learner else policy_need(config, policy, prompt_lengths)
+            )
+            of_device.setdefault(device, []).append(need)
+    needs = {}
+    for device, parts in of_device.items():
+        need = GpuNeed(*map(sum, zip(*parts, strict=True)))
+        processes = len(parts) * LIBRARIES_BYTES + (len(parts) - 1) * CONTEXT_BYTES
+        needs[device] = need._replace(processes=processes + round(SPARE * need.total))
+    return needs
+
+
+def prompt_lengths(run: CheckedRun) -> list[int]:
+    """The prompt lengths that the policy has buffers for, each once."""
+    policy, ids = run.policy.config, functools.partial(prompt_ids, make_encoder(run.policy.tokenizer))
+    return sorted(set(language_slots(policy, ids, run.spec.prompts)))
+
+
+def _policy(**update: object) -> Callable[[Config], Config]:
+    return lambda config: config.model_copy(update={"policy": config.policy.model_copy(update=update)})
+
+
+def _smaller_batches(config: Config) -> Config:
+    sizes = config.batch_sizes()
+    buckets = [size for size in sizes if size <= max(sizes[0], sizes[-1] // 2)]
+    return config.model_copy(update={"inference": config.inference.model_copy(update={"buckets": buckets})})
+
+
+def _fewer_actors(config: Config) -> Config:
+    return config.model_copy(update={"actors": max(1, config.actors // 2)})
+
+
+def _half_the_ring(config: Config) -> Config:
+    replay = config.replay.model_copy(update={"capacity": config.replay.capacity // 2})
+    return config.model_copy(update={"replay": replay})
+
+
+def _half_the_batch(config: Config) -> Config:
+    sac = config.sac.model_copy(update={"batch_size": max(1, config.sac.batch_size // 2)})
+    return config.model_copy(update={"sac": sac})
+
+
+def _learner_on_the_cpu(config: Config) -> Config:
+    return config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
+
+
+CHANGES: dict[str, Callable[[Config], Config]] = {
+    "policy.dtype: bfloat16": _policy(dtype="bfloat16"),
+    "inference.buckets up to half the largest": _smaller_batches,
+    "half the actors": _fewer_actors,
+    "half the replay.capacity": _half_the_ring,
+    "half the sac.batch_size": _half_the_batch,
+    "learner.device: cpu, or another GPU": _learner_on_the_cpu,
+}
+"""What a user can do about too large a need."""
+
+
+def advice(config: Config, needed: Callable[[Config], int]) -> str:
+    """The `CHANGES` that spare something worth saying of the bytes `needed`, and how much; what helps most is first."""
+    need = needed(config)
+    spared = {what: need - needed(change(config)) for what, change in CHANGES.items()}
+    worth = sorted((what for what in spared if spared[what] > WORTH_SAYING * need), key=lambda what: -spared[what])
+    return "; ".join(f"{what} (spares {spared[what] / GIB:.1f})" for what in worth) or "a larger GPU"
+
+
+def describe(need: GpuNeed) -> str:
+    """`9.1 GiB (5.8 the policy's weights, ...)`."""
+    names = {
+        "weights": "the policy's weights",
+        "buffers": "its buffers",
+        "activations": "its activations",
+        "mirror": "the copy of the replay ring",
+        "learner": "the learner",
+        "processes": "CUDA's own",
+    }
+    parts = [f"{size / GIB:.1f} {names[field]}" for field, size in need._asdict().items() if size]
+    return f"{need.total / GIB:.1f} GiB ({', '.join(parts)})"
+
+
+class GpuMemory(NamedTuple):
+    """What a run needs of a GPU, and the bytes that are free and that there are."""
+
+    need: GpuNeed
+    free: int
+    total: int
+
+
+def check_gpu_memory(run: CheckedRun, keys: Sequence[str] = DEVICE_KEYS) -> dict[int, GpuMemory]:
+    """The memory of each GPU that the run uses; raises ConfigError where less is free than is needed.
+
+    `check_devices` comes first: the GPUs have to be there. `keys` are as in `gpu_needs`.
+    """
+    config, policy = run.config, run.policy.config
+    if all(cuda_index(config, key) is None for key in keys):
+        return {}
+    lengths, found, checked = prompt_lengths(run), cuda_devices(), {}
+    for device, need in gpu_needs(config, policy, lengths, keys).items():
+        memory = GpuMemory(need, found["free_bytes"][device], found["total_bytes"][device])
+        if need.total > memory.free:
+
+            def needed(changed: Config, device: int = device) -> int:
+                return gpu_needs(changed, policy, lengths, keys).get(device, GpuNeed()).total
+
+            raise ConfigError(
+                f"this run needs about {describe(need)} of cuda:{device}, and {memory.free / GIB:.1f} are free; what "
+                f"helps, most first: {advice(config, needed)}"
+            )
+        checked[device] = memory
+    return checked
