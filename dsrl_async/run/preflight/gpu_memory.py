@@ -11,9 +11,15 @@ from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
 from dsrl_async.pi0.tokenizer import language_slots, make_encoder, prompt_ids
-from dsrl_async.run.learner.memory import actor_parameters, agent_bytes, batch_bytes, mirror_bytes, update_bytes
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.host import DEVICE_KEYS, cuda_devices, cuda_index
+from dsrl_async.run.preflight.learner_memory import (
+    actor_parameters,
+    agent_bytes,
+    batch_bytes,
+    mirror_bytes,
+    update_bytes,
+)
 
 GIB = 2**30
 LIBRARIES_BYTES = 256 << 20

@@ -10,9 +10,9 @@ from pi0.test_memory import Allocations, kept_bytes
 
 from dsrl_async.config.load import validate
 from dsrl_async.envs.shipped import TABLETOP
-from dsrl_async.run.learner.memory import agent_bytes, batch_bytes, mirror_bytes, update_bytes
 from dsrl_async.run.learner.sampling import Mirror
 from dsrl_async.run.learner.updates import Updates
+from dsrl_async.run.preflight.learner_memory import agent_bytes, batch_bytes, mirror_bytes, update_bytes
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
