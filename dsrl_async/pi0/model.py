@@ -10,7 +10,7 @@ What makes the layout lean, compared with the published implementations (all are
 - the state token does not depend on the denoising time, so its keys and values are computed once;
 - the last VLM layer computes keys and values only, since nothing reads its output;
 - query, key and value projections are one matrix, as are gate and up;
-- the one key head is not repeated in memory: the heads that share it get a view with stride 0;
+- the query heads that share a key head are further queries of it: keys and values are not repeated;
 - residuals are added inside the matrix products in front of them, and rotations happen in place;
 - everything that depends on the denoising time alone is a table with a row per time.
 """
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from dsrl_async.pi0.config import Pi0Config
 
@@ -32,6 +33,15 @@ EPSILON = 1e-6
 ROPE_BASE = 10_000.0
 MASKED = -2.3819763e38
 """Additive mask of a key that must not be seen; finite, so that a fully masked row stays finite."""
+
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's attention kernels for sampling on a GPU; the first that takes an input gets it.
+
+Flash takes no mask, so it is left with the cameras. Memory-efficient attention takes the rest: any head width, masks
+without a copy of them, from sm80 on as well as before. The last one takes everything, in more memory and time. cuDNN's
+is not among them, though torch prefers it on sm90 and sm100: whether it takes heads of 256 channels has changed from
+version to version, so that two installations would compute differently.
+"""
 
 Extend = Callable[[int, Tensor], Tensor]
 """(layer, new keys and values [B, 2, G, T, D]) -> keys and values [B, 2, G, S, D] to attend to."""
@@ -125,12 +135,28 @@ def rotate_(x: Tensor, rope: Rope) -> None:
     halves.mul_(rope.cos).addcmul_(swapped, rope.sin)
 
 
+def rotate_apart_(x: Tensor, rope: Rope, heads: int) -> Tensor:
+    """As `rotate_`, except that the first `heads` are returned, contiguous [B, T, heads, D], and undefined in x."""
+    halves = x.unflatten(-1, (2, -1))
+    swapped = halves.flip(-2)
+    halves.mul_(rope.cos)
+    halves[:, :, heads:].addcmul_(swapped[:, :, heads:], rope.sin)
+    return torch.addcmul(halves[:, :, :heads], swapped[:, :, :heads], rope.sin).flatten(-2)
+
+
 def attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention: query [B, T, heads, D], keys and values [B, 2, G, S, D] -> [B, T, heads * D]."""
-    share = query.shape[2] // keys_values.shape[2]
-    key, value = keys_values.unsqueeze(3).expand(-1, -1, -1, share, -1, -1).flatten(2, 3).unbind(1)
-    out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+    """Grouped-query attention: query [B, T, heads, D], keys and values [B, 2, G, S, D] -> [B, T, heads * D].
+
+    `mask` is [B, 1, 1, S]: it is the same for all queries, so that the query heads of a key head may be queries like
+    others: attention gets [B, G, T * heads / G, D]. Where there is one key head and `query` is contiguous, both are
+    views.
+    """
+    batch, tokens, heads, width = query.shape
+    groups = keys_values.shape[2]
+    folded = query.unflatten(2, (groups, heads // groups)).transpose(1, 2).flatten(2, 3)
+    key, value = keys_values.unbind(1)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
+    return out.unflatten(2, (tokens, heads // groups)).transpose(1, 2).reshape(batch, tokens, heads * width)
 
 
 def add_projected(x: Tensor, update: Tensor, projection: nn.Linear, gate: Tensor | None, in_place: bool) -> Tensor:
@@ -279,9 +305,9 @@ class GemmaLayer(nn.Module):
         `scratch`, of the same shape and dtype, is for intermediate results; with it x is overwritten.
         """
         qkv = self.qkv(rms_norm(x, attention_norm, scratch)).unflatten(-1, (-1, self.head_dim))
-        rotate_(qkv[:, :, : self.heads + self.kv_heads], rope)
+        query = rotate_apart_(qkv[:, :, : self.heads + self.kv_heads], rope, self.heads)
         keys_values = extend(qkv[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
-        attention = attend(qkv[:, :, : self.heads], keys_values, mask)
+        attention = attend(query, keys_values, mask)
         x = add_projected(x, attention, self.out, attention_norm.gate, in_place=scratch is not None)
         gate, up = self.gate_up(rms_norm(x, mlp_norm, scratch)).chunk(2, dim=-1)
         update = F.gelu(gate, approximate="tanh") * up

@@ -10,8 +10,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
-from dsrl_async.pi0.model import MASKED, Extend, Pi0, Rope, Step, key_mask, prefix_position, step_rows, time_grid
+from dsrl_async.pi0.model import (
+    ATTENTION_KERNELS,
+    MASKED,
+    Extend,
+    Pi0,
+    Rope,
+    Step,
+    key_mask,
+    prefix_position,
+    step_rows,
+    time_grid,
+)
 
 MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
@@ -107,14 +119,16 @@ class Sampler:
     @torch.no_grad()
     def encode(self) -> None:
         """First half: images, prompt and state to keys and values, mask and positions."""
-        self._encode()
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+            self._encode()
 
     @torch.no_grad()
     def denoise(self) -> None:
         """Second half: Euler steps from `noise` to `actions`."""
         self.actions.copy_(self.noise)
-        for step in self._steps:
-            self._step(step)
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+            for step in self._steps:
+                self._step(step)
 
     def _run_encode(self) -> None:
         model, end, state_end = self.model, self._prefix_end, self._state_end

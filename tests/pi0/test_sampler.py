@@ -312,8 +312,8 @@ def test_the_meta_device_finds_violations(violation: Callable[[Tensor], object])
         sampler.denoise()
 
 
-KERNELS_ALLOWED = 4500
-"""A call at full depth with ten steps may launch so many; openpi's PyTorch model launches 12,042."""
+KERNELS_ALLOWED = 4700
+"""A call at full depth with ten steps may launch so many, hidden copies included; openpi's PyTorch model has 12,042."""
 
 
 @pytest.mark.parametrize("pi05", [False, True])
@@ -322,7 +322,7 @@ def test_full_depth_needs_few_kernels(pi05: bool) -> None:
     steered = make_steered(Pi0(config).set_dtype(torch.bfloat16), batch=1)
     with OperationTrace() as trace:
         frozen(steered).sampler.run()
-    assert 2000 < trace.kernels < KERNELS_ALLOWED
+    assert 2000 < trace.kernels + trace.hidden_copies < KERNELS_ALLOWED
 
 
 @pytest.mark.parametrize("pi05", [False, True])
