@@ -88,7 +88,7 @@ class InferenceServer:
     def allowed(self, wanted: int, handed_out: int) -> int:
         """How many of `wanted` requests may be answered now, so that the workers do not outrun the learner.
 
-        Where they must wait, all of them do until all may go on: a full batch costs little more than a batch of one.
+        Where they must wait, all of them do until all may go on: one full batch costs less than its rows one by one.
         The learner can always get far enough for that, see `decisions_allowed`.
         """
         config = self.config
