@@ -167,8 +167,9 @@ class ResultDirectory:
             raise ConfigError(f"--out {self.directory}: {path.name} is damaged; choose another directory") from error
         now = _flat(json.loads(json.dumps(settings)))
         # An earlier version may lack settings that there are now, or have had others and noted other packages.
-        before = {key: field.default for key, field in leaf_fields() if key in now} | before
-        gone = {key for key in before if key not in now and key.startswith(("versions.", *SETTINGS))}
+        defaults = {key: field.default for key, field in leaf_fields()}
+        before = {key: default for key, default in defaults.items() if key in now} | before
+        gone = {key for key in before if key.startswith(("versions.", *SETTINGS)) and key not in now | defaults}
         for key in [*now, *(key for key in before if key not in gone)]:
             if now.get(key) != before.get(key):
                 raise ConfigError(
