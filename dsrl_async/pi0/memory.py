@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.tensors import model_tensors
 
 KEY_ALIGNMENT = 8
 """Keys and values have room for a multiple of so many tokens (`sampler.MASK_ALIGNMENT`)."""
@@ -20,6 +19,7 @@ KEPT = ("vision.patch.", "vision.position")
 
 def weight_bytes(config: Pi0Config, bytes_per_value: int) -> int:
     """Memory of the weights of a loaded policy."""
+    from dsrl_async.pi0.tensors import model_tensors  # which needs safetensors, as nothing else here does
 
     def is_cast(name: str) -> bool:
         if name.startswith("vision."):

@@ -308,6 +308,7 @@ class GemmaLayer(nn.Module):
         query = rotate_apart_(qkv[:, :, : self.heads + self.kv_heads], rope, self.heads)
         keys_values = extend(qkv[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
         attention = attend(query, keys_values, mask)
+        del query  # its memory is the MLP's
         x = add_projected(x, attention, self.out, attention_norm.gate, in_place=scratch is not None)
         gate, up = self.gate_up(rms_norm(x, mlp_norm, scratch)).chunk(2, dim=-1)
         update = F.gelu(gate, approximate="tanh") * up

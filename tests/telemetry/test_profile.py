@@ -36,6 +36,7 @@ from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run import checkpoints
 from dsrl_async.run.inference import server as inference
+from dsrl_async.run.inference.copies import Copies
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.learner import learner
 from dsrl_async.run.learner.updates import Updates
@@ -822,7 +823,7 @@ DELAYS: dict[str, tuple[str, Any, str, float]] = {
     "render": ("actor", InstantEnvironment, "observe", 0.2),
     "reset": ("actor", InstantEnvironment, "reset", 1.0),
     "replay_write": ("actor", ReplayRing, "append", 0.2),
-    "gather": ("inference", inference, "gather", 0.03),
+    "gather": ("inference", Copies, "up", 0.1),
     "prefix": ("inference", SteeredPolicy, "encode", 0.1),
     "denoise": ("inference", SteeredPolicy, "denoise", 0.1),
     "scatter": ("inference", Slots, "answer", 0.1),

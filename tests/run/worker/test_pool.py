@@ -156,7 +156,7 @@ def test_workers_start_play_and_end(pool_of: Callable[..., WorkerPool]) -> None:
             "no forks",
             {},
             RuntimeError,
-            "template of the environment workers is of no use: no process could be made.*limit of processes is reached",
+            "the template of the environment workers is of no use: no process could be made.*the limit .* is reached",
         ),
         (
             "the template is killed between two forks",
