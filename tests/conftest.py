@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -43,7 +42,7 @@ def locked(path: Path, how: int) -> Iterator[None]:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Under pytest-xdist, a test marked `alone` waits until those beside it have ended, and they wait for it."""
     with ExitStack() as stack:
-        if "PYTEST_XDIST_WORKER" in os.environ:
+        if hasattr(item.config, "workerinput"):  # not in a pytest that a test has started
             alone = item.get_closest_marker("alone") is not None
             with locked(DOOR, fcntl.LOCK_EX):  # nobody else comes in while one waits here to be alone
                 stack.enter_context(locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
