@@ -295,7 +295,7 @@ def test_importing_the_package_sets_nothing() -> None:
     [
         "sys.excepthook = print",
         "signal.signal(signal.SIGUSR1, signal.SIG_IGN)",
-        "os.environ['MUJOCO_GL'] = 'egl'",
+        "os.environ['DSRL_PLANTED'] = 'yes'",
         "logging.basicConfig()",
     ],
 )
