@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
+from dsrl_async.host import logs
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """A thread that waits for others of its team sleeps. By default it spins on a core that the one it waits for may need:
@@ -63,6 +65,14 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
             start_new_session=True,
             env=environment,
         )
+
+
+def begin_child(argument: str) -> dict[str, Any]:
+    """Prepare a child process that `start` has started, and its log; returns its job."""
+    job: dict[str, Any] = json.loads(argument)
+    prepare_child(job["parent"])
+    logs.set_up()
+    return job
 
 
 def prepare_child(parent: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.sac_configs import SMALL
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from dsrl_async.config.settings import SacConfig
@@ -15,18 +16,6 @@ from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import Batch, SacAgent, transition_discount
 from dsrl_async.sac.networks import act, preprocess_image
 
-SMALL = SacConfig(
-    image_pool=4,
-    conv_channels=[8],
-    conv_kernels=[4],
-    conv_strides=[4],
-    image_latent_dim=12,
-    state_latent_dim=8,
-    hidden_dims=[16, 12],
-    num_q_heads=3,
-    noise_dim=4,
-    target_entropy=-2.0,
-)
 HORIZON = 10
 
 

@@ -9,24 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.sac_configs import SMALL
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.sac.augmentation import colour_jitter, random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
 from dsrl_async.sac.networks import Actor, Critic, act, aggregate_heads, expand_noise, log_prob, preprocess_image
-
-SMALL = SacConfig(
-    image_pool=4,
-    conv_channels=[8],
-    conv_kernels=[4],
-    conv_strides=[4],
-    image_latent_dim=12,
-    state_latent_dim=8,
-    hidden_dims=[16, 12],
-    num_q_heads=3,
-    noise_dim=4,
-)
 
 
 def with_settings(**changes: object) -> SacConfig:

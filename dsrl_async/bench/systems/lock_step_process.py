@@ -5,7 +5,6 @@ Everything but the order is the run's own: `worker`, `inference.InferenceServer`
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import torch
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.envs import environment_spec
-from dsrl_async.host import logs
 from dsrl_async.host.device import resolve_device
-from dsrl_async.host.processes import prepare_child
+from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import stages_of
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.inference.policies import load_policies
@@ -34,9 +32,7 @@ def learn_what_is_due(learner: Learner) -> None:
 
 def main(argument: str) -> None:
     """`argument` is the job of `run.inference.server.main`."""
-    job = json.loads(argument)
-    prepare_child(job["parent"])
-    logs.set_up()
+    job = begin_child(argument)
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -20,9 +19,8 @@ import zmq
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import environment_spec
-from dsrl_async.host import logs
 from dsrl_async.host.device import resolve_device
-from dsrl_async.host.processes import prepare_child
+from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.inference.batching import batch_wait_s, choose_batch
@@ -153,9 +151,7 @@ class InferenceServer:
 
 def main(argument: str) -> None:
     """Run the inference process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
-    job = json.loads(argument)
-    prepare_child(job["parent"])
-    logs.set_up()
+    job = begin_child(argument)
     torch.set_num_threads(job["threads"])
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     arena = Arena.attach(job["arena"])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,11 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
-from dsrl_async.host import logs
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.files import replacing
 from dsrl_async.host.graphs import graphs_of
-from dsrl_async.host.processes import prepare_child
+from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.run import checkpoints
 from dsrl_async.run.learner.sampling import source_for
@@ -192,9 +190,7 @@ def load_agent(agent: SacAgent, path: Path) -> None:
 
 def main(argument: str) -> None:
     """Run the learner as a process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
-    job = json.loads(argument)
-    prepare_child(job["parent"])
-    logs.set_up()
+    job = begin_child(argument)
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support.paths import CONFIGS
+from support.sac_configs import SMALL
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -37,18 +38,6 @@ from dsrl_async.shm.replay import ReplayRing, replay_fields
 
 HORIZON = 10
 BATCH = 6
-SMALL = SacConfig(
-    image_pool=4,
-    conv_channels=[8],
-    conv_kernels=[4],
-    conv_strides=[4],
-    image_latent_dim=12,
-    state_latent_dim=8,
-    hidden_dims=[16, 12],
-    num_q_heads=3,
-    noise_dim=4,
-    target_entropy=-2.0,
-)
 OTHER: dict[str, object] = {
     "augmentation": "crop_colour",
     "entropy_backup": True,
