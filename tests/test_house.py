@@ -17,7 +17,7 @@ import pytest
 from support.paths import ROOT
 
 PACKAGE = "dsrl_async"
-GROUND = "config pi0 envs sac"
+GROUND = "untrusted config pi0 envs sac"
 MACHINE = "shm host"
 SHARED = "run.frozen_policy run.replay_ratio run.weights run.checkpoints"
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
@@ -25,22 +25,23 @@ BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
 HOUSE = {
     # On the ground: settings, the policy, environments, the small agent. None of them knows that there are processes.
-    "config": "",
-    "pi0": "",
-    "envs": "config",
+    "untrusted": "",
+    "config": "untrusted",
+    "pi0": "untrusted",
+    "envs": "untrusted config",
     "sac": "config",
     # What processes share, and what deals with the operating system and the device.
     "shm": "config envs",
-    "host": "shm",
+    "host": "untrusted shm",
     # What a run shows of itself.
-    "telemetry": "config envs shm host",
+    "telemetry": "untrusted config envs shm host",
     # What the processes of a run have in common: the policy as a protocol, the ratio, the weights, the files.
     "run.frozen_policy": "",
     "run.replay_ratio": "",
     "run.weights": "",
-    "run.checkpoints": "config shm host",
+    "run.checkpoints": "untrusted config shm host",
     # What is checked before anything starts.
-    "run.preflight": f"config pi0 envs {MACHINE} {SHARED}",
+    "run.preflight": f"untrusted config pi0 envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
     "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.weights",
@@ -72,7 +73,10 @@ LIBRARIES = {
 }
 """Room -> other modules that it may not import: what it knows nothing of."""
 
-WITHOUT_TORCH = {"config", "envs", "shm", "telemetry", "run.preflight", "run.worker", "run.supervisor", "launch"}
+WITHOUT_TORCH = {
+    *("untrusted", "config", "envs", "shm", "telemetry"),
+    *("run.preflight", "run.worker", "run.supervisor", "launch"),
+}
 """Rooms of the environment workers, their template and the supervisor: none of their modules imports torch, nor by way
 of any other, but for those in `WITH_TORCH`."""
 WITH_TORCH = {
