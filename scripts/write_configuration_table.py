@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from dsrl_async.config.command_line import type_name
-from dsrl_async.config.load import leaf_fields
+from dsrl_async.config.load import leaf_fields, on_resume
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -18,14 +18,17 @@ def table() -> str:
         "Every key can stand in a YAML file (`--config`) and on the command line (`--sac.gamma 0.99`).",
         "Made by `python scripts/write_configuration_table.py`.",
         "",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
+        "What becomes of another value on `--resume`: `fixed`: the run is refused; `announced`: it is taken and said;",
+        "`free`: it is just taken.",
+        "",
+        "| key | type | default | on resume | meaning |",
+        "|---|---|---|---|---|",
     ]
     for key, field in leaf_fields():
         default = "null" if field.default is None else field.default
         kind = type_name(field.annotation).replace("|", " \\| ")
         meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{key}` | {kind} | `{default}` | {meaning} |")
+        lines.append(f"| `{key}` | {kind} | `{default}` | {on_resume(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

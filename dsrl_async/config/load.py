@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dsrl_async.config.settings import DELETED, Config, ConfigError
+from dsrl_async.config.settings import DELETED, Config, ConfigError, OnResume
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -23,6 +23,12 @@ def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
             yield from leaf_fields(annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def on_resume(field: Any) -> OnResume:
+    """What becomes of a setting that is changed when a run is resumed, by its pydantic FieldInfo."""
+    (fate,) = (mark for mark in field.metadata if isinstance(mark, OnResume))
+    return fate
 
 
 def suggestion(unknown: str, known: Iterable[str], what: str, lists: str = "--help-all") -> str:

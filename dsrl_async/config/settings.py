@@ -9,7 +9,8 @@ The defaults are those of the embedded tabletop task (`configs/tabletop.yaml` sp
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -31,6 +32,27 @@ DELETED_OPTIONS = DELETED | {"learner_device": "write learner.device"}
 """Options of earlier versions, by their names with underscores, and what to do instead."""
 
 
+class OnResume(StrEnum):
+    """What becomes of a setting that is given another value when a run is resumed; every setting is declared with one.
+
+    Another value of a setting that is `FIXED` would make the rows of the replay buffer, the numbers in the networks or
+    the success rate mean something else, or would have no effect any more.
+    """
+
+    FIXED = "fixed"
+    """The run is refused."""
+    ANNOUNCED = "announced"
+    """The run goes on with the new value, and says so."""
+    FREE = "free"
+    """Nothing depends on it but where the run is written to and what is shown of it, so nothing is said."""
+
+
+T = TypeVar("T")
+Fixed = Annotated[T, OnResume.FIXED]
+Announced = Annotated[T, OnResume.ANNOUNCED]
+Free = Annotated[T, OnResume.FREE]
+
+
 class Section(BaseModel):
     """Settings that belong together. Keys that it does not have are refused."""
 
@@ -40,45 +62,47 @@ class Section(BaseModel):
 class EnvConfig(Section):
     """The environment that each worker simulates."""
 
-    name: Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"] = "tabletop"
+    name: Fixed[Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"]] = (
+        "tabletop"
+    )
     """Which environment: the embedded MuJoCo tabletop scene, or a suite of LIBERO (docs/libero.md)."""
-    layout: Literal["fixed", "swap2", "shuffle"] = "swap2"
+    layout: Fixed[Literal["fixed", "swap2", "shuffle"]] = "swap2"
     """tabletop: where the red target plate lies (always in one place, in one of two, or anywhere)."""
-    max_episode_steps: int | None = Field(None, gt=0)
+    max_episode_steps: Fixed[int | None] = Field(None, gt=0)
     """Environment steps after which an episode is truncated; null means 50 for the tabletop, and for LIBERO what
     `preset` says about the suite."""
-    chunk: int = Field(5, gt=0)
+    chunk: Fixed[int] = Field(5, gt=0)
     """Environment steps that a decision executes, out of the policy's action horizon."""
-    use_step_penalty: bool = True
+    use_step_penalty: Fixed[bool] = True
     """Reward -1 per decision and 0 for the one that succeeds; if false, 0 and 1."""
-    reward_rule: Literal["chunk_success", "first_step"] = "chunk_success"
+    reward_rule: Fixed[Literal["chunk_success", "first_step"]] = "chunk_success"
     """`chunk_success`: a decision counts as successful when any of its steps is; `first_step`: only when its
     first step is (RLinf's rule)."""
-    preset: Literal["openpi", "rlinf", "lerobot"] = "openpi"
+    preset: Fixed[Literal["openpi", "rlinf", "lerobot"]] = "openpi"
     """LIBERO: whose protocol `max_episode_steps`, `settling_steps` and `seeding` follow where they are null."""
-    task_ids: list[int] | None = None
+    task_ids: Fixed[list[int] | None] = None
     """LIBERO: numbers of the suite's tasks to play; null means all."""
-    init_states: list[int] | None = None
+    init_states: Fixed[list[int] | None] = None
     """LIBERO: which of a task's published initial states (0 to 49) to start from; null means all."""
-    scene_order: Literal["sampled", "cycled"] = "sampled"
+    scene_order: Announced[Literal["sampled", "cycled"]] = "sampled"
     """LIBERO: an episode's task and initial state are drawn, or follow one another: all initial states of the first
     task, then those of the next."""
-    settling_steps: int | None = Field(None, ge=0)
+    settling_steps: Fixed[int | None] = Field(None, ge=0)
     """LIBERO: steps before an episode that let the objects come to rest; null means what `preset` says."""
-    seeding: Literal["episode", "fixed", "task"] | None = None
+    seeding: Fixed[Literal["episode", "fixed", "task"] | None] = None
     """LIBERO: what places the furniture, which initial states leave open: a seed drawn for each episode, the same
     seed before every episode, or one seed for a task, of whose resets initial state k takes the k-th; null means
     what `preset` says."""
-    image_size: int = Field(224, gt=0)
+    image_size: Fixed[int] = Field(224, gt=0)
     """LIBERO: height and width of the images for the policy."""
-    render_size: int | None = Field(None, gt=0)
+    render_size: Fixed[int | None] = Field(None, gt=0)
     """LIBERO: height and width that the cameras are rendered with, before resizing; null means what `preset` says."""
-    antialias: bool | None = None
+    antialias: Fixed[bool | None] = None
     """LIBERO: average over what a new pixel covers when the policy's images are resized, as openpi's client does; null
     means what `preset` says."""
-    rotate_images: bool = True
+    rotate_images: Fixed[bool] = True
     """LIBERO: turn the images by 180 degrees, as published policies were trained."""
-    render_quality: Literal["exact", "fast"] = "exact"
+    render_quality: Fixed[Literal["exact", "fast"]] = "exact"
     """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, with simpler meshes and
     smaller textures, which takes less than half the time where a CPU renders and differs visibly."""
 
@@ -94,29 +118,29 @@ class EnvConfig(Section):
 class PolicyConfig(Section):
     """The frozen flow-matching policy."""
 
-    checkpoint: str | None = None
+    checkpoint: Announced[str | None] = None
     """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project
     (docs/pi0.md); null means the embedded tabletop policy, which LIBERO cannot use."""
-    tokenizer: str | None = None
+    tokenizer: Announced[str | None] = None
     """A `tokenizer.json` or sentencepiece `.model`, or a directory with one; null means the checkpoint's own."""
-    norm_stats: str | None = None
+    norm_stats: Announced[str | None] = None
     """openpi's `norm_stats.json`, or a directory with one; null means what the checkpoint holds."""
-    action_horizon: int | None = Field(None, gt=0)
+    action_horizon: Announced[int | None] = Field(None, gt=0)
     """Action slots of one sampled chunk; null means what config.json says, else 50 for Pi0 and 10 for Pi0.5."""
-    delta_action_dims: int | None = Field(None, ge=0)
+    delta_action_dims: Announced[int | None] = Field(None, ge=0)
     """How many dimensions of the robot's state, from the first, are added to its actions (openpi's
     `extra_delta_transform` is 6); null means 6 for openpi's and RLinf's Pi0, and 0 for others."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Announced[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Type of the transformers' weights and arithmetic; `auto` is bfloat16 on a GPU and float32 on the CPU."""
-    ignore_render_quality: bool = False
+    ignore_render_quality: Announced[bool] = False
     """LIBERO: play even if the policy, or the resumed run, was trained on images of the other
     `env.render_quality`."""
-    denoise_steps: int = Field(10, gt=0, le=1000)
+    denoise_steps: Fixed[int] = Field(10, gt=0, le=1000)
     """Euler steps from noise (t=1) to action (t=0)."""
-    compile: bool = False
+    compile: Announced[bool] = False
     """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start for each
     batch size and prompt length."""
-    graphs: Literal["auto", "off"] = "auto"
+    graphs: Announced[Literal["auto", "off"]] = "auto"
     """`auto`: on a GPU the policy is captured in CUDA graphs; `off`: every kernel is launched each time, which takes
     longer at small batches."""
 
@@ -128,85 +152,85 @@ class PolicyConfig(Section):
 class SacConfig(Section):
     """DSRL-SAC: networks, losses and optimisation of the noise-choosing agent."""
 
-    image_pool: int = Field(2, ge=1)
+    image_pool: Fixed[int] = Field(2, ge=1)
     """Average-pool the 64x64 image by this factor, a divisor of 64, before the convolutions (2 means 32x32)."""
-    conv_channels: list[int] = [32]
+    conv_channels: Fixed[list[int]] = [32]
     """Output channels of each convolution of the image encoder."""
-    conv_kernels: list[int] = [4]
+    conv_kernels: Fixed[list[int]] = [4]
     """Kernel size of each convolution."""
-    conv_strides: list[int] = [4]
+    conv_strides: Fixed[list[int]] = [4]
     """Stride of each convolution."""
-    conv_padding: int = Field(0, ge=0)
+    conv_padding: Fixed[int] = Field(0, ge=0)
     """Zero padding of each convolution."""
-    image_latent_dim: int = Field(64, gt=0)
+    image_latent_dim: Fixed[int] = Field(64, gt=0)
     """Width of the encoded image."""
-    image_range: Literal["zero_one", "minus_one_one"] = "zero_one"
+    image_range: Fixed[Literal["zero_one", "minus_one_one"]] = "zero_one"
     """Pixels are scaled to [0, 1] (official DSRL) or [-1, 1] (RLinf)."""
-    state_dim: int = Field(8, gt=0)
+    state_dim: Fixed[int] = Field(8, gt=0)
     """Width of the robot's state."""
-    state_latent_dim: int = Field(64, ge=0)
+    state_latent_dim: Fixed[int] = Field(64, ge=0)
     """Width of the encoded robot state; 0 means that the state is used as it is."""
-    hidden_dims: list[int] = [128, 128, 128]
+    hidden_dims: Fixed[list[int]] = [128, 128, 128]
     """Hidden layers of the actor's and of each Q head's MLP."""
-    num_q_heads: int = Field(10, gt=0)
+    num_q_heads: Fixed[int] = Field(10, gt=0)
     """Number of Q functions in the critic."""
-    actor_layer_norm: bool = False
+    actor_layer_norm: Fixed[bool] = False
     """LayerNorm after each hidden layer of the actor."""
-    critic_layer_norm: bool = True
+    critic_layer_norm: Fixed[bool] = True
     """LayerNorm after each hidden layer of the critic."""
-    init: Literal["orthogonal", "default"] = "orthogonal"
+    init: Fixed[Literal["orthogonal", "default"]] = "orthogonal"
     """Initialisation of convolutions and MLPs: orthogonal (official DSRL) or torch's default with a small
     last layer."""
-    noise_dim: int = Field(32, gt=0)
+    noise_dim: Fixed[int] = Field(32, gt=0)
     """Width of one noise vector: the policy's action width."""
-    noise_layout: Literal["repeat", "per_slot"] = "repeat"
+    noise_layout: Fixed[Literal["repeat", "per_slot"]] = "repeat"
     """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
-    action_magnitude: float = Field(0.4, gt=0)
+    action_magnitude: Fixed[float] = Field(0.4, gt=0)
     """How far from zero the actor's noise may be: it is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
-    gamma: float = Field(0.979, gt=0, le=1)
+    gamma: Fixed[float] = Field(0.979, gt=0, le=1)
     """Discount factor of an environment step or a decision, see `discount_per`."""
-    discount_per: Literal["env_step", "decision"] = "env_step"
+    discount_per: Fixed[Literal["env_step", "decision"]] = "env_step"
     """`env_step`: a decision that executed k steps is discounted by gamma^k; `decision`: by gamma."""
-    tau: float = Field(0.02, gt=0, le=1)
+    tau: Announced[float] = Field(0.02, gt=0, le=1)
     """Coefficient of the target network's soft update."""
-    batch_size: int = Field(128, gt=0)
+    batch_size: Announced[int] = Field(128, gt=0)
     """Transitions in a gradient update."""
-    actor_lr: float = Field(1e-3, gt=0)
+    actor_lr: Announced[float] = Field(1e-3, gt=0)
     """Adam learning rate of the actor."""
-    critic_lr: float = Field(1e-3, gt=0)
+    critic_lr: Announced[float] = Field(1e-3, gt=0)
     """Adam learning rate of the critic."""
-    alpha_lr: float = Field(3e-3, ge=0)
+    alpha_lr: Announced[float] = Field(3e-3, ge=0)
     """Adam learning rate of the temperature."""
-    actor_betas: tuple[float, float] = (0.9, 0.999)
+    actor_betas: Announced[tuple[float, float]] = (0.9, 0.999)
     """Adam betas of the actor."""
-    actor_grad_clip: float | None = Field(10.0, gt=0)
+    actor_grad_clip: Announced[float | None] = Field(10.0, gt=0)
     """The actor's gradient is clipped to this norm; null switches clipping off."""
-    critic_grad_clip: float | None = Field(10.0, gt=0)
+    critic_grad_clip: Announced[float | None] = Field(10.0, gt=0)
     """The critic's gradient is clipped to this norm; null switches clipping off."""
-    alpha_grad_clip: float | None = Field(10.0, gt=0)
+    alpha_grad_clip: Announced[float | None] = Field(10.0, gt=0)
     """The temperature's gradient is clipped to this norm; null switches clipping off."""
-    alpha_type: Literal["softplus", "exp"] = "softplus"
+    alpha_type: Fixed[Literal["softplus", "exp"]] = "softplus"
     """How the temperature is parametrised."""
-    initial_alpha: float = Field(0.005, gt=0)
+    initial_alpha: Fixed[float] = Field(0.005, gt=0)
     """Temperature at the start."""
-    target_entropy: float = -16.0
+    target_entropy: Announced[float] = -16.0
     """Entropy that the temperature steers towards."""
-    q_aggregation: Literal["mean", "min"] = "mean"
+    q_aggregation: Announced[Literal["mean", "min"]] = "mean"
     """How the Q heads are combined, in the target and in the actor's loss."""
-    entropy_backup: bool = False
+    entropy_backup: Fixed[bool] = False
     """Subtract alpha*log_prob of the next action in the target, as plain SAC does."""
-    log_std_min: float = -20.0
+    log_std_min: Fixed[float] = -20.0
     """Lower bound of the actor's log standard deviation (-20 and 2 are those of official DSRL and RLinf)."""
-    log_std_max: float = 2.0
+    log_std_max: Fixed[float] = 2.0
     """Upper bound of the actor's log standard deviation."""
-    train_actor_steps: int = Field(10, ge=0)
+    train_actor_steps: Announced[int] = Field(10, ge=0)
     """The actor and the temperature are first updated after this many critic updates."""
-    augmentation: Literal["none", "crop", "crop_colour"] = "none"
+    augmentation: Announced[Literal["none", "crop", "crop_colour"]] = "none"
     """Image augmentation of observation and next observation: random shift by up to `augmentation_pad`
     pixels, also with brightness, contrast and saturation jitter."""
-    augmentation_pad: int = Field(4, gt=0)
+    augmentation_pad: Announced[int] = Field(4, gt=0)
     """Largest random shift in pixels."""
-    evaluation_noise: Literal["deterministic", "stochastic"] = "deterministic"
+    evaluation_noise: Announced[Literal["deterministic", "stochastic"]] = "deterministic"
     """Evaluate with tanh(mean) or with samples."""
 
     @model_validator(mode="after")
@@ -239,22 +263,22 @@ class SacConfig(Section):
 class ReplayConfig(Section):
     """The shared-memory ring that holds transitions."""
 
-    capacity: int = Field(40_000, ge=64)
+    capacity: Announced[int] = Field(40_000, ge=64)
     """Rows for all workers together; a row takes 12.5 kB."""
-    warmup_decisions: int = Field(400, ge=1)
+    warmup_decisions: Announced[int] = Field(400, ge=1)
     """Decisions taken with unsquashed N(0, I) noise before learning starts."""
 
 
 class InferenceConfig(Section):
     """The process that batches observations and samples action chunks."""
 
-    buckets: list[int] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    buckets: Announced[list[int]] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
     """Available batch sizes, in increasing order. A batch is padded to the next one if that fills 90 % of it, and else
     made smaller (docs/throughput.md)."""
-    batch_wait_ms: float | None = Field(None, ge=0)
+    batch_wait_ms: Announced[float | None] = Field(None, ge=0)
     """How long to wait for more observations when not all are ready; null means not at all on a GPU, and 1 ms on a
     CPU, whose cores the workers need to become ready."""
-    threads: int | None = Field(None, gt=0)
+    threads: Announced[int | None] = Field(None, gt=0)
     """CPU threads of the inference process; null means a quarter of the cores, but at least one."""
 
     @model_validator(mode="after")
@@ -267,70 +291,70 @@ class InferenceConfig(Section):
 class LearnerConfig(Section):
     """The process that updates the SAC agent."""
 
-    device: str | None = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$")
+    device: Announced[str | None] = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$")
     """Device of the learner: `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means the policy's."""
-    threads: int | None = Field(None, gt=0)
+    threads: Announced[int | None] = Field(None, gt=0)
     """CPU threads of the learner process; null means a quarter of the cores, but at least one."""
-    precision: Literal["ieee", "tf32", "bf16"] = "ieee"
+    precision: Announced[Literal["ieee", "tf32", "bf16"]] = "ieee"
     """What an update's convolutions and matrix products round their inputs to: `ieee`: float32, nothing is rounded;
     `tf32`: 10 bits, on a GPU only; `bf16`: 7 bits. Weights, losses and optimiser are float32 (docs/learner.md)."""
-    graphs: Literal["auto", "off"] = "auto"
+    graphs: Announced[Literal["auto", "off"]] = "auto"
     """`auto`: on a GPU an update is captured in a CUDA graph; `off`: every kernel is launched each time."""
-    publish_interval: int = Field(10, gt=0)
+    publish_interval: Announced[int] = Field(10, gt=0)
     """Gradient updates between two broadcasts of the actor's weights."""
 
 
 class CheckpointConfig(Section):
     """How often checkpoints are written, and how many are kept."""
 
-    interval_minutes: float = Field(5.0, gt=0)
+    interval_minutes: Announced[float] = Field(5.0, gt=0)
     """Minutes between two checkpoints while the run goes on; the last one is written when it ends."""
-    keep: int = Field(2, gt=0)
+    keep: Announced[int] = Field(2, gt=0)
     """How many checkpoints are kept; older ones are deleted."""
 
 
 class LogConfig(Section):
     """What the run shows of itself while it goes on."""
 
-    interval_s: float = Field(1.0, gt=0)
+    interval_s: Free[float] = Field(1.0, gt=0)
     """Seconds between two refreshes of the console and of TensorBoard."""
-    console: Literal["auto", "live", "plain", "off"] = "auto"
+    console: Free[Literal["auto", "live", "plain", "off"]] = "auto"
     """A live display, plain lines or nothing; `auto` takes the live display where there is a terminal."""
 
 
 class Config(Section):
     """The run as a whole."""
 
-    actors: int = Field(16, gt=0, le=MOST_ACTORS)
+    actors: Announced[int] = Field(16, gt=0, le=MOST_ACTORS)
     """How many environment workers: processes that run one environment each."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Announced[int] = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
-    run_dir: str | None = None
+    run_dir: Free[str | None] = None
     """Directory that the run is written to; null means `runs/<date>-<time>-<environment>`."""
-    resume: str | None = None
+    resume: Free[str | None] = None
     """Directory of a run to continue, with its settings; options override them, also for later resumes
     (`--serial false` takes back `--serial`)."""
-    serial: bool = False
+    serial: Announced[bool] = False
     """Run everything in one process and a fixed order: reproducible bit for bit, and friendly to a debugger."""
-    max_minutes: float | None = Field(None, gt=0)
+    max_minutes: Announced[float | None] = Field(None, gt=0)
     """Stop after this many minutes; a resumed run has as many again."""
-    max_decisions: int | None = Field(None, gt=0)
+    max_decisions: Announced[int | None] = Field(None, gt=0)
     """Stop after this many decisions, counted over all resumes."""
-    profile: bool = False
+    profile: Free[bool] = False
     """Find out what holds throughput back: write a report and a trace to the run directory's `profile`, at the end
     and on SIGUSR1 (docs/profiling.md)."""
-    stop_at_success: float | None = Field(None, gt=0, le=1)
+    stop_at_success: Announced[float | None] = Field(None, gt=0, le=1)
     """Stop when the success rate of the last 100 episodes reaches this, such as 0.9."""
-    replay_ratio: float = Field(1.0, gt=0)
+    replay_ratio: Announced[float] = Field(1.0, gt=0)
     """Gradient updates per decision, counted from the end of the warm-up."""
-    replay_ratio_tolerance: float = Field(0.02, gt=0, lt=1)
+    replay_ratio_tolerance: Announced[float] = Field(0.02, gt=0, lt=1)
     """How far the number of updates may be from `replay_ratio` x decisions, as a fraction of it."""
-    throttle_actors: bool = True
+    throttle_actors: Announced[bool] = True
     """Workers wait while the learner is behind; if false, only the learner waits, while it is ahead."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Announced[Literal["auto", "cpu", "cuda"]] = "auto"
     """Device of the policy, and of the learner unless `learner.device` names another; `auto` is CUDA if there is
     any."""
-    heartbeat_timeout_s: float = Field(120.0, gt=0)
+    heartbeat_timeout_s: Announced[float] = Field(120.0, gt=0)
     """A process that gives no sign of life for this long is taken for dead and replaced; so is a worker, or the
     template of all workers, that takes this long to make or reset an environment."""
     env: EnvConfig = EnvConfig()

@@ -65,12 +65,15 @@ def run(
         ValueError, OSError: a checkpoint cannot be used, or the run cannot be set up; nothing was started.
     """
     config = checked.config
+    changes = preflight.check_resume(config, run_dir) if config.resume is not None else []
     with contextlib.closing(make_console(config)) as console:
         logs.set_up(console.handler, logging.FileHandler(run_dir / "logs" / "supervisor.log"))
         session = Session(checked, run_dir, stop, console)
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)  # of an earlier launch: its checkpoint counts
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
+        if changes:
+            logger.info("resumed with changes: %s", ", ".join(changes))
         if config.serial:
             from dsrl_async.run.supervisor.serial import run_serial
 

@@ -8,17 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from dsrl_async.config.load import get_key, read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.run import checkpoints
-
-FIXED_BY_RUN = (
-    *("env.name", "env.layout", "env.render_quality"),
-    *("sac.image_pool", "sac.conv_channels", "sac.conv_kernels", "sac.conv_strides", "sac.conv_padding"),
-    *("sac.image_latent_dim", "sac.state_dim", "sac.state_latent_dim", "sac.hidden_dims", "sac.num_q_heads"),
-    *("sac.actor_layer_norm", "sac.critic_layer_norm", "sac.noise_dim", "sac.noise_layout", "sac.alpha_type"),
-)
-"""Keys that a resumed run keeps: what it learned from, and what shapes its networks."""
+from dsrl_async.run.preflight.resume import check_resume
 
 
 def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
@@ -59,20 +50,3 @@ def choose_run_directory(config: Config) -> Path:
             f"run_dir: {run_dir} is not empty; choose another one, or continue it with --resume {run_dir}"
         )
     return run_dir
-
-
-def check_resume(config: Config, run_dir: Path) -> None:
-    if (checkpoint := checkpoints.find(run_dir)) is None:
-        raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
-    done = sum(checkpoints.read_state(checkpoint)["counters"]["actor_decisions"])
-    if config.max_decisions is not None and done >= config.max_decisions:
-        raise ConfigError(f"max_decisions: {done} of {config.max_decisions} are done already; give a larger number")
-    before = validate(read_run_settings(run_dir))
-    for key in FIXED_BY_RUN:
-        if key == "env.render_quality" and config.policy.ignore_render_quality:
-            continue
-        if (now := get_key(config, key)) != (saved := get_key(before, key)):
-            forced = ", or set policy.ignore_render_quality" if key == "env.render_quality" else ""
-            raise ConfigError(
-                f"{key}: the resumed run was made with {saved}, not {now}; leave it so, or start a new run{forced}"
-            )
