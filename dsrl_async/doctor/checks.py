@@ -19,7 +19,7 @@ import psutil
 
 from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
 from dsrl_async.doctor.probes import cuda, egl_devices, render
-from dsrl_async.envs import environment_record, libero_files
+from dsrl_async.envs import environment_record, graphics, libero_files
 from dsrl_async.host import processes
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
 from dsrl_async.host.probe import Unanswered, ask
@@ -61,10 +61,12 @@ def has_nvidia_gpu() -> bool:
 
 
 def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
-    if not environment_record(config.env.model_dump()).needs_opengl:
+    environment = environment_record(config.env.model_dump())
+    if not environment.needs_opengl:
         yield Finding("graphics", "ok", f"{config.env.name} casts rays on the CPU and needs no OpenGL")
         return
-    chosen = os.environ.get("MUJOCO_GL", "egl")
+    preflight.check_graphics(environment)
+    chosen = graphics.variables()["MUJOCO_GL"]
     failure, software = None, False
     try:
         answer = ask(render, options.time_limit_s)
@@ -80,12 +82,7 @@ def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
         except Unanswered:
             continue
     if failure:
-        remedy = (
-            f"set MUJOCO_GL={working[0]}, which works here"
-            if working
-            else "install the GPU's driver with EGL, or without a GPU libegl1, libegl-mesa0 and libgl1-mesa-dri "
-            "(or libosmesa6, and set MUJOCO_GL=osmesa)"
-        )
+        remedy = f"set MUJOCO_GL={working[0]}, which works here" if working else graphics.remedy(chosen)
         yield Finding("graphics", "problem", f"MUJOCO_GL={chosen} cannot render ({failure}); {remedy}")
     if software and has_nvidia_gpu():
         yield Finding(
@@ -99,9 +96,8 @@ def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def _graphics_environment(backend: str, device: int | None = None) -> dict[str, str]:
-    """The environment with another backend or device, and without CUDA's choice, which robosuite would check it by."""
-    dropped = ("PYOPENGL_PLATFORM", "CUDA_VISIBLE_DEVICES")
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    """The environment with another backend or device."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYOPENGL_PLATFORM"}
     return kept | {"MUJOCO_GL": backend} | ({} if device is None else {"MUJOCO_EGL_DEVICE_ID": str(device)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,9 +28,9 @@ SCENE = """
 def egl_devices() -> dict[str, Any]:
     """How many devices EGL can enumerate; `MUJOCO_EGL_DEVICE_ID` numbers them from 0."""
     os.environ["PYOPENGL_PLATFORM"] = "egl"
-    from mujoco.egl import egl_ext
+    import dsrl_async.envs.simulator  # noqa: F401  it loads MuJoCo, of which the next line imports a part
 
-    return {"devices": len(egl_ext.eglQueryDevicesEXT())}
+    return {"devices": len(import_module("mujoco.egl.egl_ext").eglQueryDevicesEXT())}
 
 
 def render() -> dict[str, Any]:
@@ -37,14 +38,18 @@ def render() -> dict[str, Any]:
 
     `seconds` is the median time of the two pictures of a scene of two bodies, read back.
     """
-    import mujoco
     import numpy as np
 
+    from dsrl_async.envs import graphics
+    from dsrl_async.envs.simulator import import_robosuite, mujoco
+
     if find_spec("robosuite") is not None:
-        from robosuite.utils.binding_utils import GLContext
+        contexts = import_robosuite()
     else:
-        from mujoco import GLContext
-    context = GLContext(max_width=RENDER_SIZE, max_height=RENDER_SIZE)
+        os.environ.update(graphics.variables())
+        backend = os.environ["MUJOCO_GL"]
+        contexts = import_module("mujoco." + {"glx": "glfw"}.get(backend, backend))
+    context = contexts.GLContext(max_width=RENDER_SIZE, max_height=RENDER_SIZE)
     context.make_current()
     from OpenGL import GL  # type: ignore[import-untyped]
 

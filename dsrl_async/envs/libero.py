@@ -27,16 +27,16 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.envs import libero_files
 from dsrl_async.envs.images import resize_with_pad
-from dsrl_async.envs.libero_cameras import Cameras, no_rendering
+from dsrl_async.envs.libero_cameras import Cameras
 from dsrl_async.envs.libero_presets import PRESETS
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentRecord, check_chunk
+from dsrl_async.envs.simulator import import_libero, mujoco
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +58,6 @@ class Scene(NamedTuple):
     """Seed of numpy's global generator before the reset, which places the fixtures: the initial state does not."""
     resets: int
     """Number of resets of a new scene after the seed; the last one counts."""
-
-
-def _import_libero() -> Any:
-    """The module `libero.libero.envs`. Raises ValueError if it or OpenGL's library cannot be loaded."""
-    libero_files.prepare_import()
-    logging.getLogger("robosuite_logs").disabled = True  # it warns about a missing file that nobody needs
-    not_imported = "LIBERO cannot be imported: {}; see docs/libero.md for what to install"
-    try:
-        import robosuite.utils.binding_utils  # noqa: F401  this loads OpenGL's library
-    except ModuleNotFoundError as error:
-        raise ValueError(not_imported.format(error)) from error
-    except Exception as error:
-        raise ValueError(no_rendering(error)) from error
-    try:
-        import libero.libero.envs as envs
-    except ImportError as error:
-        raise ValueError(not_imported.format(error)) from error
-    return envs
 
 
 def axis_angle(quaternion: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -119,7 +101,7 @@ class LiberoEnvironment:
         self._init_state_ids = {
             task: libero_files.selected_init_states(self.suite, task, chosen) for task in self.tasks
         }
-        self._domains = _import_libero()
+        self._domains = import_libero()
         self._task: int | None = None
         self.domain: Any = None
         """LIBERO's environment of the present task (`BDDLBaseDomain`), for the scripted expert and the recorder."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.envs import light_graphics
+from dsrl_async.envs.graphics import no_rendering
+from dsrl_async.envs.simulator import mujoco
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 CONTEXT_SIZE = {"max_width": 640, "max_height": 480}  # as in robosuite; drawing uses a buffer of its own
@@ -19,15 +19,6 @@ FAST_MESH_FACES = 600
 """Upper limit on a mesh's faces if `render_quality` is fast."""
 FAST_TEXTURE_SIZE = 512
 """Upper limit on the pixels along a texture's longer side if `render_quality` is fast."""
-
-
-def no_rendering(error: Exception) -> str:
-    """What to tell the user when OpenGL does not work, in one sentence."""
-    return (
-        f"LIBERO cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'egl')} "
-        f"({type(error).__name__}: {' '.join(str(error).split())}); without a GPU install libegl1, libegl-mesa0 and "
-        "libgl1-mesa-dri, or libosmesa6 and set MUJOCO_GL=osmesa"
-    )
 
 
 class Cameras:

@@ -8,10 +8,11 @@ import math
 import mmap
 from typing import Any
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from dsrl_async.envs.simulator import mujoco
 
 CANDIDATES = 12
 """Number of old corners near a new one that are compared."""

@@ -13,11 +13,11 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.envs.protocol import ChunkOutcome, check_chunk
+from dsrl_async.envs.simulator import mujoco
 from dsrl_async.envs.tabletop_spec import TABLETOP
 
 LAYOUTS = ("fixed", "swap2", "shuffle")

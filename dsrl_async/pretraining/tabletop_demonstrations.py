@@ -12,7 +12,6 @@ import multiprocessing
 from functools import cache
 from pathlib import Path
 
-import mujoco
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from rich.progress import track
 
 from dsrl_async import __version__
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.envs.simulator import mujoco
 from dsrl_async.envs.tabletop import TabletopEnvironment
 from dsrl_async.pretraining.tabletop_expert import TabletopExpert
 

@@ -93,7 +93,15 @@ def test_wrong_settings_are_refused(change: dict) -> None:
         make_environment(CONFIG | change)
 
 
-def test_a_specification_needs_no_simulator_and_an_environment_neither_torch_nor_opengl() -> None:
+@pytest.mark.parametrize(
+    "variables",
+    [{"MUJOCO_GL": name} for name in ("disabled", "osmesa", "egl", "bogus")] + [{"PYOPENGL_PLATFORM": "glx"}],
+    ids=str,
+)
+def test_a_specification_needs_no_simulator_and_an_environment_neither_torch_nor_opengl(
+    variables: dict[str, str],
+) -> None:
+    """Whatever its variables say, and so whatever is installed of OpenGL."""
     program = (
         "import sys, numpy as np, dsrl_async.envs as envs\n"
         f"envs.environment_spec({CONFIG})\n"
@@ -102,10 +110,11 @@ def test_a_specification_needs_no_simulator_and_an_environment_neither_torch_nor
         "environment.reset(0)\n"
         "assert environment.render(64).std() > 10\n"
         "assert 'mujoco' in sys.modules and not {'torch', 'OpenGL', 'glfw'} & sys.modules.keys()\n"
+        f"import os; assert all(os.environ[name] == value for name, value in {variables}.items())\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"MUJOCO_GL": "disabled"},
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         check=False,

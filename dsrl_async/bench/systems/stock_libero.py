@@ -13,12 +13,11 @@ class StockEnvironment:
 
     def __init__(self, suite: str, task: int, render_size: int = 256) -> None:
         from dsrl_async.envs import libero_files
+        from dsrl_async.envs.simulator import import_libero
 
-        libero_files.prepare_import()
-        from libero.libero.envs import OffScreenRenderEnv
-
+        stock = import_libero()
         self.init_states = libero_files.init_states(suite, task)
-        self.env = OffScreenRenderEnv(
+        self.env = stock.OffScreenRenderEnv(
             bddl_file_name=str(libero_files.bddl_file(suite, task)),
             camera_heights=render_size,
             camera_widths=render_size,

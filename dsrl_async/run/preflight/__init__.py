@@ -4,7 +4,13 @@ from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
 from dsrl_async.run.preflight.host import check_descriptors, check_device, check_devices
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed
-from dsrl_async.run.preflight.policy import check_checkpoint, check_environment, check_fit, check_render_quality
+from dsrl_async.run.preflight.policy import (
+    check_checkpoint,
+    check_environment,
+    check_fit,
+    check_graphics,
+    check_render_quality,
+)
 from dsrl_async.run.preflight.resume import check_resume
 from dsrl_async.run.preflight.run_directory import choose_run_directory, open_run_directory
 
@@ -18,6 +24,7 @@ __all__ = [
     "check_environment",
     "check_fit",
     "check_gpu_memory",
+    "check_graphics",
     "check_memory",
     "check_render_quality",
     "check_resume",

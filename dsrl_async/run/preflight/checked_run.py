@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record
 from dsrl_async.pi0.files import PolicyFiles
-from dsrl_async.run.preflight.policy import check_checkpoint, check_environment, check_fit, check_render_quality
+from dsrl_async.run.preflight.policy import (
+    check_checkpoint,
+    check_environment,
+    check_fit,
+    check_graphics,
+    check_render_quality,
+)
 
 
 @dataclass(frozen=True)
@@ -40,4 +46,6 @@ def check_run(config: Config) -> CheckedRun:
     spec, files = check_environment(config), check_checkpoint(config)
     check_fit(config, files.config, spec)
     check_render_quality(config, files.maker)
-    return CheckedRun(config, environment_record(config.env.model_dump()), spec, files)
+    environment = environment_record(config.env.model_dump())
+    check_graphics(environment)
+    return CheckedRun(config, environment, spec, files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentSpec, environment_record, environment_spec
+from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record, environment_spec, graphics
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
 from dsrl_async.pi0.tensors import read_json
@@ -23,6 +23,15 @@ def check_environment(config: Config) -> EnvironmentSpec:
     except ValueError as error:
         key = "" if str(error).startswith("env.") else "env.name: "
         raise ConfigError(f"{key}{error}") from error
+
+
+def check_graphics(environment: EnvironmentRecord) -> None:
+    """Raises ConfigError if the environment draws with OpenGL and the variables that choose it make no sense."""
+    try:
+        if environment.needs_opengl:
+            graphics.variables()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check_checkpoint(config: Config) -> PolicyFiles:
