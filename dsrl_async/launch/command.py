@@ -65,11 +65,15 @@ def run(
         ValueError, OSError: a checkpoint cannot be used, or the run cannot be set up; nothing was started.
     """
     config = checked.config
-    changes = preflight.check_resume(config, run_dir) if config.resume is not None else []
     with contextlib.closing(make_console(config)) as console:
         logs.set_up(console.handler, logging.FileHandler(run_dir / "logs" / "supervisor.log"))
+        made_with, changes = preflight.made_with(checked), []
+        if config.resume is not None:
+            changes = preflight.check_resume(config, run_dir)
+            changes += preflight.check_made_with(run_dir, made_with, checked.policy.directory)
         session = Session(checked, run_dir, stop, console)
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)  # of an earlier launch: its checkpoint counts
+        preflight.record_made_with(run_dir, made_with)
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
         if changes:

@@ -28,12 +28,22 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("mode", [[], ["--serial"]], ids=["asynchronous", "serial"])
 def test_it_goes_on_where_it_was(old_run: Path, mode: list[str]) -> None:
     before = metrics(old_run)
+    assert not (old_run / "made_with.json").exists()
     run = Launched(old_run, "--resume", str(old_run), "--max-decisions", "130", *mode)
     result = run.finish()
     assert result["returncode"] == 0, result["stderr"]
     assert (result["exit_reason"], result["decisions"]) == ("max_decisions", 130)
     assert result["episodes"] >= EPISODES + 2
     assert UPDATES + 20 <= result["updates"] <= 130 - 16  # one for each decision after the warm-up
+    log = (old_run / "logs" / "supervisor.log").read_text()
+    assert "with which policy the run was made was not recorded; it goes on with" in log
+    assert "resumed with changes: " in log
+    assert "max_decisions 100 -> 130" in log
+    assert json.loads((old_run / "made_with.json").read_text())["policy"].keys() >= {
+        "weights",
+        "norm_stats",
+        "tokenizer",
+    }
     lines = metrics(old_run)
     assert [line["decisions"] for line in lines] == sorted(line["decisions"] for line in lines)
     assert lines[: len(before)] == before

@@ -3,6 +3,7 @@
 from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
 from dsrl_async.run.preflight.host import check_descriptors, check_device, check_devices
+from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
@@ -25,12 +26,15 @@ __all__ = [
     "check_fit",
     "check_gpu_memory",
     "check_graphics",
+    "check_made_with",
     "check_memory",
     "check_render_quality",
     "check_resume",
     "check_run",
     "choose_run_directory",
     "describe",
+    "made_with",
     "memory_needed",
     "open_run_directory",
+    "record_made_with",
 ]
