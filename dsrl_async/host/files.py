@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -15,11 +16,12 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, beat: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Give the block another path to write to; when the block ends, what it wrote takes the place of `path`.
 
-    The contents of a file are on the disk by then; for those of a directory the block calls `sync`. If the block raises
-    or the disk is full, `path` is as it was before, and what had been written is removed.
+    What was written, file or directory, is on the disk before it has its name, and the name is there when this ends. If
+    the block raises or the disk is full, `path` is as it was before, and what had been written is removed. `beat` is
+    called before each wait for the disk.
 
     Raises:
         OSError: the file could not be written or renamed.
@@ -28,12 +30,23 @@ def replacing(path: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        sync(temporary)
+        for written in _inside_out(temporary):
+            beat()
+            sync(written)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             remove(temporary)
         raise
+    sync(path.parent)
+
+
+def _inside_out(path: Path) -> Iterator[Path]:
+    """All files and directories in a directory, each after what it holds, and at last `path` itself."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            yield from _inside_out(inner)
+    yield path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,13 +60,16 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems sync their directories by themselves
+            raise
     finally:
         os.close(fd)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory with everything in it, if there is one."""
-    if path.is_dir():
+    """Remove a file, a link (but not what it leads to), or a directory with everything in it, if there is one."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

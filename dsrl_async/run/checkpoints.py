@@ -3,40 +3,106 @@
     <run>/checkpoints/
       00001234-00001650/        named by the numbers of gradient updates and of decisions
         agent.safetensors       actor, critic, target, temperature, optimisers, generator
-        state.json              counters, sampling RNG, versions
+        state.json              counters, versions, and the size and hash of each of the other files
         replay/lane-0000.safetensors ...   rows of each lane, oldest first
       recovery.safetensors      while the run goes on: the agent, for a learner that has to replace one that died
 
 The newest directory is the one that counts. There is no link to it: run directories are copied by tools that do not
-keep links.
+keep links. Whatever else lies here, copies and notes and what such tools leave, is not looked at and stays.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
 
 from dsrl_async import __version__
-from dsrl_async.host.files import remove, replacing, sync, temporary_path
+from dsrl_async.host.files import remove, replacing, temporary_path
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.untrusted import check_regular, read_json
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 AGENT, STATE = "agent.safetensors", "state.json"
 KEPT = ("actor_started_episodes", "learner_updates", "control_wall_s")
 SUMMED = ("actor_decisions", "actor_env_steps", "actor_episodes", "actor_successes", "actor_policy_lag")
+LARGEST_SUM = 2**62  # of a counter over all lanes, which is an int64
+LARGEST_VALUE = 1e9  # of anything in a row; a flipped bit of an exponent makes more of it
+
+NAME = re.compile(r"([0-9]+)-([0-9]+)")
+TEMPORARY = re.compile(r"\.[0-9]+-[0-9]+\.tmp")
+"""What a process that was killed while it wrote a checkpoint leaves, see `files.temporary_path`."""
+
+
+class FileRecord(BaseModel):
+    """What `state.json` says of another file of its checkpoint."""
+
+    model_config = ConfigDict(strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+Counts = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST_SUM)]], Field(min_length=1)]
+
+
+class SavedCounters(BaseModel):
+    """The counters in `state.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    learner_updates: Counts = Field(max_length=1)
+    control_wall_s: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(min_length=1, max_length=1)
+    actor_started_episodes: Counts
+    actor_decisions: Counts
+    actor_env_steps: Counts
+    actor_episodes: Counts
+    actor_successes: Counts
+    actor_policy_lag: Counts
+
+
+class State(BaseModel):
+    """The contents of `state.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    lanes: int
+    counters: SavedCounters
+    files: dict[str, FileRecord] | None = None
+    """By path in the checkpoint; None in checkpoints from before there were hashes."""
+    sha256: str | None = None
+    """Of the rest, see `_digest`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> State:
+        for name, values in self.counters:
+            if name.startswith("actor_") and (len(values) != self.lanes or sum(values) > LARGEST_SUM):
+                raise ValueError(f"{name} does not fit {self.lanes} lanes")
+        if self.files is not None and self.files.keys() != set(_data_files(self.lanes)):
+            raise ValueError(f"the files that it lists are not those of {self.lanes} lanes")
+        return self
 
 
 def save(
     run_dir: Path,
-    save_agent: Callable[[Path], None],
+    agent: bytes,
     counters: Counters,
     ring: ReplayRing,
     keep: int,
@@ -44,40 +110,83 @@ def save(
 ) -> Path:
     """Write a checkpoint; older ones beyond `keep` are removed.
 
-    Workers may go on meanwhile. `save_agent(path)` writes the agent's safetensors file; `beat` is called between the
+    Workers may go on meanwhile. `agent` is the contents of the agent's safetensors file; `beat` is called between the
     larger writes, as a sign of life.
 
     Raises:
-        OSError, SafetensorError: it could not be written; the checkpoints before it are as they were.
+        OSError: it could not be written; the checkpoints before it are as they were.
     """
     root = run_dir / "checkpoints"
     snapshot = counters.snapshot()
     name = f"{int(snapshot['learner_updates'][0]):08d}-{int(snapshot['actor_decisions'].sum()):08d}"
+    _clear_abandoned(root)
     final = root / name
-    if final.exists():  # nothing has happened since
-        return final
-    for abandoned in root.glob(temporary_path(Path("*")).name):  # by a process that was killed while it wrote
-        remove(abandoned)
-    state = {
-        "format": FORMAT,
-        "dsrl_async": __version__,
-        "lanes": ring.lanes,
-        "counters": {key: array.tolist() for key, array in snapshot.items() if key in SUMMED or key in KEPT},
-    }
-    with replacing(final) as temporary:
+    while os.path.lexists(final) or os.path.lexists(temporary_path(final)):
+        if _is_ours(final):  # nothing has happened since
+            return final
+        final = root / f"0{final.name}"  # something else has the name
+    files: dict[str, dict[str, Any]] = {}
+    with replacing(final, beat) as temporary:
         (temporary / "replay").mkdir(parents=True)
-        save_agent(temporary / AGENT)
-        for lane in range(ring.lanes):
+        for file in _data_files(ring.lanes):
             beat()
-            save_file(ring.export_lane(lane), temporary / "replay" / f"lane-{lane:04d}.safetensors")
-        (temporary / STATE).write_text(json.dumps(state))
-        for path in temporary.rglob("*"):
-            beat()
-            sync(path)
-    sync(root)
-    for old in complete(root)[:-keep]:
-        shutil.rmtree(old)
+            content = agent if file == AGENT else to_bytes(ring.export_lane(len(files) - 1))
+            (temporary / file).write_bytes(content)
+            files[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        state = {
+            "format": FORMAT,
+            "dsrl_async": __version__,
+            "lanes": ring.lanes,
+            "counters": {key: array.tolist() for key, array in snapshot.items() if key in SUMMED or key in KEPT},
+            "files": files,
+        }
+        (temporary / STATE).write_text(json.dumps({**state, "sha256": _digest(state)}))
+    for old in [path for path in complete(root) if _is_ours(path) and path != final][: 1 - keep or None]:
+        try:
+            _discard(old)
+        except OSError as error:
+            logger.warning("the old checkpoint %s cannot be removed: %s", old, error.strerror)
     return final
+
+
+def _data_files(lanes: int) -> list[str]:
+    """The files of a checkpoint besides `state.json`."""
+    return [AGENT, *(f"replay/lane-{lane:04d}.safetensors" for lane in range(lanes))]
+
+
+def _digest(state: dict[str, Any]) -> str:
+    """Hash of all that `state.json` says but this hash."""
+    rest = {key: value for key, value in state.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _clear_abandoned(root: Path) -> None:
+    """Remove what a process that was killed left half written."""
+    recovery = temporary_path(recovery_path(root.parent))
+    for path in [recovery, *(path for path in root.iterdir() if TEMPORARY.fullmatch(path.name) and path.is_dir())]:
+        with contextlib.suppress(OSError):
+            remove(path)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this is a whole checkpoint where this code wrote it, and no copy of one under another name."""
+    numbers = NAME.fullmatch(path.name)
+    if path.is_symlink() or numbers is None or min(map(len, numbers.groups())) < 8:
+        return False
+    try:
+        return _numbers(_read_state(path)) == tuple(map(int, numbers.groups()))
+    except ValueError:
+        return False
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint of ours, but not what somebody else has put into it."""
+    files = [STATE, *_data_files(_read_state(checkpoint)["lanes"])]
+    if {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")} - {"replay", *files}:
+        for file in files:  # from the first on it is no checkpoint any more
+            (checkpoint / file).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(checkpoint.replace(temporary_path(checkpoint)))
 
 
 def recovery_path(run_dir: Path) -> Path:
@@ -85,33 +194,121 @@ def recovery_path(run_dir: Path) -> Path:
 
 
 def complete(root: Path) -> list[Path]:
-    """The checkpoints in a directory, oldest first."""
-    found = [path for path in root.glob("[0-9]*-[0-9]*") if (path / STATE).is_file()] if root.is_dir() else []
-    return sorted(found, key=lambda path: [int(number) for number in path.name.split("-")])
+    """The checkpoints in a directory, oldest first: named by their two numbers, and with a `state.json`.
+
+    A copy under two other numbers is none. One of which `state.json` cannot be used is one, so that whoever goes on
+    from it is told.
+    """
+    found: list[tuple[int, int, int, Path]] = []
+    for name in _list(root):
+        path, match = root / name, NAME.fullmatch(name)
+        if match is not None and os.path.isfile(path / STATE):  # unlike Path's, it says no where it may not look
+            updates, decisions = map(int, match.groups())
+            with contextlib.suppress(ValueError):
+                if _numbers(_read_state(path)) != (updates, decisions):
+                    continue
+            found.append((updates, decisions, len(name), path))
+    return [path for *_, path in sorted(found)]
+
+
+def _list(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def find(path: Path) -> Path | None:
-    """The checkpoint directory meant by `path`: itself, or the newest of a run (or of its `checkpoints`), or None."""
-    if (path / STATE).is_file() and (path / AGENT).is_file():
-        return path.resolve()
+    """The checkpoint directory meant by `path`: itself, or the newest of a run (or of its `checkpoints`), or None.
+
+    It is absolute, but links in it are kept: a checkpoint belongs to the run in which it is found, wherever it lies.
+    """
+    path = path.absolute()
+    if os.path.isfile(path / STATE) and os.path.isfile(path / AGENT):
+        return path
     newest = (complete(path / "checkpoints") or complete(path))[-1:]
-    return newest[0].resolve() if newest else None
+    return newest[0] if newest else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The contents of `state.json`; raises ValueError with one sentence if it cannot be used."""
+    with _naming_an_older_one(checkpoint):
+        return _read_state(checkpoint)
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    state = read_json(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT}, the only one that this version reads")
-    missing = {"lanes", "counters"} - state.keys()
-    missing |= {*SUMMED, *KEPT} - state.get("counters", {}).keys()
-    if missing:
-        raise ValueError(f"{path} is incomplete: it lacks {', '.join(sorted(missing))}")
+    try:
+        valid = State.model_validate(state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged: {where}{': ' * bool(where)}{first['msg']}") from error
+    if valid.files is not None and valid.sha256 != _digest(state):
+        raise ValueError(f"{path} is damaged: what it says does not have the hash that it names")
     return state
+
+
+def _numbers(state: dict[str, Any]) -> tuple[int, int]:
+    """The updates and decisions that a checkpoint is named by."""
+    return state["counters"]["learner_updates"][0], sum(state["counters"]["actor_decisions"])
+
+
+def check(checkpoint: Path) -> dict[str, Any]:
+    """Check that a checkpoint is whole, but for the values of its rows; returns the contents of `state.json`.
+
+    Raises ValueError with one sentence that names the file which is missing, damaged or of another checkpoint.
+    """
+    state = _read_state(checkpoint)
+    for file in _data_files(state["lanes"]):
+        path, record = checkpoint / file, (state.get("files") or {}).get(file)
+        size = check_regular(path)
+        if record is None:
+            continue
+        if size != record["bytes"]:
+            raise ValueError(f"{path} is damaged: it has {size} bytes, {STATE} says {record['bytes']}")
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != record["sha256"]:
+            raise ValueError(f"{path} is damaged or of another checkpoint: its hash is not the one in {STATE}")
+    check_agent(checkpoint / AGENT)
+    return state
+
+
+def check_agent(path: Path) -> None:
+    """Check that an agent's file is whole, and that its numbers are finite; raises ValueError with one sentence."""
+    check_regular(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            broken = [name for name in sorted(file.keys()) if not np.isfinite(file.get_tensor(name)).all()]
+    except Exception as error:  # whatever safetensors and numpy may say
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if broken:
+        raise ValueError(f"{path} cannot be used: its {broken[0]} is not finite")
+
+
+@contextlib.contextmanager
+def _naming_an_older_one(checkpoint: Path) -> Iterator[None]:
+    """Let a ValueError about a checkpoint say which older one beside it is whole."""
+    try:
+        yield
+    except ValueError as error:
+        beside = complete(checkpoint.parent)
+        older = beside[: beside.index(checkpoint)] if checkpoint in beside else []
+        if (whole := _last_whole(older)) is None:
+            raise
+        raise ValueError(f"{error}; {whole} is whole: continue from there with --resume {whole}") from error
+
+
+def _last_whole(paths: Sequence[Path]) -> Path | None:
+    for path in reversed(paths):
+        with contextlib.suppress(ValueError):
+            check(path)
+            return path
+    return None
 
 
 def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> None:
@@ -119,13 +316,9 @@ def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> No
 
     Raises ValueError with one sentence if a file is missing, damaged or does not fit.
     """
-    agent = checkpoint / AGENT
-    try:
-        with safe_open(agent, "numpy"):  # the learner loads it; that it is whole is checked before anything starts
-            pass
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{agent} cannot be read: {error}") from error
-    state = read_state(checkpoint)
+    with _naming_an_older_one(checkpoint):
+        state = check(checkpoint)
+        lanes = [read_lane(checkpoint / file, ring) for file in _data_files(state["lanes"])[1:]]
     saved = state["counters"]
     counters.learner_updates[0] = saved["learner_updates"][0]
     counters.control_wall_s[0] = saved["control_wall_s"][0]
@@ -136,16 +329,23 @@ def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> No
         mine[0] += sum(values[shared:])
     started = saved["actor_started_episodes"][: len(counters.actor_started_episodes)]
     counters.actor_started_episodes[: len(started)] = started
-    lanes = [read_lane(checkpoint / "replay" / f"lane-{lane:04d}.safetensors", ring) for lane in range(state["lanes"])]
     ring.import_lanes(lanes)
 
 
 def read_lane(path: Path, ring: ReplayRing) -> dict[str, np.ndarray]:
+    """The rows of a lane; raises ValueError with one sentence if they are damaged or do not fit the ring."""
+    check_regular(path)
     try:
         rows = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever safetensors and numpy may say
         raise ValueError(f"{path} cannot be read: {error}") from error
+    count = len(rows["complete"]) if "complete" in rows and rows["complete"].ndim else 0
     for name, mine in ring.rows.items():
-        if name not in rows or rows[name].shape[1:] != mine.shape[2:]:
+        column = rows.get(name)
+        if column is None or column.shape != (count, *mine.shape[2:]) or column.dtype != mine.dtype:
             raise ValueError(f"{path}: rows of {name!r} do not fit this configuration")
+        if column.dtype.kind == "f" and not (np.abs(column) <= LARGEST_VALUE).all():
+            raise ValueError(f"{path} is damaged: its {name!r} holds values that are not finite or too large")
+    if (rows["steps"] < rows["complete"]).any() or rows["complete"][-1:].any():
+        raise ValueError(f"{path} is damaged: it has decisions of no steps, or none that is pending")
     return rows

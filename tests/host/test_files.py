@@ -55,15 +55,49 @@ def test_what_cannot_be_brought_to_the_disk_or_renamed_leaves_the_old_file(
     assert contents(tmp_path) == {"file": "old"}
 
 
+def trace(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed from now on, in order, by file name."""
+    done: list[str] = []
+    rename = Path.replace
+
+    def note_rename(path: Path, target: Path) -> Path:
+        done.append(f"rename {path.name} {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}"))
+    monkeypatch.setattr(Path, "replace", note_rename)
+    return done
+
+
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, synced = tmp_path / "file", []
+    done = trace(monkeypatch)
+    files.write_text(tmp_path / "file", "text")
+    assert done == ["sync .file.tmp", "rename .file.tmp file", f"sync {tmp_path.name}"]
 
-    def note(fd: int) -> None:
-        synced.append((os.readlink(f"/proc/self/fd/{fd}"), path.exists()))
 
-    monkeypatch.setattr(os, "fsync", note)
-    files.write_text(path, "text")
-    assert synced == [(str(files.temporary_path(path)), False)]
+def test_a_directory_is_on_the_disk_from_the_inside_out_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, beats = trace(monkeypatch), []
+    with files.replacing(tmp_path / "directory", lambda: beats.append(len(done))) as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "a").touch()
+        (temporary / "b").touch()
+    last = ["sync .directory.tmp", "rename .directory.tmp directory", f"sync {tmp_path.name}"]
+    assert done[-3:] == last
+    assert sorted(done[:-3]) == ["sync a", "sync b", "sync inner"]
+    assert done.index("sync a") < done.index("sync inner")
+    assert beats == [0, 1, 2, 3]  # a sign of life before each wait for the disk
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_removed_and_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").touch()
+    files.temporary_path(tmp_path / "file").symlink_to(target)
+    files.write_text(tmp_path / "file", "text")
+    assert (target / "mine").is_file()
+    assert not files.temporary_path(tmp_path / "file").is_symlink()
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:

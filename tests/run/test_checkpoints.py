@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,151 @@ def test_abandoned_and_old_checkpoints_are_cleared_and_the_newest_is_found(
     assert names == ["00000004-00000040", "00000005-00000040"]
 
 
+def read_tree(root: Path) -> dict[str, str]:
+    """Every name in a directory, with what is behind it."""
+
+    def read(path: Path) -> str:
+        if path.is_symlink():
+            return f"link to {path.readlink()}"
+        return path.read_bytes().hex() if path.is_file() else f"no file, mode {path.stat().st_mode:o}"
+
+    return {str(path.relative_to(root)): read(path) for path in sorted(root.rglob("*"))}
+
+
+BESIDE = (
+    "{}.bak",
+    "{} (1)",
+    "{} (copy)",
+    "{}_old",
+    "copy of {}",
+    "{}-2",
+    "{}~",
+    ".{}",
+    ".{}.Xy3z9Q",
+    "{}.tmp",
+    "1-2",
+    "٣-٤",
+)
+"""Names of copies of a checkpoint: by hand, by file managers, by rsync; the last are numbers, but not its own."""
+NOTES = ("notes.txt", ".DS_Store", "._{}", ".syncthing.{}.tmp", ".nfs000000000012", "7-7", "{}.sha256", ".8-8.tmp")
+
+
+def litter(root: Path, checkpoint: Path) -> None:
+    """What people and their tools leave beside a checkpoint."""
+    for name in BESIDE:
+        shutil.copytree(checkpoint, root / name.format(checkpoint.name))
+    shutil.copytree(
+        checkpoint, root / checkpoint.name.translate({ord(digit): 0x660 + int(digit) for digit in "0123456789"})
+    )
+    for name in NOTES:
+        (root / name.format(checkpoint.name)).write_text("a note")
+    (root / "9-9").symlink_to("nowhere")
+    (root / "2026-11").mkdir()
+    (root / "99999999-99999999").mkdir()  # a half copy: `state.json` is written last, and sorted last
+    shutil.copy(checkpoint / checkpoints.AGENT, root / "99999999-99999999")
+    (root / "99999998-99999999" / "state.json").mkdir(parents=True)
+    (root / "5-5").mkdir(mode=0)
+    os.mkfifo(root / "6-6")
+
+
+def test_what_lies_beside_checkpoints_is_neither_taken_for_one_nor_removed(
+    small_config: Config, spec: EnvironmentSpec, memory: Arena, run_dir: Path
+) -> None:
+    root, learner = run_dir / "checkpoints", make_learner(small_config, memory, run_dir)
+    fill(memory, 40)
+    learner.update()
+    litter(root, learner.checkpoint())
+    for left in (".77777777-88888888.tmp", ".77777777-88888889.tmp"):  # by processes that were killed
+        (root / left).mkdir()
+    before = read_tree(root)
+    for _ in range(4):
+        learner.update()
+        newest = learner.checkpoint()
+        assert checkpoints.find(run_dir) == newest
+        fresh = create_memory(small_config, spec, HORIZON)
+        checkpoints.restore_shared(newest, Counters(fresh), ReplayRing(fresh))
+        assert Counters(fresh).learner_updates[0] == learner.counters.learner_updates[0]
+    after, kept = read_tree(root), ("00000004-00000040", "00000005-00000040")
+    assert [path.name for path in checkpoints.complete(root)] == list(kept)
+    removed = ("00000001-00000040/", ".7")
+    stays = {name: what for name, what in before.items() if not f"{name}/".startswith(removed)}
+    assert {name: what for name, what in after.items() if not name.startswith(kept)} == stays
+
+
+def test_what_lies_in_an_old_checkpoint_stays_when_that_is_removed(
+    small_config: Config, memory: Arena, run_dir: Path
+) -> None:
+    learner = make_learner(small_config, memory, run_dir)
+    fill(memory, 40)
+    for number in range(4):
+        learner.update()
+        written = learner.checkpoint()
+        if number < 2:
+            (written / "note.txt").write_text("mine")
+            shutil.copy(written / "replay" / "lane-0000.safetensors", written / "replay" / "lane-0000.safetensors~")
+    assert checkpoints.find(run_dir) == written
+    for name in ("00000001-00000040", "00000002-00000040"):
+        left = [file.name for file in (run_dir / "checkpoints" / name).rglob("*") if file.is_file()]
+        assert sorted(left) == ["lane-0000.safetensors~", "note.txt"]
+
+
+def test_an_old_checkpoint_that_is_a_link_or_cannot_be_removed_costs_nothing(
+    small_config: Config,
+    memory: Arena,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learner = make_learner(small_config, memory, run_dir)
+    fill(memory, 40)
+    learner.update()
+    first = learner.checkpoint()
+    elsewhere = first.rename(run_dir / first.name)
+    first.symlink_to(elsewhere)
+    shutil.copytree(first, first.with_name("1-40"))
+    before = read_tree(elsewhere)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for _ in range(3):
+        learner.update()
+        newest = learner.checkpoint()
+    assert "cannot be removed: Operation not permitted" in caplog.text
+    assert checkpoints.find(run_dir) == newest
+    assert first.is_symlink()
+    assert checkpoints.complete(first.parent)[:2] == [first.with_name("1-40"), first]
+    assert read_tree(elsewhere) == before
+
+
+@pytest.mark.parametrize("foreign", ["file", "link", "half copy", "fifo", "temporary file"])
+def test_a_name_that_something_else_has_costs_no_checkpoint(
+    small_config: Config, memory: Arena, run_dir: Path, foreign: str
+) -> None:
+    learner, root = make_learner(small_config, memory, run_dir), run_dir / "checkpoints"
+    fill(memory, 40)
+    learner.update()
+    name = root / "00000001-00000040"
+    if foreign == "file":
+        name.write_text("mine")
+    elif foreign == "link":
+        name.symlink_to("nowhere")
+    elif foreign == "half copy":
+        (name / "replay").mkdir(parents=True)
+        (name / checkpoints.AGENT).write_text("half")
+    elif foreign == "fifo":
+        os.mkfifo(name)
+    else:
+        (root / ".00000001-00000040.tmp").write_text("mine")
+    before = read_tree(root)
+    written = learner.checkpoint()
+    assert written == learner.checkpoint()  # the second time it is there already
+    assert written.name == "000000001-00000040"
+    assert checkpoints.find(run_dir) == written
+    assert before.items() <= read_tree(root).items()
+
+
 def test_a_full_disk_costs_a_checkpoint_and_neither_the_older_ones_nor_its_space(
     small_config: Config, memory: Arena, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,7 +314,7 @@ def test_a_failing_write_keeps_the_checkpoint_before(
     def disk_full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     with pytest.raises(OSError, match="No space"):
         learner.checkpoint()
     learner.config.checkpoint.interval_minutes = 1e-9

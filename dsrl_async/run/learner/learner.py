@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
@@ -144,8 +145,8 @@ class Learner:
             elif now - self._recovery_time >= RECOVERY_INTERVAL_S:
                 self._recovery_time = now
                 with self.phase("checkpoint"), replacing(checkpoints.recovery_path(self.run_dir)) as temporary:
-                    self._save_agent(temporary)
-        except (OSError, SafetensorError) as error:
+                    temporary.write_bytes(self._agent_bytes())
+        except OSError as error:
             self.counters.learner_failed_checkpoints[0] += 1
             logger.warning("could not write a checkpoint: %s", error)
 
@@ -154,15 +155,16 @@ class Learner:
         with self.phase("checkpoint"):
             return checkpoints.save(
                 self.run_dir,
-                self._save_agent,
+                self._agent_bytes(),
                 self.counters,
                 self.ring,
                 self.config.checkpoint.keep,
                 self.beat,
             )
 
-    def _save_agent(self, file: Path) -> None:
-        save_file(self.agent.state_tensors(), file)
+    def _agent_bytes(self) -> bytes:
+        """The contents of the agent's safetensors file."""
+        return to_bytes(self.agent.state_tensors())
 
     def beat(self) -> None:
         self.counters.learner_heartbeat_ns[0] = time.monotonic_ns()
