@@ -171,7 +171,7 @@ class Dispatcher:
 
     def ended(self, lane: int) -> bool:
         """Say whether a lane has played all that it was given."""
-        return int(self._counters.actor_episodes[lane]) == int(self._assignments.given[lane])
+        return self._counters.ended_episodes(lane) == int(self._assignments.given[lane])
 
     def take_outcome(self, lane: int) -> Outcome:
         """Return the outcome of the episode that a lane has ended."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
+from dsrl_async.shm import order
 from dsrl_async.telemetry.console import make_console
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ def run(
         logger.info("run directory: %s", run_dir)
         if changes:
             logger.info("resumed with changes: %s", ", ".join(changes))
+        if (untried := order.warning(platform.machine())) is not None:
+            logger.warning(untried)
         if config.serial:
             from dsrl_async.run.supervisor.serial import run_serial
 

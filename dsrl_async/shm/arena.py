@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dsrl_async.shm import order
+
 Fields = dict[str, tuple[tuple[int, ...], str]]
 """Array name -> (shape, numpy dtype string)."""
 
@@ -56,6 +58,8 @@ class Arena:
 
     @classmethod
     def create(cls, fields: Fields) -> Arena:
+        """Make the mapping; raises ValueError where this machine cannot share it (see `order`)."""
+        order.barrier()
         fd = os.memfd_create("dsrl_async", os.MFD_CLOEXEC)
         os.ftruncate(fd, layout(fields)[1])
         return cls(fd, fields)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from dsrl_async.shm import events
+from dsrl_async.shm import events, order
 from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.counters import Counters, Stop
 
@@ -37,6 +37,7 @@ class Assignments:
         """Let a lane, which has finished what it was given, play an episode, or end with NONE_LEFT."""
         self.episode[lane] = episode
         self.film[lane] = film
+        order.barrier()
         self.given[lane] += 1
 
     def take(self, lane: int, wake_fd: int, notify_fds: Sequence[int]) -> Iterator[int]:
@@ -51,6 +52,7 @@ class Assignments:
                     return
                 events.wait(wake_fd, timeout_s=1.0)
                 counters.actor_heartbeat_ns[lane] = time.monotonic_ns()
+            order.barrier()
             taken += 1
             if self.episode[lane] == NONE_LEFT:
                 return

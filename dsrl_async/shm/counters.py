@@ -13,6 +13,7 @@ from typing import Annotated, get_type_hints
 
 import numpy as np
 
+from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 
 ACTOR_PHASES = ("physics", "render", "reset", "replay_write", "wait_action")
@@ -78,7 +79,7 @@ class Counters:
     """Decisions that were executed to their end."""
     actor_env_steps: LaneCounts
     actor_episodes: LaneCounts
-    """Episodes that have ended."""
+    """Episodes that have ended; see `end_episode`."""
     actor_started_episodes: LaneCounts
     actor_successes: LaneCounts
     actor_policy_lag: LaneCounts
@@ -127,7 +128,7 @@ class Counters:
     learner_phase_s: Annotated[np.ndarray, "float64", len(LEARNER_PHASES)]
     """Seconds in each of `LEARNER_PHASES`."""
     learner_metrics: Annotated[np.ndarray, "float32", LEARNER_METRICS]
-    """Metrics of the last update, in the order of `sac.METRIC_NAMES`."""
+    """Metrics of the last update, in the order of `sac.METRIC_NAMES`; see `note_metrics`."""
     learner_metrics_update: Count
     """The update that they belong to; 0 before the first."""
 
@@ -137,19 +138,49 @@ class Counters:
     @property
     def stop(self) -> Stop:
         """Who is to end now. (Comparing `control_stop` itself with a `Stop` would take numpy 10 microseconds.)"""
-        return Stop(int(self.control_stop[0]))
+        who = Stop(int(self.control_stop[0]))
+        order.barrier()
+        return who
 
     @stop.setter
     def stop(self, who: Stop) -> None:
+        order.barrier()
         self.control_stop[0] = who
 
     def decisions(self) -> int:
         return int(self.actor_decisions.sum())
 
+    def end_episode(self, lane: int, episode_return: float, length: int, success: bool) -> None:
+        """Note the outcome of a lane's episode, then count it."""
+        entry = int(self.actor_episodes[lane]) % EPISODE_LOG
+        self.actor_episode_return[lane, entry] = episode_return
+        self.actor_episode_len[lane, entry] = length
+        self.actor_episode_success[lane, entry] = success
+        self.actor_successes[lane] += success
+        order.barrier()
+        self.actor_episodes[lane] += 1
+
+    def ended_episodes(self, lane: int) -> int:
+        """How many episodes a lane has ended; what came of the last `EPISODE_LOG` of them can be read."""
+        ended = int(self.actor_episodes[lane])
+        order.barrier()
+        return ended
+
+    def note_metrics(self, metrics: np.ndarray, update: int) -> None:
+        """Note the metrics of an update, float32 with up to `LEARNER_METRICS` values, then its number."""
+        self.learner_metrics[: len(metrics)] = metrics
+        order.barrier()
+        self.learner_metrics_update[0] = update
+
     def snapshot(self) -> dict[str, np.ndarray]:
         """A private copy of everything, name -> array."""
-        return {name: array.copy() for name, array in vars(self).items()}
+        numbers = {name: vars(self)[name].copy() for name in PUBLISHING}
+        order.barrier()
+        return {name: numbers[name] if name in numbers else array.copy() for name, array in vars(self).items()}
 
+
+PUBLISHING = ("actor_episodes", "learner_metrics_update")
+"""Counters that are written after others, which they cover."""
 
 _LAYOUTS = {name: hint.__metadata__ for name, hint in get_type_hints(Counters, include_extras=True).items()}
 

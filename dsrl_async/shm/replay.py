@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.slots import SAC_IMAGE_SHAPE
 
@@ -51,9 +52,11 @@ class ReplayRing:
     def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray) -> None:
         """Write an episode's first observation, image uint8 [64, 64, 3] and state float32 [8]."""
         head = int(self.head[lane])
+        order.barrier()  # who sees something of a row that overwrites an older one also sees the number before it
         # A predecessor that was killed inside `append` may have left its pending row marked complete.
         self.rows["complete"][lane, (head - 1) % self.rows_per_lane] = False
         self._write_observation(lane, head, image, state)
+        order.barrier()
         self.head[lane] = head + 1
 
     def append(
@@ -70,6 +73,7 @@ class ReplayRing:
         """Complete the pending row with its outcome and write the next observation behind it."""
         head = int(self.head[lane])
         assert head > 0, "append before begin_episode"
+        order.barrier()  # as in `begin_episode`
         row = (head - 1) % self.rows_per_lane
         self._write_observation(lane, head, next_image, next_state)
         rows = self.rows
@@ -79,6 +83,7 @@ class ReplayRing:
         rows["terminal"][lane, row] = terminal
         rows["policy_version"][lane, row] = policy_version
         rows["complete"][lane, row] = True
+        order.barrier()
         self.head[lane] = head + 1
 
     def _write_observation(self, lane: int, number: int, image: np.ndarray, state: np.ndarray) -> None:
@@ -89,12 +94,22 @@ class ReplayRing:
 
     # ---- the learner's side
 
+    def heads(self) -> np.ndarray:
+        """A copy of `head`, int64 [lanes]: later than all that was read before, and earlier than all that is read now.
+
+        So the rows below it are whole, and what it says of rows that were read already is true.
+        """
+        order.barrier()
+        heads = self.head.copy()
+        order.barrier()
+        return heads
+
     def windows(self) -> tuple[np.ndarray, np.ndarray]:
         """First and one-past-last row number of each lane that can be read, int64 [lanes] each.
 
         The last started row is pending; the writer may be filling row `head`, where row `head - rows_per_lane` was.
         """
-        head = self.head.copy()
+        head = self.heads()
         low = np.maximum(0, head + 1 - self.rows_per_lane)
         return low, np.maximum(low, head - 1)
 
@@ -112,7 +127,7 @@ class ReplayRing:
 
     def export_lane(self, lane: int) -> dict[str, np.ndarray]:
         """Copy a lane's rows, oldest first, the pending one last, as arrays [n, ...] named by `ROW_FIELDS`."""
-        head, size = int(self.head[lane]), self.rows_per_lane
+        head, size = int(self.heads()[lane]), self.rows_per_lane
         first = max(0, head - size)
         wrap = min(first + -first % size, head)
         parts = [(first, wrap), (wrap, head)]
@@ -134,6 +149,7 @@ class ReplayRing:
         numbers = np.arange(head, head + count) % self.rows_per_lane
         for name, column in columns.items():
             self.rows[name][lane, numbers] = column
+        order.barrier()
         self.head[lane] = head + count
 
     def import_lanes(self, exported: list[dict[str, np.ndarray]]) -> None:

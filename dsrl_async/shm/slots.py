@@ -4,8 +4,6 @@ An environment worker owns the request fields of its lane's slot, the inference 
 no lock. A request is published by writing its number after the data it covers, and answered by writing the same number
 after the answer. The number holds the worker's incarnation, so an answer to a worker that has died is never taken for
 an answer to its successor.
-
-This relies on x86-64, which makes stores visible in order; a port to ARM needs a barrier before each publication.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import numpy as np
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 
 SAC_IMAGE_SHAPE = (SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)
@@ -64,6 +63,7 @@ class Slots:
         incarnation; returns the request's number."""
         number = (incarnation << INCARNATION_SHIFT) | count
         self.request_ns[lane] = time.monotonic_ns()
+        order.barrier()
         self.request_id[lane] = number
         return number
 
@@ -72,12 +72,22 @@ class Slots:
         return int(self.request_id[lane]) >> INCARNATION_SHIFT
 
     def answered(self, lane: int, number: int) -> bool:
-        return int(self.response_id[lane]) == number
+        """Say whether a request is answered; if it is, the answer can be read."""
+        answered = int(self.response_id[lane]) == number
+        order.barrier()
+        return answered
 
     def ready(self) -> np.ndarray:
         """Lanes with an unanswered request, longest waiting first, int64 [n]."""
         pending = (self.request_id != self.response_id).nonzero()[0]  # each number is read once
+        order.barrier()
         return pending[self.request_ns[pending].argsort(kind="stable")]
+
+    def numbers(self, lanes: np.ndarray) -> np.ndarray:
+        """The numbers of the last requests of `lanes`, int64 [n]; what they asked can be read."""
+        numbers = self.request_id[lanes]
+        order.barrier()
+        return numbers
 
     def answer(
         self,
@@ -97,5 +107,6 @@ class Slots:
         self.action_chunk[lanes] = action_chunk[:, : self.action_chunk.shape[1]]
         self.noise[lanes] = noise
         self.policy_version[lanes] = policy_version
+        order.barrier()
         self.response_id[lanes] = numbers
         return lanes

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
+from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.counters import ACTOR_PHASES, INFERENCE_PHASES, LEARNER_PHASES, Phase, Phases
 
@@ -63,7 +64,9 @@ class Spans:
     def add(self, name: int, start_ns: int, end_ns: int) -> None:
         """Note a span of the step that is being done."""
         count = int(self._count[0])
+        order.barrier()  # who sees something of a span that overwrites an older one also sees the count before it
         self._rows[count % len(self._rows)] = name, start_ns, end_ns, self._steps[0]
+        order.barrier()
         self._count[0] = count + 1
 
 
@@ -71,7 +74,9 @@ def newest_spans(arena: Arena, track: str, ring: int = 0) -> np.ndarray:
     """int64 [n, 4], oldest first: index of the name, start and end in ns, step. Whole ones only."""
     rows, count = arena[f"span/{track}"][ring], arena[f"span/{track}_count"]
     before = int(count[ring])
+    order.barrier()
     copy = rows.copy()
+    order.barrier()
     overwritten = int(count[ring]) + 1 - len(rows)  # the writer may be half through the one after its count
     return copy[np.arange(max(0, overwritten), before) % len(rows)]
 

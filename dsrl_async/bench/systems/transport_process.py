@@ -71,7 +71,7 @@ def slots_only(environments: int, gather: bool) -> Iterator[tuple[Callable[[], i
     def answer() -> int:
         events.wait(server_fd, timeout_s=1.0)
         lanes = slots.ready()
-        numbers = slots.request_id[lanes]
+        numbers = slots.numbers(lanes)
         if gather:
             for rows, buffer in buffers:
                 copy_rows(rows, lanes, buffer)

@@ -125,10 +125,10 @@ class InferenceServer:
         count = len(lanes)
         slots, policies = self.slots, self.policies
         with self.phase("gather"):
+            numbers = slots.numbers(lanes)
             task_index = slots.task_index[lanes]
             length = int(policies.prompt_lengths[task_index].max())
             policy = policies.steered_batches[size, length]
-            numbers = slots.request_id[lanes]
             waited_ns = time.monotonic_ns() - slots.request_ns[lanes]
             with policies.stage("host_to_device"):
                 self.copies.up((size, length), lanes)

@@ -121,8 +121,7 @@ class Learner:
         if now - self._metrics_read >= METRICS_INTERVAL_S:
             self._metrics_read = now
             metrics = self.updates.metrics
-            self.counters.learner_metrics[: len(metrics)] = metrics.cpu().numpy()
-            self.counters.learner_metrics_update[0] = updates
+            self.counters.note_metrics(metrics.cpu().numpy(), updates)
         return True
 
     def publish(self) -> None:

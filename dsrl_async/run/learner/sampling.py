@@ -85,7 +85,7 @@ class InPlace:
         self.size = torch.ones((), dtype=torch.float64)
 
     def refresh(self) -> int:
-        head = self._ring.head.copy()
+        head = self._ring.heads()
         low = np.maximum(0, head + 1 - self._ring.rows_per_lane)  # as `ReplayRing.windows`
         if self._drawable.update(head, low, self._ring.rows["complete"]):
             self.size.fill_(max(1, self._drawable.size))
@@ -125,7 +125,7 @@ class Mirror:
         self.size = torch.ones((), dtype=torch.float64, device=device)
 
     def refresh(self) -> int:
-        head = self._ring.head.copy()
+        head = self._ring.heads()
         lanes, numbers = self._new_rows(head)
         for start in range(0, len(numbers), CHUNK_ROWS):
             self._copy(lanes[start : start + CHUNK_ROWS], numbers[start : start + CHUNK_ROWS])

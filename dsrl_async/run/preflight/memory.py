@@ -12,6 +12,7 @@ from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.host import cuda_index
+from dsrl_async.shm import order
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
@@ -84,7 +85,12 @@ def actors_that_fit(
 
 
 def check_memory(run: CheckedRun, lower: str = "replay.capacity or actors") -> None:
-    """Raises ConfigError, which advises to `lower` something, where less memory is available than is needed."""
+    """Raises ConfigError where processes cannot share memory, or, which advises to `lower` something, where less of it
+    is available than is needed."""
+    try:
+        order.barrier()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     need, available = memory_needed(run.config, run.environment, run.spec, run.policy.config), available_memory()
     if need.total > available:
         halve = need.policy > need.shared and run.config.policy.dtype != "bfloat16"

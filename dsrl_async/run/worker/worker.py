@@ -17,7 +17,7 @@ from dsrl_async.envs import ChunkOutcome, Environment, make_environment
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
-from dsrl_async.shm.counters import EPISODE_LOG, Counters, Stop
+from dsrl_async.shm.counters import Counters, Stop
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
@@ -134,19 +134,10 @@ class Lane:
         counters.actor_env_steps[lane] += outcome.steps
         counters.actor_decisions[lane] += 1
         if outcome.terminated or outcome.truncated:
-            self._finish_episode(outcome.terminated)
+            counters.end_episode(lane, self.episode_return, self.episode_len, success=outcome.terminated)
             self.start()
         else:
             self._request()
-
-    def _finish_episode(self, success: bool) -> None:
-        lane, counters = self.number, self.counters
-        entry = int(counters.actor_episodes[lane]) % EPISODE_LOG
-        counters.actor_episode_return[lane, entry] = self.episode_return
-        counters.actor_episode_len[lane, entry] = self.episode_len
-        counters.actor_episode_success[lane, entry] = success
-        counters.actor_successes[lane] += success
-        counters.actor_episodes[lane] += 1
 
     def _observe(self) -> None:
         with self.phase("render"):
