@@ -39,33 +39,33 @@ class Traced(np.ndarray):
     """A view of an array that notes what is done with it."""
 
     name = ""
-    trace: list[Operation] = []  # noqa: RUF012 (the views of one array share it)
+    notes: list[Operation] = []  # noqa: RUF012 (the views of one array share it)
 
     def __array_finalize__(self, source: Any) -> None:
-        self.name, self.trace = getattr(source, "name", ""), getattr(source, "trace", [])
+        self.name, self.notes = getattr(source, "name", ""), getattr(source, "notes", [])
 
     def __getitem__(self, key: Any) -> Any:
         found = super().__getitem__(key)
         if isinstance(found, Traced) and np.may_share_memory(np.asarray(found), np.asarray(self)):
             return found  # a view, which has read nothing yet
-        self.trace.append(("load", self.name))
+        self.notes.append(("load", self.name))
         return np.asarray(found)[()]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.trace.append(("store", self.name))
+        self.notes.append(("store", self.name))
         np.asarray(self)[key] = value
 
     def copy(self, order: Any = "C") -> Any:
-        self.trace.append(("load", self.name))
+        self.notes.append(("load", self.name))
         return np.asarray(self).copy(order)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **keywords: Any) -> Any:
-        self.trace.extend(("load", array.name) for array in inputs if isinstance(array, Traced))
+        self.notes.extend(("load", array.name) for array in inputs if isinstance(array, Traced))
         return getattr(ufunc, method)(*map(np.asarray, inputs), **keywords)
 
     def __array_function__(self, function: Any, types: Any, inputs: Any, keywords: Any) -> Any:
         assert function is np.concatenate
-        self.trace.extend(("load", array.name) for array in inputs[0] if isinstance(array, Traced))
+        self.notes.extend(("load", array.name) for array in inputs[0] if isinstance(array, Traced))
         return function(list(map(np.asarray, inputs[0])), *inputs[1:], **keywords)
 
 
@@ -187,7 +187,7 @@ def stop(arena: Arena) -> None:
 SCENES = (ask_and_answer, write_rows, read_rows, restore_rows, give_episodes, note_spans, end_episodes, stop)
 
 
-NOT_NEEDED = {write_rows: [0], read_rows: [0, 7], note_spans: [0], stop: [0]}
+NOT_NEEDED: dict[Callable[[Arena], None], list[int]] = {write_rows: [0], read_rows: [0, 7], note_spans: [0], stop: [0]}
 """Scene -> its barriers that no rule asks for: nothing was written or read before them, or nothing is after them."""
 
 
@@ -196,7 +196,7 @@ def traced(memory: Arena) -> tuple[Arena, list[Operation]]:
     arena, trace = Arena.create({**memory.fields, **assignment_fields(2), **span_fields(2)}), list[Operation]()
     for name, array in arena._arrays.items():
         view = array.view(Traced)
-        view.name, view.trace = name, trace
+        view.name, view.notes = name, trace
         arena._arrays[name] = view
     return arena, trace
 
