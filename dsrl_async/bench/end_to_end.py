@@ -46,8 +46,8 @@ from typing import Any
 from dsrl_async.bench.figures import Figure, JsonLines, Metrics, add_output_arguments, medians
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.settings import Config
-from dsrl_async.host.processes import PR_SET_PDEATHSIG
 from dsrl_async.host.signals import SIGNALS, StopRequest
+from dsrl_async.host.tether import PR_SET_PDEATHSIG
 from dsrl_async.run.preflight import check_run
 from dsrl_async.telemetry.monitor import SUCCESS_EPISODES
 

@@ -12,6 +12,9 @@ import signal
 import sys
 from collections.abc import Callable
 
+from dsrl_async.host.output import detach_stderr, open_missing
+from dsrl_async.host.signals import survive_warnings
+
 
 def run_command(name: str) -> int:
     """Run the function `main` of `dsrl_async.NAME.command` with the arguments of the command line, see `guard`."""
@@ -24,7 +27,13 @@ def guard(command: Callable[[], int]) -> int:
     ValueError means that what the user gave cannot be used (2), OSError and RuntimeError that something failed (1), and
     KeyboardInterrupt that the user has had enough (130). Python's development mode, `python -X dev`, keeps the
     tracebacks of errors.
+
+    Standard descriptors that are missing are opened, stderr makes nobody wait, and the warnings of a batch system end
+    no command, whether it answers them or not.
     """
+    open_missing()
+    detach_stderr()
+    survive_warnings()
     try:
         code = command()
         sys.stdout.flush()  # if nobody reads it any more, that is an error like others

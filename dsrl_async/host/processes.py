@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import io
 import json
@@ -16,14 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from dsrl_async.host import logs
+from dsrl_async.host import logs, tether
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """A thread that waits for others of its team sleeps. By default it spins on a core that the one it waits for may need:
 other processes want the cores, too (docs/measurements/threads.md)."""
-PR_SET_PDEATHSIG = 1
-"""Option of prctl(2) that names the signal a process gets when its parent ends."""
 REAP_S = 5.0
 """A killed process that is still there after this many seconds is stuck in the kernel, and left to it."""
 
@@ -51,20 +48,25 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
     """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches only the supervisor.
 
     `threads` limits the process's numeric libraries, whose `WAIT_POLICY` the user's environment can override; its
-    output is appended to `log`.
+    output is appended to `log`. From its first moment on, the process is tied to this one, see `tether`.
     """
     environment = WAIT_POLICY | os.environ | {name: str(threads) for name in THREAD_VARIABLES}
     argument = json.dumps({**job, "parent": os.getpid(), "threads": threads})
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, argument],
-            pass_fds=tuple(fds),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=environment,
-        )
+    tied = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid())]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, tether.LEFT_TO_THE_PARENT)  # until the child ignores them
+    try:
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                [*tied, sys.executable, "-m", module, argument],
+                pass_fds=tuple(fds),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment,
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def begin_child(argument: str) -> dict[str, Any]:
@@ -76,19 +78,14 @@ def begin_child(argument: str) -> dict[str, Any]:
 
 
 def prepare_child(parent: int) -> None:
-    """Make this process end with the process `parent`, and only when that one wants; a child calls this first.
+    """Tie this process to the process `parent`, see `tether`, and have its log say all there is to say.
 
-    The kernel kills the child when the parent ends, however that happens. Signals that a terminal or a batch system
-    sends to all processes of a job are left to the parent.
+    A process that `start` has started is tied already; one that was forked, or started otherwise, is from here on.
     """
     for output in (sys.stdout, sys.stderr):  # what one process prints is not printed again by those forked from it
         cast(io.TextIOWrapper, output).reconfigure(line_buffering=True)
     faulthandler.enable()  # what crashes in C code leaves the Python lines that led there
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    tether.tie_to(parent)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

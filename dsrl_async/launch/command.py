@@ -18,8 +18,8 @@ from typing import Any
 from dsrl_async.config.command_line import load_config, make_paths_absolute, program
 from dsrl_async.config.load import to_yaml
 from dsrl_async.host import logs
-from dsrl_async.host.command import discard_output
 from dsrl_async.host.files import write_text
+from dsrl_async.host.output import say
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
@@ -51,10 +51,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
         summary = run(checked, run_dir, stop, programs)
-    try:
-        print(json.dumps(summary), flush=True)
-    except BrokenPipeError:  # the run did what it was for
-        discard_output()
+    say(json.dumps(summary))  # if nobody takes it, the run did what it was for all the same
     return 1 if summary["exit_reason"].startswith("failed") else 0
 
 

@@ -67,6 +67,8 @@ class Counters:
 
     control_stop: Count
     """A value of `Stop`; see `stop`."""
+    control_saves: Count
+    """How many checkpoints the learner was asked for."""
     control_wall_s: Annotated[np.ndarray, "float64", 1]
     """Seconds that this run has taken so far, over all resumes."""
 
@@ -119,6 +121,8 @@ class Counters:
     """Gradient updates."""
     learner_replay_size: Count
     """Decisions in the replay ring that can be sampled, as of the supervisor's last look."""
+    learner_saves: Count
+    """The value of `control_saves` that it has seen to."""
     learner_failed_checkpoints: Count
     learner_lost_updates: Count
     """Updates by a learner that died which are not in the agent any more."""

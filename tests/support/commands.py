@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 
 from dsrl_async.host.command import run_command
-from dsrl_async.host.signals import SIGNALS
+from dsrl_async.host.signals import SIGNALS, WARNINGS
 
 
 class Done(NamedTuple):
@@ -34,7 +34,7 @@ class Done(NamedTuple):
 
 def call(name: str, *arguments: str) -> Done:
     """`python -m dsrl_async.NAME arguments`; puts back what it sets: signal and log handlers, the number of threads."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
     threads = torch.get_num_threads()
     root, stdout, stderr = logging.getLogger(), io.StringIO(), io.StringIO()
     log_handlers, level = list(root.handlers), root.level

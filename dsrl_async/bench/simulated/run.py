@@ -21,7 +21,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.host.cpu_time import Usage, thread_usage, usage
 from dsrl_async.host.files import write_text
 from dsrl_async.host.processes import Program, raise_descriptor_limit
-from dsrl_async.host.signals import StopRequest
+from dsrl_async.host.signals import SIGNALS, WARNINGS, StopRequest
 from dsrl_async.plan.simulation import EnvironmentTimes
 from dsrl_async.run.preflight import check_run
 from dsrl_async.run.supervisor.child import Kind
@@ -174,7 +174,7 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
     """
     raise_descriptor_limit()
     config = run_config(simulation)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
     stop = StopRequest()
     with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
         run_dir = Path(directory)

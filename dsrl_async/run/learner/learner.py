@@ -65,6 +65,7 @@ class Learner:
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = -math.inf
         self._checkpoint_time = self._recovery_time = time.monotonic()
+        self._saves = int(self.counters.learner_saves[0])
         self._restore()
         with graphs_of(config.learner.graphs, device, self.counters.learner_graphs) as graphs:
             if graphs:
@@ -132,15 +133,16 @@ class Learner:
             self._publish(encode(version, layout_hash(self.agent.actor), flat))
 
     def save_when_due(self) -> None:
-        """Write a checkpoint, or the smaller recovery file, when its time has come.
+        """Write a checkpoint, or the smaller recovery file, when its time has come or somebody asks for it.
 
         A write that fails (a full disk) is counted and tried again later: it must not cost what has been learned.
         """
-        now = time.monotonic()
+        now, saves = time.monotonic(), int(self.counters.control_saves[0])
         try:
-            if now - self._checkpoint_time >= self.config.checkpoint.interval_minutes * 60:
-                self._checkpoint_time = now
+            if now - self._checkpoint_time >= self.config.checkpoint.interval_minutes * 60 or saves > self._saves:
+                self._checkpoint_time, self._saves = now, saves
                 self.checkpoint()
+                self.counters.learner_saves[0] = saves
             elif now - self._recovery_time >= RECOVERY_INTERVAL_S:
                 self._recovery_time = now
                 with self.phase("checkpoint"), replacing(checkpoints.recovery_path(self.run_dir)) as temporary:

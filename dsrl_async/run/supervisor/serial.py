@@ -46,6 +46,7 @@ def run_serial(session: Session) -> dict[str, Any]:
                 lane.advance()
         while learner.due() and learner.update():
             pass
+        session.answer_warnings()
         learner.save_when_due()
         if session.tick_due():
             session.tick({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from dsrl_async.telemetry.monitor import SUCCESS_EPISODES, RunMonitor, View
 from dsrl_async.telemetry.profile.profiler import Profiler
 from dsrl_async.telemetry.usage import Pids
 
+logger = logging.getLogger(__name__)
+
 
 class Session:
     """A run from launch to summary, in the process that was launched."""
@@ -35,6 +38,8 @@ class Session:
         start = self.counters.snapshot()
         self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
         self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
+        self._warnings = self._saves = 0
+        self._report_due = False
         self._begin = time.monotonic()
         self._next_tick = self._begin + config.log.interval_s
         self._view: View | None = None
@@ -49,7 +54,8 @@ class Session:
         profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
         self._view = self.monitor.tick(snapshot, pids, profile)
         self._console.update(self._view)
-        if self._profiler is not None and self._profiler.requested:
+        if self._profiler is not None and self._report_due:
+            self._report_due = False
             self._write_profile(self._profiler)
 
     def _write_profile(self, profiler: Profiler) -> str:
@@ -58,6 +64,17 @@ class Session:
         if picture is not None:
             self.monitor.write_image("profile/report", *picture)
         return diagnosis.sentence
+
+    def answer_warnings(self) -> None:
+        """After SIGUSR1 or SIGUSR2, have the learner write a checkpoint, and the profile with the next tick."""
+        if self._stop.warnings > self._warnings:
+            self._warnings = self._stop.warnings
+            self.counters.control_saves[0] += 1
+            self._report_due = True
+            logger.info("a signal asks to save: a checkpoint is written next, and the run goes on")
+        if (saves := int(self.counters.learner_saves[0])) > self._saves:
+            self._saves = saves
+            logger.info("the checkpoint that a signal asked for is written")
 
     def tick_due(self) -> bool:
         return time.monotonic() >= self._next_tick

@@ -108,6 +108,7 @@ class Supervisor:
                 if child not in uncaptured and self._graphs[child.kind][0] == Graphs.FAILED:
                     uncaptured.append(child)
                     logger.warning("the %s process does without CUDA graphs: %s says why", child.name, child.log)
+            self.session.answer_warnings()
             if self.session.tick_due():
                 self.session.tick(self.pids())
             time.sleep(WATCH_INTERVAL_S)

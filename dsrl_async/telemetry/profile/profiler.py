@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
 from collections import deque
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -52,13 +50,10 @@ class Moment(NamedTuple):
 
 
 class Profiler:
-    """Call `tick` about once a second, and `write` at the end and whenever `requested` is set.
-
-    The constructor installs a handler: SIGUSR1 sets `requested` instead of ending the process.
-    """
+    """Call `tick` about once a second, and `write` at the end and whenever a report is wanted."""
 
     def __init__(self, config: Config, run_dir: Path, arena: Arena, start: Snapshot) -> None:
-        self.config, self.directory, self.requested = config, run_dir / "profile", False
+        self.config, self.directory = config, run_dir / "profile"
         self._arena = arena
         self._start = start
         self._cpu, self._gpus, self._cpus = CpuWatch(), Gpus(), available_cpus()
@@ -67,10 +62,6 @@ class Profiler:
         self._recent = deque([self._base])
         self._samples: deque[tuple[int, str, dict[str, float]]] = deque()
         self._memory_mb: dict[str, float] = {}
-        signal.signal(signal.SIGUSR1, self._request)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
 
     def tick(self, counters: Snapshot, pids: Pids) -> dict[str, float]:
         """Take in a snapshot of the counters and the processes. Returns values for TensorBoard."""
@@ -170,7 +161,7 @@ class Profiler:
         `memory_mb` is as in `monitor.View`. Returns the diagnosis and the picture (PNG, width, height), which is None
         without matplotlib. The run goes on if the files cannot be written.
         """
-        self.requested, self._memory_mb = False, memory_mb
+        self._memory_mb = memory_mb
         profile = self.profile(self._base)
         diagnosis = diagnose(profile, self.config)
         drawn = None

@@ -1,0 +1,136 @@
+"""Standard input, output and error of a command: they are there, and nobody has to wait because nobody reads.
+
+A pipe whose reader has stopped (`2>&1 | less`), or a terminal after Ctrl-S, takes nothing more. A process that writes
+to it would stand still, deaf to signals and time limits, while its children go on without it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from typing import TextIO
+
+MOST_WAITING = 1 << 16
+"""So many bytes may wait to be written; what is said beyond that is dropped."""
+LAST_WORDS_S = 2.0
+"""How long a process that ends waits for a reader of stderr."""
+
+
+def open_missing() -> None:
+    """Open /dev/null in the place of a standard descriptor that this process was started without.
+
+    Otherwise a file or the shared memory would get its number, and a child its own log in the place of that.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            assert opened == number
+            os.set_inheritable(opened, True)
+            setattr(sys, name, os.fdopen(opened, "w" if number else "r", closefd=False))
+
+
+def detach_stderr() -> None:
+    """Let sys.stderr, for the rest of this process, be one that makes nobody wait. What is no descriptor stays."""
+    stream = sys.stderr
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError):
+        if not isinstance(stream, DetachedOutput):
+            stream.flush()
+            detached = DetachedOutput(stream)
+            atexit.register(detached.finish, LAST_WORDS_S)
+            sys.stderr = detached
+
+
+def say(text: str, patience_s: float = 10.0) -> bool:
+    """Print a line, such as a result, to stdout; False if nobody took it within `patience_s` seconds."""
+    try:
+        sys.stdout.flush()
+        output = DetachedOutput(sys.stdout)
+    except (io.UnsupportedOperation, AttributeError):
+        print(text)
+        return True
+    except OSError:
+        return False
+    output.write(text + "\n")
+    return output.finish(patience_s)
+
+
+class DetachedOutput(io.TextIOBase):
+    """A text stream that writes to the descriptor of another one in a thread of its own, and drops what is too much.
+
+    Not even `flush` waits; `finish` does, for a while. Raises io.UnsupportedOperation if `stream` has no descriptor.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._descriptor = stream, stream.fileno()
+        self._waiting: deque[bytes] = deque()
+        self._bytes = 0
+        self._lost = self._finished = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # which io declares as a variable
+        return self._stream.encoding
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        data = text.encode(self.encoding, "backslashreplace")
+        with self._changed:
+            if self._finished or (self._waiting and self._bytes + len(data) > MOST_WAITING):
+                self._lost = True
+            else:
+                self._waiting.append(data)
+                self._bytes += len(data)
+                self._changed.notify_all()
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._write_all, name="output", daemon=True)
+                    self._thread.start()
+        return len(text)
+
+    def finish(self, patience_s: float) -> bool:
+        """Wait at most so long until all is written, and write nothing from then on; whether nothing was lost."""
+        deadline = time.monotonic() + patience_s
+        with self._changed:
+            while self._waiting and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._finished = True
+            return not self._waiting and not self._lost
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting:
+                    self._changed.wait()
+                data = self._waiting[0]
+            try:
+                while data:
+                    data = data[self._write_some(data) :]
+            except OSError:  # nobody reads any more, or a disk is full
+                self._lost = True
+            with self._changed:
+                self._bytes -= len(self._waiting.popleft())
+                self._changed.notify_all()
+
+    def _write_some(self, data: bytes) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:  # whoever shares the descriptor has set O_NONBLOCK
+            select.select([], [self._descriptor], [], 1.0)
+            return 0
