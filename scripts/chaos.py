@@ -20,6 +20,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 
 def main(arguments: Sequence[str]) -> int:
+    return soak(arguments[1:]) if arguments[:1] == ["soak"] else chaos(arguments)
+
+
+def soak(arguments: Sequence[str]) -> int:
+    from support.chaos import soak
+
+    parser = argparse.ArgumentParser(prog="chaos.py soak", description=str(soak.__doc__).partition("\n")[0])
+    parser.add_argument("--rows", type=float, default=1e8, help="rows to write at least (default: %(default)g)")
+    parser.add_argument("--drawn", type=float, help="rows to draw and check at least (default: a tenth of them)")
+    parser.add_argument("--lanes", type=int, default=2, help="writers at the same time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws and the kills (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="end early after these (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    drawn = given.rows / 10 if given.drawn is None else given.drawn
+    return soak.run(given.rows, drawn, given.lanes, given.seed, given.minutes * 60, say)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def chaos(arguments: Sequence[str]) -> int:
     from support.chaos import harness
     from support.chaos.plants import PLANTS
 

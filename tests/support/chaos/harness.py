@@ -331,6 +331,7 @@ class Run:
                 grown = all(now > then for now, then in zip(launch.progress(), before, strict=True))
                 if grown and self.injector.pending_s == 0 and launch.complete():
                     self._sample(launch)
+                    self.harness.take_row_findings()
                     return True
                 if launch.ending is not None and time.monotonic() > launch.deadline():
                     return False  # it was told to end: `_end` looks after that
