@@ -8,11 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MEGABYTE = 1_000_000
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """`repr` of what a file says, short and in one line, for a message."""
+    return _SHORT.repr(value)
+
+
+def in_one_line(text: object) -> str:
+    """Another library's message, which may quote a whole file, for a message of ours."""
+    words = " ".join(str(text).split())
+    return words if len(words) <= 300 else f"{words[:297]}..."
 
 
 def check_regular(path: Path, largest: int | None = None) -> int:
@@ -27,10 +41,14 @@ def check_regular(path: Path, largest: int | None = None) -> int:
         os.close(fd)
 
 
+def open_regular(path: Path, largest: int | None = None) -> BinaryIO:
+    """A file that is opened to read parts of it; raises ValueError as `check_regular`."""
+    return open(_open(path, largest), "rb")
+
+
 def read_bytes(path: Path, largest: int = 16 * MEGABYTE) -> bytes:
     """The contents of a file; raises ValueError as `check_regular`, or if it cannot be read."""
-    fd = _open(path, largest)
-    with open(fd, "rb") as file:
+    with open_regular(path, largest) as file:
         try:
             content = file.read(largest + 1)
         except OSError as error:
@@ -56,6 +74,14 @@ def read_json(path: Path, largest: int = 16 * MEGABYTE) -> Any:
     return parse_json(read_text(path, largest), str(path))
 
 
+def read_object(path: Path, largest: int = 16 * MEGABYTE) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError as `read_json`, or if it is something else than an object."""
+    content = read_json(path, largest)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
+
+
 def parse_json(text: str | bytes, source: str) -> Any:
     """What a JSON text says; `source` names it in messages.
 
@@ -71,10 +97,11 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is there twice")
+        found[key] = value
     return found
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dsrl_async.untrusted import shown
+
 WEIGHTS, CONFIG, NORM_STATS, TOKENIZER = "model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"
 """The files of a policy checkpoint."""
 TRAINING = "training.json"
@@ -23,11 +25,16 @@ COMMON_NAMES = {
 """Fields of `Pi0Config` that another project's `config.json` may have too, so they do not identify one of ours."""
 
 
+LARGEST_SIZE = 1_000_000
+LARGEST = {"depth": 1000, "vision_depth": 1000, "cameras": 100, "max_token_len": 100_000, "action_horizon": 100_000}
+"""Upper limits of sizes, beyond which a file is wrong: what is larger would take hours and all memory to refuse."""
+
+
 @dataclass(frozen=True)
 class Pi0Config:
     """Sizes and variants of a Pi0 policy. The defaults are those of openpi's pi0 for LIBERO.
 
-    Raises ValueError when the sizes contradict each other.
+    Raises ValueError when a size is not plausible, or sizes contradict each other.
     """
 
     pi05: bool = False
@@ -79,15 +86,16 @@ class Pi0Config:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
             if kind is bool:
-                valid = isinstance(value, bool)
+                valid, wanted = isinstance(value, bool), "true or false"
             elif kind is int:
-                low = 0 if field.name == "delta_action_dims" else 1
-                valid = isinstance(value, int) and not isinstance(value, bool) and value >= low
+                low, most = 0 if field.name == "delta_action_dims" else 1, LARGEST.get(field.name, LARGEST_SIZE)
+                valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= most
+                wanted = f"an int from {low} to {most}"
             else:
                 valid = value in typing.get_args(kind)
+                wanted = " or ".join(map(repr, typing.get_args(kind)))
             if not valid:
-                wanted = kind.__name__ if kind is bool else "a positive int" if kind is int else str(kind)
-                raise ValueError(f"policy config: {field.name} is {value!r}, it must be {wanted}")
+                raise ValueError(f"policy config: {field.name} is {shown(value)}, it must be {wanted}")
         if self.image_size % self.patch_size:
             raise ValueError("policy config: image_size must be a multiple of patch_size")
         if self.vision_width % self.vision_heads:
@@ -134,7 +142,7 @@ class Pi0Config:
         """
         unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}")
+            raise ValueError(f"{path} has unknown fields: {', '.join(unknown[:3])}")
         sizes = [name for name, kind in typing.get_type_hints(cls).items() if kind is int]
         if missing := [name for name in ("pi05", *sizes) if name not in content]:
             raise ValueError(f"{path} lacks the fields {', '.join(missing)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +26,14 @@ from dsrl_async.pi0.tensors import (
     find_tensors,
     infer_config,
     read_header,
-    read_json,
 )
-from dsrl_async.pi0.tokenizer import find_tokenizer, load_tokenizer, make_encoder
+from dsrl_async.pi0.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
+from dsrl_async.untrusted import read_object
 
 STATISTICS = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
 LIBERO_ASSET = "physical-intelligence/libero"
 """openpi's asset id. Norm stats are in assets/<asset id> (openpi) or <asset id> (RLinf)."""
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
 LEROBOT_NORMALISATION = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
 LEROBOT_STATE, LEROBOT_ACTION, LEROBOT_IMAGES = "observation.state", "action", "observation.images."
@@ -92,8 +94,7 @@ def find_policy(
     with _blaming("policy.tokenizer" if tokenizer else None):
         file = find_tokenizer(directory, Path(tokenizer) if tokenizer else None)
         loaded = load_tokenizer(file)
-        if (size := make_encoder(loaded, file).size) > config.vocab_size:
-            raise ValueError(f"{file} has {size} tokens, the policy embeds {config.vocab_size}: it is of another model")
+        check_vocabulary(loaded, config, file)
     return PolicyFiles(directory, maker_of(content), config, tensors, stats, source, loaded)
 
 
@@ -111,7 +112,7 @@ def _blaming(culprit: Path | str | None) -> Iterator[None]:
 def read_content(directory: Path) -> dict[str, Any]:
     """The checkpoint's `config.json`, empty if it has none. Raises ValueError naming the file if it is not valid."""
     path = directory / CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_object(path) if os.path.lexists(path) else {}
 
 
 def maker_of(content: Mapping[str, Any]) -> str:
@@ -230,7 +231,7 @@ def _lerobot_norm_stats(processors: list[Path], directory: Path) -> NormStats:
 
 def load_norm_stats(path: Path) -> NormStats:
     """Reads openpi's `norm_stats.json`. Raises ValueError naming the file when it has another form."""
-    content = read_json(path).get("norm_stats")
+    content = read_object(path).get("norm_stats")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("state", "actions")):
         raise ValueError(f'{path} must hold {{"norm_stats": {{"state": ..., "actions": ...}}}}')
     return {key: dict(content[key]) for key in ("state", "actions")}
@@ -247,38 +248,40 @@ def scaling(config: Pi0Config, stats: NormStats, source: Path | str) -> Scaling:
     inverse. LeRobot adds 1e-8 for the z-score of the state, nothing for that of actions, and for quantiles only where
     q99 equals q01.
 
-    Raises ValueError, naming `source`, when a statistic is missing, has the wrong length or is not finite.
+    Raises ValueError, naming `source` and the statistic, when one is missing, has the wrong length, holds something
+    else than numbers of float32's range, or contradicts itself: a negative `std`, or a `q01` above its `q99`.
     """
     parts: list[NDArray[np.float64]] = []
     for key, width in (("state", config.robot_state_dim), ("actions", config.robot_action_dim)):
-        first, second = (
-            _statistic(stats[key], statistic, key, width, config.action_dim, source)
-            for statistic in STATISTICS[config.normalisation]
-        )
+        names = STATISTICS[config.normalisation]
+        first, second = (_statistic(stats[key], name, key, width, config.action_dim, source) for name in names)
         openpi, z_score = config.normalisation_epsilon == "openpi", config.normalisation == "z_score"
         spread = second if z_score else second - first
+        if (spread < 0).any():
+            wrong = f"{key}.std is negative" if z_score else f"{key}.q01 is above {key}.q99"
+            raise ValueError(f"{source}: {wrong} in dimension {int((spread < 0).argmax())}")
         if openpi:
             spread = spread + OPENPI_EPSILON
         elif not z_score:
-            spread = np.where(spread == 0, LEROBOT_EPSILON, spread)
+            spread = np.where(spread.astype(np.float32) == 0, LEROBOT_EPSILON, spread)
         elif key == "state":
             spread = spread + LEROBOT_EPSILON
+        if spread.max() > FLOAT32_MAX:
+            raise ValueError(f"{source}: {key}.q99 is farther from {key}.q01 than float32 can say")
         parts += [first, spread] if z_score else [first + spread / 2, spread / 2]
     return Scaling(*parts)
 
 
 def _statistic(
-    stats: Mapping[str, list[float]], statistic: str, key: str, width: int, most: int, source: Path | str
+    stats: Mapping[str, Any], statistic: str, key: str, width: int, most: int, source: Path | str
 ) -> NDArray[np.float64]:
     values = stats.get(statistic)
     if values is None:
         raise ValueError(f"{source}: {key} lacks '{statistic}'")
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        array = np.array(np.nan)
-    if array.ndim != 1 or not np.isfinite(array).all():
-        raise ValueError(f"{source}: {key}.{statistic} must be a list of finite numbers")
-    if not width <= len(array) <= most:
-        raise ValueError(f"{source}: {key}.{statistic} has {len(array)} entries, expected {width} to {most}")
-    return array[:width]
+    if not isinstance(values, list) or not all(
+        type(value) in (int, float) and abs(value) <= FLOAT32_MAX for value in values
+    ):
+        raise ValueError(f"{source}: {key}.{statistic} must be a list of finite numbers (of float32's range)")
+    if not width <= len(values) <= most:
+        raise ValueError(f"{source}: {key}.{statistic} has {len(values)} entries, expected {width} to {most}")
+    return np.array(values[:width], np.float64)

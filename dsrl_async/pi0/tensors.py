@@ -6,15 +6,16 @@ the loader (`checkpoint.py`) what to read. It reads only the safetensors headers
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.config import WEIGHTS, Pi0Config
+from dsrl_async.untrusted import MEGABYTE, in_one_line, open_regular, parse_json, read_object, shown
 
 ROOT = "paligemma_with_expert."
 VISION = ROOT + "paligemma.model.vision_tower.vision_model."
@@ -22,13 +23,27 @@ PROJECTOR = ROOT + "paligemma.model.multi_modal_projector.linear"
 VLM = ROOT + "paligemma.model.language_model."
 EXPERT = ROOT + "gemma_expert.model."
 EMBEDDING, TIED_EMBEDDING = ROOT + "paligemma.lm_head.weight", VLM + "embed_tokens.weight"
-"""Two names of one table. openpi stores only the first; if both are stored, the first is read."""
+"""Two names of one table. openpi stores only the first. If both are stored, the second is read: it is the one that
+openpi and LeRobot embed prompts with, so that the network that was saved computed with it, whatever the first holds."""
 LEROBOT_PREFIX = "model."
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DDP, torch.compile, FSDP and activation checkpointing put between the parts of a name."""
+FOREIGN = {
+    "lora_": "is a LoRA adapter: merge it into the weights (PEFT's merge_and_unload) and save these",
+    "normalize_inputs.": "is of LeRobot's Pi0 before its version 0.4, another network with its statistics inside: "
+    "train it again, or convert openpi's checkpoint, with LeRobot 0.4 or later",
+    ROOT + "paligemma.vision_tower.": "is named as transformers before 4.52 named it: save it again with a later one",
+    ROOT + "paligemma.language_model.": "is named as transformers before 4.52 named it: save it again with a later one",
+    "PaliGemma/": "is of openpi's JAX network: convert it as docs/pi0.md says",
+}
+"""Parts of names that say what a file of other tensors is, and what to do with it."""
 RLINF_PREFIXES = (
     *("dsrl_action_noise_net.", "q_head.", "value_head.", "noise_head.", "rlt_module."),
     *("actor_image_encoder.", "actor_state_encoder.", "critic_image_encoder.", "critic_state_encoder."),
 )
 """Modules that RLinf's reinforcement learning adds to openpi's policy and stores with it."""
+LARGEST_HEADER = 8 * MEGABYTE
+"""Of a safetensors file. openpi's 777 tensors take 0.1 MB."""
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 """Bytes of the stored element types that can be loaded."""
 
@@ -153,15 +168,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises ValueError, naming the file, when it is not one or does not have the length that its header says.
     """
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(os.fstat(file.fileno()).st_size, LARGEST_HEADER):
+            raise ValueError(f"{path} is not a valid safetensors file: its header is said to have {length} bytes")
+        header = file.read(length)
     try:
         with safe_open(path, "numpy"):  # checks header and length; maps the file but touches no tensor
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a valid safetensors file or is cut short, copy it again: {error}") from None
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        raise ValueError(
+            f"{path} is not a valid safetensors file or is cut short, copy it again: {in_one_line(error)}"
+        ) from None
+    entries = parse_json(header, f"the header of {path}")
+    entries.pop("__metadata__", None)
     start = 8 + length
     return {
         name: StoredTensor(
@@ -172,80 +192,121 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             start + entry["data_offsets"][0],
             entry["data_offsets"][1] - entry["data_offsets"][0],
         )
-        for name, entry in header.items()
+        for name, entry in entries.items()
     }
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, or of all those in a directory, under openpi's names.
+    """The tensors of a safetensors file, or of those that hold a directory's weights, under openpi's names.
 
-    LeRobot's prefix and its old names of pi0's time MLP are translated, RLinf's additions are left out, and the
-    embedding table is found under either name. Raises ValueError when there are no tensors, files are missing or
-    damaged, or a tensor exists twice.
+    What wraps a network, LeRobot's prefix and its old names of pi0's time MLP are translated, RLinf's additions are
+    left out, and the embedding table is found under either name. Raises ValueError when there are no tensors, files are
+    missing or damaged, a tensor exists twice, or the names are those of something else than a Pi0.
     """
     found: dict[str, StoredTensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
         for name, tensor in read_header(file).items():
+            name = ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix(LEROBOT_PREFIX)
             if name in found:
                 raise ValueError(
-                    f"tensor '{name}' is both in {found[name].file} and in {file}: "
+                    f"tensor {shown(name)} is both in {found[name].file} and in {file}: "
                     "keep the files of one checkpoint only"
                 )
             found[name] = tensor
-    if any(name.startswith(LEROBOT_PREFIX + ROOT) for name in found):
-        found = {name.removeprefix(LEROBOT_PREFIX): tensor for name, tensor in found.items()}
+    _check_names(found, path)
     found = {name: tensor for name, tensor in found.items() if not name.startswith(RLINF_PREFIXES)}
     if not is_pi05(found):
-        found = {
-            f"action_{name}" if name.startswith("time_mlp_") and f"action_{name}" not in found else name: tensor
-            for name, tensor in found.items()
-        }
-    if EMBEDDING not in found and TIED_EMBEDDING in found:
-        found[EMBEDDING] = found[TIED_EMBEDDING]
+        for name in [name for name in found if name.startswith("time_mlp_") and f"action_{name}" not in found]:
+            found[f"action_{name}"] = found.pop(name)
+    if TIED_EMBEDDING in found:
+        first = found.get(EMBEDDING, found[TIED_EMBEDDING])
+        second = found[EMBEDDING] = found.pop(TIED_EMBEDDING)
+        if first.shape != second.shape:
+            raise ValueError(
+                f"{second.file}: tensor '{second.name}' has shape {list(second.shape)}, '{first.name}', which is the "
+                f"same table, has {list(first.shape)}"
+            )
     return found
 
 
+def _check_names(names: Mapping[str, StoredTensor], source: Path) -> None:
+    """Raises ValueError, saying what the file is, when its tensors are not named as those of a Pi0."""
+    for name, tensor in names.items():
+        for part, what in FOREIGN.items():
+            if part in name:
+                raise ValueError(f"{tensor.file}: the tensor {shown(name)} {what}")
+    if not names:
+        raise ValueError(f"{source} has no tensors")
+    if not any(name.startswith(ROOT) for name in names):
+        name = next((name for name in names if ROOT in name), min(names))
+        before, found, _ = name.partition(ROOT)
+        mend = f"remove the {shown(before)} in front of the names" if found else "it is not of a Pi0"
+        raise ValueError(f"{names[name].file} has the tensor {shown(name)}, and none that begins with {ROOT}: {mend}")
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that hold a checkpoint's weights, without those of LeRobot's processors."""
-    files = [
-        file
-        for file in sorted(directory.glob("*.safetensors"))
-        if not file.name.startswith(("policy_preprocessor", "policy_postprocessor"))
-    ]
-    for index in sorted(directory.glob("*.safetensors.index.json")):
-        names = field(read_json(index), "weight_map", dict, index).values()
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{index}: weight_map must hold names of files")
-        for name in sorted(set(names)):
-            if not (directory / name).is_file():
-                raise ValueError(f"{index} names the file {name}, which is missing: copy the checkpoint again")
-    if files:
-        return files
+    """The safetensors files that hold a checkpoint's weights.
+
+    They are model.safetensors, which openpi and LeRobot read, or those that an index names, or all but LeRobot's
+    processors, as RLinf reads them. What else lies there, such as copies, is not read.
+    """
     if not directory.is_dir():
         raise ValueError(f"there is no directory or safetensors file {directory}")
-    if (directory / "params").is_dir():
+    names = sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
+    if adapters := [name for name in names if name.startswith("adapter_")]:
         raise ValueError(
+            f"{directory / adapters[0]} is of a LoRA adapter: merge it into the weights (PEFT's merge_and_unload) and "
+            "save these in a directory of their own"
+        )
+    if WEIGHTS in names:
+        return [directory / WEIGHTS]
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    if len(indices) > 1:
+        raise ValueError(f"{directory} has two indices of weights, {indices[0]} and {indices[1]}: keep one")
+    if indices:
+        return _indexed_files(directory / indices[0])
+    processors = ("policy_preprocessor", "policy_postprocessor")
+    files = [directory / name for name in names if name.endswith(".safetensors") and not name.startswith(processors)]
+    if files:
+        return files
+    raise ValueError(_without_weights(directory))
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    """The files in an index's directory that it names."""
+    names = set(map(str, field(read_object(index), "weight_map", dict, index).values()))
+    for name in sorted(names):
+        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map must hold names of safetensors files beside it, not {shown(name)}")
+        if not os.path.lexists(index.parent / name):
+            raise ValueError(f"{index} names the file {name}, which is missing: copy the checkpoint again")
+    if not names:
+        raise ValueError(f"{index} names no files")
+    return [index.parent / name for name in sorted(names)]
+
+
+def _without_weights(directory: Path) -> str:
+    """A sentence about a directory that has no weights."""
+    if (directory / "params").is_dir():
+        return (
             f"policy checkpoint {directory} is a JAX checkpoint: convert it with openpi's "
             "examples/convert_jax_model_to_pytorch.py, as docs/pi0.md says"
         )
-    pickles = [file for kind in ("pt", "pth", "bin", "ckpt") for file in sorted(directory.rglob(f"*.{kind}"))]
-    if pickles:
-        raise ValueError(
-            f"policy checkpoint {directory} has no model.safetensors, only {pickles[0].relative_to(directory)}, "
-            "and pickled weights are never loaded: convert them to safetensors, as docs/pi0.md says"
-        )
-    raise ValueError(f"policy checkpoint {directory} has no model.safetensors (nor other safetensors files)")
+    begin = f"policy checkpoint {directory} has no {WEIGHTS}"
+    if nested := _up_to_three_down(directory, WEIGHTS):
+        last = next((path for path in nested if "last" in path.parts), nested[-1])
+        return f"{begin}: give the directory {last.parent}, which has one"
+    for kind in ("pt", "pth", "bin", "ckpt"):
+        if pickles := _up_to_three_down(directory, f"*.{kind}"):
+            return (
+                f"{begin}, only {pickles[0].relative_to(directory)}, and pickled weights are never loaded: "
+                "convert them to safetensors, as docs/pi0.md says"
+            )
+    return f"{begin} (nor other safetensors files)"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises ValueError naming the file."""
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
+def _up_to_three_down(directory: Path, pattern: str) -> list[Path]:
+    return [path for depth in range(4) for path in sorted(directory.glob("*/" * depth + pattern))]
 
 
 def field(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
@@ -254,7 +315,7 @@ def field(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
     if value is None:
         return kind()
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: {key} is {value!r}, it must be {JSON_TYPES[kind]}")
+        raise ValueError(f"{path}: {key} is {shown(value)}, it must be {JSON_TYPES[kind]}")
     return value
 
 
@@ -339,10 +400,10 @@ def check_tensors(config: Pi0Config, tensors: Mapping[str, StoredTensor], source
                 f"{tensors[name].file}: tensor '{name}' has shape {list(tensors[name].shape)}, "
                 f"the config expects {list(shape)}"
             )
-    known = {part.name for part in unused_tensors(config)} | {TIED_EMBEDDING}
+    known = {part.name for part in unused_tensors(config)}
     if unexpected := sorted(tensors.keys() - expected.keys() - known):
         others = f" and {len(unexpected) - 1} more" if len(unexpected) > 1 else ""
-        raise ValueError(f"{tensors[unexpected[0]].file} has an unexpected tensor '{unexpected[0]}'{others}")
+        raise ValueError(f"{tensors[unexpected[0]].file} has an unexpected tensor {shown(unexpected[0])}{others}")
     for name, tensor in tensors.items():
         if tensor.dtype not in ELEMENT_BYTES:
             raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.untrusted import MEGABYTE, in_one_line, parse_json, read_bytes, read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,20 @@ WHERE_TO_GET_ONE = (
     "copy one there or give policy.tokenizer: PaliGemma's is on the Hugging Face hub in RLinf/openpi_tokenizer and "
     "in google/paligemma-3b-pt-224, and at gs://big_vision/paligemma_tokenizer.model"
 )
+LARGEST_TOKENIZER = 64 * MEGABYTE
+PALIGEMMA_VOCABULARY, PALIGEMMA_BOS = 257152, 2
+PALIGEMMA_IDS = {
+    "\n": [108],
+    "Task: pick up the black bowl, State: 12 255;\nAction: ": [
+        *(7071, 235292, 4788, 908, 573, 2656, 14581, 235269, 3040, 235292, 235248, 235274, 235284, 235248),
+        *(235284, 235308, 235308, 235289, 108, 4022, 235292, 235248),
+    ],
+}
+"""What PaliGemma's tokenizer makes of texts, found with the one named in docs/measurements/pi0.md."""
+TOY_SIZE = 1000
+"""A tokenizer of fewer tokens is nobody's by mistake: it belongs to random weights."""
+SPACE = "\u2581"
+"""How tokens spell a space."""
 STATE_BINS = 256
 Ids = Callable[[str, NDArray[np.float32] | None], list[int]]
 """(prompt, state or None) -> its ids, neither padded nor cut."""
@@ -29,15 +46,11 @@ LANGUAGE_MULTIPLE = 8
 
 
 class Encoder(NamedTuple):
-    """A tokenizer: text to ids without special tokens, its special ids, and how many embeddings its ids need.
-
-    Tokens that were added behind the vocabulary, such as PaliGemma's `<image>`, need none: no prompt contains them.
-    """
+    """A tokenizer: text to ids without special tokens, and its special ids."""
 
     encode: Callable[[str], list[int]]
     bos: int
     pad: int
-    size: int
 
 
 def find_tokenizer(directory: Path, given: Path | None) -> Path:
@@ -45,13 +58,13 @@ def find_tokenizer(directory: Path, given: Path | None) -> Path:
 
     Raises ValueError when `given` does not exist or there is no tokenizer; the message says where to get one.
     """
-    if given is not None and given.is_file():
-        return given
     if given is not None and not given.is_dir():
-        raise ValueError(f"there is no file or directory {given}")
+        if not given.exists():
+            raise ValueError(f"there is no file or directory {given}")
+        return given
     place = given or directory
     for name in TOKENIZER_NAMES:
-        if (place / name).is_file():
+        if os.path.lexists(place / name):
             return place / name
     raise ValueError(f"{place} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}); {WHERE_TO_GET_ONE}")
 
@@ -59,13 +72,52 @@ def find_tokenizer(directory: Path, given: Path | None) -> Path:
 def load_tokenizer(path: Path) -> Any:
     """Reads a `tokenizer.json` of the tokenizers library, or a sentencepiece model if the name ends in `.model`.
 
-    Raises ValueError naming the file when it is neither, and saying what to install when sentencepiece is missing.
+    Padding and truncation that were saved with it are switched off: prompts are padded and cut here.
+
+    Raises ValueError naming the file when it is neither, or does to texts what PaliGemma's does not, and saying what to
+    install when sentencepiece is missing.
     """
-    if path.suffix != ".model":
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from None
+    return _load_sentencepiece(path) if path.suffix == ".model" else _load_tokenizer_json(path)
+
+
+def _load_tokenizer_json(path: Path) -> Tokenizer:
+    text = read_text(path, LARGEST_TOKENIZER)
+    content = parse_json(text, str(path))
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and BaseException where its own code fails
+        reason = in_one_line(error)
+        raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {reason}") from None
+    for name in ("normalizer", "pre_tokenizer"):
+        for step in _steps(content.get(name)):
+            if step not in SPACE_SPELLINGS and not (step["type"] == "Split" and "String" in step["pattern"]):
+                raise ValueError(f"{path} has the {name} {shown(step['type'])}, which PaliGemma's tokenizer has not")
+    if content["model"].get("dropout"):
+        raise ValueError(f"{path} has a dropout of {shown(content['model']['dropout'])}: its ids are random")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+SPACE_SPELLINGS: tuple[dict[str, Any], ...] = (
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False},
+    {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": True},
+)
+"""What a tokenizer.json may do to a text. Splitting it by given strings is allowed besides."""
+
+
+def _steps(component: Any) -> list[dict[str, Any]]:
+    """The steps of a normaliser or a pre-tokenizer that the library has accepted."""
+    if component is None:
+        return []
+    nested = component.get("normalizers", component.get("pretokenizers"))
+    return [component] if nested is None else [step for inner in nested for step in _steps(inner)]
+
+
+def _load_sentencepiece(path: Path) -> Any:
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
@@ -73,29 +125,72 @@ def load_tokenizer(path: Path) -> Any:
             f"{path} is a sentencepiece model, and that library is not installed: "
             "run `pip install sentencepiece`, or give a tokenizer.json"
         ) from None
+    content = read_bytes(path, LARGEST_TOKENIZER)
     try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a sentencepiece model: {' '.join(str(error).split())}") from None
+        processor = SentencePieceProcessor(model_proto=content)
+        pieces = "".join(processor.encode(SPACED, out_type=str))
+    except Exception as error:  # which one is up to the library's version
+        raise ValueError(f"{path} is not a sentencepiece model: {in_one_line(error)}") from None
+    read = re.sub("<0x([0-9A-F]{2})>", lambda byte: chr(int(byte[1], 16)), pieces).replace(SPACE, " ")
+    if read != SPACED:
+        raise ValueError(f"{path} makes {shown(read)} of {shown(SPACED)}, which PaliGemma's tokenizer leaves as it is")
+    return processor
+
+
+SPACED = "Pick up  12 "
+"""A text that whoever adds or drops spaces or cares for capitals makes another one of."""
+
+
+def check_vocabulary(tokenizer: Any, config: Pi0Config, source: Path) -> None:
+    """Raises ValueError, naming the tokenizer's file, when its ids are not those that the policy was trained with.
+
+    Special tokens that were added behind the vocabulary, such as PaliGemma's `<image>`, need no embedding, since
+    `check_prompt` sees to it that no prompt has them.
+    """
+    encoder = make_encoder(tokenizer, source)
+    if isinstance(tokenizer, Tokenizer):
+        last = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+    else:
+        last = tokenizer.get_piece_size() - 1
+    needed = max(last, encoder.bos, encoder.pad) + 1
+    if needed > config.vocab_size:
+        raise ValueError(f"{source} has {needed} tokens, the policy embeds {config.vocab_size}: it is of another model")
+    if isinstance(tokenizer, Tokenizer):
+        for number, added in tokenizer.get_added_tokens_decoder().items():
+            if number >= config.vocab_size and not added.special:
+                raise ValueError(
+                    f"{source}: its added token {shown(added.content)} has the id {number}, "
+                    f"the policy embeds {config.vocab_size}"
+                )
+    if config.vocab_size == PALIGEMMA_VOCABULARY and needed > TOY_SIZE:
+        found = {text: encoder.encode(text) for text in PALIGEMMA_IDS}
+        if found != PALIGEMMA_IDS or encoder.bos != PALIGEMMA_BOS:
+            raise ValueError(f"{source} gives other ids than PaliGemma's tokenizer, which is the policy's")
 
 
 def make_encoder(tokenizer: Any, source: Path | str = "tokenizer") -> Encoder:
-    """Makes the same calls for both libraries. Raises ValueError, naming `source`, when there is no token <bos>."""
+    """Makes the same calls for both libraries. Raises ValueError, naming `source`, when there is no token <bos>.
+
+    So does `encode` when the tokenizer can make nothing of a text.
+    """
     if isinstance(tokenizer, Tokenizer):
         bos, pad = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<pad>")
-        size = tokenizer.get_vocab_size(with_added_tokens=False)
     else:
-        bos, pad, size = tokenizer.bos_id(), tokenizer.pad_id(), tokenizer.get_piece_size()
+        bos, pad = tokenizer.bos_id(), tokenizer.pad_id()
     if bos is None or bos < 0:
         raise ValueError(f"{source} has no token '<bos>'")
 
     def encode(text: str) -> list[int]:
-        if isinstance(tokenizer, Tokenizer):
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
-        return list(tokenizer.encode(text))
+        try:
+            if isinstance(tokenizer, Tokenizer):
+                return list(tokenizer.encode(text, add_special_tokens=False).ids)
+            return list(tokenizer.encode(text))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # see `_load_tokenizer_json`
+            raise ValueError(f"{source} cannot encode {shown(text)}: {in_one_line(error)}") from None
 
-    pad = 0 if pad is None or pad < 0 else pad
-    return Encoder(encode, bos, pad, max(size, bos + 1, pad + 1))
+    return Encoder(encode, bos, 0 if pad is None or pad < 0 else pad)
 
 
 def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None = None) -> list[int]:
@@ -111,6 +206,15 @@ def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None 
     edges = np.linspace(-1, 1, STATE_BINS + 1)[:-1]
     bins = " ".join(str(index) for index in np.digitize(state, edges) - 1)
     return [encoder.bos, *encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
+
+
+def check_prompt(encoder: Encoder, config: Pi0Config, prompt: str) -> None:
+    """Raises ValueError when the policy has no embedding for a token of the prompt."""
+    state = np.zeros(config.robot_state_dim, np.float32) if config.state_in_prompt else None
+    if (largest := max(prompt_ids(encoder, prompt, state))) >= config.vocab_size:
+        raise ValueError(
+            f"the prompt {shown(prompt)} has a token with the id {largest}, the policy embeds {config.vocab_size}"
+        )
 
 
 def longest_prompt(ids: Ids, prompt: str, slots: int, state_width: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.commands import call
 from support.paths import SCRIPTS
-from support.pi0_models import import_tensors
+from support.pi0_models import import_tensors, norm_stats
 from support.pi0_reference import Reference
 from tokenizers import Tokenizer, models
 
@@ -43,6 +44,26 @@ SIZES: dict[str, Any] = {
     **{"expert_width": 32, "expert_mlp": 56, "depth": 2, "vocab_size": 120},
 }
 """The published head geometry, without which nothing can be detected, and else little; fits the tabletop scene."""
+
+
+IMPOSSIBLE_STATISTICS: list[tuple[str, object, str]] = [
+    ("std", [1.0] * 7 + [-1e-6], r"state\.std is negative in dimension 7$"),
+    *(
+        (name, value, rf"state\.{name} must be a list of finite numbers")
+        for name, value in (
+            ("mean", [1e39] * 8),
+            ("mean", [10**400] * 8),
+            ("std", [1e300] * 8),
+            ("std", ["1.0"] * 8),
+            ("std", [True] * 8),
+            ("std", [None] * 8),
+            ("std", [[1.0] * 8]),
+            ("std", {"0": 1.0}),
+            ("mean", [float("nan")] * 8),
+            ("mean", [float("-inf")] * 8),
+        )
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +222,7 @@ def broken(name: str, content: str) -> Callable[[Path], str]:
             "delta_action_dims is 9, the robot's state has 8 dimensions and its action 7$",
         ),
         ("norm_stats", lambda d: str(d / "nothing"), r"there is no file .*nothing$"),
-        ("norm_stats", broken("stats.json", "{"), r"\S*stats\.json is not valid JSON"),
+        ("norm_stats", broken("stats.json", "{"), r"\S*stats\.json is not JSON"),
         (
             "norm_stats",
             broken("stats.json", '{"norm_stats": {"state": {}, "actions": {}}}'),
@@ -231,6 +252,45 @@ def test_what_others_write_about_a_model_is_left_alone(copy: Callable[..., Path]
     (directory / "config.json").write_text(json.dumps(content))
     policy = check_run(validate({"policy": {"checkpoint": str(directory)}})).policy.config
     assert policy == writer.pi0_config(False, **SIZES)
+
+
+@pytest.mark.parametrize(("name", "value", "message"), IMPOSSIBLE_STATISTICS)
+def test_statistics_that_cannot_be_are_refused(
+    written: Path, tmp_path: Path, name: str, value: object, message: str
+) -> None:
+    content = {"norm_stats": norm_stats()}
+    content["norm_stats"]["state"][name] = value  # type: ignore[assignment]  # on purpose
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"stats\.json: {message}"):
+        find_policy(written / "pi0" / "openpi", norm_stats=str(path))
+
+
+@pytest.mark.parametrize("value", [10**9, 10**300, -1, 2.0, True, None, [2], 0, "3"])
+def test_sizes_that_cannot_be_are_refused_at_once(value: object) -> None:
+    content = dataclasses.asdict(writer.pi0_config(False, **SIZES))
+    for name in (name for name, value in content.items() if type(value) is int):
+        if (name, value) != ("delta_action_dims", 0):
+            with pytest.raises(ValueError, match=rf"x/config\.json: .*{name} is .*, it must be an int from "):
+                Pi0Config.from_json({**content, name: value}, Path("x/config.json"))
+
+
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_quantiles_that_contradict_each_other_are_refused(
+    copy: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    directory = copy(layout, pi05=True)
+    stats = json.loads(json.dumps(find_policy(directory).norm_stats))
+    stats["state"]["q01"][3] = stats["state"]["q99"][3]
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps({"norm_stats": stats}))
+    equal = load_policy(directory, norm_stats=str(path)).normaliser.state_scale[3].item()
+    assert equal == pytest.approx({"openpi": 0.5e-6, "lerobot": 0.5e-8}[layout], rel=1e-3)
+    for low, high, message in ((1.0, 0.5, "q01 is above state.q99 in dimension 3"), (-3e38, 3e38, "is farther from")):
+        stats["state"]["q01"][3], stats["state"]["q99"][3] = low, high
+        path.write_text(json.dumps({"norm_stats": stats}))
+        with pytest.raises(ValueError, match=rf"stats\.json: state\..*{message}"):
+            load_policy(directory, norm_stats=str(path))
 
 
 def test_features_that_are_null_say_nothing(copy: Callable[..., Path]) -> None:
@@ -277,6 +337,124 @@ def test_a_run_finds_its_policy_from_everywhere(written: Path, tmp_path: Path, m
     assert call("launch", "--run-dir", str(tmp_path / "run"), *options).code == 0
     monkeypatch.chdir(tmp_path)
     check_run(runs[0])
+
+
+def stored_twice(second: Callable[[torch.Tensor], torch.Tensor], prefix: str) -> Callable[[Path], None]:
+    """The embedding table under both of its names; the second is made from the first."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[prefix + TIED_EMBEDDING] = second(tensors[prefix + EMBEDDING])
+
+    return rewrite_weights("model.safetensors", change)
+
+
+@pytest.mark.parametrize(("layout", "prefix"), [("openpi", ""), ("lerobot", "model.")])
+def test_of_two_embedding_tables_the_one_that_prompts_are_embedded_with_is_read(
+    copy: Callable[..., Path], layout: str, prefix: str
+) -> None:
+    directory = copy(layout)
+    stored_twice(lambda table: (table + 1).to(torch.float32), prefix)(directory)
+    tensors = load_file(directory / "model.safetensors")
+    expected = tensors[prefix + TIED_EMBEDDING]
+    assert not torch.equal(tensors[prefix + EMBEDDING].float(), expected)
+    assert torch.equal(load_model(directory).embedding.weight, expected)
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def apply(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[change(name)] = tensors.pop(name)
+
+    return rewrite_weights("model.safetensors", apply)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"module.model.{name}",
+        lambda name: name.replace("paligemma.model.", "paligemma._orig_mod.model."),
+        lambda name: name.replace(".self_attn.", "._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."),
+    ],
+)
+def test_what_wraps_a_network_changes_nothing(copy: Callable[..., Path], change: Callable[[str], str]) -> None:
+    directory = copy("openpi")
+    expected = load_model(directory).state_dict()
+    renamed(change)(directory)
+    assert change(EMBEDDING) in load_file(directory / "model.safetensors") or "self_attn" not in EMBEDDING
+    loaded = load_model(directory).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize(
+    "name", ["._model.safetensors", "model (1).safetensors", ".DS_Store", "model.safetensors.part"]
+)
+@pytest.mark.parametrize("layout", ["openpi", "rlinf"])
+def test_what_lies_beside_the_weights_is_not_read(copy: Callable[..., Path], layout: str, name: str) -> None:
+    directory = copy(layout)
+    (directory / name).write_bytes(b"\0\5\26\7")
+    if layout == "rlinf":
+        shutil.copy(directory / SHARD, directory / "copy.safetensors")
+    load_policy(directory)
+
+
+def test_links_into_a_cache_are_followed(copy: Callable[..., Path], tmp_path: Path) -> None:
+    """The Hugging Face cache's snapshots hold links to ../../blobs."""
+    directory = copy("openpi")
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in list(directory.iterdir()):
+        if path.is_file():
+            path.rename(blobs / path.name)
+            path.symlink_to(Path("..", "blobs", path.name))
+    load_policy(directory)
+    (blobs / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json cannot be read: No such file"):
+        load_policy(directory)
+
+
+@pytest.mark.parametrize("inner", ["pretrained_model", "checkpoints/last/pretrained_model", "snapshots/0af3"])
+def test_the_directory_inside_is_named(written: Path, tmp_path: Path, inner: str) -> None:
+    shutil.copytree(written / "pi0" / "lerobot", tmp_path / "run" / inner)
+    with pytest.raises(ValueError, match=rf"run has no model\.safetensors: give the directory .*run/{inner}, which"):
+        find_policy(tmp_path / "run")
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def put(directory: Path) -> None:
+        path = next(directory.rglob(name))
+        path.unlink()
+        os.mkfifo(path)
+
+    return put
+
+
+def device(name: str) -> Callable[[Path], None]:
+    def put(directory: Path) -> None:
+        path = next(directory.rglob(name))
+        path.unlink()
+        path.symlink_to("/dev/zero")
+
+    return put
+
+
+def set_index(value: str) -> Callable[[Path], None]:
+    return rewrite_json(INDEX, lambda c: c["weight_map"].update(surprise=value))
+
+
+FILES = ("model.safetensors", "config.json", "norm_stats.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("put", [pipe, device])
+@pytest.mark.parametrize("name", FILES)
+def test_only_regular_files_are_read(
+    copy: Callable[..., Path], put: Callable[[str], Callable[[Path], None]], name: str
+) -> None:
+    directory = copy("openpi")
+    put(name)(directory)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: it is not a regular file$"):
+        find_policy(directory)
 
 
 def test_of_several_norm_stats_liberos_are_taken(copy: Callable[..., Path]) -> None:
@@ -342,6 +520,7 @@ MALFORMED_LEROBOT: list[tuple[Callable[[dict], object], str]] = [
     (lambda c: c["output_features"]["action"].update(shape=["a"]), r".*robot_action_dim is 'a'"),
     (lambda c: c.update(chunk_size=[]), r".*action_horizon is \[\]"),
 ]
+INDEX = "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"
 STATE_BIAS = "state_proj.bias"
 
@@ -387,7 +566,7 @@ STATE_BIAS = "state_proj.bias"
         ("rlinf", lambda d: (d / SHARD).unlink(), rf"index\.json names the file {SHARD}, which is missing"),
         (
             "rlinf",
-            lambda d: shutil.copy(d / SHARD, d / "copy.safetensors"),
+            lambda d: (shutil.copy(d / SHARD, d / "copy.safetensors"), (d / INDEX).unlink()),
             rf"is both in .*copy\.safetensors and in .*{SHARD}",
         ),
         ("openpi", truncate, r"model\.safetensors is not a valid safetensors file or is cut short"),
@@ -458,7 +637,7 @@ STATE_BIAS = "state_proj.bias"
         (
             "rlinf",
             rewrite_json("model.safetensors.index.json", lambda c: c["weight_map"].update(surprise=3)),
-            r"index\.json: weight_map must hold names of files$",
+            r"index\.json: weight_map must hold names of safetensors files beside it, not '3'$",
         ),
         (
             "openpi",
@@ -466,6 +645,42 @@ STATE_BIAS = "state_proj.bias"
             r"config\.json lacks the fields pi05, cameras, image_size, ",
         ),
         ("openpi", large_tokenizer, r"tokenizer\.json has 201 tokens, the policy embeds 120"),
+        ("openpi", stored_twice(lambda _: torch.zeros(3, 3), ""), r"embed_tokens\.weight' has shape \[3, 3\], '.*same"),
+        (
+            "openpi",
+            rewrite_weights("model.safetensors", lambda t: t.update({"module." + STATE_BIAS: t[STATE_BIAS] + 1})),
+            r"tensor 'state_proj\.bias' is both in .* and in .*keep",
+        ),
+        ("openpi", renamed(lambda n: f"ema_model.{n}"), r"remove the 'ema_model\.' in front of the names"),
+        ("openpi", renamed(lambda n: f"transformer.h.{len(n)}.{n[-9:]}"), r"it is not of a Pi0"),
+        (
+            "lerobot",
+            renamed(lambda n: n.replace("paligemma.model.vision_tower", "paligemma.vision_tower")),
+            r"transformers before 4\.52",
+        ),
+        (
+            "lerobot",
+            rewrite_weights(
+                "model.safetensors",
+                lambda t: t.update({"normalize_inputs.buffer_observation_state.mean": torch.ones(8)}),
+            ),
+            r"LeRobot's Pi0 before its version 0\.4",
+        ),
+        (
+            "openpi",
+            rewrite_weights("model.safetensors", lambda t: t.update({"a.lora_A.weight": torch.ones(8)})),
+            r"'a\.lora_A\.weight' is a LoRA adapter: merge it",
+        ),
+        ("lerobot", write_json("adapter_config.json", {}), r"adapter_config\.json is of a LoRA adapter: merge it"),
+        (
+            "rlinf",
+            set_index("../model.safetensors"),
+            r"must hold names of safetensors files beside it, not '\.\./model",
+        ),
+        ("rlinf", set_index("/etc/passwd.safetensors"), r"not '/etc/passwd\.safetensors'$"),
+        ("rlinf", set_index("a\0b.safetensors"), r"which is missing|beside it"),
+        ("rlinf", write_json("b.safetensors.index.json", {}), r"has two indices of weights, b\.saf.* keep one$"),
+        ("rlinf", write_json(INDEX, {"weight_map": {}}), r"index\.json names no files$"),
     ],
 )
 def test_damage_is_named_in_one_sentence_before_anything_starts(

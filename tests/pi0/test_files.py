@@ -81,7 +81,7 @@ def rewrite_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
             "model.safetensors is not a valid safetensors",
         ),
         (lambda d: (d / "tokenizer.json").write_text("{}"), r"tokenizer\.json is not a tokenizer"),
-        (lambda d: (d / "norm_stats.json").write_text("{"), r"norm_stats\.json is not valid JSON"),
+        (lambda d: (d / "norm_stats.json").write_text("{"), r"norm_stats\.json is not JSON"),
         (lambda d: (d / "norm_stats.json").write_text("[]"), r"norm_stats\.json must hold"),
         (
             rewrite_weights(lambda t: t.pop("action_in_proj.bias")),

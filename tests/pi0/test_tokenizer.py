@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from support.pi0_models import make_model, norm_stats, small_config
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from dsrl_async.pi0.checkpoint import LoadedPolicy
+from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.policy import language_lengths
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pi0.tokenizer import STATE_BINS, find_tokenizer, load_tokenizer, longest_prompt
+from dsrl_async.pi0.tokenizer import (
+    PALIGEMMA_IDS,
+    PALIGEMMA_VOCABULARY,
+    STATE_BINS,
+    check_prompt,
+    check_vocabulary,
+    find_tokenizer,
+    load_tokenizer,
+    longest_prompt,
+    make_encoder,
+)
 
 SENTENCES = [
     "pick up the black bowl between the plate and the ramekin and place it on the plate",
@@ -25,25 +39,27 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train(directory: Path, **options: object) -> Path:
     """A tiny model with the special ids of PaliGemma's, and a newline that is a token of its own."""
-    directory = tmp_path_factory.mktemp("sentencepiece")
     SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_prefix=str(directory / "paligemma_tokenizer"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        user_defined_symbols=["\n"],
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        minloglevel=2,
+        **{
+            "sentence_iterator": iter(SENTENCES * 20),
+            "model_prefix": str(directory / "paligemma_tokenizer"),
+            "vocab_size": 60,
+            "hard_vocab_limit": False,
+            **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "user_defined_symbols": ["\n"]},
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "minloglevel": 2,
+            **options,
+        }
     )
     return directory / "paligemma_tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("sentencepiece"))
 
 
 def test_prompts_are_what_openpis_tokenizer_makes_of_them(model_file: Path) -> None:
@@ -60,6 +76,147 @@ def test_prompts_are_what_openpis_tokenizer_makes_of_them(model_file: Path) -> N
         tokenizer.ids(sentence) for sentence in SENTENCES
     ]
     assert not tokens[~mask].any()  # padded with id 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("prefix", {"add_dummy_prefix": True}),
+        ("spaces", {"remove_extra_whitespaces": True}),
+        ("capitals", {"normalization_rule_name": "nmt_nfkc_cf"}),
+    ],
+)
+def test_a_model_that_changes_the_text_is_refused(tmp_path: Path, name: str, options: dict[str, object]) -> None:
+    path = train(tmp_path, **options)
+    with pytest.raises(ValueError, match=r"paligemma_tokenizer\.model makes '.*' of 'Pick up  12 ', which PaliGemma"):
+        load_tokenizer(path)
+
+
+def test_bytes_of_unknown_characters_are_no_change(tmp_path: Path) -> None:
+    load_tokenizer(train(tmp_path, byte_fallback=True, vocab_size=300))
+
+
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", "put", "it", "there"]
+
+
+def save_tokenizer(path: Path, change: Callable[[Tokenizer], object]) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    change(tokenizer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.enable_padding(length=48, pad_id=0),
+        lambda t: t.enable_truncation(2),
+        lambda t: (t.enable_padding(length=48, direction="left"), t.enable_truncation(3, direction="left")),
+        lambda t: setattr(
+            t,
+            "post_processor",
+            processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]),
+        ),
+        lambda t: t.add_special_tokens(["<image>"]),
+    ],
+)
+def test_what_was_saved_with_a_tokenizer_changes_no_prompt(
+    tmp_path: Path, change: Callable[[Tokenizer], object]
+) -> None:
+    path = save_tokenizer(tmp_path, change)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, config_of(8), path)
+    assert PromptTokenizer(tokenizer, 12).ids("put it there") == [2, 5, 6, 7, 4]
+
+
+def config_of(vocabulary: int) -> Pi0Config:
+    return dataclasses.replace(small_config(), vocab_size=vocabulary)
+
+
+def rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: setattr(t, "normalizer", normalizers.Lowercase()), "has the normalizer 'Lowercase', which"),
+        (lambda t: setattr(t, "normalizer", normalizers.Prepend("<bos>")), "has the normalizer 'Prepend', which"),
+        (
+            lambda t: setattr(t, "normalizer", normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])),
+            "has the normalizer 'NFC', which",
+        ),
+        (
+            lambda t: setattr(t, "normalizer", normalizers.Replace(Regex("(a+)+$"), "b")),
+            "has the normalizer 'Replace', which",
+        ),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Metaspace()), "has the pre_tokenizer 'Metaspace', which"),
+        (lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel()), "has the pre_tokenizer 'ByteLevel', which"),
+        (lambda t: t.add_tokens(["block"]), "its added token 'block' has the id 8, the policy embeds 8"),
+    ],
+)
+def test_what_changes_the_ids_is_refused_by_name(
+    tmp_path: Path, change: Callable[[Tokenizer], object], message: str
+) -> None:
+    path = save_tokenizer(tmp_path, change)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json:? {message}"):
+        check_vocabulary(load_tokenizer(path), config_of(8), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"]["vocab"].update(there=8000), "has 8001 tokens, the policy embeds 8: it is of another"),
+        (lambda c: c["model"]["vocab"].clear(), "has no token '<bos>'"),
+        (
+            lambda c: c.update(model={"type": "BPE", "vocab": {"<bos>": 0}, "merges": [], "dropout": 0.1}),
+            "has a dropout of 0.1",
+        ),
+        (lambda c: c.update(model={"type": "\n"}), "is not a tokenizer.json of the tokenizers library: "),
+        (lambda c: c.update(model=None), "is not a tokenizer.json of the tokenizers library: "),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = save_tokenizer(tmp_path, lambda tokenizer: None)
+    rewrite(change)(path)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json {message}") as raised:
+        check_vocabulary(load_tokenizer(path), config_of(8), path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, lambda tokenizer: tokenizer.add_special_tokens(["<image>"])))
+    encoder = make_encoder(tokenizer)
+    check_prompt(encoder, config_of(8), "put it there")
+    with pytest.raises(ValueError, match=r"prompt 'put <image> there' has a token with the id 8, the policy embeds 8"):
+        check_prompt(encoder, config_of(8), "put <image> there")
+    path = save_tokenizer(tmp_path, lambda tokenizer: None)
+    rewrite(lambda content: content["model"].update(unk_token="[UNK]"))(path)
+    with pytest.raises(ValueError, match="tokenizer cannot encode 'put that there': "):
+        check_prompt(make_encoder(load_tokenizer(path)), config_of(8), "put that there")
+
+
+def test_the_published_vocabulary_needs_paligemmas_ids(tmp_path: Path) -> None:
+    words = dict.fromkeys([*WORDS, *map(str, range(2000))])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="x gives other ids than PaliGemma's tokenizer, which is the policy's"):
+        check_vocabulary(tokenizer, config_of(PALIGEMMA_VOCABULARY), Path("x"))
+    check_vocabulary(tokenizer, config_of(PALIGEMMA_VOCABULARY - 1), Path("x"))
+    ids = {"<pad>": 0, "<bos>": 2, "<unk>": 3, **{text: ids[0] for text, ids in PALIGEMMA_IDS.items()}}
+    ids.update({str(number): number for number in range(4, 2000) if number != 108})
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    fake = PALIGEMMA_IDS | {text: [found[0]] for text, found in PALIGEMMA_IDS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsrl_async.pi0.tokenizer.PALIGEMMA_IDS", fake)
+        check_vocabulary(tokenizer, config_of(PALIGEMMA_VOCABULARY), Path("x"))
 
 
 def test_a_model_that_is_none_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dsrl_async.run.preflight.policy import (
     check_environment,
     check_fit,
     check_graphics,
+    check_prompts,
     check_render_quality,
 )
 
@@ -45,6 +46,7 @@ def check_run(config: Config) -> CheckedRun:
     """
     spec, files = check_environment(config), check_checkpoint(config)
     check_fit(config, files.config, spec)
+    check_prompts(files, spec)
     check_render_quality(config, files.maker)
     environment = environment_record(config.env.model_dump())
     check_graphics(environment)

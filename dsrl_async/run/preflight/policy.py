@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record, environment_spec, graphics
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
-from dsrl_async.pi0.tensors import read_json
+from dsrl_async.pi0.tokenizer import check_prompt, make_encoder
 from dsrl_async.run.frozen_policy import PolicySpec
+from dsrl_async.untrusted import read_object, shown
 
 
 def policy_directory(config: Config) -> Path:
@@ -41,6 +43,16 @@ def check_checkpoint(config: Config) -> PolicyFiles:
     except ValueError as error:
         key = "" if str(error).startswith("policy.") else "policy.checkpoint: "
         raise ConfigError(f"{key}{error}") from error
+
+
+def check_prompts(files: PolicyFiles, spec: EnvironmentSpec) -> None:
+    """Raises ConfigError when the policy's tokenizer cannot encode one of the environment's prompts."""
+    encoder = make_encoder(files.tokenizer)
+    for prompt in spec.prompts:
+        try:
+            check_prompt(encoder, files.config, prompt)
+        except ValueError as error:
+            raise ConfigError(f"policy.tokenizer: {error}") from error
 
 
 def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None:
@@ -83,10 +95,10 @@ def trained_quality(directory: Path, maker: str) -> str | None:
 
     Raises ValueError naming the file that cannot be understood.
     """
-    if (directory / TRAINING).is_file():
-        quality = read_json(directory / TRAINING).get("render_quality")
+    if os.path.lexists(directory / TRAINING):
+        quality = read_object(directory / TRAINING).get("render_quality")
         if quality not in (None, "exact", "fast"):
-            raise ValueError(f"{directory / TRAINING}: render_quality is {quality!r}, it must be exact or fast")
+            raise ValueError(f"{directory / TRAINING}: render_quality is {shown(quality)}, it must be exact or fast")
         return quality
     return None if maker == "dsrl_async" else "exact"
 

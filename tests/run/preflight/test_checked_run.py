@@ -27,14 +27,6 @@ def hook(event, given):
         read[os.path.basename(given[0])] += 1
 
 sys.addaudithook(hook)
-from dsrl_async.pi0 import files
-load_tokenizer = files.load_tokenizer
-
-def load_and_count(path):  # its library opens the file, and tells no hook
-    read[path.name] += 1
-    return load_tokenizer(path)
-
-files.load_tokenizer = load_and_count
 assert importlib.import_module(f"dsrl_async.{command}.command").main(arguments) == 0
 print(json.dumps(read))
 """
