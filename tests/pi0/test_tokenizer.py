@@ -41,19 +41,18 @@ SENTENCES = [
 
 def train(directory: Path, **options: object) -> Path:
     """A tiny model with the special ids of PaliGemma's, and a newline that is a token of its own."""
-    SentencePieceTrainer.train(
-        **{
-            "sentence_iterator": iter(SENTENCES * 20),
-            "model_prefix": str(directory / "paligemma_tokenizer"),
-            "vocab_size": 60,
-            "hard_vocab_limit": False,
-            **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "user_defined_symbols": ["\n"]},
-            "add_dummy_prefix": False,
-            "remove_extra_whitespaces": False,
-            "minloglevel": 2,
-            **options,
-        }
-    )
+    settings: dict[str, Any] = {
+        "sentence_iterator": iter(SENTENCES * 20),
+        "model_prefix": str(directory / "paligemma_tokenizer"),
+        "vocab_size": 60,
+        "hard_vocab_limit": False,
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "user_defined_symbols": ["\n"]},
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+        **options,
+    }
+    SentencePieceTrainer.train(**settings)
     return directory / "paligemma_tokenizer.model"
 
 
