@@ -292,17 +292,18 @@ def _without_weights(directory: Path) -> str:
             f"policy checkpoint {directory} is a JAX checkpoint: convert it with openpi's "
             "examples/convert_jax_model_to_pytorch.py, as docs/pi0.md says"
         )
-    begin = f"policy checkpoint {directory} has no {WEIGHTS}"
     if nested := _up_to_three_down(directory, WEIGHTS):
         last = next((path for path in nested if "last" in path.parts), nested[-1])
-        return f"{begin}: give the directory {last.parent}, which has one"
+        return (
+            f"policy checkpoint {directory} has no model.safetensors: give the directory {last.parent}, which has one"
+        )
     for kind in ("pt", "pth", "bin", "ckpt"):
         if pickles := _up_to_three_down(directory, f"*.{kind}"):
             return (
-                f"{begin}, only {pickles[0].relative_to(directory)}, and pickled weights are never loaded: "
-                "convert them to safetensors, as docs/pi0.md says"
+                f"policy checkpoint {directory} has no model.safetensors, only {pickles[0].relative_to(directory)}, "
+                "and pickled weights are never loaded: convert them to safetensors, as docs/pi0.md says"
             )
-    return f"{begin} (nor other safetensors files)"
+    return f"policy checkpoint {directory} has no model.safetensors (nor other safetensors files)"
 
 
 def _up_to_three_down(directory: Path, pattern: str) -> list[Path]:
