@@ -289,23 +289,32 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
     found = ask(cuda, options.time_limit_s)
-    preflight.check_device("device", config.device, found["devices"])
-    preflight.check_device("learner.device", config.learner.device, found["devices"])
+    preflight.check_device("device", config.device, found)
+    preflight.check_device("learner.device", config.learner.device, found)
     build = f"torch {found['torch']} ({'CUDA ' + found['built_for'] if found['built_for'] else 'without CUDA'})"
     driver = _nvidia_smi(options.time_limit_s)
-    if not found["available"]:
+    if not found["devices"]:
         if has_nvidia_gpu() and config.device != "cpu":
             remedy = (
                 "its driver is too old or not loaded, see nvidia-smi" if found["built_for"] else "install one with CUDA"
             )
-            yield Finding("cuda", "warning", f"there is an NVIDIA GPU{driver}, but {build} cannot use it; {remedy}")
+            why = f" ({found['reason']})" if found["built_for"] and found["reason"] else ""
+            yield Finding(
+                "cuda", "warning", f"there is an NVIDIA GPU{driver}, but {build} cannot use it{why}; {remedy}"
+            )
         else:
             yield Finding("cuda", "ok", f"{build}, device {config.device}: the run uses the CPU")
         return
     devices = {"policy": config.device, "learner": config.learner.device or config.device}
     users = [user for user, device in devices.items() if device != "cpu"]
     used = f"for {' and '.join(users)}" if users else "not used, as device is cpu"
-    yield Finding("cuda", "ok", f"{build}: {found['device']}, {found['free_bytes'] / GIB:.1f} GiB free{driver}, {used}")
+    for index, fault in enumerate(found["faults"]):
+        if fault:
+            yield Finding("cuda", "warning", f"torch cannot compute on cuda:{index}: {fault}; leave it alone")
+    if "device" not in found:
+        return
+    free = found["free_bytes"][0] / GIB
+    yield Finding("cuda", "ok", f"{build}: {found['device']}, {free:.1f} GiB free{driver}, {used}")
     if devices["policy"] != "cpu":
         if found["uploads"] == Uploads.GATHERED:
             yield Finding("cuda", "ok", "observations go to the GPU in one launch, from page-locked memory")

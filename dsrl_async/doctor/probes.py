@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from dsrl_async.host.probe import cuda_devices
+
 RENDER_SIZE = 256
 FRAMES = 5
 SCENE = """
@@ -79,15 +81,13 @@ def render() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """What torch finds, and how observations would get to the GPU (`Uploads`), with the reason if not the best way."""
+    """What torch finds (see `probe.cuda_devices`), its first device, and how observations would get there (`Uploads`),
+    with the reason if not the best way."""
     import torch
 
-    found: dict[str, Any] = {"torch": torch.__version__, "built_for": torch.version.cuda, "devices": 0}
-    found["available"] = torch.cuda.is_available()
-    if found["available"]:
-        free, total = torch.cuda.mem_get_info()
-        found |= {"devices": torch.cuda.device_count(), "device": torch.cuda.get_device_name()}
-        found |= {"free_bytes": free, "total_bytes": total}
+    found = {"torch": torch.__version__, "built_for": torch.version.cuda, **cuda_devices()}
+    if found["devices"] and not found["faults"][0]:
+        found["device"] = torch.cuda.get_device_name(0)
         found |= _uploads()
     return found
 
@@ -99,5 +99,5 @@ def _uploads() -> dict[str, Any]:
     from dsrl_async.shm.arena import Arena
 
     memory = Arena.create({SLOTS + "state": ((1, 8), "float32")})
-    way = prepare_uploads(memory, torch.device("cuda", torch.cuda.current_device()))
+    way = prepare_uploads(memory, torch.device("cuda", 0))
     return {"uploads": int(way.uploads), "uploads_reason": way.reason}

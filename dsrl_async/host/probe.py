@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -56,19 +57,37 @@ def ask(
 
 
 def cuda_devices() -> dict[str, Any]:
-    """How many CUDA devices torch can use, and their memory: `free_bytes` and `total_bytes`, a number for each.
+    """The CUDA devices that torch finds, each of which was asked to compute something.
 
-    What is free is what this process has left, with a context of its own on each of them.
+    `devices` is their number, and for each of them `free_bytes` and `total_bytes` are its memory and `faults` why it
+    cannot compute, or empty. `reason` says why there are none. What is free is what this process has left, with a
+    context of its own on each of them.
     """
     import torch
 
-    devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    memory = [torch.cuda.mem_get_info(device) for device in devices]
-    return {
-        "devices": len(devices),
-        "free_bytes": [free for free, _ in memory],
-        "total_bytes": [total for _, total in memory],
-    }
+    with warnings.catch_warnings(record=True) as said:  # a driver that is too old is only warned of
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        found = [_cuda_device(index) for index in range(torch.cuda.device_count())]
+        free, total, faults = zip(*found, strict=True) if found else ((), (), ())
+        return {"devices": len(found), "free_bytes": free, "total_bytes": total, "faults": faults, "reason": ""}
+    reason = f"{said[0].message}".partition(" (Triggered internally")[0] if said else ""
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA"
+    return {"devices": 0, "free_bytes": (), "total_bytes": (), "faults": (), "reason": reason}
+
+
+def _cuda_device(index: int) -> tuple[int, int, str]:
+    """Free and total memory of a device, and why it cannot compute: torch also lists those that it has no kernels for
+    (too old, or newer than torch), and those that a program has for itself."""
+    import torch
+
+    try:
+        torch.ones(1, device=f"cuda:{index}").item()
+        return *torch.cuda.mem_get_info(index), ""
+    except RuntimeError as error:
+        return 0, 0, str(error).partition("\n")[0]
 
 
 def main(argument: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gpus import found_gpus
 from support.paths import CONFIGS, SCRIPTS
 
 from dsrl_async.config.command_line import load_config
@@ -359,7 +360,7 @@ def test_a_policy_is_not_shown_pictures_of_another_quality(
 def test_a_device_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str | None, devices: int, words: str | None
 ) -> None:
-    monkeypatch.setattr("dsrl_async.host.probe.ask", lambda function, time_limit_s: {"devices": devices})
+    monkeypatch.setattr("dsrl_async.host.probe.ask", lambda function, time_limit_s: found_gpus(*devices * [1]))
     config = validate({"learner": {"device": name}})
     if words is None:
         preflight.check_devices(config)

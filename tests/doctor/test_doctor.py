@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from support.commands import call
+from support.gpus import found_gpus
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config, ConfigError
@@ -25,7 +28,9 @@ from dsrl_async.doctor.checks import Finding, Options
 from dsrl_async.host import machine
 from dsrl_async.host.probe import Unanswered, ask
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.run.inference import copies
 from dsrl_async.run.worker.template import Template, TemplateError
+from dsrl_async.shm.counters import Uploads
 
 LIBERO = {"env": {"name": "libero_spatial"}}
 
@@ -251,15 +256,22 @@ def test_oversubscribed_cpus_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> N
     assert "OMP_NUM_THREADS=64 on 4 cores" in messages(found(checks.check_cpus, {}), "warning")
 
 
-GPU = {"built_for": "13", "available": True, "devices": 1, "device": "X", "free_bytes": 2**31}
+GPU = {"built_for": "13", "device": "X", **found_gpus(2**31)}
+NO_GPU = found_gpus()
 
 
 @pytest.mark.parametrize(
     ("answer", "gpu", "status", "words"),
     [
-        ({"built_for": None, "devices": 0, "available": False}, True, "warning", "install one with CUDA"),
-        ({"built_for": "13.0", "devices": 0, "available": False}, True, "warning", "driver"),
-        ({"built_for": None, "devices": 0, "available": False}, False, "ok", "uses the CPU"),
+        ({"built_for": None, **NO_GPU}, True, "warning", "install one with CUDA"),
+        ({"built_for": "13.0", **NO_GPU, "reason": "it is of 2019"}, True, "warning", "(it is of 2019); its driver"),
+        ({"built_for": None, **NO_GPU}, False, "ok", "uses the CPU"),
+        (
+            {**GPU, **found_gpus(2**31, 1), "faults": ("", "it is busy"), "uploads": 3},
+            True,
+            "warning",
+            "cuda:1: it is busy",
+        ),
         (
             {**GPU, "uploads": 2, "uploads_reason": "cupy is not installed"},
             True,
@@ -278,6 +290,30 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any], gpu: bool
     monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2.13", **answer})
     monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: gpu)
     assert words in messages(found(checks.check_cuda, {}), status)
+
+
+@pytest.mark.parametrize(("faults", "uploads"), [(("", "busy"), Uploads.PAGE_LOCKED), (("busy", ""), None)])
+def test_what_is_asked_of_cuda(
+    monkeypatch: pytest.MonkeyPatch, faults: tuple[str, ...], uploads: Uploads | None
+) -> None:
+    """The probe itself, on a machine that pretends to have two GPUs, and no cupy."""
+    locked: list[tuple[int, int, torch.device]] = []
+    monkeypatch.setattr(probes, "cuda_devices", lambda: {**found_gpus(1, 1), "faults": faults})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"number {index}")
+    monkeypatch.setattr(copies, "register_memory", lambda *arguments: locked.append(arguments))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    answer = json.loads(json.dumps(probes.cuda()))
+    assert answer["torch"] == torch.__version__
+    assert answer.get("uploads") == uploads
+    if uploads is None:
+        assert "device" not in answer
+        assert locked == []
+    else:
+        assert answer["device"] == "number 0"
+        assert "cupy is not installed" in answer["uploads_reason"]
+        ((address, size, device),) = locked
+        assert address % mmap.PAGESIZE == size % mmap.PAGESIZE == 0 < size
+        assert device == torch.device("cuda", 0)
 
 
 # LIBERO, policy, run directory

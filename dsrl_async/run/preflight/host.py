@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from dsrl_async.config.command_line import program
 from dsrl_async.config.load import get_key
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.host import probe, processes
+
+logger = logging.getLogger(__name__)
 
 SPARE_DESCRIPTORS = 64
 """Open files of the launched process beside the workers' events: memory, logs, sockets, the terminal."""
@@ -21,16 +25,29 @@ TIME_LIMIT_S = 120.0
 
 
 def check_devices(config: Config, keys: Sequence[str] = DEVICE_KEYS) -> None:
-    """Raises ConfigError where a CUDA device that one of the settings asks for is not there."""
+    """Raises ConfigError where a CUDA device that one of the settings asks for is not there, or cannot compute.
+
+    Where `auto` is the CPU although there is an NVIDIA driver, this is said.
+    """
     for key in keys:
-        if (name := get_key(config, key) or "").startswith("cuda"):
+        name = get_key(config, key) or ""
+        if name.startswith("cuda"):
             found = cuda_devices()
             if "error" in found:
                 raise ConfigError(
                     f"{key}: {name} was asked for, but torch does not say what there is ({found['error']}); use cpu, "
                     f"or see what {program('doctor')} says"
                 )
-            check_device(key, name, found["devices"])
+            check_device(key, name, found)
+        elif name == "auto" and cuda_index(config, key) is not None:
+            check_device(key, name, cuda_devices())
+        elif name == "auto" and not config.serial and has_driver() and not hides_devices():
+            found = cuda_devices()
+            reason = found.get("error") or found["reason"] or "torch finds no CUDA device"
+            logger.warning(
+                "%s: auto is the CPU, although there is an NVIDIA driver: %s (--device cpu asks for it)",
+                *(key, reason.rstrip(".")),
+            )
 
 
 @functools.cache
@@ -42,7 +59,7 @@ def cuda_devices() -> dict[str, Any]:
     try:
         return probe.ask(probe.cuda_devices, TIME_LIMIT_S)
     except probe.Unanswered as error:
-        return {"devices": 0, "error": str(error)}
+        return {"devices": 0, "reason": "", "error": str(error)}
 
 
 def has_driver() -> bool:
@@ -58,14 +75,29 @@ def cuda_index(config: Config, key: str) -> int | None:
     return int(name.partition(":")[2] or 0) if name.startswith("cuda") else None
 
 
-def check_device(key: str, name: str | None, count: int) -> None:
-    """Raises ConfigError where the CUDA device that the setting `key` asks for is not one of the `count` that there
-    are."""
-    if name is not None and name.startswith("cuda"):
-        if not count:
-            raise ConfigError(f"{key}: {name} was asked for, but torch finds no CUDA device; leave it out, or use cpu")
-        if int(name.partition(":")[2] or 0) >= count:
-            raise ConfigError(f"{key}: {name} was asked for, but the last of torch's CUDA devices is cuda:{count - 1}")
+def hides_devices() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES names no device, so that nobody expects one to be used."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles")
+
+
+def check_device(key: str, name: str | None, found: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the CUDA device that the setting `key` asks for is not one of those that were `found`
+    (see `probe.cuda_devices`), or cannot compute."""
+    if name == "auto" and found["devices"]:
+        name = "cuda"
+    if name is None or not name.startswith("cuda"):
+        return
+    count, index = found["devices"], int(name.partition(":")[2] or 0)
+    if not count:
+        why = f" ({found['reason']})" if found["reason"] else ""
+        raise ConfigError(f"{key}: {name} was asked for, but torch finds no CUDA device{why}; leave it out, or use cpu")
+    if index >= count:
+        raise ConfigError(f"{key}: {name} was asked for, but the last of torch's CUDA devices is cuda:{count - 1}")
+    if fault := found["faults"][index]:
+        raise ConfigError(
+            f"{key}: torch cannot compute on cuda:{index} ({fault}); choose another one with CUDA_VISIBLE_DEVICES, "
+            "install a torch that is built for it, or use cpu"
+        )
 
 
 def check_descriptors(config: Config, key: str = "actors") -> None:

@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.gpus import found_gpus
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
@@ -83,9 +85,9 @@ def test_a_preflight_for_cuda_leaves_torch_to_a_child_process() -> None:
 def test_torch_is_asked_once_and_only_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def ask(function: object, time_limit_s: float) -> dict[str, int]:
+    def ask(function: object, time_limit_s: float) -> dict[str, Any]:
         asked.append(function)
-        return {"devices": 2}
+        return found_gpus(1, 1)
 
     monkeypatch.setattr("dsrl_async.host.probe.ask", ask)
     preflight.check_devices(validate({"device": "cpu"}))

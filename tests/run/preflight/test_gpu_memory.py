@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+from support.gpus import found_gpus
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
@@ -27,7 +28,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *free_gib: float) -> list[object]:
 
     def ask(function: object, time_limit_s: float) -> dict[str, Any]:
         asked.append(function)
-        return {"devices": len(free), "free_bytes": free, "total_bytes": [80 * GIB] * len(free)}
+        return found_gpus(*free)
 
     monkeypatch.setattr("dsrl_async.host.probe.ask", ask)
     monkeypatch.setattr(host, "has_driver", lambda: True)

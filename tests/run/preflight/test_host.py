@@ -1,0 +1,130 @@
+"""The devices that a run asks for: refused in one sentence where they are not there, or cannot compute."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.gpus import found_gpus
+
+from dsrl_async.config.load import validate
+from dsrl_async.config.settings import ConfigError
+from dsrl_async.host.probe import cuda_devices
+from dsrl_async.run import preflight
+from dsrl_async.run.preflight import host
+
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
+TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
+
+
+@pytest.fixture(autouse=True)
+def ask_anew() -> Iterator[None]:
+    host.cuda_devices.cache_clear()
+    yield
+    host.cuda_devices.cache_clear()
+
+
+def find(monkeypatch: pytest.MonkeyPatch, **found: Any) -> None:
+    """Have torch find two GPUs, or what `found` says."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("dsrl_async.host.probe.ask", lambda *_: {**found_gpus(1, 1), **found})
+    monkeypatch.setattr(host, "has_driver", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"device": "cuda", "learner": {"device": "cpu"}}, None),
+        ({"device": "auto"}, None),
+        ({"device": "cpu", "learner": {"device": "cuda:1"}}, "learner.device"),
+        ({"device": "auto", "learner": {"device": "cuda:1"}}, "learner.device"),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], key: str | None
+) -> None:
+    find(monkeypatch, faults=("", NO_KERNEL))
+    if key is None:
+        preflight.check_devices(validate(settings))
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"^{key}: torch cannot compute on cuda:1 \({NO_KERNEL}\); .* or use cpu$"
+        ):
+            preflight.check_devices(validate(settings))
+
+
+def test_auto_does_not_choose_a_gpu_that_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    find(monkeypatch, faults=(NO_KERNEL, ""))
+    with pytest.raises(ConfigError, match=r"^device: torch cannot compute on cuda:0"):
+        preflight.check_devices(validate({}))
+    preflight.check_devices(validate({"serial": True}))
+
+
+def test_a_run_that_goes_to_the_cpu_in_spite_of_a_driver_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(settings: dict[str, Any]) -> str:
+        host.cuda_devices.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            preflight.check_devices(validate(settings))
+        return caplog.text
+
+    find(monkeypatch, **{**found_gpus(), "reason": TOO_OLD})
+    assert f"device: auto is the CPU, although there is an NVIDIA driver: {TOO_OLD[:-1]} (" in said({})
+    for meant in ({"device": "cpu"}, {"serial": True}):
+        assert said(meant) == ""
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert said({}) == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert TOO_OLD[:-1] in said({})
+    monkeypatch.setattr(host, "has_driver", lambda: False)
+    assert said({}) == ""
+
+
+def test_the_reason_is_in_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    find(monkeypatch, **{**found_gpus(), "reason": TOO_OLD})
+    with pytest.raises(ConfigError, match=r"torch finds no CUDA device \(CUDA initialization: .*too old.*\); leave"):
+        preflight.check_devices(validate({"device": "cuda"}))
+
+
+# --- what is found --------------------------------------------------------------------------------------------------
+
+
+def test_each_gpu_is_made_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three GPUs the second is too old for torch, which lists it all the same."""
+    ones = torch.ones
+
+    def compute(size: int, device: str) -> torch.Tensor:
+        if device == "cuda:1":
+            raise RuntimeError(f"{NO_KERNEL}\nCUDA kernel errors might be ...")
+        return ones(size)
+
+    monkeypatch.setattr(torch, "ones", compute)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 + index, 20 + index))
+    assert cuda_devices() == {
+        "devices": 3,
+        "free_bytes": (10, 0, 12),
+        "total_bytes": (20, 0, 22),
+        "faults": ("", NO_KERNEL, ""),
+        "reason": "",
+    }
+
+
+def test_what_torch_warns_of_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_available() -> bool:
+        warnings.warn(f"{TOO_OLD} (Triggered internally at CUDAFunctions.cpp:119.)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert cuda_devices() == {**found_gpus(), "reason": TOO_OLD}
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda_devices()["reason"] == f"torch {torch.__version__} is built without CUDA"
