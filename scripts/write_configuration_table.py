@@ -15,7 +15,10 @@ def table() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key can stand in a YAML file (`--config`) and on the command line (`--sac.gamma 0.99`).",
+        "Every key can stand on the command line (`--sac.gamma 0.99`) and, but for `resume`, in a YAML file",
+        "(`--config`): once, in its section or dotted (`sac.gamma: 0.99`). A value means the same in both, whatever",
+        "YAML 1.1 would make of it: `off` is a word, `010` is ten, `1e5` a whole number. Nothing, `null` and `~`",
+        "are null.",
         "Made by `python scripts/write_configuration_table.py`.",
         "",
         "What becomes of another value on `--resume`: `fixed`: the run is refused; `announced`: it is taken and said;",

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from dsrl_async.config import strict_yaml
 from dsrl_async.config.load import leaf_fields, read_run_settings, read_yaml, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
 
@@ -193,14 +192,14 @@ def override(settings: dict[str, Any], options: Mapping[str, str]) -> None:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """Turn an option's text into what YAML would give; plain scalars are left to the typed validation."""
+    """Turn an option's text into what `read_yaml` would give; scalars are left to the typed validation."""
     if text == "null":
         return None
-    if text.startswith(("[", "{")):
+    if text.startswith("["):
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: {text!r} is not a valid list") from error
+            return strict_yaml.parse(text, key)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {strict_yaml.shortened(text)} is not a valid list") from error
     return text
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from dsrl_async.config import strict_yaml
 from dsrl_async.config.settings import DELETED, Config, ConfigError, OnResume
+from dsrl_async.config.strict_yaml import shortened
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -37,44 +37,59 @@ def suggestion(unknown: str, known: Iterable[str], what: str, lists: str = "--he
     return f"; did you mean {near[0]!r}?" if near else f"; {lists} lists all {what}"
 
 
-class Loader(yaml.SafeLoader):
-    """YAML 1.2 in what it takes for a boolean: `graphs: off` is a word, as it is on the command line."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+ON_THE_COMMAND_LINE = {
+    "resume": "give it on the command line, --resume RUN; the settings are those of that run",
+    "config": "a file cannot name another; merge the two, or give the other's settings on the command line",
+    "help_all": "give it on the command line",
+}
+"""What a file cannot say, and what to do instead."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; raises ConfigError with one sentence if that cannot be done."""
+    """Read the settings of a YAML file, nested by section, whose scalars are text (`strict_yaml`).
+
+    Keys may be dotted, such as `sac.gamma: 0.9`. Raises ConfigError with one sentence if that cannot be done.
+    """
     try:
-        settings = yaml.load(path.read_text(), Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if settings is None:
+        content = strict_yaml.read(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if content is None:
         return {}
-    if not isinstance(settings, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `key: value` lines")
+    for key, advice in ON_THE_COMMAND_LINE.items():
+        if content.get(key) is not None:
+            raise ConfigError(f"{path}: {key} cannot stand in a file; {advice}")
+    keys = [key for key, _ in leaf_fields()]
+    settings = {key: value for key, value in content.items() if "." not in key}
+    for name in {key.rpartition(".")[0] for key in keys} & settings.keys():
+        _section(settings, name)
+    for key in content.keys() - settings.keys():
+        if key not in keys:
+            raise ConfigError(_unknown(key))
+        section, _, name = key.rpartition(".")
+        if name in _section(settings, section):
+            raise ConfigError(f"{path} says {key} twice, in its section and with a dot")
+        set_key(settings, key, content[key])
+    return settings
+
+
+def _section(settings: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """A section of nested settings, made if there is none; raises ConfigError if there is a value in its place."""
+    for name in dotted.split("."):
+        if (child := settings.get(name)) is None:
+            child = settings[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{name}: must be a section with keys, not {shortened(child)}")
+        settings = child
     return settings
 
 
 def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set the value of a dotted key in nested settings; raises ConfigError if a section of it is not one."""
-    *sections, name = key.split(".")
-    for section in sections:
-        child = settings.setdefault(section, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{section} must be a section with keys, not {child!r}")
-        settings = child
-    settings[name] = value
+    section, _, name = key.rpartition(".")
+    (_section(settings, section) if section else settings)[name] = value
 
 
 def read_run_settings(run_dir: Path) -> dict[str, Any]:
@@ -93,14 +108,9 @@ def read_run_settings(run_dir: Path) -> dict[str, Any]:
 def validate(settings: dict[str, Any]) -> Config:
     """Turn nested settings into a `Config`; raises ConfigError naming the first thing that is wrong."""
     try:
-        config = Config.model_validate(settings)
+        return Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from error
-    for key, field in leaf_fields():
-        value = get_key(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{key}: must be a finite number ({field.annotation})")
-    return config
 
 
 def get_key(config: Config, key: str) -> Any:
@@ -118,12 +128,16 @@ def _sentence(error: ValidationError) -> str:
     if key in DELETED:
         return f"{key} is no longer a setting: {DELETED[key]}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}" + suggestion(key, (name for name, _ in leaf_fields()), "keys")
+        return _unknown(key)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {first['input']!r}"
+    return f"{key}: {message}, got {shortened(first['input'])}"
+
+
+def _unknown(key: str) -> str:
+    return f"unknown key {shortened(key)}" + suggestion(key[:100], (name for name, _ in leaf_fields()), "keys")
 
 
 def to_yaml(config: Config) -> str:

@@ -9,12 +9,16 @@ The defaults are those of the embedded tabletop task (`configs/tabletop.yaml` sp
 
 from __future__ import annotations
 
+import contextlib
+import typing
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.config.strict_yaml import is_text, shortened
 
 
 class ConfigError(ValueError):
@@ -54,9 +58,55 @@ Free = Annotated[T, OnResume.FREE]
 
 
 class Section(BaseModel):
-    """Settings that belong together. Keys that it does not have are refused."""
+    """Settings that belong together. Keys that it does not have are refused.
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    Values may be of their own type or its text, as it stands in a file and on the command line.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _prepare(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        if any(issubclass(kind, BaseModel) for kind in kinds):
+            value = {} if value is None else value  # all that stood in it is commented out
+            if not isinstance(value, Mapping | BaseModel):
+                raise ValueError(f"must be a section with keys, not {shortened(value)}")
+            return value
+        return [_prepare(item, kinds) for item in value] if isinstance(value, list) else _prepare(value, kinds)
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The types that a setting, or an item of its list, may have."""
+    if typing.get_origin(annotation) is Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    parts = [part for part in typing.get_args(annotation) if part is not Ellipsis]
+    return set().union(*map(_kinds, parts)) if parts else {annotation}
+
+
+def _prepare(value: Any, kinds: set[type]) -> Any:
+    """Refuses what pydantic would take for something else, and reads whole numbers such as `1e5`."""
+    if isinstance(value, bool) and bool not in kinds:
+        raise ValueError(f"must not be {str(value).lower()}")
+    if isinstance(value, str) and str in kinds:
+        if not value or not is_text(value) or any(character < " " for character in value):
+            raise ValueError(f"must be text without control characters, and not empty, which {shortened(value)} is not")
+    elif int in kinds and isinstance(value, str | int | float):
+        number = _number(value) if isinstance(value, str) else value
+        if number is not None and abs(number) >= 2**63:
+            raise ValueError(f"must be below 2^63, which {shortened(value)} is not")
+        if isinstance(number, float) and number.is_integer():
+            return int(number)
+    return value
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None
 
 
 class EnvConfig(Section):
