@@ -19,7 +19,7 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "untrusted config pi0 envs sac"
 MACHINE = "shm host"
-SHARED = "run.frozen_policy run.replay_ratio run.weights run.checkpoints"
+SHARED = "run.frozen_policy run.replay_ratio run.channel run.weights run.checkpoints"
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
@@ -38,14 +38,15 @@ HOUSE = {
     # What the processes of a run have in common: the policy as a protocol, the ratio, the weights, the files.
     "run.frozen_policy": "",
     "run.replay_ratio": "",
-    "run.weights": "",
+    "run.channel": "",
+    "run.weights": "run.channel",
     "run.checkpoints": "untrusted config shm host",
     # What is checked before anything starts.
     "run.preflight": f"untrusted config pi0 envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
-    "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.weights",
-    "run.learner": f"config sac {MACHINE} run.replay_ratio run.weights run.checkpoints",
+    "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.channel run.weights",
+    "run.learner": f"config sac {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
     # The commands, and what lists them.

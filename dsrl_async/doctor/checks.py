@@ -219,6 +219,12 @@ def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:
     yield Finding("open files", "ok", f"enough for {config.actors} actors")
 
 
+def check_channel(config: Config, options: Options) -> Iterator[Finding]:
+    if not config.serial:
+        preflight.check_channel()
+        yield Finding("channel", "ok", "the learner's weights have a place that only this user may enter, and keys")
+
+
 def check_actor(config: Config, options: Options) -> Iterator[Finding]:
     """Start an environment worker of this configuration and look at it when it has the first observation."""
     if not options.measure:
@@ -367,6 +373,7 @@ CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
     "memory": check_memory,
     "actor": check_actor,
     "open files": check_descriptors,
+    "channel": check_channel,
     "run directory": check_run_directory,
 }
 

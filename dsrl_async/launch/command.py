@@ -48,6 +48,8 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     preflight.check_devices(config)
     preflight.check_gpu_memory(checked)
     preflight.check_descriptors(config)
+    if not config.serial:
+        preflight.check_channel()
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
         summary = run(checked, run_dir, stop, programs)

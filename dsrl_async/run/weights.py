@@ -1,22 +1,44 @@
 """Actor weights from the learner to the inference process: one flat float32 vector in one ZeroMQ frame.
 
-The frame is a 32-byte header (magic, layout hash, policy version, length) and raw numbers, never pickle. The
-publisher keeps the last frame and sends it again to whoever subscribes late; the subscriber keeps only the newest.
-The address is in Linux's abstract namespace by default, so no socket file can be left behind.
+A frame is a 40-byte header (magic, layout hash, policy version, length, checksum) and raw numbers, never pickle. The
+publisher keeps the last one and sends it again to whoever subscribes late; the subscriber keeps only the newest, and
+drops, with one warning of each kind, what cannot be weights of its learner. `channel` says who may have a part in it.
 """
 
 from __future__ import annotations
 
+import hmac
+import logging
 import struct
-import time
-from typing import NamedTuple
+import zlib
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
-HEADER = struct.Struct("<8sQqq")
-MAGIC = b"DSRLW001"
-BIND_S = 5.0  # how long a predecessor's socket may take to close
+from dsrl_async.run.channel import Channel, check_directory
+
+logger = logging.getLogger(__name__)
+
+HEADER = struct.Struct("<8sQqqQ")
+MAGIC = b"DSRLW002"
+LARGEST_WEIGHT = 2.0**40
+"""No weight that was learned is nearly so large, and the networks' outputs would not be finite."""
+LONGEST_REQUEST = 1024
+"""Bytes of the longest frame that ZeroMQ takes from a subscriber: its handshake has a few hundred, a subscription 1."""
+MOST_REQUESTS = 64
+"""Requests of subscribers that are looked at in one go."""
+QUEUE = 64
+"""Frames that wait for a subscriber which has been stopped; further ones are dropped. They are 0.8 MB each."""
+HANDSHAKE_MS = 5000
+"""How long a connection may take to show its key."""
+SUBSCRIBE, UNSUBSCRIBE = b"\x01", b"\x00"
+DOMAIN = "weights"
+
+Kind = Literal["short", "foreign", "layout", "cut off", "checksum", "values", "version"]
+"""What may be wrong with a frame."""
 
 
 class Weights(NamedTuple):
@@ -24,47 +46,98 @@ class Weights(NamedTuple):
     flat: np.ndarray  # float32 [P]
 
 
+class BadFrame(ValueError):
+    """A frame that is not what it should be; the error is a sentence."""
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(f"weight frame {message}")
+        self.kind = kind
+
+
+def plausible(flat: np.ndarray) -> bool:
+    """Say whether all values are finite and could be weights."""
+    # A NaN makes both extremes NaN, which compares as false; two reductions cost less than one `isfinite`.
+    return flat.size == 0 or bool(flat.min() >= -LARGEST_WEIGHT and flat.max() <= LARGEST_WEIGHT)
+
+
 def encode(policy_version: int, layout_hash: int, flat: np.ndarray) -> bytes:
     assert flat.dtype == np.float32
     assert flat.ndim == 1
-    return HEADER.pack(MAGIC, layout_hash, policy_version, flat.size) + flat.tobytes()
+    values = np.ascontiguousarray(flat).data.cast("B") if flat.size else b""
+    checksum = _checksum(layout_hash, policy_version, flat.size, values)
+    return b"".join([HEADER.pack(MAGIC, layout_hash, policy_version, flat.size, checksum), values])
 
 
 def decode(frame: bytes | memoryview, layout_hash: int, size: int) -> Weights:
-    """Read a frame; raises ValueError if it is not the weights of a network with this layout."""
+    """Read a frame; raises BadFrame if it is not the weights of a network with this layout, as they were sent."""
     if len(frame) < HEADER.size:
-        raise ValueError(f"weight frame has {len(frame)} bytes, fewer than its header")
-    magic, frame_hash, version, length = HEADER.unpack_from(frame)
+        raise BadFrame("short", f"has {len(frame)} bytes, fewer than its header")
+    magic, frame_hash, version, length, checksum = HEADER.unpack_from(frame)
     if magic != MAGIC:
-        raise ValueError("weight frame has a foreign header")
+        raise BadFrame("foreign", "has a foreign header")
     if frame_hash != layout_hash or length != size:
-        raise ValueError("weight frame belongs to a network of another layout")
+        raise BadFrame("layout", "belongs to a network of another layout")
     if len(frame) != HEADER.size + 4 * size:
-        raise ValueError(f"weight frame is cut off: {len(frame)} bytes instead of {HEADER.size + 4 * size}")
-    return Weights(version, np.frombuffer(frame, np.float32, offset=HEADER.size))
+        raise BadFrame("cut off", f"is cut off: {len(frame)} bytes instead of {HEADER.size + 4 * size}")
+    values = memoryview(frame)[HEADER.size :]
+    if _checksum(frame_hash, version, length, values) != checksum:
+        raise BadFrame("checksum", "does not have the checksum that it was sent with")
+    flat = np.frombuffer(values, np.float32)
+    if not plausible(flat):
+        raise BadFrame("values", "holds values that are not finite, or too large for weights")
+    return Weights(version, flat)
 
 
-def _bind(socket: zmq.Socket[bytes], address: str) -> None:
-    """Bind, if need be a little later: ZeroMQ closes a predecessor's socket in the background."""
-    deadline = time.monotonic() + BIND_S
-    while True:
-        try:
-            socket.bind(address)
-            return
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EADDRINUSE or time.monotonic() >= deadline:
-                raise
-            time.sleep(0.01)
+def _checksum(layout_hash: int, version: int, length: int, values: bytes | memoryview) -> int:
+    """CRC-32: against accidents, the keys are against intent. BLAKE2 and SHA-256 take two to four times as long."""
+    return zlib.crc32(values, zlib.crc32(struct.pack("<Qqq", layout_hash, version, length)))
+
+
+class _OnlyKey(NamedTuple):
+    """Admits one public key, as ZeroMQ's authenticator asks for it."""
+
+    key: str
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return hmac.compare_digest(key, self.key.encode())
 
 
 class WeightPublisher:
-    def __init__(self, address: str) -> None:
-        # XPUB hands subscriptions to us, which is how a late joiner is noticed; VERBOSE, so that a second one is too.
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.XPUB)
-        self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        _bind(self._socket, address)
+    """The learner's end. Raises OSError if somebody else has the socket's place.
+
+    Whoever does not hold the subscribers' key is told nothing and gets no further than ZeroMQ's handshake.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._last: bytes | None = None
+        self._warned = False
+        self._open()
+
+    def _open(self) -> None:
+        channel = self._channel
+        self._context = zmq.Context()  # of its own, so that closing it waits until the place is free again
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(DOMAIN, _OnlyKey(channel.client))
+        # XPUB hands subscriptions to us, which is how a late joiner is noticed; VERBOSE, so that a second one is too.
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
+        for option, value in (
+            (zmq.XPUB_VERBOSE, 1),
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, QUEUE),
+            (zmq.RCVHWM, MOST_REQUESTS),
+            (zmq.MAXMSGSIZE, LONGEST_REQUEST),
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+            (zmq.CURVE_SERVER, 1),
+            (zmq.ZAP_ENFORCE_DOMAIN, 1),  # nobody is admitted without the authenticator
+        ):
+            self._socket.setsockopt(option, value)
+        self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
+        self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, channel.secret)
+        if channel.endpoint.startswith("ipc://"):
+            check_directory(Path(channel.endpoint.removeprefix("ipc://")).parent)
+        self._socket.bind(channel.endpoint)  # a predecessor that was killed has left its socket, which this replaces
 
     def publish(self, frame: bytes) -> None:
         self._last = frame
@@ -73,30 +146,78 @@ class WeightPublisher:
     def serve_late_joiners(self) -> None:
         """Send the last frame again if somebody subscribed since the last call."""
         joined = False
-        while self._socket.poll(0):
-            joined |= self._socket.recv()[:1] == b"\x01"
+        for _ in range(MOST_REQUESTS):
+            if not self._socket.poll(0):
+                break
+            request = self._socket.recv()
+            joined |= request == SUBSCRIBE
+            if request not in (SUBSCRIBE, UNSUBSCRIBE):
+                # ZeroMQ keeps all that was ever subscribed to, for as long as the connection lives.
+                if not self._warned:
+                    logger.warning("a subscriber of the weights asks for something else; all are disconnected")
+                self._warned, joined = True, False
+                self.close()
+                self._open()
         if joined and self._last is not None:
             self._socket.send(self._last, copy=False)
 
     def close(self) -> None:
         self._socket.close()
+        self._authenticator.stop()
+        self._context.term()
 
 
 class WeightSubscriber:
-    def __init__(self, address: str, layout_hash: int, size: int) -> None:
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
-        self.socket.setsockopt(zmq.CONFLATE, 1)  # before connect, or it has no effect
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self.socket.connect(address)
-        self._layout_hash, self._size = layout_hash, size
+    """The inference process's end.
 
-    def newest(self) -> Weights | None:
-        """The newest weights since the last call, if any; never waits."""
-        if not self.socket.poll(0):
+    Attributes:
+        socket: can be polled for new weights.
+    """
+
+    def __init__(self, channel: Channel, layout_hash: int, size: int) -> None:
+        self._context = zmq.Context()
+        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        for option, value in (
+            (zmq.CONFLATE, 1),  # before connect, or it has no effect
+            (zmq.LINGER, 0),
+            (zmq.RECONNECT_IVL, 50),
+            (zmq.MAXMSGSIZE, HEADER.size + 4 * size + LONGEST_REQUEST),
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+        ):
+            self.socket.setsockopt(option, value)
+        self.socket.setsockopt_string(zmq.CURVE_SERVERKEY, channel.server)
+        self.socket.setsockopt_string(zmq.CURVE_PUBLICKEY, channel.client)
+        self.socket.setsockopt_string(zmq.CURVE_SECRETKEY, channel.secret)
+        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self.socket.connect(channel.endpoint)
+        self._layout_hash, self._size = layout_hash, size
+        self._version = 0
+        self._unwarned = set(get_args(Kind))
+
+    def newest(self, updates: int) -> Weights | None:
+        """The newest weights since the last call, if any; never waits.
+
+        Their version lies between that of the last ones and the number of `updates` that the learner has done by now: a
+        learner's successor goes on counting where it was. A frame that is anything else is dropped.
+        """
+        try:
+            frame = self.socket.recv(zmq.NOBLOCK, copy=False)
+            weights = decode(frame.buffer, self._layout_hash, self._size)
+            if not self._version <= weights.policy_version <= updates:
+                raise BadFrame(
+                    "version",
+                    f"has version {weights.policy_version}, which is not between {self._version} and {updates}",
+                )
+        except zmq.Again:
             return None
-        return decode(self.socket.recv(copy=False).buffer, self._layout_hash, self._size)
+        except BadFrame as error:
+            if error.kind in self._unwarned:
+                self._unwarned.remove(error.kind)
+                logger.warning("%s; it is dropped, and so is every other one like it, without a word", error)
+            return None
+        self._version = weights.policy_version
+        return weights
 
     def close(self) -> None:
         self.socket.close()
+        self._context.term()

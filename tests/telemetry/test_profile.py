@@ -35,6 +35,7 @@ from dsrl_async.host.stages import DeviceStages, no_stage, stages_of
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run import checkpoints
+from dsrl_async.run.channel import SocketDirectory, make_ends
 from dsrl_async.run.inference import server as inference
 from dsrl_async.run.inference.copies import Copies
 from dsrl_async.run.inference.steering import SteeredPolicy
@@ -846,7 +847,8 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
     arena = create_memory(config, spec, HORIZON)
     counters = Counters(arena)
     observation_ready, transition_ready, *wake = (events.create() for _ in range(2 + config.actors))
-    address = f"ipc://@dsrl_async-test-{os.getpid()}-{run_dir.name}"
+    sockets = SocketDirectory()
+    ends = make_ends(sockets.endpoint)
     (run_dir / "checkpoints").mkdir()
 
     def act(lane: int) -> None:
@@ -858,10 +860,10 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
         files, counters = find_policy(EMBEDDED_POLICY), Counters(arena)
         policies = inference.load_policies(config, spec, device, "stochastic", files, counters, stage)
         server = inference.InferenceServer(config, arena, policies, inference.notifier(wake))
-        inference.serve(server, {"observation_ready_fd": observation_ready, "weights_address": address})
+        inference.serve(server, ends.subscriber, observation_ready)
 
     def learn() -> None:
-        publisher = WeightPublisher(address)
+        publisher = WeightPublisher(ends.publisher)
         agent = learner.Learner(config, arena, HORIZON, device, run_dir, publisher.publish)
         learner.learn(agent, publisher, transition_ready)
         publisher.close()
@@ -879,6 +881,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
             events.notify(fd)
     signal.signal(signal.SIGUSR1, handler)
     events.close([observation_ready, transition_ready, *wake])
+    sockets.close()
     for role in roles:
         role.result()
     return profiler.write({})[0]

@@ -22,6 +22,7 @@ from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.host.processes import prepare_child
+from dsrl_async.run.channel import read_secret
 from dsrl_async.run.inference.policies import Policies
 from dsrl_async.run.inference.server import InferenceServer, notifier, serve
 from dsrl_async.sac.networks import Actor
@@ -109,7 +110,7 @@ def main(argument: str) -> None:
     if job["lock_step"]:
         serve_in_lock_step(server, job)
     else:
-        serve(server, job)
+        serve(server, read_secret(job["channel_fd"]), job["observation_ready_fd"])
     if recorder is not None:
         recorder.write(run_dir / RECORDS)
 

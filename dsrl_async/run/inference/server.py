@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.pi0.files import find_policy
+from dsrl_async.run.channel import Channel, read_secret
 from dsrl_async.run.inference.batching import batch_wait_s, choose_batch
 from dsrl_async.run.inference.copies import Copies, prepare_uploads
 from dsrl_async.run.inference.policies import Policies, load_policies
@@ -154,13 +154,14 @@ def main(argument: str) -> None:
     job = begin_child(argument)
     torch.set_num_threads(job["threads"])
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
-    arena = Arena.attach(job["arena"])
+    arena, channel = Arena.attach(job["arena"]), read_secret(job["channel_fd"])
     device = resolve_device(config.device)
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
     policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)
-    serve(InferenceServer(config, arena, policies, notifier(job["wake_fds"])), job)
+    server = InferenceServer(config, arena, policies, notifier(job["wake_fds"]))
+    serve(server, channel, job["observation_ready_fd"])
 
 
 def notifier(wake_fds: Sequence[int]) -> Callable[[np.ndarray], None]:
@@ -173,11 +174,11 @@ def notifier(wake_fds: Sequence[int]) -> Callable[[np.ndarray], None]:
     return notify
 
 
-def serve(server: InferenceServer, job: dict[str, Any]) -> None:
+def serve(server: InferenceServer, channel: Channel, observation_ready: int) -> None:
     """Answer requests, and take in new weights, until the run stops."""
-    config, observation_ready = server.config, job["observation_ready_fd"]
+    config = server.config
     actor = server.policies.actor
-    subscriber = WeightSubscriber(job["weights_address"], layout_hash(actor), actor.flat.numel())
+    subscriber = WeightSubscriber(channel, layout_hash(actor), actor.flat.numel())
     poller = zmq.Poller()
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(observation_ready, zmq.POLLIN)
@@ -187,7 +188,7 @@ def serve(server: InferenceServer, job: dict[str, Any]) -> None:
     deadline = None  # until when to wait for a fuller batch
     while counters.stop < Stop.EVERYONE:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
-        if (weights := subscriber.newest()) is not None:
+        if (weights := subscriber.newest(int(counters.learner_updates[0]))) is not None:
             server.load_weights(weights)
         events.clear(observation_ready)
         ready = server.slots.ready()

@@ -26,10 +26,11 @@ from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.run import checkpoints
+from dsrl_async.run.channel import read_secret
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.replay_ratio import updates_due
-from dsrl_async.run.weights import WeightPublisher, encode
+from dsrl_async.run.weights import WeightPublisher, encode, plausible
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
@@ -126,10 +127,14 @@ class Learner:
         return True
 
     def publish(self) -> None:
-        """Hand the actor's weights to the inference process; their version is the number of updates done."""
+        """Hand the actor's weights to the inference process, if they are finite; their version is the number of updates
+        done."""
         with self.phase("publish"):
             version = int(self.counters.learner_updates[0])
             flat = self.agent.actor.flat.detach().cpu().numpy()
+            if not plausible(flat):
+                logger.warning("the actor's weights after update %d are not finite: they are not published", version)
+                return
             self._publish(encode(version, layout_hash(self.agent.actor), flat))
 
     def save_when_due(self) -> None:
@@ -197,7 +202,7 @@ def main(argument: str) -> None:
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
-    publisher = WeightPublisher(job["weights_address"])
+    publisher = WeightPublisher(read_secret(job["channel_fd"]))
     arena = Arena.attach(job["arena"])
     # Where NVIDIA's MPS lets the processes share a GPU, what the robots wait for goes first (docs/learner.md).
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")

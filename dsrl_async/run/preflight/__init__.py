@@ -2,7 +2,7 @@
 
 from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
-from dsrl_async.run.preflight.host import check_descriptors, check_device, check_devices
+from dsrl_async.run.preflight.host import check_channel, check_descriptors, check_device, check_devices
 from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed
 from dsrl_async.run.preflight.policy import (
@@ -18,6 +18,7 @@ from dsrl_async.run.preflight.run_directory import choose_run_directory, open_ru
 __all__ = [
     "CheckedRun",
     "actors_that_fit",
+    "check_channel",
     "check_checkpoint",
     "check_descriptors",
     "check_device",

@@ -1,4 +1,4 @@
-"""Whether the machine has the devices and the open files that a run needs."""
+"""Whether the machine has the devices, the open files and the channel that a run needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dsrl_async.config.command_line import program
 from dsrl_async.config.load import get_key
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.host import probe, processes
+from dsrl_async.run import channel
 
 logger = logging.getLogger(__name__)
 
@@ -105,3 +106,11 @@ def check_descriptors(config: Config, key: str = "actors") -> None:
     limit = processes.raise_descriptor_limit()
     if config.actors + SPARE_DESCRIPTORS > limit:
         raise ConfigError(f"{key}: {config.actors} need more open files than the limit of {limit}; raise `ulimit -n`")
+
+
+def check_channel() -> None:
+    """Raises ConfigError where learner and inference process can have no channel for the weights."""
+    try:
+        channel.check_channel()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

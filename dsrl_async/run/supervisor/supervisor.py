@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
 from dsrl_async.host.machine import cpu_threads
+from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_secret
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.workers import Workers
@@ -47,7 +47,8 @@ class Supervisor:
         self.arena, self.counters = session.arena, session.counters
         self.observation_ready, self.transition_ready = events.create(), events.create()
         self.wake = [events.create() for _ in range(self.config.actors)]
-        self.weights_address = f"ipc://@dsrl_async-{os.getpid()}-{secrets.token_hex(4)}"
+        self._sockets = SocketDirectory()
+        self._channel = make_ends(self._sockets.endpoint)
         logs = self.run_dir / "logs"
         self.inference = Child(Kind.INFERENCE, logs)
         self.learner = Child(Kind.LEARNER, logs) if Kind.LEARNER in programs else None
@@ -82,6 +83,7 @@ class Supervisor:
             reason = f"failed: no checkpoint was written at the end ({reason}): {lost}"
             logger.error(reason)
         events.close([self.observation_ready, self.transition_ready, *self.wake])
+        self._sockets.close()
         lost_updates = int(self.counters.learner_lost_updates[0])
         return {**self.session.finish(reason, pids), "restarts": self.restarts, "lost_updates": lost_updates}
 
@@ -129,21 +131,29 @@ class Supervisor:
             "wake_fds": self.wake,
         }
         fds = [self.observation_ready, *self.wake]
-        return self._start(child, job, fds, self.config.inference.threads)
+        return self._start(child, job, fds, self._channel.subscriber, self.config.inference.threads)
 
     def _start_learner(self, child: Child) -> processes.Process:
         job = {"horizon": self.session.run.horizon, "transition_ready_fd": self.transition_ready}
-        return self._start(child, job, [self.transition_ready], self.config.learner.threads)
+        fds = [self.transition_ready]
+        return self._start(child, job, fds, self._channel.publisher, self.config.learner.threads)
 
-    def _start(self, child: Child, job: dict[str, Any], fds: list[int], threads: int | None) -> processes.Process:
-        program = self.programs[child.kind]
+    def _start(
+        self, child: Child, job: dict[str, Any], fds: list[int], end: Channel, threads: int | None
+    ) -> processes.Process:
+        """Start a model process, which gets its `end` of the channel through a descriptor: it holds a secret key."""
+        program, channel_fd = self.programs[child.kind], write_secret(end)
         job |= {
             "arena": self.arena.describe(),
             "run_dir": str(self.run_dir),
-            "weights_address": self.weights_address,
+            "channel_fd": channel_fd,
             **program.settings,
         }
-        return processes.start(program.module, job, [self.arena.fd, *fds], child.log, cpu_threads(threads))
+        try:
+            fds = [self.arena.fd, channel_fd, *fds]
+            return processes.start(program.module, job, fds, child.log, cpu_threads(threads))
+        finally:
+            os.close(channel_fd)
 
     # ---- replacing
 
