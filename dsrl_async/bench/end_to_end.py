@@ -49,7 +49,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.host.signals import SIGNALS, StopRequest
 from dsrl_async.host.tether import PR_SET_PDEATHSIG
 from dsrl_async.run.preflight import check_run
-from dsrl_async.telemetry.monitor import SUCCESS_EPISODES
+from dsrl_async.shm.counters import SUCCESS_EPISODES
 
 ASYNCHRONOUS, SERIAL, LOCK_STEP = "asynchronous", "serial", "lock step"
 PROGRAMS = {

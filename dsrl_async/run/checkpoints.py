@@ -32,7 +32,8 @@ from safetensors.numpy import save as to_bytes
 
 from dsrl_async import __version__
 from dsrl_async.host.files import remove, replacing, temporary_path
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import HISTORY_POINTS, SUCCESS_EPISODES, Counters
+from dsrl_async.shm.episodes import export_episodes, import_episodes
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.untrusted import check_regular, read_json
 
@@ -77,6 +78,20 @@ class SavedCounters(BaseModel):
     actor_policy_lag: Counts
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SavedEpisodes(BaseModel):
+    """What `state.json` says of the episodes, see `shm.episodes.export_episodes`."""
+
+    model_config = ConfigDict(strict=True)
+
+    successes: list[Annotated[int, Field(ge=0, le=1)]] = Field(max_length=SUCCESS_EPISODES)
+    history: list[Share] = Field(min_length=HISTORY_POINTS, max_length=HISTORY_POINTS)
+    history_length: int = Field(ge=0, le=LARGEST_SUM)
+    unseen: list[Annotated[list[float], Field(min_length=3, max_length=3)]]
+
+
 class State(BaseModel):
     """The contents of `state.json`."""
 
@@ -85,6 +100,8 @@ class State(BaseModel):
     format: Literal[1]
     lanes: int
     counters: SavedCounters
+    episodes: SavedEpisodes | None = None
+    """None in checkpoints from before they were kept."""
     files: dict[str, FileRecord] | None = None
     """By path in the checkpoint; None in checkpoints from before there were hashes."""
     sha256: str | None = None
@@ -138,6 +155,7 @@ def save(
             "dsrl_async": __version__,
             "lanes": ring.lanes,
             "counters": {key: array.tolist() for key, array in snapshot.items() if key in SUMMED or key in KEPT},
+            "episodes": export_episodes(snapshot),
             "files": files,
         }
         (temporary / STATE).write_text(json.dumps({**state, "sha256": _digest(state)}))
@@ -329,6 +347,7 @@ def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> No
         mine[0] += sum(values[shared:])
     started = saved["actor_started_episodes"][: len(counters.actor_started_episodes)]
     counters.actor_started_episodes[: len(started)] = started
+    import_episodes(counters, state.get("episodes"))
     ring.import_lanes(lanes)
 
 

@@ -20,6 +20,8 @@ ACTOR_PHASES = ("physics", "render", "reset", "replay_write", "wait_action")
 INFERENCE_PHASES = ("wait_request", "wait_batch", "wait_learner", "gather", "compute", "scatter", "weights")
 LEARNER_PHASES = ("wait_data", "wait_ratio", "sample", "update", "publish", "checkpoint")
 EPISODE_LOG = 64  # finished episodes that are kept per lane until the supervisor has read them
+SUCCESS_EPISODES = 100  # number of last episodes that the success rate is a mean of
+HISTORY_POINTS = 48  # upper limit on the points of its history
 LEARNER_METRICS = 16  # room for the metrics of the last update
 
 LANES = -1  # in the shape of a counter: the number of lanes
@@ -71,6 +73,14 @@ class Counters:
     """How many checkpoints the learner was asked for."""
     control_wall_s: Annotated[np.ndarray, "float64", 1]
     """Seconds that this run has taken so far, over all resumes."""
+    control_episodes_seen: LaneCounts
+    """Episodes that the supervisor has taken into its figures; they and the next three go through checkpoints."""
+    control_outcomes: Annotated[np.ndarray, "int8", SUCCESS_EPISODES]
+    """How the last of them ended, the oldest first: 2 for a success, 1 for none, and 0 behind them."""
+    control_history: Annotated[np.ndarray, "float64", HISTORY_POINTS]
+    """Success rates so far, as `telemetry.monitor.History` keeps them."""
+    control_history_length: Count
+    """How many values it has been given."""
 
     template_heartbeat_ns: Count
     """When the template last gave a sign of life, as all heartbeats by `time.monotonic_ns`."""

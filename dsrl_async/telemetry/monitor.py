@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -22,17 +22,21 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from dsrl_async.config.settings import Config
-from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES, Graphs
+from dsrl_async.shm.counters import (
+    ACTOR_PHASES,
+    HISTORY_POINTS,
+    INFERENCE_PHASES,
+    LEARNER_PHASES,
+    SUCCESS_EPISODES,
+    Counters,
+    Graphs,
+)
+from dsrl_async.shm.episodes import FinishedEpisode, Snapshot, finished_episodes
 from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 logger = logging.getLogger(__name__)
 
-Snapshot = dict[str, np.ndarray]
-"""What `Counters.snapshot` returns."""
-
-SUCCESS_EPISODES = 100  # number of last episodes that the success rate is a mean of
 RATE_WINDOW_S = 10.0  # recent rates are means over this time, so that one slow chunk does not make them jump
-HISTORY_POINTS = 48  # upper limit on the points of the success history
 
 PER_ACTOR = ("actor_decisions", "actor_env_steps", "actor_policy_lag", "actor_phase_s")
 PER_PROCESS = (
@@ -44,15 +48,6 @@ PER_PROCESS = (
     "learner_updates",
     "learner_phase_s",
 )
-
-
-class FinishedEpisode(NamedTuple):
-    episode_return: float
-    """Sum of its decisions' rewards."""
-    length: int
-    """Executed environment steps."""
-    success: int
-    """1 if it succeeded, else 0."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +80,9 @@ class View:
     decisions: int
     updates: int
     episodes: int
-    success_rate: float | None  # share of successes among the last `success_episodes` of this launch
+    success_rate: float | None  # share of successes among the last `success_episodes`
     success_episodes: int
-    success_history: tuple[float, ...]  # over this launch, evenly spaced
+    success_history: tuple[float, ...]  # evenly spaced
     recent: Activity  # the last RATE_WINDOW_S
     overall: Activity  # this launch
     replay_ratio: float  # updates per decision after the warm-up, 0 before
@@ -106,8 +101,11 @@ class RunMonitor:
     """Follows a run. Call `tick` about every `config.log.interval_s`, and once at the end before `summary`.
 
     It writes `run_dir/tensorboard/` (x axis: env steps) and `run_dir/metrics.jsonl` (a line per tick), both with
-    recent rates. `env/*` are means over the episodes that finished since the previous tick. A resumed run appends to
-    both; TensorBoard hides what the earlier session wrote beyond the step from which the run resumed.
+    recent rates. `env/*` are means over the episodes that finished since the previous tick.
+
+    A resumed run goes on with both, and with the success rate, as if it had never stopped: it begins with the episodes
+    that had not been seen when its checkpoint was written. What TensorBoard was given after that is hidden by an event
+    that says from which step on the run began anew; `curves.take_back` has done the same to `metrics.jsonl`.
     """
 
     def __init__(
@@ -127,17 +125,22 @@ class RunMonitor:
         self._start_time = clock()
         self._start = totals(start)
         self._ticks = deque([(self._start_time, self._start)])
-        self._episodes_seen = start["actor_episodes"].copy()
+        self._episodes_seen = start["control_episodes_seen"].copy()
         self._metrics_update = int(start["learner_metrics_update"][0])
         self._metrics: dict[str, float] = {}
-        self._successes: deque[int] = deque(maxlen=SUCCESS_EPISODES)
-        self._history = _History()
+        outcomes = start["control_outcomes"]
+        self._successes = deque((outcomes[outcomes > 0] - 1).tolist(), maxlen=SUCCESS_EPISODES)
+        self._history = History(start["control_history"], int(start["control_history_length"][0]))
         self._usage = ProcessUsage()
         self._write_failed = False
         self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
         self._view = self._make_view(start, self._start_time)
+        self._first_step = self._view.env_steps
+        # What was written at this very step is as it was, unless there were episodes after it.
+        unseen = bool((start["actor_episodes"] > self._episodes_seen).any())
         restart = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, session_log=restart))
+        first_undone = self._first_step + (not unseen)
+        self._writer.add_event(Event(wall_time=time.time(), step=first_undone, session_log=restart))
 
     def tick(self, snapshot: Snapshot, pids: Pids, more: Mapping[str, float] | None = None) -> View:
         """Take in a snapshot of the counters and the processes.
@@ -157,7 +160,7 @@ class RunMonitor:
         self._usage.measure(pids, now)
         self._view = self._make_view(snapshot, now)
         try:
-            self._write(scalars(self._view) | episode_scalars(episodes) | new_metrics | dict(more or {}))
+            self._write(scalars(self._view), episode_scalars(episodes) | new_metrics, dict(more or {}))
         except OSError as error:  # a full disk is no reason to end the run
             if not self._write_failed:
                 logger.warning("TensorBoard data and metrics.jsonl are incomplete from here on: %s", error)
@@ -167,9 +170,9 @@ class RunMonitor:
     def summary(self) -> dict[str, Any]:
         """The run's main figures as of the last tick, ready for JSON.
 
-        `wall_s` and counts include earlier sessions of a resumed run. Rates, means, phases and `success_rate` (of the
-        last `success_episodes` episodes, 100 at most) are of this launch; where there is nothing to average, means are
-        0 and the success rate is None.
+        `wall_s`, counts and `success_rate` (of the last `success_episodes` episodes, 100 at most) include earlier
+        sessions of a resumed run. Rates, means and phases are of this launch; where there is nothing to average, means
+        are 0 and the success rate is None.
         """
         view, overall = self._view, self._view.overall
         names = ("wall_s", "env_steps", "decisions", "updates", "episodes", "success_rate", "success_episodes")
@@ -187,6 +190,15 @@ class RunMonitor:
                 "cuda_graphs": view.cuda_graphs,
             }
         )
+
+    def keep(self, counters: Counters) -> None:
+        """Write what a resumed run needs of the episodes to the counters, so that the next checkpoint has it."""
+        outcomes = np.zeros(SUCCESS_EPISODES, np.int8)
+        outcomes[: len(self._successes)] = np.array(self._successes, np.int8) + 1
+        counters.control_outcomes[:] = outcomes
+        counters.control_history[: len(self._history.points)] = self._history.points
+        counters.control_history_length[0] = self._history.length
+        counters.control_episodes_seen[:] = self._episodes_seen
 
     def write_image(self, tag: str, png: bytes, width: int, height: int) -> None:
         """Add a picture, the contents of a PNG file, to TensorBoard."""
@@ -261,30 +273,16 @@ class RunMonitor:
                 left.append((self.config.max_decisions - decisions) / pace)
         return max(0.0, min(left)) if left else None, min(1.0, max(done)) if done else None
 
-    def _write(self, values: dict[str, float]) -> None:
+    def _write(self, values: dict[str, float], news: dict[str, float], more: dict[str, float]) -> None:
         view, now = self._view, time.time()
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._writer.add_event(Event(wall_time=now, step=view.env_steps, summary=summary))
+        if news or not 0 < view.env_steps == self._first_step:  # a resumed run that is still loading adds no points
+            tags = values | news | more
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()])
+            self._writer.add_event(Event(wall_time=now, step=view.env_steps, summary=summary))
         line = {"time": now} | asdict(view) | asdict(view.recent)
         for name in ("recent", "overall", "success_history"):
             del line[name]
         self._lines.write(json.dumps(json_safe(line)) + "\n")
-
-
-def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[FinishedEpisode]:
-    """Episodes finished since the lanes' counts were `seen`, int64 [lanes]; the oldest come first, lanes take turns.
-
-    A lane's log keeps EPISODE_LOG episodes; those overwritten before they were read are lost.
-    """
-    count = snapshot["actor_episodes"]
-    new = np.minimum(count - seen, EPISODE_LOG)
-    episodes = []
-    for age in range(int(new.max(initial=0)), 0, -1):
-        lanes = np.flatnonzero(new >= age)
-        at = lanes, (count[lanes] - age) % EPISODE_LOG
-        columns = (snapshot[f"actor_episode_{name}"][at].tolist() for name in ("return", "len", "success"))
-        episodes += [FinishedEpisode(*values) for values in zip(*columns, strict=True)]
-    return episodes
 
 
 def ratio(numerator: Any, denominator: Any) -> float:
@@ -367,20 +365,28 @@ def json_safe(value: Any) -> Any:
     return value
 
 
-class _History:
-    """At most HISTORY_POINTS evenly spaced values of all that were added; the last one is always among them."""
+class History:
+    """At most HISTORY_POINTS evenly spaced values of all that were added; the last one is always among them.
 
-    def __init__(self) -> None:
-        self.points: list[float] = []
-        self._stride = 1
-        self._since = 0  # number of values added since the last point that stays
+    `length` values were added already, of which `points` begins with those that are kept.
+    """
+
+    def __init__(self, points: Iterable[float] = (), length: int = 0) -> None:
+        self.length = length
+        self.points = list(points)[: -(-length // self._stride())]
+
+    def _stride(self) -> int:
+        """How many values a point stands for; it doubles whenever the points are full."""
+        stride = 1
+        while self.length >= HISTORY_POINTS * stride:
+            stride *= 2
+        return stride
 
     def add(self, value: float) -> None:
-        if self._since and self.points:
+        if self.length % self._stride():
             self.points[-1] = value
         else:
             self.points.append(value)
-        self._since = (self._since + 1) % self._stride
-        if len(self.points) == HISTORY_POINTS and self._since == 0:
+        self.length += 1
+        if len(self.points) == HISTORY_POINTS and self.length % self._stride() == 0:
             self.points = self.points[1::2]
-            self._stride *= 2

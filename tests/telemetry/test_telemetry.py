@@ -12,74 +12,32 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from support.fake_run import FakeRun
 
 from dsrl_async.config.load import validate
-from dsrl_async.shm.counters import ACTOR_PHASES, EPISODE_LOG, INFERENCE_PHASES, LEARNER_PHASES, Graphs, counter_fields
-from dsrl_async.telemetry.console import LiveDisplay, make_console, phase_bar, plain_line, render, sparkline
-from dsrl_async.telemetry.monitor import HISTORY_POINTS, RunMonitor, View, finished_episodes, scalars
-from dsrl_async.telemetry.usage import Pids, ProcessUsage
-
-METRIC_NAMES = (
-    "train/sac/critic_loss",
-    "train/critic/grad_norm",
-    "train/sac/actor_loss",
-    "train/actor/entropy",
-    "train/actor/grad_norm",
-    "train/sac/alpha_loss",
-    "train/sac/alpha",
+from dsrl_async.shm.counters import (
+    ACTOR_PHASES,
+    EPISODE_LOG,
+    HISTORY_POINTS,
+    INFERENCE_PHASES,
+    LEARNER_PHASES,
+    Graphs,
 )
+from dsrl_async.shm.episodes import finished_episodes
+from dsrl_async.telemetry.console import LiveDisplay, make_console, phase_bar, plain_line, render, sparkline
+from dsrl_async.telemetry.monitor import View, scalars
+from dsrl_async.telemetry.usage import ProcessUsage
+
 DOCUMENTED = {
     *("env/episode_len", "env/return", "env/reward", "env/success_once"),
     *("train/sac/critic_loss", "train/critic/grad_norm", "train/sac/actor_loss", "train/actor/entropy"),
     *("train/actor/grad_norm", "train/sac/alpha_loss", "train/sac/alpha"),
     *("train/replay_buffer/size", "train/replay_buffer/utilization"),
 }
-
-
-class FakeRun:
-    """Counters that a test moves by hand, and the monitor that follows them on a clock that a test sets."""
-
-    def __init__(self, run_dir: Path, actors: int = 2, resumed_wall_s: float = 0.0, **settings: Any) -> None:
-        run_dir.mkdir(exist_ok=True)
-        self.config = validate({"actors": actors, **settings})
-        fields = counter_fields(actors).items()
-        self.counters = {name.replace("/", "_"): np.zeros(shape, dtype) for name, (shape, dtype) in fields}
-        self.now = 100.0
-        self.run_dir, self.resumed_wall_s = run_dir, resumed_wall_s
-
-    def start(self) -> FakeRun:
-        self.monitor = RunMonitor(
-            self.config, self.run_dir, self.snapshot(), METRIC_NAMES, self.resumed_wall_s, lambda: self.now
-        )
-        return self
-
-    def snapshot(self) -> dict[str, np.ndarray]:
-        return {name: array.copy() for name, array in self.counters.items()}
-
-    def tick(self, seconds: float = 1.0, pids: Pids | None = None) -> View:
-        self.now += seconds
-        return self.monitor.tick(self.snapshot(), pids or {"supervisor": [os.getpid()]})
-
-    def finish_episode(self, lane: int, episode_return: float, length: int, success: bool) -> None:
-        counters, entry = self.counters, self.counters["actor_episodes"][lane] % EPISODE_LOG
-        counters["actor_episode_return"][lane, entry] = episode_return
-        counters["actor_episode_len"][lane, entry] = length
-        counters["actor_episode_success"][lane, entry] = success
-        counters["actor_episodes"][lane] += 1
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
-
-    def scalars(self) -> dict[str, list[tuple[int, float]]]:
-        self.monitor.close()
-        events = EventAccumulator(str(self.run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-        return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def busy(run: FakeRun) -> None:
@@ -272,7 +230,7 @@ def test_resumed_run_adds_a_file_and_replaces_what_lay_beyond(tmp_path: Path) ->
     second.start()
     busy(second)
     second.tick()
-    assert [step for step, _ in second.scalars()["env/return"]] == [199, 597]
+    assert [step for step, _ in second.scalars()["env/return"]] == [199, 398, 597]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2
     assert [line["decisions"] for line in second.lines()] == [40, 80, 120, 160, 120]
 

@@ -12,11 +12,12 @@ from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.sac import METRIC_NAMES
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.telemetry.console import Display
-from dsrl_async.telemetry.monitor import SUCCESS_EPISODES, RunMonitor, View
+from dsrl_async.telemetry.curves import take_back
+from dsrl_async.telemetry.monitor import RunMonitor, View
 from dsrl_async.telemetry.profile.profiler import Profiler
 from dsrl_async.telemetry.usage import Pids
 
@@ -34,8 +35,8 @@ class Session:
         self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
         if (checkpoint := checkpoints.find(run_dir)) is not None:
             checkpoints.restore_shared(checkpoint, self.counters, self.ring)
-        self._wall_before = float(self.counters.control_wall_s[0])
         start = self.counters.snapshot()
+        self._wall_before = take_back(run_dir, start)
         self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
         self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
         self._warnings = self._saves = 0
@@ -53,6 +54,7 @@ class Session:
         snapshot, pids = self.counters.snapshot(), {"supervisor": [os.getpid()], **pids}
         profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
         self._view = self.monitor.tick(snapshot, pids, profile)
+        self.monitor.keep(self.counters)
         self._console.update(self._view)
         if self._profiler is not None and self._report_due:
             self._report_due = False
