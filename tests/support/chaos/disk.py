@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-SIZE_MB = 64
+SIZE_MB = 128
 LEFT_BYTES = 20_000
 """Where nothing may be mounted, the processes may write no file beyond this while the disk counts as full."""
 

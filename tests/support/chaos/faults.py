@@ -152,17 +152,24 @@ class Injector:
 
     def fill_disk(self, launch: Launch) -> bool:
         """The disk is full for a while; sometimes somebody dies meanwhile."""
-        launch.hit("disk", "disk full", seconds := self.rng.uniform(1.0, 6.0))
-        self.disk.fill(self.rng.choice([0, 0, 4096, 100_000, 1_000_000]), self._pids(launch))
+        seconds = self.rng.uniform(1.0, 6.0)
+        more = self.fill(launch, seconds)
         try:
-            more = self._record("disk full", "disk", seconds)
             time.sleep(seconds / 2)
             if more and self.rng.random() < 0.4:
                 more = self.strike(launch)
             time.sleep(seconds / 2)
         finally:
-            self.disk.free(self._pids(launch))
+            self.free(launch)
         return more
+
+    def fill(self, launch: Launch, seconds: float = 0.0) -> bool:
+        launch.hit("disk", "disk full", seconds)
+        self.disk.fill(self.rng.choice([0, 0, 4096, 100_000, 1_000_000]), self._pids(launch))
+        return self._record("disk full", "disk", seconds)
+
+    def free(self, launch: Launch) -> None:
+        self.disk.free(self._pids(launch))
 
     def delete(self, launch: Launch) -> bool:
         """A directory of the run goes. What comes then is an end, sooner or later."""

@@ -9,11 +9,12 @@ import random
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ class Harness:
         self.findings_file = options.out / "rows.jsonl"
         self._told = len(self._row_findings())
         self._lock = threading.Lock()
+        self.marker = f"DSRL_CHAOS_OUT={options.out.resolve()}"
+        clear(options.out, self.marker)  # what a harness that was killed has left
         self.faults = len(self.log.of("fault"))
         self._runs = max((entry["run"] for entry in self.log.of("run")), default=0)
         self.deadline = time.monotonic() + options.minutes * 60
@@ -185,6 +188,10 @@ class Harness:
             f"{sum(launch['renames'] for launch in launches)} files and checkpoints put into their places",
         ]
         lines += [f"  {count:5d} findings: {kind}" for kind, count in found.most_common()]
+        if planted := self.options.plant:
+            seen = [entry for entry in findings if entry["kind"] == EXPECTED[planted]]
+            how = f"found as: {seen[0]['kind']}, after {seen[0]['after']} faults" if seen else "NOT FOUND"
+            lines.append(f"planted {planted}: {how}")
         for entry in self.log.of("memory"):
             lines.append(f"  {entry['name']}: {entry['mb_per_hour']:+.1f} MB an hour over {entry['seconds']:.0f} s")
         return "\n".join(lines)
@@ -214,6 +221,7 @@ class Run:
         self.variables = {
             "PYTHONPATH": harness.search,
             f"{prefix}TOKEN": self.token,
+            f"{prefix}OUT": str(options.out.resolve()),
             f"{prefix}BOARD": str(self.scratch / "board"),
             f"{prefix}FINDINGS": str(harness.findings_file.resolve()),
             f"{prefix}RUN": str(number),
@@ -371,10 +379,16 @@ class Run:
                 if rng.random() < 0.15:  # as a batch system does
                     for child in launch.children().values():
                         child.send(number)
+                full = rng.random() < 0.08 and not self.harness.enough()
+                if full:
+                    self.injector.fill(launch)
                 self._tell(launch, number)
                 if rng.random() < 0.5 and not self.harness.enough():
                     time.sleep(rng.uniform(0.0, 1.5))
-                    self.injector.strike(launch)
+                    self._strike_stop(launch)
+                if full:
+                    self._ends_within(launch, rng.uniform(2.0, 60.0))
+                    self.injector.free(launch)
         while not launch.over() and time.monotonic() < launch.deadline() + LATE_S:
             time.sleep(0.02)
         if not launch.over():
@@ -384,6 +398,14 @@ class Run:
             launch.hit("supervisor", "SIGKILL")
             launch.supervisor.send(signal.SIGKILL)
             launch.popen.wait(20)
+
+    def _strike_stop(self, launch: Launch) -> None:
+        """Signals while the launch ends, for a child or, now and then, for the supervisor."""
+        if self.rng.random() < 0.75 or self.long:
+            self.injector.strike(launch)
+            return
+        number = self.rng.choice([signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+        self.injector.send(launch, "supervisor", launch.supervisor, number)
 
     @staticmethod
     def _ends_within(launch: Launch, seconds: float) -> bool:
@@ -403,6 +425,8 @@ class Run:
             self.finding("leak", f"left after the end: {', '.join(names)}")
             for process in left:
                 process.send(signal.SIGKILL)
+        if named := [name for name in os.listdir("/dev/shm") if "dsrl" in name]:
+            self.finding("leak", f"in /dev/shm: {named}")
         deleted = launch.disturbed("deleted")
         for kind, sentence in launch.problems():
             kind = "resume" if resumed and launch.popen.returncode == 2 else kind
@@ -468,15 +492,13 @@ class Run:
         self._memory.clear()
 
 
-@contextlib.contextmanager
-def cleaned_up(out: Path) -> Iterator[None]:
-    """Whatever happens, the file systems of the runs are unmounted."""
-    try:
-        yield
-    finally:
-        for disk in (out / "runs").glob("*/disk"):
-            if os.path.ismount(disk):
-                os.system(f"umount -l '{disk}'")
+def clear(out: Path, marker: str) -> None:
+    """End the processes of runs in this directory, and unmount their file systems."""
+    for process in processes.marked(marker):
+        process.send(signal.SIGKILL)
+    for path in (out / "runs").glob("*/disk"):
+        if os.path.ismount(path):
+            subprocess.run(["umount", "-l", str(path)], timeout=20)
 
 
 def run(options: Options) -> int:
@@ -486,5 +508,8 @@ def run(options: Options) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    with cleaned_up(options.out):
-        return Harness(options, say).run()
+    harness = Harness(options, say)
+    try:
+        return harness.run()
+    finally:
+        clear(options.out, harness.marker)

@@ -234,9 +234,11 @@ class Launch:
         """The last checkpoint of a run that ended as asked holds all that was done, and nothing else is left."""
         found = []
         names = saved.checkpoints(self.run_dir)
-        done = (summary.get("updates"), summary.get("decisions"))
+        done = int(summary["updates"]), int(summary["decisions"])
         if not names or saved.numbers(names[-1]) != done:
             found.append(("checkpoint", f"the last one is {[path.name for path in names[-1:]]}, done were {done}"))
+        if any(now < then for now, then in zip(done, self.resumed_at, strict=True)):
+            found.append(("checkpoint", f"done were {done} after it was resumed at {self.resumed_at}"))
         root = self.run_dir / "checkpoints"
         others = [path.name for path in root.iterdir() if path not in names]
         if others:
