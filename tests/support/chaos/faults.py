@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from threading import Timer
 
 from support.chaos.disk import Disk
@@ -136,12 +134,12 @@ class Injector:
 
     def strike_while_saving(self, launch: Launch) -> bool:
         """The learner, or now and then the supervisor, meets a signal in the middle of a checkpoint's write."""
-        deadline, root = time.monotonic() + SAVE_WAIT_S, launch.run_dir / "checkpoints"
-        while not _being_written(root):
+        deadline, before = time.monotonic() + SAVE_WAIT_S, launch.board["saves"]
+        while launch.board["saves"] == before:
             if time.monotonic() > deadline or launch.over():
                 return True
             time.sleep(0.0005)
-        time.sleep(self.rng.uniform(0.0, 0.08))
+        time.sleep(self.rng.uniform(0.0, 0.06))
         if self.rng.random() < 0.2:
             launch.tell_to_end()
             return self.send(launch, "supervisor", launch.supervisor, KILL)
@@ -192,9 +190,3 @@ class Injector:
 
     def _pids(self, launch: Launch) -> list[int]:
         return [launch.supervisor.pid, *(child.pid for child in launch.children().values())]
-
-
-def _being_written(checkpoints: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return any(path.name.startswith(".") and path.name.endswith(".tmp") for path in checkpoints.iterdir())
-    return False

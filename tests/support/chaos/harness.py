@@ -34,7 +34,11 @@ MOST_EVIDENCE = 30
 GROWTH_MB = 5.0
 WARM_S, SPAN_S = 600.0, 300.0
 """Memory is compared from this age of a process on, over at least so many seconds."""
-ROWS = ("drawn rows", "foreign answer")
+HANDLERS = {
+    signal.SIGHUP: lambda *_: None,  # where it is ignored, the runs would ignore it, too
+    signal.SIGTERM: signal.default_int_handler,
+}
+"""The harness's own signal handlers."""
 SITECUSTOMIZE = "from support.chaos import hook\n\nhook.install()\n"
 
 
@@ -146,7 +150,17 @@ class Harness:
 
     def run(self) -> int:
         """Returns the exit code: 1 if something was found."""
-        signal.signal(signal.SIGHUP, lambda *_: None)  # ignored, it would be ignored by the runs, too
+        before = [signal.signal(number, handler) for number, handler in HANDLERS.items()]
+        try:
+            self._work_all()
+        finally:
+            for number, handler in zip(HANDLERS, before, strict=True):
+                signal.signal(number, handler)
+        self.take_row_findings()
+        self.say(self.table())
+        return 1 if self.log.of("finding") else 0
+
+    def _work_all(self) -> None:
         jobs = [threading.Thread(target=self._work, args=(number,)) for number in range(self.options.jobs)]
         for job in jobs:
             job.start()
@@ -157,9 +171,6 @@ class Harness:
             self.deadline = 0.0
             for job in jobs:
                 job.join()
-        self.take_row_findings()
-        self.say(self.table())
-        return 1 if self.log.of("finding") else 0
 
     def _work(self, job: int) -> None:
         """Play runs one after another, until there were enough faults."""

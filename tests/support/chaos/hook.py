@@ -23,8 +23,9 @@ from support.chaos.board import Board
 
 PREFIX = "DSRL_CHAOS_"
 """The variables that the harness sets; their presence also marks the processes that belong to a run."""
-STEP_S, COMPUTE_S, SYNC_S = 0.004, 0.012, 0.003
-"""How long an action chunk, a batch and an fsync take at least: faults are to hit the middle of them."""
+STEP_S, COMPUTE_S, EXPORT_S, SYNC_S = 0.004, 0.012, 0.01, 0.003
+"""How long an action chunk, a batch, a lane of a checkpoint and an fsync take at least: faults are to hit the middle of
+them."""
 
 Patch = Callable[[ModuleType], None]
 
@@ -269,7 +270,18 @@ def check_batch(updates: Any) -> None:
         report("drawn rows", wrong=what, states=states[bad].tolist(), noise=drawn.noise[bad].tolist())
 
 
-# ---- files
+# ---- checkpoints and other files
+
+
+def patch_ring(module: ModuleType) -> None:
+    export_lane = module.ReplayRing.export_lane
+
+    def slow(self: Any, lane: int) -> Any:
+        board().add("saves")
+        time.sleep(EXPORT_S)
+        return export_lane(self, lane)
+
+    module.ReplayRing.export_lane = slow
 
 
 def patch_files(module: ModuleType) -> None:
@@ -312,5 +324,6 @@ PATCHES: dict[str, Patch] = {
     "dsrl_async.run.inference.policies": patch_policies,
     "dsrl_async.run.inference.steering": patch_steering,
     "dsrl_async.run.learner.updates": patch_updates,
+    "dsrl_async.shm.replay": patch_ring,
     "dsrl_async.host.files": patch_files,
 }

@@ -221,7 +221,8 @@ class Launch:
             else:  # it ended by itself: the template when its worker was lost, and whoever cannot write
                 hits = sum(hit.name == name or hit.what == "disk full" for hit in self.hits)
             if hits < (1 if how.startswith("no sign") else count):
-                found.append(("false report", f"the log says {count} times that {name} ended ({how}); hits: {hits}"))
+                kind = "crash" if how.startswith("exit code") else "false report"
+                found.append((kind, f"the log says {count} times that {name} ended ({how}); hits: {hits}"))
         names = {name for name, _ in told}
         for hit in self.hits:
             deadly = hit.what in ("SIGKILL", "SIGSEGV") and hit.name not in ("supervisor", WHOLE_JOB)

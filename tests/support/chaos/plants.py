@@ -31,7 +31,7 @@ def early_name(module: ModuleType) -> None:
     """Files and directories are written under their own names, so that a kill leaves half of them there."""
 
     @contextlib.contextmanager
-    def replacing(path: Path) -> Iterator[Path]:
+    def replacing(path: Path, *rest: Any) -> Iterator[Path]:
         yield path
 
     module.replacing = replacing  # type: ignore[attr-defined]
