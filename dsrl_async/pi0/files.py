@@ -16,27 +16,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
+from dsrl_async.pi0 import lerobot
 from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
 from dsrl_async.pi0.tensors import (
     StoredTensor,
     check_tensors,
-    field,
     find_tensors,
     infer_config,
-    read_header,
+    up_to_three_down,
 )
 from dsrl_async.pi0.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
-from dsrl_async.untrusted import read_object
+from dsrl_async.untrusted import read_object, shown
 
 STATISTICS = {"z_score": ("mean", "std"), "quantile": ("q01", "q99")}
 LIBERO_ASSET = "physical-intelligence/libero"
 """openpi's asset id. Norm stats are in assets/<asset id> (openpi) or <asset id> (RLinf)."""
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
-LEROBOT_NORMALISATION = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
-LEROBOT_STATE, LEROBOT_ACTION, LEROBOT_IMAGES = "observation.state", "action", "observation.images."
+OPENPI_CONFIG: lerobot.Fates = {
+    **dict.fromkeys(("action_dim", "action_horizon", "max_token_len", "pi05", "discrete_state_input")),
+    **dict.fromkeys(("precision", "dtype", "pytorch_compile_mode")),
+    "paligemma_variant": ("gemma_2b", "gemma_300m"),
+    "action_expert_variant": ("gemma_300m", "gemma_2b"),
+}
+"""What becomes of the keys of openpi's `config.json`."""
 
 NormStats = dict[str, dict[str, list[float]]]
 """{"state": {"mean": [...], "std": [...], "q01": [...], "q99": [...]}, "actions": {...}}"""
@@ -51,7 +55,7 @@ class PolicyFiles(NamedTuple):
     config: Pi0Config
     tensors: dict[str, StoredTensor]
     norm_stats: NormStats
-    norm_stats_source: Path
+    norm_stats_source: Path | str
     tokenizer: Any
     """An object of the tokenizers or the sentencepiece library."""
 
@@ -79,8 +83,10 @@ def find_policy(
     """
     if directory.is_file():
         raise ValueError(f"{directory} is a file, give the directory that it is in")
-    tensors = find_tensors(directory)
     content = read_content(directory)
+    if "type" in content:
+        lerobot.check_type(content, directory / CONFIG)
+    tensors = find_tensors(directory)
     config = make_config(content, directory, tensors)
     given: dict[str, Any] = {"action_horizon": action_horizon, "delta_action_dims": delta_action_dims}
     for name, value in given.items():
@@ -89,7 +95,7 @@ def find_policy(
                 config = dataclasses.replace(config, **{name: value})
     check_tensors(config, tensors, directory)
     with _blaming("policy.norm_stats" if norm_stats else None):
-        stats, source = read_norm_stats(directory, Path(norm_stats) if norm_stats else None)
+        stats, source = read_norm_stats(directory, config, maker_of(content), Path(norm_stats) if norm_stats else None)
         scaling(config, stats, source)
     with _blaming("policy.tokenizer" if tokenizer else None):
         file = find_tokenizer(directory, Path(tokenizer) if tokenizer else None)
@@ -106,7 +112,8 @@ def _blaming(culprit: Path | str | None) -> Iterator[None]:
     except ValueError as error:
         if culprit is None:
             raise
-        raise ValueError(f"{culprit}: {str(error).removeprefix('policy config: ')}") from None
+        reason = str(error).removeprefix("policy config: ")
+        raise ValueError(reason if reason.startswith(str(culprit)) else f"{culprit}: {reason}") from None
 
 
 def read_content(directory: Path) -> dict[str, Any]:
@@ -129,74 +136,55 @@ def make_config(content: Mapping[str, Any], directory: Path, tensors: Mapping[st
     it contradicts the tensors or asks for something unsupported.
     """
     path, maker = directory / CONFIG, maker_of(content)
-    if maker == "LeRobot":
-        return _lerobot_config(content, infer_config(tensors, directory), path)
     if maker == "dsrl_async":
         return Pi0Config.from_json(content, path)
     config = infer_config(tensors, directory)
-    if "paligemma_variant" not in content:
-        return config
-    if content.get("action_dim", config.action_dim) != config.action_dim:
-        raise ValueError(f"{path}: action_dim is {content['action_dim']}, that of the tensors is {config.action_dim}")
     with _blaming(path):
-        return dataclasses.replace(config, action_horizon=content.get("action_horizon", config.action_horizon))
+        return (lerobot.make_config if maker == "LeRobot" else _openpi_config)(content, config, path)
 
 
-def _lerobot_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -> Pi0Config:
-    """Adds LeRobot's horizon, widths, cameras, normalisation and conventions to the sizes of the tensors."""
-    kind = "pi05" if config.pi05 else "pi0"
-    if content["type"] != kind:
-        raise ValueError(f"{path} is of a policy of type {content['type']!r}, the tensors beside it are of {kind!r}")
-    if content.get("use_relative_actions"):
-        raise ValueError(f"{path}: use_relative_actions is set, which is not supported")
-    inputs, outputs, modes = (
-        field(content, key, dict, path) for key in ("input_features", "output_features", "normalization_mapping")
-    )
-    default = "QUANTILES" if config.pi05 else "MEAN_STD"
-    state_mode, action_mode = (field(modes, key, str, path) or default for key in ("STATE", "ACTION"))
-    if state_mode != action_mode or state_mode not in LEROBOT_NORMALISATION:
-        raise ValueError(
-            f"{path}: normalization_mapping has {state_mode} for STATE and {action_mode} for ACTION, "
-            f"supported is the same for both, of {' or '.join(LEROBOT_NORMALISATION)}"
-        )
-
-    def width(features: Mapping[str, Any], name: str, libero: int) -> Any:
-        """The robot's width. A width equal to the model's own is that of the padding and says nothing of the robot."""
-        shape = field(field(features, name, dict, path), "shape", list, path)
-        return shape[0] if shape and shape[0] != config.action_dim else libero
-
-    cameras = [name for name in inputs if name.startswith(LEROBOT_IMAGES) and "empty_camera" not in name]
-    changes: dict[str, Any] = {
-        "action_horizon": content.get("chunk_size", 50),
-        "max_token_len": content.get("tokenizer_max_length", config.max_token_len),
-        "cameras": len(cameras) or config.cameras,
-        "robot_state_dim": width(inputs, LEROBOT_STATE, config.robot_state_dim),
-        "robot_action_dim": width(outputs, LEROBOT_ACTION, config.robot_action_dim),
-        "normalisation": LEROBOT_NORMALISATION[state_mode],
-        "normalisation_epsilon": "lerobot",
-        "delta_action_dims": 0,
-        "state_in_prompt": config.pi05,
-        "time_grid": "exact",
-    }
-    with _blaming(path):
-        return dataclasses.replace(config, **changes)
+def _openpi_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -> Pi0Config:
+    """Adds the horizon and the prompt's conventions of openpi's own `config.json`, if it is one, to the tensors'."""
+    if "paligemma_variant" in content:
+        lerobot.check_values(content, OPENPI_CONFIG, path)
+    facts = {"action_dim": config.action_dim, "pi05": config.pi05}
+    if not config.pi05:
+        facts["discrete_state_input"] = False
+    for key, fact in facts.items():
+        if content.get(key, fact) != fact:
+            raise ValueError(f"{path}: {key} is {shown(content[key])}, that of the tensors is {shown(fact)}")
+    names = {"action_horizon": "action_horizon", "max_token_len": "max_token_len"}
+    if config.pi05:
+        names["discrete_state_input"] = "state_in_prompt"
+    changes = {name: content[key] for key, name in names.items() if content.get(key) is not None}
+    return dataclasses.replace(config, **changes)
 
 
-def read_norm_stats(directory: Path, given: Path | None = None) -> tuple[NormStats, Path]:
-    """Norm stats and their file: `given` (a file, or a directory with one) or what the checkpoint has.
+def read_norm_stats(
+    directory: Path, config: Pi0Config, maker: str, given: Path | None = None
+) -> tuple[NormStats, Path | str]:
+    """Norm stats and where they are from: `given` (a file, or a directory with one) or what the checkpoint has.
 
     A checkpoint has LeRobot's processors or a `norm_stats.json` up to three directories down; of several, LIBERO's is
     taken. Raises ValueError when there is none or the choice is ambiguous.
     """
+    processors = any(directory.glob("policy_p*processor*")) and maker != "dsrl_async"
+    if processors and maker != "LeRobot":
+        raise ValueError(f"{directory} has LeRobot's processors, and not its {CONFIG}: copy that, too")
+    if processors:
+        stats, source = lerobot.read_processors(directory, config, read_statistics=given is None)
     if given is not None:
         path = given / NORM_STATS if given.is_dir() else given
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"there is no file {path}")
         return load_norm_stats(path), path
-    processors = sorted(directory.glob("policy_p*processor*.safetensors"))
     if processors:
-        return _lerobot_norm_stats(processors, directory), directory
-    found = [path for depth in range(4) for path in sorted(directory.glob("*/" * depth + NORM_STATS))]
+        return stats, source
+    found = [
+        path
+        for path in up_to_three_down(directory, NORM_STATS)
+        if not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    ]
     libero = [path for path in found if path.parent.as_posix().endswith(LIBERO_ASSET)]
     if len(found) != 1 and len(libero) != 1:
         several = f"several, such as {found[0]} and {found[1]}" if found else "none"
@@ -206,27 +194,6 @@ def read_norm_stats(directory: Path, given: Path | None = None) -> tuple[NormSta
         )
     path = found[0] if len(found) == 1 else libero[0]
     return load_norm_stats(path), path
-
-
-def _lerobot_norm_stats(processors: list[Path], directory: Path) -> NormStats:
-    """Reads the state's statistics from the preprocessor and those of the actions from the postprocessor."""
-    stats: NormStats = {"state": {}, "actions": {}}
-    features = {"policy_preprocessor": ("state", LEROBOT_STATE), "policy_postprocessor": ("actions", LEROBOT_ACTION)}
-    for file in processors:
-        names = read_header(file)
-        for start, (key, feature) in features.items():
-            if not file.name.startswith(start):
-                continue
-            with safe_open(file, "numpy") as tensors:
-                for statistic in STATISTICS["z_score"] + STATISTICS["quantile"]:
-                    if (name := f"{feature}.{statistic}") in names:
-                        stats[key][statistic] = np.atleast_1d(tensors.get_tensor(name)).tolist()
-    for start, (key, feature) in features.items():
-        if not stats[key]:
-            raise ValueError(
-                f"{directory}: no {start}*.safetensors has statistics of {feature}; give policy.norm_stats"
-            )
-    return stats
 
 
 def load_norm_stats(path: Path) -> NormStats:
@@ -260,14 +227,14 @@ def scaling(config: Pi0Config, stats: NormStats, source: Path | str) -> Scaling:
         if (spread < 0).any():
             wrong = f"{key}.std is negative" if z_score else f"{key}.q01 is above {key}.q99"
             raise ValueError(f"{source}: {wrong} in dimension {int((spread < 0).argmax())}")
+        if spread.max() > FLOAT32_MAX:
+            raise ValueError(f"{source}: {key}.q99 is farther from {key}.q01 than float32 can say")
         if openpi:
             spread = spread + OPENPI_EPSILON
         elif not z_score:
             spread = np.where(spread.astype(np.float32) == 0, LEROBOT_EPSILON, spread)
         elif key == "state":
             spread = spread + LEROBOT_EPSILON
-        if spread.max() > FLOAT32_MAX:
-            raise ValueError(f"{source}: {key}.q99 is farther from {key}.q01 than float32 can say")
         parts += [first, spread] if z_score else [first + spread / 2, spread / 2]
     return Scaling(*parts)
 

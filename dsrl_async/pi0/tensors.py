@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsrl_async.pi0.config import WEIGHTS, Pi0Config
@@ -196,6 +197,26 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_values(tensor: StoredTensor) -> Any:
+    """A small stored tensor as nested lists of floats.
+
+    Raises ValueError naming the file when it is not small, or not of a type of `ELEMENT_BYTES`.
+    """
+    where = f"{tensor.file}: tensor {shown(tensor.name)}"
+    if tensor.dtype not in ELEMENT_BYTES:
+        raise ValueError(f"{where} holds {tensor.dtype}, not one of {', '.join(ELEMENT_BYTES)}")
+    if tensor.bytes > MEGABYTE:
+        raise ValueError(f"{where} has {tensor.bytes} bytes, which is too much for a statistic")
+    with open_regular(tensor.file) as file:
+        file.seek(tensor.offset)
+        content = file.read(tensor.bytes)
+    if tensor.dtype == "BF16":  # the upper halves of float32
+        values = (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(content, f"<f{ELEMENT_BYTES[tensor.dtype]}")
+    return values.astype(np.float64).reshape(tensor.shape).tolist()
+
+
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, or of those that hold a directory's weights, under openpi's names.
 
@@ -292,13 +313,13 @@ def _without_weights(directory: Path) -> str:
             f"policy checkpoint {directory} is a JAX checkpoint: convert it with openpi's "
             "examples/convert_jax_model_to_pytorch.py, as docs/pi0.md says"
         )
-    if nested := _up_to_three_down(directory, WEIGHTS):
+    if nested := up_to_three_down(directory, WEIGHTS):
         last = next((path for path in nested if "last" in path.parts), nested[-1])
         return (
             f"policy checkpoint {directory} has no model.safetensors: give the directory {last.parent}, which has one"
         )
     for kind in ("pt", "pth", "bin", "ckpt"):
-        if pickles := _up_to_three_down(directory, f"*.{kind}"):
+        if pickles := up_to_three_down(directory, f"*.{kind}"):
             return (
                 f"policy checkpoint {directory} has no model.safetensors, only {pickles[0].relative_to(directory)}, "
                 "and pickled weights are never loaded: convert them to safetensors, as docs/pi0.md says"
@@ -306,7 +327,8 @@ def _without_weights(directory: Path) -> str:
     return f"policy checkpoint {directory} has no model.safetensors (nor other safetensors files)"
 
 
-def _up_to_three_down(directory: Path, pattern: str) -> list[Path]:
+def up_to_three_down(directory: Path, pattern: str) -> list[Path]:
+    """Files of a directory, and of its directories three levels down, by their names."""
     return [path for depth in range(4) for path in sorted(directory.glob("*/" * depth + pattern))]
 
 

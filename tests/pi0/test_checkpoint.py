@@ -293,6 +293,40 @@ def test_quantiles_that_contradict_each_other_are_refused(
             load_policy(directory, norm_stats=str(path))
 
 
+OPENPI = {"action_dim": 32, "paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+
+
+@pytest.mark.parametrize(
+    ("pi05", "content", "expected"),
+    [
+        (False, {**OPENPI, "action_horizon": 7, "precision": "bfloat16"}, {"action_horizon": 7}),
+        (False, {"action_horizon": 7, "architectures": ["PI0Pytorch"]}, {"action_horizon": 7}),
+        (True, {**OPENPI, "discrete_state_input": True, "pi05": True}, {"state_in_prompt": True}),
+        (True, {**OPENPI, "discrete_state_input": False}, {"state_in_prompt": False}),
+        (True, {**OPENPI, "max_token_len": 180, "action_horizon": None}, {"max_token_len": 180}),
+        (
+            False,
+            {**OPENPI, "discrete_state_input": True},
+            "discrete_state_input is True, that of the tensors is False$",
+        ),
+        (False, {**OPENPI, "pi05": True}, "pi05 is True, that of the tensors is False$"),
+        (False, {**OPENPI, "paligemma_variant": "gemma_2b_lora"}, "paligemma_variant is 'gemma_2b_lora', supported is"),
+        (False, {**OPENPI, "action_expert_variant": "dummy"}, "action_expert_variant is 'dummy', supported is"),
+        (False, {**OPENPI, "history": 2}, "has the key 'history', which this version does not know: remove it"),
+    ],
+)
+def test_openpis_configuration_is_followed(
+    copy: Callable[..., Path], pi05: bool, content: dict, expected: dict | str
+) -> None:
+    directory = copy("openpi", pi05)
+    (directory / "config.json").write_text(json.dumps(content))
+    if isinstance(expected, dict):
+        assert find_policy(directory).config == dataclasses.replace(writer.pi0_config(pi05, **SIZES), **expected)
+    else:
+        with pytest.raises(ValueError, match=rf"config\.json:? {expected}"):
+            find_policy(directory)
+
+
 def test_features_that_are_null_say_nothing(copy: Callable[..., Path]) -> None:
     directory = copy("lerobot")
     expected = load_policy(directory).config
@@ -594,7 +628,7 @@ STATE_BIAS = "state_proj.bias"
         (
             "lerobot",
             rewrite_json("config.json", lambda c: c.update(use_relative_actions=True)),
-            "use_relative_actions is set",
+            r"config\.json: use_relative_actions is True, supported is False$",
         ),
         (
             "lerobot",
