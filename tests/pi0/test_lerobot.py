@@ -153,6 +153,10 @@ def change(name: str, how: Callable[[dict[str, Any]], object]) -> Callable[[Path
     return apply
 
 
+def configured(**values: object) -> Callable[[Path], None]:
+    return change("config.json", lambda content: content.update(values))
+
+
 def setting(step: str, name: str = PREPROCESSOR, **values: object) -> Callable[[Path], None]:
     """Changes the settings of a step of a processor."""
 
@@ -175,6 +179,14 @@ def stats(how: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], 
     return apply
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    def put(directory: Path) -> None:
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+
+    return put
+
+
 WRIST_FIRST = {
     name: {"type": "VISUAL", "shape": [3, 64, 64]} for name in ("observation.images.wrist", "observation.images.base")
 }
@@ -186,7 +198,7 @@ RENAMED = {"observation.images.image": "observation.images.c", "observation.imag
     [
         *(
             (
-                change("config.json", lambda c, k=key, v=value: c.update({k: v})),
+                configured(**{key: value}),
                 rf"config\.json: {key} is .*supported is ",
             )
             for key, value in {
@@ -207,24 +219,24 @@ RENAMED = {"observation.images.image": "observation.images.c", "observation.imag
             }.items()
         ),
         (
-            change("config.json", lambda c: c.update(rtc_config={"enabled": True})),
+            configured(rtc_config={"enabled": True}),
             r"config\.json: rtc_config is enabled",
         ),
         (
-            change("config.json", lambda c: c.update(state_cond=True)),
+            configured(state_cond=True),
             r"config\.json has the key 'state_cond', which this",
         ),
         (
-            change("config.json", lambda c: c.update(chunk_size=10**9)),
+            configured(chunk_size=10**9),
             r"config\.json: action_horizon is 1000000000, it",
         ),
-        (change("config.json", lambda c: c.update(type="pi0_fast")), r"policy of type 'pi0_fast', only pi0 and pi05"),
-        (change("config.json", lambda c: c.update(type=["pi0"])), r"policy of type \['pi0'\], only pi0 and pi05"),
+        (configured(type="pi0_fast"), r"policy of type 'pi0_fast', only pi0 and pi05"),
+        (configured(type=["pi0"]), r"policy of type \['pi0'\], only pi0 and pi05"),
         (
             change("config.json", lambda c: c["normalization_mapping"].update(VISUAL="MEAN_STD")),
             "normalization_mapping has 'MEAN_STD' for VISUAL",
         ),
-        (change("config.json", lambda c: c.update(input_features=WRIST_FIRST)), "wrist' comes first, this project"),
+        (configured(input_features=WRIST_FIRST), "wrist' comes first, this project"),
         (features("observation.state", {"type": "STATE", "shape": [8, 1]}), r"shape of observation\.state is \[8, 1\]"),
         (lambda d: (d / "config.json").unlink(), r"has LeRobot's processors, and not its config\.json: copy that"),
         (
@@ -281,8 +293,8 @@ RENAMED = {"observation.images.image": "observation.images.c", "observation.imag
         ),
         (change(PREPROCESSOR, lambda c: c["steps"][-1].update(state_file=3)), "state_file is 3, it must be text"),
         (lambda d: (d / PREPROCESSOR).write_text("["), "policy_preprocessor.json is not JSON"),
-        (lambda d: ((d / PREPROCESSOR).unlink(), os.mkfifo(d / PREPROCESSOR)), "it is not a regular file"),
-        (lambda d: ((d / STATE_FILE).unlink(), os.mkfifo(d / STATE_FILE)), "it is not a regular file"),
+        (pipe(PREPROCESSOR), r"policy_preprocessor\.json cannot be read: it is not a regular file"),
+        (pipe(STATE_FILE), rf"{STATE_FILE} cannot be read: it is not a regular file"),
         (stats(lambda t: t.clear()), rf"{STATE_FILE} has no statistics of observation\.state; give policy\.norm_stats"),
         (
             stats(lambda t: t["observation.state.std"].neg_()),
