@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from dsrl_async.config.settings import Config
 from dsrl_async.shm.counters import (
@@ -32,6 +31,7 @@ from dsrl_async.shm.counters import (
     Graphs,
 )
 from dsrl_async.shm.episodes import FinishedEpisode, Snapshot, finished_episodes
+from dsrl_async.telemetry.event_file import EventFile
 from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class RunMonitor:
         """`start` is the snapshot at launch; `metric_names` name the elements of `learner_metrics`."""
         self.config, self.metric_names, self.resumed_wall_s = config, metric_names, resumed_wall_s
         self._clock = clock
-        self._writer = EventFileWriter(str(run_dir / "tensorboard"), max_queue_size=1000, flush_secs=5)
+        self._writer = EventFile(run_dir / "tensorboard")
         self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
         self._start_time = clock()
         self._start = totals(start)
