@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dsrl_async import untrusted
 from dsrl_async.config import strict_yaml
 from dsrl_async.config.load import leaf_fields, read_run_settings, read_yaml, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
@@ -199,7 +200,7 @@ def parse_value(key: str, text: str) -> Any:
         try:
             return strict_yaml.parse(text, key)
         except ValueError as error:
-            raise ConfigError(f"{key}: {strict_yaml.shortened(text)} is not a valid list") from error
+            raise ConfigError(f"{key}: {untrusted.shown(text)} is not a valid list") from error
     return text
 
 

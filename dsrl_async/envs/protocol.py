@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, Protocol
@@ -77,9 +77,10 @@ class EnvironmentRecord:
     """Everything that the rest of the package asks of an environment with given settings, short of stepping it.
 
     `dsrl_async.envs.environment_record` returns it for the settings of a run, and nobody else looks at `env.name`.
-    Neither torch nor a simulator is imported for it: `spec` and `make` are functions, and all else is plain data. A
-    user's environment will provide the same record. Its module belongs into child processes, so `environment_record`
-    will have one of them import it and answer with these values, and only a worker will call `make`.
+    Neither torch nor a simulator is imported for it: `spec`, `make` and `check` are functions, and all else is plain
+    data. A user's environment will provide the same record. Its module belongs into child processes, so
+    `environment_record` will have one of them import it and answer with these values, and only a worker will call
+    `make`.
     """
 
     name: str
@@ -92,6 +93,9 @@ class EnvironmentRecord:
     """The shapes. Raises ValueError if the environment is not installed, or lacks what the settings select."""
     make: Callable[[], Environment]
     """Makes the environment, with its simulator. Raises ValueError if it cannot be had, or a setting does not fit."""
+    check: Callable[[], Sequence[str]]
+    """Reads the environment's own files; returns warnings for the user. Raises ValueError, naming the file that is
+    missing or damaged."""
     needs_opengl: bool
     """Whether its cameras are rendered with OpenGL."""
     rate_hz: int

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from dsrl_async import untrusted
 from dsrl_async.envs import graphics, libero_files
 
 __all__ = ["import_libero", "import_robosuite", "mujoco"]
@@ -54,6 +55,8 @@ def import_robosuite() -> Any:
         private = ModuleType("robosuite.macros_private")
         private.__dict__.update(CONSOLE_LOGGING_LEVEL=None, FILE_LOGGING_LEVEL=None)
         sys.modules["robosuite.macros_private"] = private
+    if "NUMBA_CACHE_DIR" not in os.environ and not libero_files.numba_can_write():
+        os.environ["NUMBA_CACHE_DIR"] = str(libero_files.own_directory("numba"))
     logging.getLogger("robosuite_logs").disabled = True
     # robosuite takes CUDA's numbers for those of EGL's devices, which differ, and reads no others than numbers.
     with _variable("CUDA_VISIBLE_DEVICES", None):
@@ -74,6 +77,7 @@ def import_libero() -> Any:
         raise ValueError(graphics.no_rendering(error)) from error
     try:
         import libero.libero.envs as envs
-    except ImportError as error:
-        raise ValueError(not_imported.format(error)) from error
+    except Exception as error:  # a damaged package may say anything
+        said = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise ValueError(not_imported.format(untrusted.in_one_line(said))) from error
     return envs

@@ -91,6 +91,8 @@ def main(argv: Sequence[str]) -> int:
         console.width = 120
     options = build_parser().parse_args(list(argv))
     evaluation = resolve(options)
+    for warning in evaluation.run.warnings:
+        console.print(warning)
     settings = identity(evaluation)
     with contextlib.ExitStack() as stack:
         out = None

@@ -77,6 +77,8 @@ def run(
         preflight.record_made_with(run_dir, made_with)
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
+        for warning in checked.warnings:
+            logger.warning(warning)
         if changes:
             logger.info("resumed with changes: %s", ", ".join(changes))
         if (untried := order.warning(platform.machine())) is not None:

@@ -29,6 +29,7 @@ from support.libero_stock import Trajectory, differences, play, play_stock
 
 from dsrl_async.envs import libero as libero_module
 from dsrl_async.envs.libero import LiberoEnvironment
+from dsrl_async.envs.simulator import import_robosuite
 
 pytestmark = pytest.mark.libero
 
@@ -41,9 +42,7 @@ def configuration(suite: str = "libero_spatial", **settings: Any) -> dict[str, A
 def opengl() -> None:
     """Skips where OpenGL cannot be had."""
     try:
-        from robosuite.utils.binding_utils import GLContext
-
-        GLContext(max_width=64, max_height=64).make_current()
+        import_robosuite().GLContext(max_width=64, max_height=64).make_current()
     except Exception as error:
         pytest.skip(f"OpenGL cannot be had: {error}")
 
@@ -385,6 +384,16 @@ def test_a_reset_that_fails_is_an_error_and_not_an_endless_loop(
         patch.setattr(environment.domain, "reset", crowded)
         with pytest.raises(ValueError, match="no place was found for the objects of task 0 in 100 trials"):
             environment.reset(0)
+
+
+@pytest.mark.parametrize("change", [lambda states: states[:, :50], lambda states: np.hstack([states, states])])
+def test_init_states_of_another_scene_are_refused(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> None:
+    published = libero_files.init_states("libero_spatial", 0)
+    monkeypatch.setattr(libero_files, "init_states", lambda suite, task: change(published))
+    with pytest.raises(ValueError, match=r"pruned_init.* holds init states of \d+ numbers, and the scene .* has 92;"):
+        environment_of("libero_spatial", task_ids=[0])
 
 
 def test_graphics_that_cannot_be_set_up_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,7 +19,9 @@ import yaml
 from support.commands import call
 
 from dsrl_async.config.load import validate
-from dsrl_async.envs import EnvironmentSpec, environment_spec, libero_files
+from dsrl_async.config.settings import ConfigError
+from dsrl_async.envs import EnvironmentSpec, environment_record, environment_spec, libero_files
+from dsrl_async.run import preflight
 
 TASKS = ("pick_up_the_bowl", "KITCHEN_SCENE10_open_the_top_drawer", "STUDY_SCENE1_pick_up_the_book")
 
@@ -214,6 +218,244 @@ def test_a_pickle_without_torchs_archive_is_refused(package: Path) -> None:
     (package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init").write_bytes(pickle.dumps(np.zeros((2, 3))))
     with pytest.raises(ValueError, match="not a matrix of float64"):
         libero_files.init_states("libero_goal", 0)
+
+
+STATES = np.random.default_rng(0).normal(size=(3, 5))
+
+
+def npz(states: np.ndarray, name: str = "states") -> bytes:
+    array, file = io.BytesIO(), io.BytesIO()
+    np.save(array, states)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{name}.npy", array.getvalue())
+    return file.getvalue()
+
+
+def zipped(method: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("_", "."), content)
+    return file.getvalue()
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (npz(STATES, name="other"), "it has 0 arrays 'states.npy', not one"),
+        (npz(STATES[0]), r"but 40 bytes in the shape \[5\]"),
+        (npz(STATES[None]), r"in the shape \[1, 3, 5\]"),
+        (npz(STATES[:0]), r"in the shape \[0, 5\]"),
+        (npz(STATES.astype(np.float32)), "not a matrix of float64"),
+        (npz(STATES.astype(complex)), "not a matrix of float64"),
+        (npz(np.array([[None]])), "not a matrix of float64"),
+        (npz(np.where(STATES > 1, np.nan, STATES)), "numbers that are not finite"),
+        (npz(np.where(STATES > 1, -np.inf, STATES)), "numbers that are not finite"),
+        (pickle.dumps(STATES), "File is not a zip file"),
+        (b"", "File is not a zip file"),
+        (npz(STATES)[:-20], "File is not a zip file"),
+        (npz(STATES).replace(STATES.tobytes()[:20], bytes(20)), "Bad CRC-32"),
+        (zipped(states_npy=b"\x93NUMPY\x09\x00"), "its array is damaged"),
+        (zipped(states_npy=npy("{" * 9000)), "its array is damaged"),
+        (zipped(states_npy=npy("__import__('os').getpid()\n")), "its array is damaged"),
+        (
+            zipped(states_npy=npy("{'descr': '<f8', 'fortran_order': False, 'shape': (999999999, 9999)}\n")),
+            r"but 0 bytes in the shape \[999999999, 9999\]",
+        ),
+        (zipped(zipfile.ZIP_DEFLATED, states_npy=bytes(20_000_000)), "20000000 bytes are too many"),
+        (bytes(17_000_000), "it has more than 16000000 bytes"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_damaged_init_states_are_one_sentence_with_the_file(package: Path, content: bytes, words: str) -> None:
+    file = package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init.npz"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        libero_files.init_states("libero_goal", 0)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [np.asfortranarray, lambda states: states.astype(">f8")], ids=["columns", "bytes"])
+def test_the_order_of_columns_and_bytes_is_followed(package: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    file = package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init"
+    torch.save(change(STATES), file)
+    assert np.array_equal(libero_files.init_states("libero_goal", 0), STATES)
+    np.savez(file.with_name(file.name + ".npz"), states=change(STATES))
+    assert np.array_equal(libero_files.init_states("libero_goal", 0), STATES)
+
+
+def test_init_states_of_torch_that_are_not_finite_are_refused(package: Path) -> None:
+    torch.save(np.full((3, 5), np.nan), package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init")
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        libero_files.init_states("libero_goal", 0)
+
+
+def test_a_pipe_in_the_place_of_init_states_does_not_hang(package: Path) -> None:
+    os.mkfifo(package / "init_files" / "libero_goal" / f"{TASKS[0]}.pruned_init.npz")
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        libero_files.init_states("libero_goal", 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("bddl_files: [x", "is not valid YAML"),
+        ("bddl_files:\n", "'bddl_files' must be a directory, not None"),
+        ("assets: [a]\n", r"'assets' must be a directory, not \['a'\]"),
+        ("bddl_files: {a: b}\n", "'bddl_files' must be a directory, not {'a': 'b'}"),
+        ("bddl_files: ''\n", "'bddl_files' must be a directory, not ''"),
+        ("3\n", "must hold lines such as `bddl_files: DIRECTORY`"),
+        ("- a\n", "must hold lines such as"),
+        ("bddl_files: !!python/object/apply:os.getpid []", "is refused"),
+        ("init_states: a\ninit_states: b", "the key 'init_states' is there twice"),
+        ("bddl_files: \x00", "is not valid YAML"),
+    ],
+)
+def test_a_damaged_configuration_of_liberos_is_one_sentence(
+    package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, words: str
+) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        libero_files.prepare_import()
+    assert str(caught.value).startswith(str(tmp_path / "config.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_configuration_of_liberos_says_nothing(
+    package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("# moved\n")
+    assert libero_files.directories()["bddl_files"] == package / "bddl_files"
+
+
+def test_a_number_in_the_place_of_a_directory_is_looked_for(
+    package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("bddl_files: 5\n")
+    with pytest.raises(ValueError, match=r"LIBERO's bddl_files are not at 5, .* in .*config\.yaml"):
+        libero_files.prepare_import()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("libero_task_map = {", "was never closed"),
+        ("libero_task_map = dict(libero_goal=['a'])", "malformed node"),
+        ("libero_task_map = {[]: 1}", "unhashable"),
+        ("libero_task_map = " + "[" * 5000, "too many nested parentheses"),
+        ("libero_task_map = " + "-" * 100_000 + "1", "cannot be read"),
+        ("libero_task_map = '\x00'", "null bytes"),
+        ("libero_task_map = {'libero_goal': 'abc'}", "are not names of files"),
+        ("libero_task_map = {'libero_goal': [1]}", "are not names of files"),
+        ("libero_task_map = {'libero_goal': ['../../a']}", "are not names of files"),
+        ("libero_task_map = {'libero_goal': ['/etc/passwd']}", "are not names of files"),
+        ("libero_task_map = {'libero_goal': ['a\\n']}", "are not names of files"),
+        ("libero_task_map = ['libero_goal']", "no suite 'libero_goal'"),
+        ("libero_task_map = {'libero_goal': []}", "no suite 'libero_goal'"),
+        ("open('planted', 'w')", "no suite 'libero_goal'"),
+        ("#" * 3_000_000, "more than 2000000 bytes"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_damaged_list_of_tasks_is_one_sentence(package: Path, content: str, words: str) -> None:
+    file = package / "benchmark" / "libero_suite_task_map.py"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        libero_files.task_names("libero_goal")
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path("planted").exists()
+
+
+def describe(directory: Path, words: list[str]) -> Path:
+    """Writes BDDL files and initial states of the tasks."""
+    for place in ("bddl_files", "init_files"):
+        (directory / place / "libero_goal").mkdir(parents=True, exist_ok=True)
+    for task, said in zip(TASKS, words, strict=True):
+        (directory / "bddl_files" / "libero_goal" / f"{task}.bddl").write_text(f"(define (:language {said} ) )")
+        (directory / "init_files" / "libero_goal" / f"{task}.pruned_init.npz").write_bytes(npz(STATES))
+    return directory / "bddl_files"
+
+
+def checked() -> tuple[str, ...]:
+    return preflight.check_files(environment_record(validate({"env": {"name": "libero_goal"}}).env.model_dump()))
+
+
+def test_files_that_are_missing_are_named_before_anything_is_started(package: Path) -> None:
+    describe(package, ["a", "b", "c"])
+    assert checked() == ()
+    for file, words in (("bddl_files", r"there is no .*pick_up_the_bowl\.bddl"), ("init_files", "no init states at")):
+        for path in (package / file / "libero_goal").glob(f"{TASKS[0]}*"):
+            content = path.read_bytes()
+            path.unlink()
+            with pytest.raises(ConfigError, match=f"^env.name: .*{words}"):
+                checked()
+            path.write_bytes(content)
+    (package / "assets" / "scenes").rmdir()
+    with pytest.raises(ConfigError, match="assets are not at"):
+        checked()
+
+
+def test_instructions_of_moved_files_that_differ_are_warned_of(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the package differ from the files' names, too, and are left alone."""
+    describe(package, ["Pick the bowl", "Open it", "pick up the book"])
+    monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path))
+    for words, warned in ((["pick the bowl", "Open it", "Pick up the book"], 0), (["x", "y", "z"], 3)):
+        moved = describe(tmp_path / "moved", words)
+        (tmp_path / "config.yaml").write_text(f"bddl_files: {moved}\n")
+        warnings = checked()
+        assert len(warnings) == bool(warned)
+        assert not warned or f"of {warned} tasks differ from those of the package (task 0 says 'x')" in warnings[0]
+
+
+def test_a_directory_that_somebody_else_made_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (tmp_path / f"dsrl_async-x-{os.getuid()}").symlink_to(mine)
+    with pytest.raises(ValueError, match="is not a directory of yours; set TMPDIR"):
+        libero_files.own_directory("x")
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    (tmp_path / "dsrl_async-y-12345").mkdir()
+    with pytest.raises(ValueError, match="is not a directory of yours; set TMPDIR"):
+        libero_files.own_directory("y")
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nowhere")
+    with pytest.raises(ValueError, match="set TMPDIR to a directory of your own"):
+        libero_files.own_directory("z")
+
+
+def test_a_user_without_a_home_has_one_for_liberos_import(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a number that no user has, without $HOME
+    libero_files.prepare_import()
+    assert os.environ["HOME"] == os.environ["LIBERO_CONFIG_PATH"]
+
+
+def test_numba_writes_where_it_can(
+    package: Path, found: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found["robosuite"] = [tmp_path / "robosuite"]
+    writable: set[Path] = set()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) in writable)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "home").mkdir()
+    assert not libero_files.numba_can_write()
+    writable.add(tmp_path / "home")
+    assert libero_files.numba_can_write()
+    (tmp_path / "home" / ".cache").mkdir()  # of root, say
+    assert not libero_files.numba_can_write()
+    writable.add(tmp_path / "robosuite")
+    assert libero_files.numba_can_write()
 
 
 def test_missing_init_states_are_named(package: Path) -> None:

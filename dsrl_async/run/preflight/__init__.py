@@ -8,6 +8,7 @@ from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memor
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
     check_environment,
+    check_files,
     check_fit,
     check_graphics,
     check_render_quality,
@@ -24,6 +25,7 @@ __all__ = [
     "check_device",
     "check_devices",
     "check_environment",
+    "check_files",
     "check_fit",
     "check_gpu_memory",
     "check_graphics",

@@ -11,6 +11,7 @@ from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
     check_environment,
+    check_files,
     check_fit,
     check_graphics,
     check_prompts,
@@ -28,6 +29,8 @@ class CheckedRun:
     """The shapes of the environment."""
     policy: PolicyFiles
     """All that the policy's files hold but the weights."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of the environment's files."""
 
     @property
     def horizon(self) -> int:
@@ -50,4 +53,4 @@ def check_run(config: Config) -> CheckedRun:
     check_render_quality(config, files.maker)
     environment = environment_record(config.env.model_dump())
     check_graphics(environment)
-    return CheckedRun(config, environment, spec, files)
+    return CheckedRun(config, environment, spec, files, check_files(environment))

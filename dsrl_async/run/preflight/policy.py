@@ -27,6 +27,14 @@ def check_environment(config: Config) -> EnvironmentSpec:
         raise ConfigError(f"{key}{error}") from error
 
 
+def check_files(environment: EnvironmentRecord) -> tuple[str, ...]:
+    """Check the environment's own files; returns warnings. Raises ConfigError if one is missing or damaged."""
+    try:
+        return tuple(environment.check())
+    except ValueError as error:
+        raise ConfigError(f"env.name: {error}") from error
+
+
 def check_graphics(environment: EnvironmentRecord) -> None:
     """Raises ConfigError if the environment draws with OpenGL and the variables that choose it make no sense."""
     try:
