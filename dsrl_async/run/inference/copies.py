@@ -87,7 +87,8 @@ def compile_gather(device: torch.device) -> Gather:
             kernel((BLOCKS, rows, count), (THREADS,), (np.uint64(fields), np.uint64(lanes)))
 
     def device_pointer(address: int) -> int:
-        return int(cupy.cuda.runtime.pointerGetAttributes(address).devicePointer)
+        with cupy.cuda.Device(index):  # CUDA answers for the current device
+            return int(cupy.cuda.runtime.pointerGetAttributes(address).devicePointer)
 
     return Gather(launch, device_pointer)
 
@@ -139,7 +140,7 @@ class Copies:
         if device.type != "cpu":
             width = next(iter(self._policies.values())).outputs.shape[1]
             self._outputs = torch.zeros(largest, width, pin_memory=on_cuda)
-            self._down = torch.cuda.Event()
+            self._down = torch.cuda.Event(blocking=True)  # a wait sleeps: the workers need the core
 
     def _table(self, inputs: dict[str, Tensor], gather: Gather) -> list[tuple[int, int, int]]:
         """Source, target and bytes of a row of every field, as the kernel reads them."""

@@ -119,7 +119,7 @@ class Mirror:
         if cuda:
             self._chunk = [column.pin_memory() for column in self._chunk]
             self._places = self._places.pin_memory()
-        self._copied = torch.cuda.Event() if cuda else None
+        self._copied = torch.cuda.Event(blocking=True) if cuda else None  # a wait sleeps: the workers need the core
         self.table = torch.zeros_like(self._drawable.table, device=device)
         self.following = following(ring.lanes, ring.rows_per_lane, device)
         self.size = torch.ones((), dtype=torch.float64, device=device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -138,6 +140,9 @@ def test_one_launch_fills_what_copies_of_rows_fill(
 class FakeEvent:
     waits = 0
 
+    def __init__(self, blocking: bool) -> None:
+        assert blocking, "while the host waits, it would keep a core busy"
+
     def record(self) -> None: ...
 
     def synchronize(self) -> None:
@@ -268,18 +273,27 @@ def test_outputs_come_down_as_they_are(small_config: Config, spec: EnvironmentSp
         assert outputs.ctypes.data == policy.outputs.data_ptr()  # a view: the CPU copies nothing
 
 
-def test_the_kernel_is_launched_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`compile_gather` against the calls of cupy that it makes."""
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_kernel_is_launched_on_the_current_stream(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """`compile_gather` against the calls of cupy that it makes, while cupy's current device is another one."""
     calls: list[Any] = []
+    current = [7]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
 
     class RawKernel:
         def __init__(self, source: str, name: str, backend: str) -> None:
             assert (source, name, backend) == (SOURCE, KERNEL, "nvrtc")
 
         def compile(self) -> None:
-            calls.append("compiled")
+            calls.append(("compiled", current[-1]))
 
         def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+            assert current[-1] == number
             calls.append((grid, block, arguments))
 
     class ExternalStream:
@@ -287,16 +301,26 @@ def test_the_kernel_is_launched_on_the_current_stream(monkeypatch: pytest.Monkey
             self.pointer = (pointer, device)
 
         def __enter__(self) -> None:
+            assert current[-1] == number, "cupy has a current stream for each device"
             calls.append(self.pointer)
 
         def __exit__(self, *error: object) -> None: ...
 
-    runtime = SimpleNamespace(pointerGetAttributes=lambda address: SimpleNamespace(devicePointer=address + 1))
-    cuda = SimpleNamespace(Device=lambda index: no_stage(""), ExternalStream=ExternalStream, runtime=runtime)
+    def attributes(address: int) -> SimpleNamespace:
+        return SimpleNamespace(devicePointer=address + 1 if current[-1] == number else 0)
+
+    cuda = SimpleNamespace(
+        Device=device, ExternalStream=ExternalStream, runtime=SimpleNamespace(pointerGetAttributes=attributes)
+    )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawKernel=RawKernel, cuda=cuda))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=99))
-    gather = copies.compile_gather(GPU)
-    gather.launch(1 << 40, 2, 16, 4)
-    assert calls == ["compiled", (99, 0), ((BLOCKS, 16, 4), (THREADS,), (1 << 40, 2))]
-    assert all(type(argument) is np.uint64 for argument in calls[-1][2])
-    assert gather.device_pointer(5) == 6
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=99 + index))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: number)
+    for where in (torch.device("cuda", number), torch.device("cuda")):
+        gather = copies.compile_gather(where)
+        gather.launch(1 << 40, 2, 16, 4)
+        launched = ((BLOCKS, 16, 4), (THREADS,), (1 << 40, 2))
+        assert calls == [("compiled", number), (99 + number, number), launched]
+        assert all(type(argument) is np.uint64 for argument in calls[-1][2])
+        assert gather.device_pointer(5) == 6
+        calls.clear()
+    assert current == [7]
