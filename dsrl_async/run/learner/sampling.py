@@ -131,8 +131,9 @@ class Mirror:
             self._copy(lanes[start : start + CHUNK_ROWS], numbers[start : start + CHUNK_ROWS])
         if len(numbers):
             self._head[:] = head
-            self._wait()
             # From where nothing was overwritten while it was copied: a row before that may have lost its successor.
+            # The device has read the table of the last refresh, which `_copy` waits for; for more than that nobody
+            # waits, as the new rows are copied behind all updates that were enqueued.
             self._drawable.update(head, self._ring.windows()[0], self._complete)
             self.table.copy_(self._drawable.table, non_blocking=True)
             self.size.fill_(max(1, self._drawable.size))
