@@ -12,7 +12,7 @@ from dsrl_async.run.learner.sampling import Columns, Mirror, source_for
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
-LANES, ROWS, CHUNK = 2, 24, 4
+LANES, ROWS, CHUNK = 2, 24, 6
 
 
 def make_ring() -> ReplayRing:
