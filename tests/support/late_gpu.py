@@ -72,8 +72,7 @@ class LateGpu(TorchFunctionMode):
             return args[0]
         if any(isinstance(leaf, Tensor) and self._is_here(leaf) for leaf in leaves):
             self.catch_up()
-        args, kwargs = tree_map(_to_host, (tuple(args), kwargs))
-        result = func(*args, **kwargs)
+        result = func(*tree_map(_to_host, tuple(args)), **tree_map(_to_host, kwargs))
         return self._keep(result) if goes_up else result
 
     def _keep(self, tensor: Tensor, locked: bool = False) -> Tensor:

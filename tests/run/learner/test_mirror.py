@@ -43,6 +43,7 @@ def test_a_late_gpu_gets_what_was_written(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sampling, "CHUNK_ROWS", CHUNK)
     ring, rng = make_ring(), np.random.default_rng(0)
     plain = Mirror(ring, torch.device("cpu"))
+    tables = []  # what an update would draw from after each refresh, and what it should
     with LateGpu().install(monkeypatch) as gpu:
         late = source_for(ring, torch.device("cuda", 0))
         assert isinstance(late, Mirror)
@@ -51,6 +52,8 @@ def test_a_late_gpu_gets_what_was_written(monkeypatch: pytest.MonkeyPatch) -> No
             waits = gpu.waits
             assert late.refresh() == plain.refresh() > 0
             assert gpu.waits > waits  # chunk by chunk
+            tables.append((torch.zeros_like(late.table, device=torch.device("cuda", 0)), plain.table.clone()))
+            tables[-1][0].copy_(late.table, non_blocking=True)
         assert late.refresh() == plain.refresh()
         gpu.catch_up()
         write(ring, 1, rng)
@@ -59,6 +62,8 @@ def test_a_late_gpu_gets_what_was_written(monkeypatch: pytest.MonkeyPatch) -> No
         assert gpu.waits == waits, "a few rows are enqueued behind what the device is at"
         gpu.catch_up()
     assert gpu.pageable == 0
+    for drawn_from, expected in tables:
+        assert torch.equal(drawn_from, expected)
     for name, found, expected in zip(Columns._fields, drawable(late), drawable(plain), strict=True):
         assert np.array_equal(found, expected), name
     rows = {name: ring.rows[name].reshape(LANES * ROWS, *ring.rows[name].shape[2:]) for name in Columns._fields}
