@@ -12,11 +12,13 @@ from dsrl_async.run.learner.sampling import Columns, Mirror, source_for
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
+GPU = torch.device("cuda", 0)
 LANES, ROWS, CHUNK = 2, 24, 6
 
 
 def make_ring() -> ReplayRing:
-    return ReplayRing(Arena.create(replay_fields(LANES, ROWS, 3, 2)))
+    return ReplayRing(Arena.create(replay_fields(GPU = torch.device("cuda", 0)
+LANES, ROWS, 3, 2)))
 
 
 def write(ring: ReplayRing, decisions: int, rng: np.random.Generator) -> None:
@@ -45,14 +47,14 @@ def test_a_late_gpu_gets_what_was_written(monkeypatch: pytest.MonkeyPatch) -> No
     plain = Mirror(ring, torch.device("cpu"))
     tables = []  # what an update would draw from after each refresh, and what it should
     with LateGpu().install(monkeypatch) as gpu:
-        late = source_for(ring, torch.device("cuda", 0))
+        late = source_for(ring, GPU)
         assert isinstance(late, Mirror)
         for decisions in (3, 9, 1, 1, 2, 14, 20, 5):
             write(ring, decisions, rng)
             waits = gpu.waits
             assert late.refresh() == plain.refresh() > 0
             assert gpu.waits > waits  # chunk by chunk
-            tables.append((torch.zeros_like(late.table, device=torch.device("cuda", 0)), plain.table.clone()))
+            tables.append((torch.zeros(LANES * ROWS, dtype=torch.int64, device=GPU), plain.table.clone()))
             tables[-1][0].copy_(late.table, non_blocking=True)
         assert late.refresh() == plain.refresh()
         gpu.catch_up()
@@ -62,8 +64,8 @@ def test_a_late_gpu_gets_what_was_written(monkeypatch: pytest.MonkeyPatch) -> No
         assert gpu.waits == waits, "a few rows are enqueued behind what the device is at"
         gpu.catch_up()
     assert gpu.pageable == 0
-    for drawn_from, expected in tables:
-        assert torch.equal(drawn_from, expected)
+    for table, as_it_was in tables:
+        assert torch.equal(table, as_it_was)
     for name, found, expected in zip(Columns._fields, drawable(late), drawable(plain), strict=True):
         assert np.array_equal(found, expected), name
     rows = {name: ring.rows[name].reshape(LANES * ROWS, *ring.rows[name].shape[2:]) for name in Columns._fields}
