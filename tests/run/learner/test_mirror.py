@@ -17,8 +17,7 @@ LANES, ROWS, CHUNK = 2, 24, 6
 
 
 def make_ring() -> ReplayRing:
-    return ReplayRing(Arena.create(replay_fields(GPU = torch.device("cuda", 0)
-LANES, ROWS, 3, 2)))
+    return ReplayRing(Arena.create(replay_fields(LANES, ROWS, 3, 2)))
 
 
 def write(ring: ReplayRing, decisions: int, rng: np.random.Generator) -> None:
