@@ -19,7 +19,7 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "untrusted config pi0 envs sac"
 MACHINE = "shm host"
-SHARED = "run.frozen_policy run.replay_ratio run.channel run.weights run.checkpoints"
+SHARED = "run.frozen_policy run.replay_ratio run.channel run.weights run.checkpoints run.set_aside"
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
@@ -41,6 +41,7 @@ HOUSE = {
     "run.channel": "",
     "run.weights": "run.channel",
     "run.checkpoints": "untrusted config shm host",
+    "run.set_aside": "host run.checkpoints",
     # What is checked before anything starts.
     "run.preflight": f"untrusted config pi0 envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.

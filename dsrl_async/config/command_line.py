@@ -172,18 +172,32 @@ def load_config(argv: Sequence[str]) -> Config:
             if path if name == "config" else name in options:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} cannot be combined with --resume: a resumed run keeps its own")
-        if not (Path(run) / "config.yaml").is_file():
-            raise ConfigError(
-                f"--resume {run}: not a run directory, since it has no config.yaml; give one like runs/NAME"
-            )
-        settings = read_run_settings(Path(run))
+        run_dir = find_run(Path(run))
+        settings = read_run_settings(run_dir)
         if not settings:
             raise ConfigError(f"--resume {run}: its config.yaml is empty; restore it, or start a new run")
-        settings["run_dir"] = run
+        settings["run_dir"] = str(run_dir)
     elif path is not None:
         settings = read_yaml(Path(path))
     override(settings, options)
     return validate(settings)
+
+
+def find_run(given: Path) -> Path:
+    """The run directory that `given` is, or that it lies in as a checkpoint; raises ConfigError if there is none.
+
+    A run's checkpoints are where one finds them in it, wherever links lead to from there.
+    """
+    if (given / "config.yaml").is_file():
+        return given
+    for place in (given.absolute(), given.resolve()):
+        for checkpoints in (place, place.parent):
+            if checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file():
+                return checkpoints.parent
+    raise ConfigError(
+        f"--resume {given}: not a run directory, since it has no config.yaml, nor a checkpoint in one; give one like "
+        "runs/NAME or runs/NAME/checkpoints/UPDATES-DECISIONS"
+    )
 
 
 def override(settings: dict[str, Any], options: Mapping[str, str]) -> None:

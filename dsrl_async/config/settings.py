@@ -383,19 +383,20 @@ class Config(Section):
     run_dir: Free[str | None] = None
     """Directory that the run is written to; null means `runs/<date>-<time>-<environment>`."""
     resume: Free[str | None] = None
-    """Directory of a run to continue, with its settings; options override them, also for later resumes
-    (`--serial false` takes back `--serial`)."""
+    """Directory of a run to continue, or one of its checkpoints, with its settings; options override them, also for
+    later resumes (`--serial false` takes back `--serial`). See docs/resuming.md."""
     serial: Announced[bool] = False
     """Run everything in one process and a fixed order: reproducible bit for bit, and friendly to a debugger."""
     max_minutes: Announced[float | None] = Field(None, gt=0)
     """Stop after this many minutes; a resumed run has as many again."""
     max_decisions: Announced[int | None] = Field(None, gt=0)
-    """Stop after this many decisions, counted over all resumes."""
+    """Stop after this many decisions, counted over all sessions of a run."""
     profile: Free[bool] = False
     """Find out what holds throughput back: write a report and a trace to the run directory's `profile`, at the end
     and on SIGUSR1 (docs/profiling.md)."""
     stop_at_success: Announced[float | None] = Field(None, gt=0, le=1)
-    """Stop when the success rate of the last 100 episodes reaches this, such as 0.9."""
+    """Stop when the success rate of the last 100 episodes reaches this, such as 0.9; a resumed run counts those before
+    too."""
     replay_ratio: Announced[float] = Field(1.0, gt=0)
     """Gradient updates per decision, counted from the end of the warm-up."""
     replay_ratio_tolerance: Announced[float] = Field(0.02, gt=0, lt=1)

@@ -93,6 +93,8 @@ def run(
                 raise
         else:
             summary = Supervisor(session, programs).run()
+        if session.resumed_from is not None:
+            summary["resumed"] = {"from": str(session.resumed_from), "changes": changes}
         checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
         if checkpoints.find(run_dir) is not None and not summary["exit_reason"].startswith("failed"):
             more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""

@@ -51,6 +51,14 @@ def export_episodes(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
+def last_successes(kept: dict[str, Any] | None) -> list[int]:
+    """The success window once all episodes are seen, of what `export_episodes` returned; empty for None."""
+    if kept is None:
+        return []
+    window = [*kept["successes"], *(int(success) for _, _, success in kept["unseen"])]
+    return window[-SUCCESS_EPISODES:]
+
+
 def import_episodes(counters: Counters, kept: dict[str, Any] | None) -> None:
     """Take over what `export_episodes` returned; with None all episodes so far count as seen, and none is remembered.
 

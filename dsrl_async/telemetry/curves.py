@@ -22,7 +22,7 @@ def take_back(run_dir: Path, start: Snapshot, keep_in: Path | None = None) -> fl
 
     Such a line counts more than the checkpoint, or it counts as much and has seen episodes that the checkpoint says
     are yet to be seen, as the run's last line may; a line that a crash cut short goes too. What is cut off is put into
-    the directory `keep_in`, if one is given.
+    the directory `keep_in`, which is made for it, if one is given.
 
     Returns:
         Seconds that the run had taken when nothing was done that is taken back: those of the last line that counts no
@@ -56,6 +56,7 @@ def take_back(run_dir: Path, start: Snapshot, keep_in: Path | None = None) -> fl
         if end < size:
             if keep_in is not None:
                 file.seek(end)
+                keep_in.mkdir(exist_ok=True)
                 with (keep_in / METRICS).open("wb") as rest:
                     shutil.copyfileobj(file, rest)
             file.truncate(end)

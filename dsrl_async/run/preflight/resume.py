@@ -10,19 +10,35 @@ from dsrl_async.config.load import get_key, leaf_fields, on_resume, read_run_set
 from dsrl_async.config.settings import Config, ConfigError, OnResume
 from dsrl_async.envs import environment_record
 from dsrl_async.run import checkpoints
+from dsrl_async.run.set_aside import chosen
+from dsrl_async.shm.counters import SUCCESS_EPISODES
+from dsrl_async.shm.episodes import last_successes
 
 
 def check_resume(config: Config, run_dir: Path) -> list[str]:
     """Check that `config` can continue the run; returns what it changes, such as `sac.actor_lr 0.0003 -> 0.0001`.
 
     Raises:
-        ConfigError: there is no checkpoint, the limit is reached already, or a setting that is fixed was changed.
+        ConfigError: there is no such checkpoint, a limit is reached already, or a setting that is fixed was changed.
     """
-    if (checkpoint := checkpoints.find(run_dir)) is None:
-        raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
-    done = sum(checkpoints.read_state(checkpoint)["counters"]["actor_decisions"])
+    assert config.resume is not None
+    try:
+        checkpoint, _ = chosen(run_dir, Path(config.resume))
+        if checkpoint is None:
+            raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
+        state = checkpoints.read_state(checkpoint)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    done = sum(state["counters"]["actor_decisions"])
     if config.max_decisions is not None and done >= config.max_decisions:
         raise ConfigError(f"max_decisions: {done} of {config.max_decisions} are done already; give a larger number")
+    successes = last_successes(state.get("episodes"))
+    rate = sum(successes) / SUCCESS_EPISODES if len(successes) == SUCCESS_EPISODES else -1.0
+    if config.stop_at_success is not None and rate >= config.stop_at_success:
+        raise ConfigError(
+            f"stop_at_success: the last {SUCCESS_EPISODES} episodes reach {rate:g} already, "
+            f"{config.stop_at_success:g} is asked for; give a larger number, or null"
+        )
     return changes(validate(read_run_settings(run_dir)), config)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints
 from dsrl_async.run.preflight import CheckedRun
+from dsrl_async.run.set_aside import chosen, set_aside
 from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
@@ -33,10 +34,10 @@ class Session:
         config = run.config
         self.arena = create_memory(config, run.spec, run.horizon)
         self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
-        if (checkpoint := checkpoints.find(run_dir)) is not None:
-            checkpoints.restore_shared(checkpoint, self.counters, self.ring)
+        self.resumed_from: Path | None = None
+        aside = self._go_on(Path(config.resume)) if config.resume is not None else None
         start = self.counters.snapshot()
-        self._wall_before = take_back(run_dir, start)
+        self._wall_before = take_back(run_dir, start, aside)
         self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
         self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
         self._warnings = self._saves = 0
@@ -44,6 +45,20 @@ class Session:
         self._begin = time.monotonic()
         self._next_tick = self._begin + config.log.interval_s
         self._view: View | None = None
+
+    def _go_on(self, given: Path) -> Path | None:
+        """Restore what `--resume` means; where that is an older checkpoint, returns the place of what is set aside."""
+        checkpoint, named = chosen(self.run_dir, given)
+        assert checkpoint is not None  # `check_resume` has seen it
+        checkpoints.restore_shared(checkpoint, self.counters, self.ring)
+        self.resumed_from = checkpoint
+        logger.info("going on from %s", checkpoint)
+        if not named:
+            return None
+        aside, moved = set_aside(self.run_dir, checkpoint)
+        if moved:
+            logger.warning("set aside in %s: %s", aside, ", ".join(path.name for path in moved))
+        return aside
 
     def tick(self, pids: Pids) -> None:
         """Write and show the figures of this moment."""
