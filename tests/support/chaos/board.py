@@ -7,7 +7,7 @@ from pathlib import Path
 
 NAMES = (
     *("met_supervisor", "met_template", "met_inference", "met_learner"),
-    *("batches", "draws", "rows", "bad_rows", "answers", "bad_answers", "saves", "renames"),
+    *("batches", "draws", "rows", "bad_rows", "answers", "bad_answers", "saves", "renames", "weights"),
 )
 LANES = 16
 SIZE = 4096

@@ -29,11 +29,18 @@ class Injector:
         record: is called with the kind of a fault, the name of whom it befell and its seconds; False if no more are
             wanted.
         longest_stop_s: upper limit on how long a process is stopped.
+        spare: do not kill the supervisor.
     """
 
     def __init__(
-        self, rng: random.Random, disk: Disk, record: Callable[[str, str, float], bool], longest_stop_s: float
+        self,
+        rng: random.Random,
+        disk: Disk,
+        record: Callable[[str, str, float], bool],
+        longest_stop_s: float,
+        spare: bool = False,
     ) -> None:
+        self.spare = spare
         self.rng, self.disk, self._record, self._longest_stop_s = rng, disk, record, longest_stop_s
         self._thaw_at = 0.0
         self._timers: list[Timer] = []
@@ -140,7 +147,7 @@ class Injector:
                 return True
             time.sleep(0.0005)
         time.sleep(self.rng.uniform(0.0, 0.06))
-        if self.rng.random() < 0.2:
+        if self.rng.random() < 0.2 and not self.spare:
             launch.tell_to_end()
             return self.send(launch, "supervisor", launch.supervisor, KILL)
         learner = launch.children().get("learner")
@@ -168,6 +175,15 @@ class Injector:
 
     def free(self, launch: Launch) -> None:
         self.disk.free(self._pids(launch))
+
+    def clean_temporary(self, launch: Launch) -> bool:
+        """What a cleaner of temporary directories does, followed by the end of one of those who met there."""
+        launch.hit("disk", "cleaned")
+        for path in launch.temporary.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+        more, children = self._record("cleaned", "temporary directory", 0.0), launch.children()
+        name = self.rng.choice(["learner", "inference"])
+        return more and (name not in children or self.send(launch, name, children[name], KILL))
 
     def delete(self, launch: Launch) -> bool:
         """A directory of the run goes. What comes then is an end, sooner or later."""

@@ -210,7 +210,7 @@ class Harness:
 
 def _kind(fault: dict[str, Any]) -> str:
     name = fault["name"].partition("-")[0]
-    return fault["what"] if fault["what"] in ("freeze", "disk full") else f"{fault['what']} {name}"
+    return fault["what"] if fault["what"] in ("freeze", "disk full", "cleaned") else f"{fault['what']} {name}"
 
 
 class Run:
@@ -226,7 +226,7 @@ class Run:
         self.disk = Disk(self.scratch / "disk")
         self.run_dir = self.disk.path / "run"
         self.moment = "running"
-        self.injector = faults.Injector(self.rng, self.disk, self._record, options.longest_stop_s)
+        self.injector = faults.Injector(self.rng, self.disk, self._record, options.longest_stop_s, spare=long_run)
         self.token = secrets.token_hex(8)
         prefix = "DSRL_CHAOS_"
         self.variables = {
@@ -240,7 +240,7 @@ class Run:
             f"{prefix}PLANT": options.plant,
             # A child that dies within so many seconds counts as one that cannot start: the product's own value would
             # end nearly every launch at its third fault.
-            f"{prefix}QUICK_S": "" if self.rng.random() < 0.15 else "1.0",
+            f"{prefix}QUICK_S": "" if self.rng.random() < 0.15 and not long_run else "1.0",
         }
         self._descriptors: list[int] = []
         self._memory: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
@@ -302,6 +302,7 @@ class Run:
             injector.strike_supervisor: 0 if self.long else 2,
             injector.freeze: 1,
             injector.fill_disk: 1,
+            injector.clean_temporary: 1,
         }
         for _ in range(10**9 if self.long else rng.randint(2, 8)):
             if self.harness.enough() or launch.over() or launch.ending is not None:
@@ -436,7 +437,7 @@ class Run:
             self.finding("leak", f"left after the end: {', '.join(names)}")
             for process in left:
                 process.send(signal.SIGKILL)
-        if named := [name for name in os.listdir("/dev/shm") if "dsrl" in name]:
+        if named := [name for name in os.listdir("/dev/shm") if "dsrl" in name and "fuzz" not in name]:
             self.finding("leak", f"in /dev/shm: {named}")
         deleted = launch.disturbed("deleted")
         for kind, sentence in launch.problems():

@@ -226,6 +226,16 @@ def patch_steering(module: ModuleType) -> None:
     module.SteeredPolicy.run = stamped
 
 
+def patch_flat(module: ModuleType) -> None:
+    load_flat_ = module.FlatModule.load_flat_
+
+    def counted(self: Any, values: Any) -> None:
+        load_flat_(self, values)
+        board().add("weights")
+
+    module.FlatModule.load_flat_ = counted
+
+
 # ---- the learner
 
 
@@ -323,6 +333,7 @@ PATCHES: dict[str, Patch] = {
     "dsrl_async.envs.shipped": patch_environments,
     "dsrl_async.run.inference.policies": patch_policies,
     "dsrl_async.run.inference.steering": patch_steering,
+    "dsrl_async.sac.flat": patch_flat,
     "dsrl_async.run.learner.updates": patch_updates,
     "dsrl_async.shm.replay": patch_ring,
     "dsrl_async.host.files": patch_files,

@@ -112,8 +112,8 @@ class Launch:
         return len(self.children()) == 3 + LANES
 
     def progress(self) -> list[int]:
-        """What must grow while the run goes on: decisions of each lane, and rows drawn."""
-        return [*(self.board.decisions(lane) for lane in range(LANES)), self.board["rows"]]
+        """What must grow while the run goes on: decisions of each lane, rows drawn, and weights that have arrived."""
+        return [*(self.board.decisions(lane) for lane in range(LANES)), self.board["rows"], self.board["weights"]]
 
     def hit(self, name: str, what: str, seconds: float = 0.0) -> None:
         self.hits.append(Hit(name, what, time.monotonic(), seconds, self.ending is not None))
