@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.learner.learner import learner_device, make_agent
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
-from dsrl_async.run.preflight import CheckedRun
+from dsrl_async.run.preflight import CheckedRun, check_gpu_memory
 from dsrl_async.run.worker.worker import Lane
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
@@ -92,9 +93,10 @@ def measuring_config(config: Config) -> Config:
 def measure(run: CheckedRun, seconds: float, say: Callable[[str], None]) -> Measured:
     """Measure for about `seconds`, beside loading the policy and the scene; `say` is told what comes next.
 
-    Raises ConfigError if no episode ends in time.
+    Raises ConfigError if no episode ends in time, or if a GPU's memory does not suffice.
     """
     config = measuring_config(run.config)
+    check_gpu_memory(replace(run, config=config))
     part_s = seconds / 3
     if (load := os.getloadavg()[0]) > IDLE_LOAD:
         say(f"the machine has a load of {load:.1f}: if others use it now, all times will be too long")

@@ -465,6 +465,31 @@ def test_device_stages_are_read_when_they_have_ended(profile_memory: Arena) -> N
     assert before <= rows[0, 1] <= time.monotonic_ns()
 
 
+def test_stages_of_a_gpu_are_timed_by_its_events(monkeypatch: pytest.MonkeyPatch, profile_memory: Arena) -> None:
+    """Also when the clocks have been compared again, for which nothing may be under way."""
+    device, host_ns = FakeDevice(), [0]
+
+    def event(enable_timing: bool) -> Any:
+        assert enable_timing, "without it an event has no time"
+        return device.event()
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: host_ns[0])
+    stage = stages_of(profile_memory, "inference", torch.device("cuda", 0))
+    assert profile_memory["stage/inference_on_gpu"][0] == 1
+    for start_s in (1.0, 20.0, 40.0):  # by the device's clock; the host's is 5 s ahead at first, and then 6
+        device.enqueued_ms = device.done_ms = 1e3 * start_s
+        host_ns[0] = round(1e9 * (start_s + (5 if start_s == 1.0 else 6)))
+        with stage("prefix"):
+            device.enqueued_ms += 10.0
+        device.done_ms = device.enqueued_ms
+    with stage("denoise"):
+        pass
+    assert profile_memory["stage/inference_s"].tolist() == pytest.approx([0, 0.03, 0, 0])
+    begins = newest_spans(profile_memory, "inference_stage")[:, 1]
+    assert (begins * 1e-9).tolist() == pytest.approx([6.0, 26.0, 46.0], abs=0.02)
+
+
 def test_stages_of_the_cpu_are_timed_by_the_host(memory: Arena, profile_memory: Arena) -> None:
     assert stages_of(memory, "inference", torch.device("cpu")) is no_stage
     stage = stages_of(profile_memory, "inference", torch.device("cpu"))
