@@ -25,13 +25,13 @@ def test_updates_are_captured_and_waited_for_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, graphs: str, device: torch.device
 ) -> None:
     done: list[str] = []
-    make_agent, source_for, run = measure.make_agent, measure.source_for, Updates.run
+    make_agent, source_for = measure.make_agent, measure.source_for
     monkeypatch.setattr(measure, "RING_ROWS", 64)
     monkeypatch.setattr(measure, "learner_device", lambda config: device)
     monkeypatch.setattr(measure, "make_agent", lambda config, horizon, _: make_agent(config, horizon, CPU))
     monkeypatch.setattr(measure, "source_for", lambda ring, _: source_for(ring, CPU))
     monkeypatch.setattr(Updates, "capture", lambda updates: done.append("capture"))
-    monkeypatch.setattr(Updates, "run", lambda updates: (done.append("update"), run(updates)))
+    monkeypatch.setattr(Updates, "run", lambda updates: done.append("update"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
     measure.updating(validate({"sac": SAC, "learner": {"graphs": graphs}}), horizon=10)()
     expected = ["capture"] * (graphs == "auto" and device is GPU) + ["update"] + ["wait"] * (device is GPU)

@@ -488,6 +488,12 @@ def test_stages_of_a_gpu_are_timed_by_its_events(monkeypatch: pytest.MonkeyPatch
     assert profile_memory["stage/inference_s"].tolist() == pytest.approx([0, 0.03, 0, 0])
     begins = newest_spans(profile_memory, "inference_stage")[:, 1]
     assert (begins * 1e-9).tolist() == pytest.approx([6.0, 26.0, 46.0], abs=0.02)
+    with stage("prefix"):
+        device.enqueued_ms += 10.0
+    computed, host_ns[0] = device.done_ms, 10**12
+    with stage("prefix"):
+        pass
+    assert device.done_ms == computed, "a comparison of the clocks has waited for a stage"
 
 
 def test_stages_of_the_cpu_are_timed_by_the_host(memory: Arena, profile_memory: Arena) -> None:
