@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -28,14 +29,13 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsrl_async import __version__
+from dsrl_async import __version__, untrusted
 from dsrl_async.envs.images import libero_image
 from dsrl_async.host.files import replacing
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
@@ -43,6 +43,7 @@ from dsrl_async.pi0.config import TRAINING, Pi0Config, libero_small_config
 from dsrl_async.pi0.files import NormStats
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
+from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.training import (
     Demonstrations,
     Expert,
@@ -62,7 +63,9 @@ SMALLEST_POSITION_STD = 0.01
 """Floor in metres, so that an error of a centimetre weighs at most as much as a standard deviation."""
 SMALLEST_STATE_STD = 0.01
 """Floor in metres and radians: what hardly varies in the demonstrations is not blown up when the robot strays."""
-SAME_IN_ALL_FILES = ("suite", "render_quality", "image_size", "settling_steps", "versions")
+SAME_IN_ALL_FILES = {"suite": str, "render_quality": str, "image_size": int, "settling_steps": int, "versions": str}
+OF_A_FILE = {"task": str, "task_id": int, "seed": int}
+LARGEST_IMAGE = 1024
 FREE_SETTINGS = ("data", "out", "resume", "threads", "checkpoint_minutes", "stop_after")
 """Options that may change when a training is resumed."""
 SAME_WHEN_RESUMED = ("settings", "demonstrations")
@@ -113,23 +116,26 @@ def find_recordings(paths: Sequence[Path], held_out_states: int) -> tuple[list[R
     recordings, prompts, tasks = [], [], []
     common: dict[str, Any] = {}
     for number, path in enumerate(paths):
-        with h5py.File(path) as file:
-            data = file["data"]
-            here = {name: _plain(data.attrs[name]) for name in SAME_IN_ALL_FILES}
+        with hdf5.opened(path) as data:
+            here = {name: hdf5.attribute(data, name, kind) for name, kind in SAME_IN_ALL_FILES.items()}
+            here["versions"] = untrusted.parse_json(here["versions"], "the attribute versions of /data")
+            if not 0 < here["image_size"] <= LARGEST_IMAGE:
+                raise ValueError(f"its image_size is {here['image_size']}; it must be from 1 to {LARGEST_IMAGE}")
             common = common or here
             if differing := [name for name in here if here[name] != common[name]]:
                 raise ValueError(f"{path} and {paths[0].name} differ in {', '.join(differing)}; record them alike")
-            states = sorted({int(demo.attrs["init_state"]) for demo in data.values()})
+            demos = hdf5.episodes(data)
+            of_demo = {name: hdf5.attribute(demo, "init_state", int) for name, demo in demos.items()}
+            states = sorted(set(of_demo.values()))
             if len(states) <= held_out_states:
                 raise ValueError(f"{path} has {len(states)} initial states; hold out fewer than {held_out_states}")
             held_out = states[len(states) - held_out_states :]
-            for name in sorted(data, key=lambda name: int(name.removeprefix("demo_"))):
-                demo = data[name]
-                held = int(demo.attrs["init_state"]) in held_out
-                recordings.append(Recording(held, number, name, len(demo["actions"])))
-            prompts.append(data.attrs["language_instruction"])
-            entry = {"task": data.attrs["task"], "task_id": int(data.attrs["task_id"]), "seed": int(data.attrs["seed"])}
-            tasks.append({**entry, "episodes": len(data), "init_states": states, "held_out_init_states": held_out})
+            for name, demo in demos.items():
+                count = hdf5.frames(hdf5.child(demo, "actions", h5py.Dataset))
+                recordings.append(Recording(of_demo[name] in held_out, number, name, count))
+            prompts.append(hdf5.attribute(data, "language_instruction", str))
+            entry = {name: hdf5.attribute(data, name, kind) for name, kind in OF_A_FILE.items()}
+            tasks.append({**entry, "episodes": len(demos), "init_states": states, "held_out_init_states": held_out})
     return recordings, prompts, {**common, "tasks": tasks}
 
 
@@ -157,31 +163,27 @@ def read_frames(directory: Path, image_size: int, held_out_states: int, console:
     start = 0
     for episode, recording in enumerate(track(recordings, "reading", console=console)):
         rows = slice(start, start + recording.frames)
-        with h5py.File(paths[recording.task]) as file:
-            _fill(frames, rows, file["data"][recording.name])
+        with hdf5.opened(paths[recording.task]) as data:
+            _fill(frames, rows, hdf5.child(data, recording.name, h5py.Group), described["image_size"])
         frames.task[rows], frames.episode[rows] = recording.task, episode
         start = rows.stop
     return frames
 
 
-def _plain(attribute: Any) -> Any:
-    """An HDF5 attribute as a JSON value."""
-    value = attribute.item() if isinstance(attribute, np.generic) else attribute
-    return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
-
-
-def _fill(frames: Frames, rows: slice, demo: h5py.Group) -> None:
-    size = frames.images.shape[2]
+def _fill(frames: Frames, rows: slice, demo: h5py.Group, recorded_size: int) -> None:
+    count, size = rows.stop - rows.start, frames.images.shape[2]
+    observed = hdf5.child(demo, "obs", h5py.Group)
     for camera, name in enumerate(CAMERAS):
-        images: NDArray[np.uint8] = demo["obs"][name][:]
+        images = hdf5.pictures(observed, name, count, recorded_size)
         resized = np.stack([libero_image(image, size) for image in images])
         frames.images[rows, camera] = torch.from_numpy(resized)
+    widths = {"robot_state": 8, "target_position": 3, "goal_position": 3}
     state, target, goal = (
-        torch.from_numpy(demo["obs"][name][:]).float() for name in ("robot_state", "target_position", "goal_position")
+        torch.from_numpy(hdf5.numbers(observed, name, (count, width))) for name, width in widths.items()
     )
     hand = state[:, :3]
     frames.state[rows] = state
-    frames.action[rows] = torch.from_numpy(demo["actions"][:]).float()
+    frames.action[rows] = torch.from_numpy(hdf5.numbers(demo, "actions", (count, 7)))
     frames.positions[rows] = torch.cat([target, goal, target - hand, goal - hand], dim=1)
 
 
@@ -266,8 +268,9 @@ class Checkpoints:
         Raises ValueError if there is nothing to resume or it belongs to another run.
         """
         path = self.directory / RESUME
-        if not path.is_file():
+        if not os.path.exists(path):
             raise ValueError(f"there is no interrupted training in {self.directory}; leave out --resume")
+        untrusted.check_regular(path)
         with safe_open(path, "pt") as file:
             metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         before, demonstrations = (json.loads(metadata[name]) for name in SAME_WHEN_RESUMED)

@@ -28,6 +28,7 @@ from dsrl_async.config.load import validate
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.envs.shipped import libero_versions
+from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situation
 
 if TYPE_CHECKING:
@@ -251,9 +252,9 @@ def check_file(request: Request) -> None:
         "image_size": request.image_size,
         "render_quality": request.render_quality,
     }
-    with h5py.File(path) as file:
+    with hdf5.opened(path) as data:
         for name, value in wanted.items():
-            found = file["data"].attrs[name]
+            found = data.attrs[name]
             if (found.tolist() if hasattr(found, "tolist") else found) != value:
                 raise ValueError(
                     f"{path} has {name} {found}, not {value}; give the same options, another directory, or remove it"
@@ -373,8 +374,8 @@ def make_demonstrations(requests: Sequence[Request], processes: int) -> list[Pat
         spread(record_task, missing, min(processes, len(missing)), total, "Recording demonstrations")
         frames = 0
         for request in missing:
-            with h5py.File(file_of(request)) as file:
-                frames += int(file["data"].attrs["total"])
+            with hdf5.opened(file_of(request)) as data:
+                frames += hdf5.attribute(data, "total", int)
         wall = time.monotonic() - started
         print(f"{frames} frames in {wall:.0f} s, {frames / wall:.1f} per second")
     return [file_of(request) for request in requests]

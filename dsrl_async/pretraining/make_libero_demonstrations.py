@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 
-import h5py
-
 from dsrl_async.envs import libero_files
 from dsrl_async.evaluate.episodes import parse_numbers
 from dsrl_async.host.machine import available_cpus
+from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.libero_demonstrations import Request, make_demonstrations
 
 
@@ -49,12 +48,12 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     for task, path in zip(tasks, paths, strict=True):
-        with h5py.File(path) as file:
-            about = file["data"].attrs
+        with hdf5.opened(path) as data:
             size = path.stat().st_size / 1e6
-            ways = json.loads(about["kept_and_attempted"])
+            ways = json.loads(hdf5.attribute(data, "kept_and_attempted", str))
+            total = hdf5.attribute(data, "total", int)
             kept, attempted = (sum(way[index] for way in ways.values()) for index in (0, 1))
-            print(f"task {task}: {kept} kept of {attempted} attempted, {about['total']} frames, {size:.0f} MB")
+            print(f"task {task}: {kept} kept of {attempted} attempted, {total} frames, {size:.0f} MB")
             for way, (kept, attempted) in ways.items():
                 print(f"    {way}: {kept} of {attempted}")
 

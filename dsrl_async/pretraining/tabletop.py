@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from dsrl_async import untrusted
 from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
@@ -39,7 +41,15 @@ from dsrl_async.pretraining.training import (
 def read_demonstrations(
     path: Path, config: Pi0Config, tokenizer: PromptTokenizer, prompt: str
 ) -> tuple[Demonstrations, NormStats]:
-    data = load_file(path)
+    """Raises ValueError, naming the file, if it does not hold what `tabletop_demonstrations` writes."""
+    untrusted.check_regular(path)
+    try:
+        data = load_file(path)
+        missing = {"images", "state", "action", "episode", "block_position"} - data.keys()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {untrusted.in_one_line(error)}") from error
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; make it anew")
     stats = {"state": statistics(data["state"]), "actions": statistics(data["action"])}
     normaliser = Normaliser(config, stats)
     chunks = action_chunks(data["action"], data["episode"], config.action_horizon)
