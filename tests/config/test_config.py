@@ -273,10 +273,10 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match="no checkpoint"):
             preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    checkpoint = run_dir / "checkpoints" / "00000001-00000002"
+    checkpoint = run_dir / "checkpoints" / "00000007-00000007"
     checkpoint.mkdir()
     counters = {key: [7] for key in (*checkpoints.SUMMED, *checkpoints.KEPT)}
-    state = {"format": checkpoints.FORMAT, "lanes": 0, "counters": counters}
+    state = {"format": checkpoints.FORMAT, "lanes": 1, "counters": counters}
     (checkpoint / "state.json").write_text(json.dumps(state))
     resumed = {"run_dir": str(run_dir), "resume": str(run_dir)}
     _, lock = preflight.open_run_directory(validate(resumed))
