@@ -115,11 +115,13 @@ class WeightPublisher:
         self._open()
 
     def _open(self) -> None:
-        channel = self._channel
+        endpoint = self._channel.endpoint
+        if endpoint.startswith("ipc://"):
+            check_directory(Path(endpoint.removeprefix("ipc://")).parent)
         self._context = zmq.Context()  # of its own, so that closing it waits until the place is free again
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback(DOMAIN, _OnlyKey(channel.client))
+        self._authenticator.configure_curve_callback(DOMAIN, _OnlyKey(self._channel.client))
         # XPUB hands subscriptions to us, which is how a late joiner is noticed; VERBOSE, so that a second one is too.
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
         for option, value in (
@@ -134,10 +136,12 @@ class WeightPublisher:
         ):
             self._socket.setsockopt(option, value)
         self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
-        self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, channel.secret)
-        if channel.endpoint.startswith("ipc://"):
-            check_directory(Path(channel.endpoint.removeprefix("ipc://")).parent)
-        self._socket.bind(channel.endpoint)  # a predecessor that was killed has left its socket, which this replaces
+        self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, self._channel.secret)
+        try:
+            self._socket.bind(endpoint)  # a predecessor that was killed has left its socket, which this replaces
+        except zmq.ZMQError:
+            self.close()  # a context that is not terminated keeps the process from ending
+            raise
 
     def publish(self, frame: bytes) -> None:
         self._last = frame
@@ -189,7 +193,9 @@ class WeightSubscriber:
         self.socket.setsockopt_string(zmq.CURVE_PUBLICKEY, channel.client)
         self.socket.setsockopt_string(zmq.CURVE_SECRETKEY, channel.secret)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self.socket.connect(channel.endpoint)
+        self._monitor = self.socket.get_monitor_socket(zmq.Event.DISCONNECTED)
+        self._endpoint = channel.endpoint
+        self.socket.connect(self._endpoint)
         self._layout_hash, self._size = layout_hash, size
         self._version = 0
         self._unwarned = set(get_args(Kind))
@@ -209,6 +215,7 @@ class WeightSubscriber:
                     f"has version {weights.policy_version}, which is not between {self._version} and {updates}",
                 )
         except zmq.Again:
+            self._connect_again()
             return None
         except BadFrame as error:
             if error.kind in self._unwarned:
@@ -218,6 +225,18 @@ class WeightSubscriber:
         self._version = weights.policy_version
         return weights
 
+    def _connect_again(self) -> None:
+        """After a connection has ended: ZeroMQ gives an endpoint up for good where it met one that does not speak its
+        protocol, has no keys, or sends what is too large."""
+        disconnected = False
+        while self._monitor.poll(0):
+            disconnected = bool(self._monitor.recv_multipart())
+        if disconnected:
+            self.socket.disconnect(self._endpoint)
+            self.socket.connect(self._endpoint)
+
     def close(self) -> None:
+        self.socket.disable_monitor()
+        self._monitor.close()
         self.socket.close()
         self._context.term()
