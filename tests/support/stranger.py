@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import zmq
 
 from dsrl_async.run.channel import Channel
-from dsrl_async.run.weights import WeightSubscriber  # and all that it imports
 
 FLOOD = 200
 WAIT_MS = 700
@@ -75,7 +73,7 @@ def read_process(pid: int) -> None:
 
 def hold(end: Channel, kind: int) -> zmq.Socket[bytes]:
     """A socket of the kind with the keys of an end, without any of the limits that ours have."""
-    held = zmq.Context.instance().socket(kind)
+    held: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
     held.linger = 0
     held.setsockopt_string(zmq.CURVE_SECRETKEY, end.secret)
     if kind == zmq.SUB:
@@ -119,8 +117,6 @@ def run(uid: int | None, endpoint: str, channel: Channel | None, pids: Sequence[
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     keys = None if job["keys"] is None else Channel(*job["keys"])
-    assert tempfile.gettempdir()
-    assert WeightSubscriber
     if job["uid"] is not None:
         os.setgroups([])
         os.setgid(job["uid"])
