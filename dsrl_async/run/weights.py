@@ -110,14 +110,15 @@ class WeightPublisher:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        prefix, _, path = channel.endpoint.partition("ipc://")
+        self._path = None if prefix else Path(path)
         self._last: bytes | None = None
         self._warned = False
         self._open()
 
     def _open(self) -> None:
-        endpoint = self._channel.endpoint
-        if endpoint.startswith("ipc://"):
-            check_directory(Path(endpoint.removeprefix("ipc://")).parent)
+        if self._path is not None:
+            check_directory(self._path.parent)
         self._context = zmq.Context()  # of its own, so that closing it waits until the place is free again
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -138,7 +139,7 @@ class WeightPublisher:
         self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
         self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, self._channel.secret)
         try:
-            self._socket.bind(endpoint)  # a predecessor that was killed has left its socket, which this replaces
+            self._socket.bind(self._channel.endpoint)  # a predecessor that was killed has left its socket, which this replaces
         except zmq.ZMQError:
             self.close()  # a context that is not terminated keeps the process from ending
             raise
@@ -148,7 +149,14 @@ class WeightPublisher:
         self._socket.send(frame, copy=False)
 
     def serve_late_joiners(self) -> None:
-        """Send the last frame again if somebody subscribed since the last call."""
+        """Send the last frame again if somebody subscribed since the last call.
+
+        Where a cleaner of temporary directories has removed the socket, it is made again, or nobody new would find it.
+        """
+        if self._path is not None and not self._path.exists():
+            logger.warning("somebody has removed %s; it is made again", self._path)
+            self.close()
+            self._open()
         joined = False
         for _ in range(MOST_REQUESTS):
             if not self._socket.poll(0):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,4 +84,17 @@ def test_late_joiners_get_the_last_and_slow_readers_only_the_newest(ends: Ends) 
     successor.publish(encode(500, LAYOUT, np.full(3, 500, np.float32)))
     assert wait_for(early, successor, 500).policy_version == 500
     for socket in (early, late, successor):
+        socket.close()
+
+
+def test_a_socket_that_a_cleaner_has_removed_is_made_again(ends: Ends) -> None:
+    publisher = WeightPublisher(ends.publisher)
+    publisher.publish(encode(1, LAYOUT, np.full(3, 1, np.float32)))
+    early = WeightSubscriber(ends.subscriber, LAYOUT, 3)
+    wait_for(early, publisher, 1)
+    shutil.rmtree(Path(ends.publisher.endpoint.removeprefix("ipc://")).parent)
+    late = WeightSubscriber(ends.subscriber, LAYOUT, 3)
+    wait_for(late, publisher, 1)
+    wait_for(early, publisher, 1)
+    for socket in (early, late, publisher):
         socket.close()

@@ -69,7 +69,7 @@ def leaked_child(module: ModuleType) -> None:
 
     def unbound(*arguments: Any, **keywords: Any) -> None:
         prepare_child(*arguments, **keywords)
-        ctypes.CDLL(None).prctl(module.PR_SET_PDEATHSIG, 0)
+        ctypes.CDLL(None).prctl(1, 0)  # PR_SET_PDEATHSIG
 
     module.prepare_child = unbound  # type: ignore[attr-defined]
 
