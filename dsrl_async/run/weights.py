@@ -139,7 +139,8 @@ class WeightPublisher:
         self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
         self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, self._channel.secret)
         try:
-            self._socket.bind(self._channel.endpoint)  # a predecessor that was killed has left its socket, which this replaces
+            # This replaces a socket that a predecessor which was killed has left.
+            self._socket.bind(self._channel.endpoint)
         except zmq.ZMQError:
             self.close()  # a context that is not terminated keeps the process from ending
             raise
