@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Mapping
@@ -82,7 +83,7 @@ class Pi0Config:
     """How denoising times are computed: summed up in float32 as in openpi, or as 1 - k/n as in LeRobot."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _types()
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), hints[field.name]
             if kind is bool:
@@ -142,14 +143,19 @@ class Pi0Config:
         """
         unknown = sorted(content.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"{path} has unknown fields: {', '.join(unknown[:3])}")
-        sizes = [name for name, kind in typing.get_type_hints(cls).items() if kind is int]
+            raise ValueError(f"{path} has unknown fields: {', '.join(map(shown, unknown[:3]))}")
+        sizes = [name for name, kind in _types().items() if kind is int]
         if missing := [name for name in ("pi05", *sizes) if name not in content]:
             raise ValueError(f"{path} lacks the fields {', '.join(missing)}")
         try:
             return cls(**content)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(Pi0Config)
 
 
 def tabletop_config() -> Pi0Config:

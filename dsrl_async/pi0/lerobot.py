@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.tensors import field, read_header, read_values
-from dsrl_async.untrusted import read_object, shown
+from dsrl_async.pi0.tensors import field, file_beside, read_header, read_values
+from dsrl_async.untrusted import in_one_line, read_object, shown
 
 TYPES = ("pi0", "pi05")
 MODES = {"MEAN_STD": "z_score", "QUANTILES": "quantile"}
@@ -131,7 +131,7 @@ def make_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -> Pi
     state_mode, action_mode = (field(modes, key, str, path) or default for key in ("STATE", "ACTION"))
     if state_mode != action_mode or state_mode not in MODES:
         raise ValueError(
-            f"{path}: normalization_mapping has {state_mode:.20} for STATE and {action_mode:.20} for ACTION, "
+            f"{path}: normalization_mapping has {in_one_line(state_mode)} for STATE and {in_one_line(action_mode)} for ACTION, "
             f"supported is the same for both, of {' or '.join(MODES)}"
         )
     if (visual := field(modes, "VISUAL", str, path) or "IDENTITY") != "IDENTITY":
@@ -193,7 +193,7 @@ def read_processors(
         ("policy_preprocessor", "state", STATE),
         ("policy_postprocessor", "actions", ACTION),
     ):
-        file = _state_file(directory, processor, feature, config)
+        file = _state_file(directory, processor, feature, config, read_statistics)
         if not read_statistics:
             continue
         if file is None:
@@ -209,8 +209,8 @@ def read_processors(
     return stats, " and ".join(map(str, files))
 
 
-def _state_file(directory: Path, processor: str, feature: str, config: Pi0Config) -> Path | None:
-    """Where a processor's statistics are, None if nowhere."""
+def _state_file(directory: Path, processor: str, feature: str, config: Pi0Config, read_statistics: bool) -> Path | None:
+    """Where a processor's statistics are, None if nowhere or nobody asks."""
     path = directory / f"{processor}.json"
     if not os.path.lexists(path):
         files = sorted(directory.glob(f"{processor}*.safetensors"))
@@ -218,10 +218,10 @@ def _state_file(directory: Path, processor: str, feature: str, config: Pi0Config
             raise ValueError(f"{directory} has {files[0].name} and {files[1].name}, and no {path.name} to say which")
         return files[0] if files else None
     steps = field(read_object(path), "steps", list, path)
-    names = [step.get("registry_name", step.get("class")) if isinstance(step, dict) else step for step in steps]
+    names = [step.get("registry_name", step.get("class")) if isinstance(step, dict) else None for step in steps]
     for name, step in zip(names, steps, strict=True):
         if not isinstance(name, str) or name not in STEPS[processor]:
-            raise ValueError(f"{path} has the step {shown(name)}, which is not supported")
+            raise ValueError(f"{path} has the step {shown(name or step)}, which is not supported")
         settings = field(step, "config", dict, path)
         check_values(settings, STEPS[processor][name], f"{path}: {name}")
         _check_step(name, settings, config, path)
@@ -240,13 +240,11 @@ def _state_file(directory: Path, processor: str, feature: str, config: Pi0Config
         raise ValueError(f"{path} has {prepare} before {normaliser}, supported is the reverse")
     _check_normaliser(field(step, "config", dict, path), feature, config, path)
     name = field(step, "state_file", str, path)
-    if not name:
+    if read_statistics and not name:
         raise ValueError(
             f"{path}: {normaliser} names no state_file: its statistics are missing; give policy.norm_stats"
         )
-    if name != os.path.basename(name) or not name.endswith(".safetensors"):
-        raise ValueError(f"{path}: state_file must be the name of a safetensors file beside it, not {shown(name)}")
-    return directory / name
+    return file_beside(path, name) if read_statistics else None
 
 
 def _check_step(name: str, settings: Mapping[str, Any], config: Pi0Config, path: Path) -> None:

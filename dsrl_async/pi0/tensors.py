@@ -214,7 +214,8 @@ def read_values(tensor: StoredTensor) -> Any:
         values = (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
         values = np.frombuffer(content, f"<f{ELEMENT_BYTES[tensor.dtype]}")
-    return values.astype(np.float64).reshape(tensor.shape).tolist()
+    with np.errstate(invalid="ignore"):  # NaN, of which the caller has to think
+        return values.astype(np.float64).reshape(tensor.shape).tolist()
 
 
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -295,15 +296,22 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _indexed_files(index: Path) -> list[Path]:
     """The files in an index's directory that it names."""
-    names = set(map(str, field(read_object(index), "weight_map", dict, index).values()))
-    for name in sorted(names):
-        if name != os.path.basename(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map must hold names of safetensors files beside it, not {shown(name)}")
-        if not os.path.lexists(index.parent / name):
-            raise ValueError(f"{index} names the file {name}, which is missing: copy the checkpoint again")
+    names = sorted(set(map(str, field(read_object(index), "weight_map", dict, index).values())))
     if not names:
         raise ValueError(f"{index} names no files")
-    return [index.parent / name for name in sorted(names)]
+    return [file_beside(index, name) for name in names]
+
+
+def file_beside(source: Path, name: str) -> Path:
+    """The safetensors file that a file of the same directory names.
+
+    Raises ValueError, naming `source`, when it is missing, or the name leads out of the directory or is none.
+    """
+    if name != os.path.basename(name) or not name.isprintable() or not name.endswith(".safetensors") or len(name) > 200:
+        raise ValueError(f"{source} must name safetensors files beside it, not {shown(name)}")
+    if not os.path.lexists(source.parent / name):
+        raise ValueError(f"{source} names the file {name}, which is missing: copy the checkpoint again")
+    return source.parent / name
 
 
 def _without_weights(directory: Path) -> str:

@@ -671,7 +671,7 @@ STATE_BIAS = "state_proj.bias"
         (
             "rlinf",
             rewrite_json("model.safetensors.index.json", lambda c: c["weight_map"].update(surprise=3)),
-            r"index\.json: weight_map must hold names of safetensors files beside it, not '3'$",
+            r"index\.json must name safetensors files beside it, not '3'$",
         ),
         (
             "openpi",
@@ -709,7 +709,7 @@ STATE_BIAS = "state_proj.bias"
         (
             "rlinf",
             set_index("../model.safetensors"),
-            r"must hold names of safetensors files beside it, not '\.\./model",
+            r"must name safetensors files beside it, not '\.\./model",
         ),
         ("rlinf", set_index("/etc/passwd.safetensors"), r"not '/etc/passwd\.safetensors'$"),
         ("rlinf", set_index("a\0b.safetensors"), r"which is missing|beside it"),

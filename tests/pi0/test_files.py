@@ -105,7 +105,7 @@ def rewrite_weights(change: Callable[[dict], object]) -> Callable[[Path], None]:
         ),
         (
             rewrite_json("config.json", lambda c: c.update(colour=1)),
-            r"config\.json has unknown fields: colour",
+            r"config\.json has unknown fields: 'colour'",
         ),
         (rewrite_json("config.json", lambda c: c.update(depth=0)), r"config\.json: .*depth is 0"),
         (rewrite_json("config.json", lambda c: c.update(depth="3")), r"config\.json: .*depth is '3'"),

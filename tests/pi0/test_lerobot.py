@@ -285,11 +285,11 @@ RENAMED = {"observation.images.image": "observation.images.c", "observation.imag
         ),
         (
             change(PREPROCESSOR, lambda c: c["steps"][-1].update(state_file="/a.safetensors")),
-            "must be the name of a safe",
+            "must name safetensors files beside it, not",
         ),
         (
             change(PREPROCESSOR, lambda c: c["steps"][-1].update(state_file="a.safetensors")),
-            "a.safetensors cannot be read",
+            r"names the file a\.safetensors, which is missing",
         ),
         (change(PREPROCESSOR, lambda c: c["steps"][-1].update(state_file=3)), "state_file is 3, it must be text"),
         (lambda d: (d / PREPROCESSOR).write_text("["), "policy_preprocessor.json is not JSON"),
