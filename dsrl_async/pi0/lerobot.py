@@ -131,8 +131,8 @@ def make_config(content: Mapping[str, Any], config: Pi0Config, path: Path) -> Pi
     state_mode, action_mode = (field(modes, key, str, path) or default for key in ("STATE", "ACTION"))
     if state_mode != action_mode or state_mode not in MODES:
         raise ValueError(
-            f"{path}: normalization_mapping has {in_one_line(state_mode)} for STATE and {in_one_line(action_mode)} for ACTION, "
-            f"supported is the same for both, of {' or '.join(MODES)}"
+            f"{path}: normalization_mapping has {in_one_line(state_mode)} for STATE and "
+            f"{in_one_line(action_mode)} for ACTION, supported is the same for both, of {' or '.join(MODES)}"
         )
     if (visual := field(modes, "VISUAL", str, path) or "IDENTITY") != "IDENTITY":
         raise ValueError(f"{path}: normalization_mapping has {shown(visual)} for VISUAL, supported is IDENTITY")
