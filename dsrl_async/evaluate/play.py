@@ -138,6 +138,8 @@ def load_server(evaluation: Evaluation, run: CheckedRun, pool: WorkerPool) -> In
 def load_actor(checkpoint: Path, server: InferenceServer) -> None:
     """Put a checkpoint's actor weights into the server; raise ConfigError with one sentence if they do not fit."""
     path = checkpoint / checkpoints.AGENT
+    with checkpoints.naming_an_older_one(checkpoint, "--checkpoint"):
+        checkpoints.check(checkpoint, [checkpoints.AGENT])
     try:
         with safe_open(path, framework="pt") as file:
             flat: Tensor = file.get_tensor("actor.flat")

@@ -119,7 +119,7 @@ def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | N
     if checkpoint is None:
         what = "there is no checkpoint in it" if Path(options.checkpoint).exists() else "it does not exist"
         raise ConfigError(f"--checkpoint {options.checkpoint}: {what}; give a run directory, or one of its checkpoints")
-    return read_run_settings(checkpoint.parent.parent), checkpoint
+    return read_run_settings(checkpoints.run_of(checkpoint)), checkpoint
 
 
 def identity(evaluation: Evaluation) -> dict[str, Any]:

@@ -25,6 +25,10 @@ REAP_S = 5.0
 """A killed process that is still there after this many seconds is stuck in the kernel, and left to it."""
 
 
+FATAL = 3
+"""Exit code of a child whose successor would fail likewise; the last line of its log says why."""
+
+
 class Program(NamedTuple):
     """What a child process runs."""
 

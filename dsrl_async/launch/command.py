@@ -73,7 +73,6 @@ def run(
             changes = preflight.check_resume(config, run_dir)
             changes += preflight.check_made_with(run_dir, made_with, checked.policy.directory)
         session = Session(checked, run_dir, stop, console)
-        checkpoints.recovery_path(run_dir).unlink(missing_ok=True)  # of an earlier launch: its checkpoint counts
         preflight.record_made_with(run_dir, made_with)
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
@@ -95,8 +94,11 @@ def run(
             summary = Supervisor(session, programs).run()
         if session.resumed_from is not None:
             summary["resumed"] = {"from": str(session.resumed_from), "changes": changes}
-        checkpoints.recovery_path(run_dir).unlink(missing_ok=True)
-        if checkpoints.find(run_dir) is not None and not summary["exit_reason"].startswith("failed"):
+        checkpoints.remove_recovery(run_dir)
+        saved = checkpoints.latest(run_dir)
+        if saved is not None and not checkpoints.has_replay(saved):
+            logger.warning("the last checkpoint has no replay buffer, for want of room: a resume warms up again")
+        if saved is not None and not summary["exit_reason"].startswith("failed"):
             more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""
             logger.info("to go on: %s --resume %s%s", program("launch"), run_dir, more)
             if summary["updates"]:

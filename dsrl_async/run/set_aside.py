@@ -28,7 +28,7 @@ def chosen(run_dir: Path, given: Path) -> tuple[Path | None, bool]:
     """
     root, recovery = run_dir / "checkpoints", checkpoints.recovery_path(run_dir)
     if _same(given, run_dir) or _same(given, root):
-        return checkpoints.find(run_dir), False
+        return checkpoints.latest(run_dir), False
     for saved in [*checkpoints.complete(root), recovery]:
         if _same(given, saved):
             return saved.absolute(), True

@@ -81,6 +81,10 @@ class Counters:
     """Success rates so far, as `telemetry.monitor.History` keeps them."""
     control_history_length: Count
     """How many values it has been given."""
+    control_warmup_end: Count
+    """The number of decisions at which updates begin again, of a run that went on without its replay buffer; else 0."""
+    control_passed_decisions: Count
+    """Decisions before that, beside those of the first warm-up, for which the replay ratio asks no updates."""
 
     template_heartbeat_ns: Count
     """When the template last gave a sign of life, as all heartbeats by `time.monotonic_ns`."""

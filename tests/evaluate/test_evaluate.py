@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from support.commands import call
 from support.launched import FinishedRun
-from support.paths import CONFIGS
+from support.paths import CONFIGS, FIXTURES
 from support.planted import Planted
 
 import dsrl_async
@@ -35,7 +37,7 @@ from dsrl_async.evaluate import resolve as resolving
 from dsrl_async.evaluate.command import build_parser
 from dsrl_async.evaluate.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 from dsrl_async.evaluate.films import FILMED_PER_VIDEO, Films, choose_films
-from dsrl_async.evaluate.resolve import Evaluation, identify_files, identity, resolve
+from dsrl_async.evaluate.resolve import Evaluation, base_settings, identify_files, identity, resolve
 from dsrl_async.evaluate.results import Outcome, ResultDirectory, summarise, summarise_tasks, table, wilson_interval
 from dsrl_async.pi0 import synthetic
 from dsrl_async.run import checkpoints
@@ -553,6 +555,36 @@ def test_base_and_checkpoint_of_a_run(tmp_path: Path, finished_run: FinishedRun)
     base = run(*arguments, "--base")
     assert base["policy"] == "base"
     assert run(*arguments, "--base") | {"wall_s": 0} == base | {"wall_s": 0}
+
+
+def settings_found(path: Path) -> tuple[Any, Path | None]:
+    """The seed in the configuration that `--checkpoint path` finds, and the checkpoint."""
+    settings, checkpoint = base_settings(argparse.Namespace(checkpoint=str(path), config=None))
+    return settings["seed"], checkpoint
+
+
+def test_a_checkpoint_belongs_to_the_run_where_it_is_found_wherever_links_lead(tmp_path: Path) -> None:
+    """Beside what the links lead to lies the configuration of another run."""
+    run_dir, archive = tmp_path / "run", tmp_path / "archive" / "checkpoints"
+    shutil.copytree(FIXTURES / "run_beb78af", run_dir)
+    archive.parent.mkdir()
+    (run_dir / "checkpoints").rename(archive)
+    (archive.parent / "config.yaml").write_text("seed: 99\n")
+    name = "00000084-00000100"
+    (run_dir / "checkpoints").symlink_to(archive)  # the whole folder
+    for path in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / name):
+        assert settings_found(path) == (5, run_dir / "checkpoints" / name)
+    (run_dir / "checkpoints").unlink()
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints" / name).symlink_to(archive / name)  # one checkpoint
+    for path in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / name):
+        assert settings_found(path) == (5, run_dir / "checkpoints" / name)
+    (tmp_path / "config.yaml").write_text("seed: 98\n")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "run").symlink_to(run_dir)  # a run by another name
+    assert settings_found(tmp_path / "links" / "run") == (5, tmp_path / "links" / "run" / "checkpoints" / name)
+    (tmp_path / "links" / "best").symlink_to(archive / name)  # from somewhere that is no run
+    assert settings_found(tmp_path / "links" / "best")[0] == 99
 
 
 @contextlib.contextmanager

@@ -100,10 +100,12 @@ class InferenceServer:
             return min(wanted, warmup - handed_out)
         if self.policy_version < 0:
             return 0
+        if handed_out < self.counters.control_warmup_end[0]:  # the agent acts, until there is something to learn from
+            return wanted
         limit = decisions_allowed(
             int(self.counters.learner_updates[0]),
             config.replay_ratio,
-            warmup,
+            warmup + int(self.counters.control_passed_decisions[0]),
             config.replay_ratio_tolerance,
             config.actors,
         )

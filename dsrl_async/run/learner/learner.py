@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,16 +22,16 @@ from safetensors.torch import save as to_bytes
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
 from dsrl_async.host.device import resolve_device
-from dsrl_async.host.files import replacing
 from dsrl_async.host.graphs import graphs_of
-from dsrl_async.host.processes import begin_child
+from dsrl_async.host.processes import FATAL, begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import read_secret
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.replay_ratio import updates_due
-from dsrl_async.run.weights import WeightPublisher, encode, plausible
+from dsrl_async.run.weights import WeightPublisher, encode
+from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
@@ -44,6 +45,19 @@ logger = logging.getLogger(__name__)
 IDLE_POLL_S = 0.2
 RECOVERY_INTERVAL_S = 20.0  # a learner that dies costs at most so much learning
 METRICS_INTERVAL_S = 1.0  # reading the metrics waits for the device, so it is done seldom
+CRITIC_LOSS, ACTOR_LOSS = (METRIC_NAMES.index(f"train/sac/{network}_loss") for network in ("critic", "actor"))
+
+NETWORKS = {
+    "critic": ("critic", "sac.critic_lr"),
+    "actor": ("actor", "sac.actor_lr"),
+    "alpha": ("temperature", "sac.alpha_lr"),
+    "target_critic": ("target critic", "sac.critic_lr"),
+}
+"""How the agent's tensors begin -> the network's name, and its learning rate; those that diverge first come first."""
+
+
+class Diverged(RuntimeError):
+    """The agent holds numbers that are not plausible, or is about to: it must not be saved, and learns no more."""
 
 
 class Learner:
@@ -65,6 +79,7 @@ class Learner:
         self.agent = make_agent(config, horizon, device)
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = -math.inf
+        self._sound_updates = 0  # at the last look at the agent, which was sound
         self._checkpoint_time = self._recovery_time = time.monotonic()
         self._saves = int(self.counters.learner_saves[0])
         self._restore()
@@ -74,12 +89,9 @@ class Learner:
         self.publish()
 
     def _restore(self) -> None:
-        """Take up the agent of the run: what a learner that died in this launch left, else the last checkpoint's."""
-        recovery, checkpoint = checkpoints.recovery_path(self.run_dir), checkpoints.find(self.run_dir)
-        if recovery.is_file():
-            load_agent(self.agent, recovery)
-        elif checkpoint is not None:
-            load_agent(self.agent, checkpoint / checkpoints.AGENT)
+        """Take up the agent of the run, as it was when it was saved last."""
+        if (saved := checkpoints.latest(self.run_dir)) is not None:
+            load_agent(self.agent, checkpoints.agent_file(saved))
         # The count of updates goes on, so that the replay ratio asks for no burst; what is gone is told.
         lost = int(self.counters.learner_updates[0]) - self.agent.updates
         self.counters.learner_lost_updates[0] = lost
@@ -89,12 +101,19 @@ class Learner:
     def due(self) -> int:
         """Gradient updates that the replay ratio asks for now."""
         config = self.config
+        if self.warming_up():
+            return 0
         return updates_due(
             self.counters.decisions(),
             int(self.counters.learner_updates[0]),
             config.replay_ratio,
-            config.replay.warmup_decisions,
+            config.replay.warmup_decisions + int(self.counters.control_passed_decisions[0]),
         )
+
+    def warming_up(self) -> bool:
+        """Whether decisions are only gathered, at the beginning or after a resume without the replay buffer."""
+        end = max(self.config.replay.warmup_decisions, int(self.counters.control_warmup_end[0]))
+        return self.counters.decisions() < end
 
     def launch_size(self) -> int:
         """How many updates to enqueue at once: on a GPU those that are due, up to the next publication."""
@@ -107,6 +126,9 @@ class Learner:
         """Do `count` gradient updates; False if the replay buffer could not fill a batch.
 
         Nothing waits for the device but a publication and, now and then, the reading of the metrics.
+
+        Raises:
+            Diverged: the agent turns out not to be sound.
         """
         for number in range(count):
             with self.phase("sample"):
@@ -122,25 +144,52 @@ class Learner:
         now = time.monotonic()
         if now - self._metrics_read >= METRICS_INTERVAL_S:
             self._metrics_read = now
-            metrics = self.updates.metrics
-            self.counters.note_metrics(metrics.cpu().numpy(), updates)
+            metrics = self._sound_metrics()
+            self.counters.note_metrics(metrics, updates)
         return True
 
     def publish(self) -> None:
-        """Hand the actor's weights to the inference process, if they are finite; their version is the number of updates
-        done."""
+        """Hand the actor's weights to the inference process; their version is the number of updates done.
+
+        Raises:
+            Diverged: as `update`; nothing is handed over.
+        """
         with self.phase("publish"):
             version = int(self.counters.learner_updates[0])
+            self._sound_metrics()
             flat = self.agent.actor.flat.detach().cpu().numpy()
-            if not plausible(flat):
-                logger.warning("the actor's weights after update %d are not finite: they are not published", version)
-                return
+            if not checkpoints.is_sound("actor.flat", flat):
+                raise self._diverged()
+            self._sound_updates = version
             self._publish(encode(version, layout_hash(self.agent.actor), flat))
+
+    def _sound_metrics(self) -> np.ndarray:
+        """The metrics of the last update; raises Diverged if the critic's loss says that the agent is lost."""
+        metrics = self.updates.metrics.cpu().numpy()
+        if not math.isfinite(metrics[CRITIC_LOSS]):
+            raise self._diverged()
+        return metrics
+
+    def _diverged(self) -> Diverged:
+        """What is wrong with the agent, in one sentence."""
+        tensors = self.agent.state_tensors()
+        broken = [name for name, tensor in tensors.items() if not checkpoints.is_sound(name, tensor.numpy())]
+        network = next((name for name in NETWORKS if any(tensor.startswith(name) for tensor in broken)), None)
+        what = "the critic's loss" if network is None else f"the agent's {NETWORKS[network][0]}"
+        critic_loss, actor_loss = self.updates.metrics[[CRITIC_LOSS, ACTOR_LOSS]].tolist()
+        return Diverged(
+            f"{what} is not finite, or beyond {checkpoints.LARGEST_VALUE:g}, after update {self.agent.updates} "
+            f"(critic loss {critic_loss:.4g}, actor loss {actor_loss:.4g}; after update {self._sound_updates} all was "
+            f"well): lower {NETWORKS[network or 'critic'][1]}, or look at the rewards"
+        )
 
     def save_when_due(self) -> None:
         """Write a checkpoint, or the smaller recovery file, when its time has come or somebody asks for it.
 
         A write that fails (a full disk) is counted and tried again later: it must not cost what has been learned.
+
+        Raises:
+            Diverged: the agent is not sound; what was saved before stays.
         """
         now, saves = time.monotonic(), int(self.counters.control_saves[0])
         try:
@@ -150,13 +199,26 @@ class Learner:
                 self.counters.learner_saves[0] = saves
             elif now - self._recovery_time >= RECOVERY_INTERVAL_S:
                 self._recovery_time = now
-                with self.phase("checkpoint"), replacing(checkpoints.recovery_path(self.run_dir)) as temporary:
-                    temporary.write_bytes(self._agent_bytes())
+                with self.phase("checkpoint"):
+                    checkpoints.save_recovery(self.run_dir, self._agent_bytes, self.counters, self.beat)
         except OSError as error:
             self.counters.learner_failed_checkpoints[0] += 1
             logger.warning("could not write a checkpoint: %s", error)
 
-    def checkpoint(self) -> Path:
+    def last_checkpoint(self) -> Path:
+        """Write the checkpoint that a run ends with: without the replay buffer if the disk is too full for that.
+
+        Raises:
+            OSError: not even the agent fits; what was saved before stays.
+            Diverged: as `save_when_due`.
+        """
+        try:
+            return self.checkpoint()
+        except OSError as error:
+            logger.warning("could not write the last checkpoint (%s), trying it without the replay buffer", error)
+            return self.checkpoint(replay=False)
+
+    def checkpoint(self, replay: bool = True) -> Path:
         """Write a checkpoint of the agent, the counters and the replay buffer."""
         with self.phase("checkpoint"):
             return checkpoints.save(
@@ -166,11 +228,17 @@ class Learner:
                 self.ring,
                 self.config.checkpoint.keep,
                 self.beat,
+                replay,
             )
 
-    def _agent_bytes(self) -> bytes:
-        """The contents of the agent's safetensors file."""
-        return to_bytes(self.agent.state_tensors())
+    def _agent_bytes(self, metadata: dict[str, str] | None = None) -> bytes:
+        """The contents of the agent's safetensors file; raises Diverged if anything in it is not finite."""
+        tensors = self.agent.state_tensors()
+        if not all(checkpoints.is_sound(name, tensor.numpy()) for name, tensor in tensors.items()):
+            raise self._diverged()
+        self._sound_metrics()
+        self._sound_updates = self.agent.updates
+        return to_bytes(tensors, metadata)
 
     def beat(self) -> None:
         self.counters.learner_heartbeat_ns[0] = time.monotonic_ns()
@@ -207,15 +275,19 @@ def main(argument: str) -> None:
     # Where NVIDIA's MPS lets the processes share a GPU, what the robots wait for goes first (docs/learner.md).
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
     device = learner_device(config)
-    learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
-    learn(learner, publisher, job["transition_ready_fd"])
-    learner.checkpoint()
+    try:
+        learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
+        learn(learner, publisher, job["transition_ready_fd"])
+        learner.last_checkpoint()
+    except (Diverged, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(FATAL)
     publisher.close()
 
 
 def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -> None:
     """Do the updates that are due, and wait for decisions, until the run stops."""
-    config, counters = learner.config, learner.counters
+    counters = learner.counters
     while counters.stop < Stop.EVERYONE:
         learner.beat()
         publisher.serve_late_joiners()
@@ -223,8 +295,7 @@ def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -
         events.clear(transition_ready)
         if learner.due() and learner.update(learner.launch_size()):
             continue
-        warming_up = counters.decisions() < config.replay.warmup_decisions
-        with learner.phase("wait_data" if warming_up else "wait_ratio"):
+        with learner.phase("wait_data" if learner.warming_up() else "wait_ratio"):
             events.wait(transition_ready, timeout_s=IDLE_POLL_S)
 
 

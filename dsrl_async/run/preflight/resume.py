@@ -23,10 +23,12 @@ def check_resume(config: Config, run_dir: Path) -> list[str]:
     """
     assert config.resume is not None
     try:
-        checkpoint, _ = chosen(run_dir, Path(config.resume))
-        if checkpoint is None:
-            raise ConfigError(f"--resume {run_dir}: it has no checkpoint to continue from")
-        state = checkpoints.read_state(checkpoint)
+        saved, _ = chosen(run_dir, Path(config.resume))
+        if saved is None:
+            raise ConfigError(
+                f"--resume {run_dir}: nothing was saved there to continue from; delete it, and start a new run"
+            )
+        state = checkpoints.read_state(saved)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     done = sum(state["counters"]["actor_decisions"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.run import checkpoints
 from dsrl_async.run.preflight.resume import check_resume
 
 
@@ -46,7 +47,7 @@ def choose_run_directory(config: Config) -> Path:
     if config.resume is not None:
         check_resume(config, run_dir)
     elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ConfigError(
-            f"run_dir: {run_dir} is not empty; choose another one, or continue it with --resume {run_dir}"
-        )
+        saved = checkpoints.latest(run_dir) is not None
+        advice = f"continue it with --resume {run_dir}" if saved else "delete it: nothing was saved there"
+        raise ConfigError(f"run_dir: {run_dir} is not empty; choose another one, or {advice}")
     return run_dir

@@ -16,9 +16,10 @@ import torch
 from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.stages import stages_of
+from dsrl_async.run import checkpoints
 from dsrl_async.run.inference.policies import Policies, load_policies
 from dsrl_async.run.inference.server import InferenceServer
-from dsrl_async.run.learner.learner import Learner
+from dsrl_async.run.learner.learner import Diverged, Learner
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.weights import decode
 from dsrl_async.run.worker.worker import Lane
@@ -38,22 +39,36 @@ def run_serial(session: Session) -> dict[str, Any]:
     lanes = [Lane(number, 1, config.seed, env_config, arena) for number in range(config.actors)]
     for lane in lanes:
         lane.start()
-    while (reason := session.reason_to_stop()) is None:
-        while server.serve_ready(server.slots.ready()):
-            pass
-        for lane in lanes:
-            if lane.ready():
-                lane.advance()
-        while learner.due() and learner.update():
-            pass
-        session.answer_warnings()
-        learner.save_when_due()
-        if session.tick_due():
-            session.tick({})
-    learner.checkpoint()
+    try:
+        while (reason := session.reason_to_stop()) is None:
+            while server.serve_ready(server.slots.ready()):
+                pass
+            for lane in lanes:
+                if lane.ready():
+                    lane.advance()
+            while learner.due() and learner.update():
+                pass
+            session.answer_warnings()
+            learner.save_when_due()
+            if session.tick_due():
+                session.tick({})
+    except Diverged as error:
+        reason = f"failed: {error}; {checkpoints.what_is_left(session.run_dir)}"
+    else:
+        reason = end_learning(learner, reason)
     for lane in lanes:
         lane.env.close()
     return session.finish(reason, {})
+
+
+def end_learning(learner: Learner, reason: str) -> str:
+    """Write the last checkpoint; returns `reason`, or why there is none."""
+    try:
+        learner.last_checkpoint()
+    except (Diverged, OSError) as error:
+        left = checkpoints.what_is_left(learner.run_dir)
+        return f"failed: no checkpoint was written at the end ({reason}): {error}; {left}"
+    return reason
 
 
 def join(

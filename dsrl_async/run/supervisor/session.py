@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -48,17 +49,29 @@ class Session:
 
     def _go_on(self, given: Path) -> Path | None:
         """Restore what `--resume` means; where that is an older checkpoint, returns the place of what is set aside."""
-        checkpoint, named = chosen(self.run_dir, given)
-        assert checkpoint is not None  # `check_resume` has seen it
-        checkpoints.restore_shared(checkpoint, self.counters, self.ring)
-        self.resumed_from = checkpoint
-        logger.info("going on from %s", checkpoint)
+        saved, named = chosen(self.run_dir, given)
+        assert saved is not None  # `check_resume` has seen it
+        replay = checkpoints.restore_shared(saved, self.counters, self.ring)
+        self.resumed_from = saved
+        logger.info("going on from %s", saved)
+        if not replay:
+            self._warm_up_again()
         if not named:
             return None
-        aside, moved = set_aside(self.run_dir, checkpoint)
+        aside, moved = set_aside(self.run_dir, saved)
         if moved:
             logger.warning("set aside in %s: %s", aside, ", ".join(path.name for path in moved))
         return aside
+
+    def _warm_up_again(self) -> None:
+        """Have the agent fill the empty replay buffer before it learns on; no burst of updates makes up for that."""
+        config, counters = self.config, self.counters
+        decisions, updates = counters.decisions(), int(counters.learner_updates[0])
+        counters.control_warmup_end[0] = decisions + config.replay.warmup_decisions
+        counters.control_passed_decisions[0] = max(0, decisions - math.floor(updates / config.replay_ratio))
+        logger.warning(
+            "the replay buffer was not saved: updates begin again after %d decisions", config.replay.warmup_decisions
+        )
 
     def tick(self, pids: Pids) -> None:
         """Write and show the figures of this moment."""

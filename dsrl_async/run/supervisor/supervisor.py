@@ -11,6 +11,7 @@ from typing import Any
 from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
 from dsrl_async.host.machine import cpu_threads
+from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_secret
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
@@ -80,7 +81,9 @@ class Supervisor:
         self._stop_children()
         if (learner := self.learner) is not None and (learner.popen is None or learner.popen.returncode != 0):
             lost = processes.last_line(learner.log, learner.log_start) if learner.popen else "there was no learner"
-            reason = f"failed: no checkpoint was written at the end ({reason}): {lost}"
+            if lost not in reason:
+                reason = f"failed: no checkpoint was written at the end ({reason}): {lost}"
+            reason = f"{reason}; {checkpoints.what_is_left(self.run_dir)}"
             logger.error(reason)
         events.close([self.observation_ready, self.transition_ready, *self.wake])
         self._sockets.close()
@@ -165,6 +168,8 @@ class Supervisor:
             how = self._kill_if_silent(child, popen)
             if (code := popen.poll()) is None:
                 continue
+            if code == processes.FATAL:
+                return f"failed: {processes.last_line(child.log, child.log_start)}"
             if child is self.workers.template:
                 how = self.workers.problem or how
             message = f"{program('doctor')} looks for the reason"
@@ -216,11 +221,26 @@ class Supervisor:
         """End the environment workers, then the others, so that the last checkpoint holds all transitions."""
         self.workers.end_template()
         workers = [child.popen for child in self.workers.by_lane if child.popen is not None]
-        models = [child.popen for child in self.models if child.popen is not None]
         self._tell_to_stop(Stop.WORKERS)
         if not processes.wait_all(workers, time.monotonic() + WORKERS_STOP_S + WORKER_STOP_S * len(workers)):
             processes.kill_all(workers)
         self._tell_to_stop(Stop.EVERYONE)
+        self._wait_models()
+        if (learner := self.learner) is not None and self._died_at_the_end(learner):
+            logger.warning("%s ended before it wrote the last checkpoint; another one writes it", learner.name)
+            self.restarts[learner.kind] += 1
+            learner.begin()
+            learner.popen = self._start_learner(learner)
+            self._wait_models()
+
+    def _died_at_the_end(self, learner: Child) -> bool:
+        """Whether the learner is gone without the last checkpoint, and a successor can be expected to write it."""
+        code = None if learner.popen is None else learner.popen.returncode
+        return code not in (0, processes.FATAL) and learner.quick_failures < QUICK_FAILURES
+
+    def _wait_models(self) -> None:
+        """Wait until inference and learner have ended; kill who takes too long."""
+        models = [child.popen for child in self.models if child.popen is not None]
         told, learner = time.monotonic(), self.learner
         while not processes.wait_all(models, time.monotonic() + 0.2):
             since, patience_s = told, MODELS_STOP_S
