@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -278,11 +279,19 @@ def main(argument: str) -> None:
     try:
         learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
         learn(learner, publisher, job["transition_ready_fd"])
+    except Diverged as error:
+        end_for_good(error)
+    try:
         learner.last_checkpoint()
     except (Diverged, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(FATAL)
+        end_for_good(error)
     publisher.close()
+
+
+def end_for_good(error: Exception) -> NoReturn:
+    """End this process as one whose successor would fail likewise."""
+    print(error, file=sys.stderr)
+    sys.exit(FATAL)
 
 
 def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -> None:
