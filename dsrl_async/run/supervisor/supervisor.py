@@ -11,6 +11,7 @@ from typing import Any
 from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
 from dsrl_async.host.machine import cpu_threads
+from dsrl_async.host.vigil import Vigil
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_secret
 from dsrl_async.run.supervisor.child import Child, Kind
@@ -58,6 +59,7 @@ class Supervisor:
         self.workers = Workers(session, self.wake, notify_fds, programs[Kind.WORKER])
         self.children = [*self.models, self.workers.template, *self.workers.by_lane]
         self.restarts = {kind.value: 0 for kind in (Kind.WORKER, Kind.INFERENCE, Kind.LEARNER, Kind.TEMPLATE)}
+        self._vigil = Vigil(self.config.heartbeat_timeout_s)
         self._graphs = {
             Kind.INFERENCE: self.counters.inference_graphs,
             Kind.LEARNER: self.counters.learner_graphs,
@@ -162,6 +164,7 @@ class Supervisor:
 
     def _give_up_dead(self) -> str | None:
         """Kill who hangs, and count who has ended as missing; returns why the run must end, if it must."""
+        self._vigil.look()
         for child in self.children:
             if (popen := child.popen) is None:
                 continue
@@ -198,7 +201,7 @@ class Supervisor:
                 patience_s = LOADING_S
             if child is self.inference:
                 beat = max(beat, int(self.counters.inference_loading_ns[0]) * 1e-9)
-        silent_s = time.monotonic() - beat
+        silent_s = self._vigil.silent_s(beat)
         if silent_s <= patience_s:
             return ""
         processes.kill_all([popen])
@@ -243,11 +246,12 @@ class Supervisor:
         models = [child.popen for child in self.models if child.popen is not None]
         told, learner = time.monotonic(), self.learner
         while not processes.wait_all(models, time.monotonic() + 0.2):
+            self._vigil.look()
             since, patience_s = told, MODELS_STOP_S
             if learner is not None and learner.popen is not None and learner.popen.poll() is None:
                 # It may take long over the last checkpoint, or still be starting, but not in silence.
                 since, patience_s = max(told, self._last_beat(learner) or 0.0), CHECKPOINT_SILENCE_S
-            if time.monotonic() - since > patience_s:
+            if self._vigil.silent_s(since) > patience_s:
                 break
         processes.kill_all(models)
 

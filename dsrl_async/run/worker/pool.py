@@ -18,6 +18,7 @@ from typing import Any
 from dsrl_async.config.settings import Config
 from dsrl_async.host import processes
 from dsrl_async.host.processes import Process, Program
+from dsrl_async.host.vigil import Vigil
 from dsrl_async.run.worker.template import WORKER, Template, TemplateError
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena, Fields
@@ -73,6 +74,7 @@ class WorkerPool:
     ) -> None:
         self._config, self._fields, self._evaluation, self._program = config, fields, evaluation, program
         self._start_limit_s, self._meanwhile = start_limit_s, meanwhile
+        self._vigil = Vigil(config.heartbeat_timeout_s)
         self.workers: list[Process] = []
 
     def __enter__(self) -> WorkerPool:
@@ -135,8 +137,7 @@ class WorkerPool:
     def check(self, lane: int) -> None:
         """Raise RuntimeError if the worker of a lane has ended or hangs."""
         heard_ns = max(self._started_ns, int(self._counters.actor_heartbeat_ns[lane]))
-        silence_s = self._config.heartbeat_timeout_s
-        check_alive(f"environment process {lane}", self.workers[lane], heard_ns, silence_s, self._log(lane))
+        self._check_alive(f"environment process {lane}", self.workers[lane], heard_ns, self._log(lane))
 
     def end_template(self) -> None:
         """End the template, which frees what only it has in memory; the workers live on."""
@@ -149,8 +150,12 @@ class WorkerPool:
     def _check_template(self) -> None:
         self._meanwhile()
         heard_ns = max(self._started_ns, int(self._counters.template_heartbeat_ns[0]))
-        silence_s, log = self._config.heartbeat_timeout_s, self.logs / "template.log"
-        check_alive("the environment workers' template", self._template.popen, heard_ns, silence_s, log)
+        log = self.logs / "template.log"
+        self._check_alive("the environment workers' template", self._template.popen, heard_ns, log)
+
+    def _check_alive(self, name: str, process: Process, heard_ns: int, log: Path) -> None:
+        self._vigil.look()
+        check_alive(name, process, self._vigil.silent_s(heard_ns * 1e-9), self._config.heartbeat_timeout_s, log)
 
     def _pause(self, deadline: float, what: str) -> None:
         """Wait a little; raise RuntimeError, which says what was awaited, if the `deadline` has passed."""
@@ -162,14 +167,13 @@ class WorkerPool:
         return self.logs / f"actor-{lane:03d}.log"
 
 
-def check_alive(name: str, process: Process, heard_ns: int, silence_s: float, log: Path) -> None:
-    """Raise RuntimeError if a process, last heard of at `heard_ns` (time.monotonic_ns), has ended or hangs."""
+def check_alive(name: str, process: Process, silent_s: float, patience_s: float, log: Path) -> None:
+    """Raise RuntimeError if a process has ended, or hangs: it has been silent for longer than `patience_s`."""
     if (code := process.poll()) is not None:
         if code < 0:
             raise WorkerLost(f"{name} ended ({processes.how_ended(code)})")
         raise RuntimeError(f"{name} ended ({processes.how_ended(code)}): {processes.last_line(log)}")
-    silent_s = (time.monotonic_ns() - heard_ns) * 1e-9
-    if silent_s > silence_s:
+    if silent_s > patience_s:
         raise WorkerLost(f"{name} has given no sign of life for {silent_s:.0f} s")
 
 

@@ -163,9 +163,18 @@ def test_killed_processes_are_replaced_and_the_run_goes_on(tmp_path: Path) -> No
     assert result["replay_ratio"] == pytest.approx(1.0, abs=0.15)
 
 
-def test_frozen_process_is_replaced(tmp_path: Path) -> None:
+def test_frozen_process_is_replaced_and_a_frozen_job_goes_on(tmp_path: Path) -> None:
     run = Launched(tmp_path / "run", *SMALL, "--heartbeat-timeout-s", "4")
     run.wait_learning()
+    job = [run.process, *run.children()]
+    for process in job:
+        process.suspend()
+    time.sleep(5.5)
+    for process in job:  # the supervisor is the first to look
+        process.resume()
+    updates = run.figures()["updates"]
+    run.wait_for(lambda figures: figures["updates"] > updates + 20)
+    assert {process.pid for process in job[1:]} == {child.pid for child in run.children()}
     frozen = run.children("worker")[0]
     frozen.suspend()
     run.wait_for(lambda _: not psutil.pid_exists(frozen.pid), timeout_s=20)

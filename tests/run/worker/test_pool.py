@@ -234,11 +234,10 @@ def test_what_cannot_be_started_leaves_nothing(
 def test_an_environment_process_that_hangs_or_ends_is_reported(tmp_path: Path) -> None:
     log = tmp_path / "actor-000.log"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        now = time.monotonic_ns()
-        check_alive("process 0", process, now - 10 * 10**9, 60.0, log)
+        check_alive("process 0", process, 10.0, 60.0, log)
         with pytest.raises(RuntimeError, match=r"process 0 has given no sign of life for 9\d s"):
-            check_alive("process 0", process, now - 90 * 10**9, 60.0, log)
+            check_alive("process 0", process, 90.0, 60.0, log)
         process.communicate(b"\n")
         log.write_text("something\nno more memory\n")
         with pytest.raises(RuntimeError, match=r"process 0 ended \(exit code 0\): no more memory"):
-            check_alive("process 0", process, now, 60.0, log)
+            check_alive("process 0", process, 0.0, 60.0, log)

@@ -159,6 +159,8 @@ class Launch:
         code, summary, stderr = self.popen.returncode, self.summary(), self.stderr.read_text(errors="replace")
         found = []
         disk = self.disturbed("disk full", "deleted")
+        if self.disturbed("SIGINT") and "init_import_site" in stderr:
+            return []  # Python itself had not got to the command yet
         if "Traceback" in stderr:
             found.append(("traceback", stderr[-600:]))
         killed = any(hit.name == "supervisor" and hit.what in ("SIGKILL", "SIGSEGV") for hit in self.hits)
