@@ -339,7 +339,8 @@ def _read_state(saved: Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"{path} is damaged: {where}{': ' * bool(where)}{first['msg']}") from error
-    if (valid.files is not None or saved.name == RECOVERY) and valid.sha256 != _digest(state):
+    hashed = valid.sha256 is not None or valid.files is not None or saved.name == RECOVERY
+    if hashed and valid.sha256 != _digest(state):
         raise ValueError(f"{path} is damaged: what it says does not have the hash that it names")
     return state
 
@@ -484,8 +485,10 @@ def has_replay(saved: Path) -> bool:
 
 
 def read_lane(path: Path, ring: ReplayRing) -> dict[str, np.ndarray]:
-    """The rows of a lane; raises ValueError with one sentence if they are damaged or do not fit the ring."""
-    check_regular(path)
+    """The rows of a lane, whose file has been checked.
+
+    Raises ValueError with one sentence if they are damaged or do not fit the ring.
+    """
     try:
         rows = load_file(path)
     except Exception as error:  # whatever safetensors and numpy may say

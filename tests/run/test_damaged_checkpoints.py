@@ -134,6 +134,7 @@ def test_the_file_is_named_and_the_older_whole_checkpoint(
     change(new, old)
     sentence = refused(config, run_dir)
     assert name in sentence.partition("; ")[0]
+    assert "bytes" in sentence or damage not in ("agent cut", "agent longer", "lane cut")
     assert sentence.endswith(f"; an older one is whole: --resume {old}")
     (old / "agent.safetensors").unlink()
     assert "whole" not in refused(config, run_dir)
@@ -188,6 +189,8 @@ def test_rows_that_cannot_be_are_refused_though_the_hashes_are_right(
     rows, (name, value) = load_file(new / LANE), ROWS[what]
     rows[name] = rows[name].copy()
     rows[name][-1 if name == "complete" else 0] = value
+    if name == "complete":
+        rows["steps"] = np.maximum(rows["steps"], 1)
     save_file(rows, new / LANE)
     resign(new)
     assert f"{LANE} is damaged" in refused(config, run_dir)
@@ -295,22 +298,17 @@ def test_a_state_with_anything_in_it_is_taken_or_refused_in_one_sentence(
     assert np.isfinite(counters.control_wall_s).all()
 
 
-@settings(max_examples=int(os.environ.get("DSRL_FUZZ_EXAMPLES", "60")), deadline=None)
-@given(data=st.data())
-def test_a_flipped_or_cut_byte_of_a_state_is_refused(mutants: list[Path], data: st.DataObject) -> None:
+def test_a_state_with_any_byte_changed_or_cut_off_there_is_refused(mutants: list[Path]) -> None:
+    """Names, too: without its `files`, a checkpoint would look like one from before there were hashes."""
     path = mutants[0] / "state.json"
     original = path.read_bytes()
-    content = bytearray(original)
-    position = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        content[position] ^= 1 << data.draw(st.integers(0, 7))
-    else:
-        del content[position:]
     try:
-        path.write_bytes(content)
-        with pytest.raises(ValueError) as caught:  # noqa: PT011 (any sentence)
-            checkpoints.read_state(mutants[0])
-        assert "\n" not in str(caught.value)
+        for position, byte in enumerate(original):
+            for rest in [bytes([byte ^ 1]) + original[position + 1 :], b""][: 1 + (position % 16 == 0)]:
+                path.write_bytes(original[:position] + rest)
+                with pytest.raises(ValueError) as caught:  # noqa: PT011 (any sentence)
+                    checkpoints.read_state(mutants[0])
+                assert "\n" not in str(caught.value)
     finally:
         path.write_bytes(original)
 
