@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{option} is no longer an option: {DELETED_OPTIONS[key]}")
             known = self._option_string_actions
             message += suggestion(option, known, "options", "--help-all" if "--help-all" in known else "--help")
-        raise ConfigError(message)
+        raise ConfigError(untrusted.in_one_line(message))
 
 
 class _HelpAll(argparse.Action):
@@ -188,11 +189,11 @@ def find_run(given: Path) -> Path:
 
     A run's checkpoints are where one finds them in it, wherever links lead to from there.
     """
-    if (given / "config.yaml").is_file():
+    if os.path.isfile(given / "config.yaml"):
         return given
     for place in (given.absolute(), given.resolve()):
         for checkpoints in (place, place.parent):
-            if checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file():
+            if checkpoints.name == "checkpoints" and os.path.isfile(checkpoints.parent / "config.yaml"):
                 return checkpoints.parent
     raise ConfigError(
         f"--resume {given}: not a run directory, since it has no config.yaml, nor a checkpoint in one; give one like "

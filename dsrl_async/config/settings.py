@@ -25,6 +25,9 @@ from dsrl_async.untrusted import shown
 class ConfigError(ValueError):
     """A setting is wrong; the message is one sentence that says which, and how to mend it."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # it may quote a path, or what a user wrote
+
 
 MOST_ACTORS = 4096
 """Upper limit on `actors`."""

@@ -34,6 +34,7 @@ from dsrl_async.envs import libero_init_states
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
 LARGEST = 2_000_000
 """Bytes of a text file of LIBERO at most; its largest has 80 kB."""
+LONGEST_PATH = 4096
 NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 """A task's name, which is that of its files: no path."""
 ASSET_DIRECTORIES = (
@@ -87,7 +88,7 @@ def _user_paths() -> dict[str, str]:
     if not isinstance(written, dict):
         raise ValueError(f"{file} must hold lines such as `bddl_files: DIRECTORY`")
     for name, path in written.items():
-        if not isinstance(path, str) or not path:
+        if not isinstance(path, str) or not path.isprintable() or not 0 < len(path) < LONGEST_PATH:
             raise ValueError(f"{file}: {untrusted.shown(name)} must be a directory, not {untrusted.shown(path)}")
     return written
 
@@ -193,7 +194,7 @@ def task_names(suite: str) -> tuple[str, ...]:
     text = untrusted.read_text(file, LARGEST)
     try:
         with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(text)
+            tree = ast.parse(text, str(file))
         values = [
             ast.literal_eval(statement.value) for statement in tree.body if _assigns(statement, "libero_task_map")
         ]

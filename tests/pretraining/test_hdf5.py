@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,25 +12,9 @@ import h5py
 import numpy as np
 import pytest
 from rich.console import Console
+from support.demonstrations import write_file
 
 from dsrl_async.pretraining import hdf5, libero, tabletop
-
-
-def write_file(path: Path, frames: int = 3, size: int = 8) -> None:
-    """Two demonstrations of a made-up task."""
-    with h5py.File(path, "w") as file:
-        data = file.create_group("data")
-        data.attrs.update(suite="libero_spatial", task="a", task_id=0, seed=5, language_instruction="do it")
-        data.attrs.update(versions="{}", render_quality="fast", image_size=size, settling_steps=10)
-        for number in range(2):
-            demo = data.create_group(f"demo_{number}")
-            demo.attrs["init_state"] = number
-            demo["actions"] = np.zeros((frames, 7), np.float32)
-            observed = demo.create_group("obs")
-            for name in libero.CAMERAS:
-                observed.create_dataset(name, data=np.zeros((frames, size, size, 3), np.uint8), compression="gzip")
-            for name, width in (("robot_state", 8), ("target_position", 3), ("goal_position", 3)):
-                observed[name] = np.zeros((frames, width), np.float32)
 
 
 @pytest.fixture
@@ -160,3 +146,21 @@ def test_damaged_demonstrations_of_the_tabletop_are_one_sentence(tmp_path: Path)
         path.write_bytes(content)
         with pytest.raises(ValueError, match=words):
             tabletop.read_demonstrations(path, None, None, "")  # type: ignore[arg-type]  # they are not reached
+
+
+def hang(path: Path, sender: object) -> None:
+    time.sleep(60)
+
+
+def crash(path: Path, sender: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("behaviour", "words"), [(hang, "was not read within 1 s"), (crash, "ended the process")])
+def test_a_file_over_which_the_library_hangs_or_crashes_is_one_sentence(
+    file: Path, monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[Path, object], None], words: str
+) -> None:
+    monkeypatch.setattr(hdf5, "SECONDS", 0.5)
+    monkeypatch.setattr(hdf5, "_read_all", behaviour)
+    with pytest.raises(ValueError, match=words):
+        read(file)
