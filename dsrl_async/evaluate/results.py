@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from rich.table import Table
 from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.evaluate.resolve import SETTINGS, Evaluation
-from dsrl_async.host.files import temporary_path, write_text
+from dsrl_async.host.files import open_to_append, temporary_path, write_text
 
 BEFORE_SETTINGS = ("episodes.jsonl", temporary_path(Path("settings.json")).name)
 """Files that an evaluation leaves which is killed just after its start."""
@@ -126,7 +127,7 @@ class ResultDirectory:
             if not settings_file.is_file() and any(path.name not in BEFORE_SETTINGS for path in directory.iterdir()):
                 raise ConfigError(f"--out {directory}: it is not empty and holds no evaluation; choose another one")
             # Opened first: it is the lock.
-            self._file = (directory / "episodes.jsonl").open("a+b")
+            self._file = os.fdopen(open_to_append(directory / "episodes.jsonl"), "a+b")
             try:
                 self._lock()
                 if settings_file.is_file():

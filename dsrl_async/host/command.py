@@ -41,15 +41,25 @@ def guard(command: Callable[[], int]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if is_interrupt(error):
             code, sentence = 128 + signal.SIGINT, "interrupted"
-        elif isinstance(error, ValueError | OSError | RuntimeError) and not sys.flags.dev_mode:
+        elif isinstance(error, SENTENCES) and not sys.flags.dev_mode:
             if isinstance(error, BrokenPipeError):
                 discard_output()
-            code, sentence = 2 if isinstance(error, ValueError) else 1, f"error: {str(error) or type(error).__name__}"
+            code, sentence = 2 if isinstance(error, ValueError) else 1, f"error: {what_is_wrong(error)}"
         else:
             raise
     with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr)
     return code
+
+
+SENTENCES = (ValueError, OSError, RuntimeError)
+"""Exceptions that say what is wrong in a sentence."""
+
+
+def what_is_wrong(error: BaseException) -> str:
+    """The sentence of an exception, or at least its name."""
+    name = type(error).__name__
+    return str(error) or name if isinstance(error, SENTENCES) else f"{name}: {error}"
 
 
 def is_interrupt(error: BaseException | None) -> bool:

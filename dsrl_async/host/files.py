@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file, see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def open_to_append(path: Path) -> int:
+    """Open a file, which is made if there is none, to read it and to write behind its end; returns a descriptor.
+
+    Raises OSError, also if something else than a file is there: a link, which may lead to a file of somebody else's, or
+    a pipe, which may make the writer wait.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    fd = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return fd
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import json
@@ -21,6 +22,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 """A thread that waits for others of its team sleeps. By default it spins on a core that the one it waits for may need:
 other processes want the cores, too (docs/measurements/threads.md)."""
+LAST_BYTES, LONGEST_MESSAGE = 1 << 16, 2000
+"""How much of a log is read for its last line, and how long that may be."""
 REAP_S = 5.0
 """A killed process that is still there after this many seconds is stuck in the kernel, and left to it."""
 
@@ -58,18 +61,19 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
     argument = json.dumps({**job, "parent": os.getpid(), "threads": threads})
     tied = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid())]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, tether.LEFT_TO_THE_PARENT)  # until the child ignores them
+    output = logs.open_log(log)
     try:
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                [*tied, sys.executable, "-m", module, argument],
-                pass_fds=tuple(fds),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                env=environment,
-            )
+        return subprocess.Popen(
+            [*tied, sys.executable, "-m", module, argument],
+            pass_fds=tuple(fds),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=environment,
+        )
     finally:
+        os.close(output)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -120,10 +124,20 @@ def kill_all(children: Iterable[Process]) -> None:
 
 def how_ended(code: int) -> str:
     """A process's return code in words."""
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:  # most real-time signals have no name
+        return f"killed by signal {-code}"
 
 
 def last_line(log: Path, since: int = 0) -> str:
-    """The last line of a log file after its first `since` bytes, for an error message."""
-    text = log.read_bytes()[since:].decode(errors="replace").strip() if log.is_file() else ""
-    return text.splitlines()[-1].strip() if text else "it left no message"
+    """The last line of a log file after its first `since` bytes, for an error message; cut where it is very long."""
+    text = ""
+    with contextlib.suppress(OSError):
+        fd = os.open(log, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            file.seek(max(since, os.fstat(fd).st_size - LAST_BYTES))
+            text = file.read(LAST_BYTES).decode(errors="replace").strip()
+    return text.splitlines()[-1].strip()[-LONGEST_MESSAGE:] if text else "it left no message"

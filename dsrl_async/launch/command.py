@@ -18,12 +18,14 @@ from typing import Any
 from dsrl_async.config.command_line import load_config, make_paths_absolute, program
 from dsrl_async.config.load import to_yaml
 from dsrl_async.host import logs
+from dsrl_async.host.command import what_is_wrong
 from dsrl_async.host.files import write_text
 from dsrl_async.host.output import say
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.preflight import CheckedRun
+from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.child import Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
@@ -38,7 +40,8 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
 
     Raises:
         ValueError: the run cannot be started so; ConfigError is one.
-        OSError: the run cannot be set up.
+        KeyboardInterrupt: a signal came before anything was started.
+        RuntimeError: the run has failed; its summary is written and printed.
     """
     stop = StopRequest()
     config = load_config(argv)
@@ -50,24 +53,37 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     preflight.check_descriptors(config)
     if not config.serial:
         preflight.check_channel()
+    if stop.reason:  # nothing was started yet
+        raise KeyboardInterrupt
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
-        summary = run(checked, run_dir, stop, programs)
+        try:
+            summary = run(checked, run_dir, stop, programs)
+        except ValueError:  # what was given cannot be used, and nothing was started
+            raise
+        except Exception as error:
+            logger.exception("error in the run")
+            summary = {"run_dir": str(run_dir), "exit_reason": ending.failure(what_is_wrong(error))}
+    with contextlib.suppress(OSError):
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     say(json.dumps(summary))  # if nobody takes it, the run did what it was for all the same
-    return 1 if summary["exit_reason"].startswith("failed") else 0
+    if ending.has_failed(summary["exit_reason"]):
+        raise RuntimeError(ending.what_failed(summary["exit_reason"]))
+    return 0
 
 
 def run(
     checked: CheckedRun, run_dir: Path, stop: StopRequest, programs: Mapping[Kind, Program] = PROGRAMS
 ) -> dict[str, Any]:
-    """Run in an opened run directory; returns the summary, which is also written there.
+    """Run in an opened run directory; returns the summary.
 
     Raises:
-        ValueError, OSError: a checkpoint cannot be used, or the run cannot be set up; nothing was started.
+        ValueError: a checkpoint cannot be used; nothing was started.
+        Exception: of any other kind, if the run cannot be set up.
     """
     config = checked.config
     with contextlib.closing(make_console(config)) as console:
-        logs.set_up(console.handler, logging.FileHandler(run_dir / "logs" / "supervisor.log"))
+        logs.set_up(console.handler, logs.LogFile(run_dir / "logs" / "supervisor.log"))
         made_with, changes = preflight.made_with(checked), []
         if config.resume is not None:
             changes = preflight.check_resume(config, run_dir)
@@ -82,27 +98,31 @@ def run(
             logger.info("resumed with changes: %s", ", ".join(changes))
         if (untried := order.warning(platform.machine())) is not None:
             logger.warning(untried)
-        if config.serial:
-            from dsrl_async.run.supervisor.serial import run_serial
+        try:
+            if config.serial:
+                from dsrl_async.run.supervisor.serial import run_serial
 
-            try:
                 summary = run_serial(session)
-            except RuntimeError:
-                logger.exception("error in the run")  # the command itself says no more than a sentence
-                raise
-        else:
-            summary = Supervisor(session, programs).run()
+            else:
+                summary = Supervisor(session, programs).run()
+        except Exception as error:
+            logger.exception("error in the run")  # the command itself says no more than a sentence
+            summary = session.finish(ending.failure(what_is_wrong(error)), {})
         if session.resumed_from is not None:
             summary["resumed"] = {"from": str(session.resumed_from), "changes": changes}
         checkpoints.remove_recovery(run_dir)
-        saved = checkpoints.latest(run_dir)
-        if saved is not None and not checkpoints.has_replay(saved):
-            logger.warning("the last checkpoint has no replay buffer, for want of room: a resume warms up again")
-        if saved is not None and not summary["exit_reason"].startswith("failed"):
-            more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""
-            logger.info("to go on: %s --resume %s%s", program("launch"), run_dir, more)
-            if summary["updates"]:
-                logger.info("to see how good it is: %s --checkpoint %s", program("evaluate"), run_dir)
-    with contextlib.suppress(OSError):
-        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        with contextlib.suppress(OSError, ValueError):
+            say_how_to_go_on(run_dir, summary)
     return summary
+
+
+def say_how_to_go_on(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Log the commands that continue a run and evaluate it."""
+    saved = checkpoints.latest(run_dir)
+    if saved is not None and not checkpoints.has_replay(saved):
+        logger.warning("the last checkpoint has no replay buffer, for want of room: a resume warms up again")
+    if saved is not None and not ending.has_failed(summary["exit_reason"]):
+        more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""
+        logger.info("to go on: %s --resume %s%s", program("launch"), run_dir, more)
+        if summary.get("updates"):
+            logger.info("to see how good it is: %s --checkpoint %s", program("evaluate"), run_dir)

@@ -145,6 +145,7 @@ def save(
     root = run_dir / "checkpoints"
     state = _state_of(counters, replay)
     updates, decisions = _numbers(state)
+    root.mkdir(exist_ok=True)  # but not the run directory, should that be gone
     _clear_abandoned(root)
     final = root / f"{updates:08d}-{decisions:08d}"
     while os.path.lexists(final) or os.path.lexists(temporary_path(final)):

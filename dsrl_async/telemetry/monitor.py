@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from dsrl_async.config.settings import Config
+from dsrl_async.host.files import open_to_append
 from dsrl_async.shm.counters import (
     ACTOR_PHASES,
     HISTORY_POINTS,
@@ -121,7 +123,7 @@ class RunMonitor:
         self.config, self.metric_names, self.resumed_wall_s = config, metric_names, resumed_wall_s
         self._clock = clock
         self._writer = EventFile(run_dir / "tensorboard")
-        self._lines = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self._lines = os.fdopen(open_to_append(run_dir / "metrics.jsonl"), "a", buffering=1)
         self._start_time = clock()
         self._start = totals(start)
         self._ticks = deque([(self._start_time, self._start)])

@@ -300,6 +300,33 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
         preflight.open_run_directory(validate({"run_dir": str(tmp_path / "file" / "run")}))
 
 
+def test_a_default_directory_is_made_by_one_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # as all see it before the first has made one
+    opened = [preflight.open_run_directory(validate({})) for _ in range(24)]
+    assert len({run_dir for run_dir, _ in opened}) == 24
+    for _, lock in opened:
+        lock.close()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    for unusable in (lambda: Path("runs").symlink_to("nothing"), lambda: Path("runs").touch()):
+        unusable()
+        with pytest.raises(ConfigError, match="cannot write to runs"):
+            preflight.open_run_directory(validate({}))
+        Path("runs").unlink()
+
+
+def test_a_lock_that_leads_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, victim = tmp_path / "run", tmp_path / "victim"
+    monkeypatch.setattr("dsrl_async.run.preflight.run_directory.choose_run_directory", lambda _: run_dir)
+    run_dir.mkdir()
+    victim.write_text("mine")
+    (run_dir / "lock").symlink_to(victim)
+    with pytest.raises(ConfigError, match=r"cannot write to .*/run"):
+        preflight.open_run_directory(validate({"run_dir": str(run_dir)}))
+    assert victim.read_text() == "mine"
+
+
 def test_the_command_says_it_on_stderr_and_exits_with_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsrl_async.launch", "--sac.gama", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
+import os
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.host.files import open_to_append
 from dsrl_async.run import checkpoints
 from dsrl_async.run.preflight.resume import check_resume
+
+RUNS = Path("runs")
+"""Where a run is written to that was given no directory."""
 
 
 def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
@@ -20,11 +27,13 @@ def open_run_directory(config: Config) -> tuple[Path, IO[str]]:
         ConfigError: it cannot be written, holds another run, belongs to a run that is going on, or has nothing that
             this configuration could continue.
     """
-    run_dir = choose_run_directory(config)
+    run_dir = RUNS if config.run_dir is None else choose_run_directory(config)
     try:
+        if config.run_dir is None:
+            run_dir = _make_default(config)
         for directory in (run_dir / "logs", run_dir / "checkpoints"):
             directory.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "lock").open("w")
+        lock = os.fdopen(open_to_append(run_dir / "lock"), "a")
     except OSError as error:
         raise ConfigError(f"run_dir: cannot write to {run_dir}: {error.strerror}") from error
     try:
@@ -41,9 +50,7 @@ def choose_run_directory(config: Config) -> Path:
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
     else:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
-        names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-        run_dir = next(path for path in map(Path("runs").joinpath, names) if not path.exists())
+        run_dir = next(path for path in _default_names(config) if not path.exists())
     if config.resume is not None:
         check_resume(config, run_dir)
     elif run_dir.is_dir() and any(run_dir.iterdir()):
@@ -51,3 +58,18 @@ def choose_run_directory(config: Config) -> Path:
         advice = f"continue it with --resume {run_dir}" if saved else "delete it: nothing was saved there"
         raise ConfigError(f"run_dir: {run_dir} is not empty; choose another one, or {advice}")
     return run_dir
+
+
+def _default_names(config: Config) -> Iterator[Path]:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
+    return (RUNS / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+
+
+def _make_default(config: Config) -> Path:
+    """Make the first directory that there is not yet, even if another run does so at the same moment."""
+    RUNS.mkdir(exist_ok=True)
+    for run_dir in _default_names(config):
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir()
+            return run_dir
+    raise AssertionError("there is always a next name")

@@ -20,6 +20,7 @@ from dsrl_async.run import checkpoints
 from dsrl_async.run.inference.policies import Policies, load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.learner.learner import Diverged, Learner
+from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.weights import decode
 from dsrl_async.run.worker.worker import Lane
@@ -53,22 +54,23 @@ def run_serial(session: Session) -> dict[str, Any]:
             if session.tick_due():
                 session.tick({})
     except Diverged as error:
-        reason = f"failed: {error}; {checkpoints.what_is_left(session.run_dir)}"
+        reason = ending.failure(f"{error}; {checkpoints.what_is_left(session.run_dir)}")
     else:
-        reason = end_learning(learner, reason)
+        reason = end_learning(session, learner, reason)
     for lane in lanes:
         lane.env.close()
     return session.finish(reason, {})
 
 
-def end_learning(learner: Learner, reason: str) -> str:
+def end_learning(session: Session, learner: Learner, reason: str) -> str:
     """Write the last checkpoint; returns `reason`, or why there is none."""
+    why = session.missing_directory()
     try:
-        learner.last_checkpoint()
+        if why is None:
+            learner.last_checkpoint()
     except (Diverged, OSError) as error:
-        left = checkpoints.what_is_left(learner.run_dir)
-        return f"failed: no checkpoint was written at the end ({reason}): {error}; {left}"
-    return reason
+        why = str(error)
+    return reason if why is None else ending.without_checkpoint(reason, why, checkpoints.what_is_left(session.run_dir))
 
 
 def join(

@@ -13,6 +13,7 @@ from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.set_aside import chosen, set_aside
+from dsrl_async.run.supervisor import ending
 from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
@@ -106,6 +107,16 @@ class Session:
             self._saves = saves
             logger.info("the checkpoint that a signal asked for is written")
 
+    def missing_directory(self) -> str | None:
+        """Says that the run directory was deleted or moved, if so: nothing can be saved there, no process be started."""
+        try:
+            (self.run_dir / "config.yaml").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return f"the run directory {self.run_dir} is gone, or its config.yaml"
+        except OSError:  # a file system that does not answer may do so again
+            pass
+        return None
+
     def tick_due(self) -> bool:
         return time.monotonic() >= self._next_tick
 
@@ -114,6 +125,8 @@ class Session:
         config, view = self.config, self._view
         if self._stop.reason:
             return self._stop.reason
+        if (gone := self.missing_directory()) is not None:
+            return ending.failure(gone)
         if config.max_minutes is not None and time.monotonic() - self._begin >= config.max_minutes * 60:
             return "max_minutes"
         if config.max_decisions is not None and self.counters.decisions() >= config.max_decisions:
@@ -129,11 +142,15 @@ class Session:
         return None
 
     def finish(self, reason: str, pids: Pids) -> dict[str, Any]:
-        """Last figures and the summary; the monitor is closed."""
-        profile = {}
-        if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it
-            profile, self._profiler = {"bottleneck": self._write_profile(self._profiler)}, None
-        self.tick(pids)
-        summary = self.monitor.summary()
-        self.monitor.close()
-        return {"run_dir": str(self.run_dir), "exit_reason": reason, **summary, **profile}
+        """The summary, with last figures; the monitor is closed. Whatever goes wrong with the figures, it is there."""
+        summary: dict[str, Any] = {"run_dir": str(self.run_dir), "exit_reason": reason}
+        try:
+            profile = {}
+            if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it
+                profile, self._profiler = {"bottleneck": self._write_profile(self._profiler)}, None
+            self.tick(pids)
+            summary |= {**self.monitor.summary(), **profile}
+            self.monitor.close()
+        except Exception:
+            logger.exception("the figures of the summary are missing")
+        return summary

@@ -14,6 +14,7 @@ from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.vigil import Vigil
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_secret
+from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.workers import Workers
@@ -76,21 +77,38 @@ class Supervisor:
         try:
             reason = self._watch()
         except Exception as error:
-            logger.exception("error in the supervisor")
-            reason = f"failed: {type(error).__name__} in the supervisor: {error}"
+            reason = ending.failure(": ".join(self._own_error(error)))
         logger.info("stopping: %s", reason)
         pids = self.pids()
-        self._stop_children()
-        if (learner := self.learner) is not None and (learner.popen is None or learner.popen.returncode != 0):
-            lost = processes.last_line(learner.log, learner.log_start) if learner.popen else "there was no learner"
-            if lost not in reason:
-                reason = f"failed: no checkpoint was written at the end ({reason}): {lost}"
-            reason = f"{reason}; {checkpoints.what_is_left(self.run_dir)}"
+        try:
+            self._stop_children()
+        except Exception as error:
+            reason = ending.with_consequence(reason, *self._own_error(error))
+            processes.kill_all(child.popen for child in self.children if child.popen is not None)
+        if (why := self._why_nothing_was_saved()) is not None:
+            reason = ending.without_checkpoint(reason, why, checkpoints.what_is_left(self.run_dir))
             logger.error(reason)
         events.close([self.observation_ready, self.transition_ready, *self.wake])
         self._sockets.close()
         lost_updates = int(self.counters.learner_lost_updates[0])
         return {**self.session.finish(reason, pids), "restarts": self.restarts, "lost_updates": lost_updates}
+
+    def _own_error(self, error: Exception) -> tuple[str, str]:
+        """What is wrong with this process, and what the error says of it."""
+        logger.exception("error in the supervisor")
+        return f"{type(error).__name__} in the supervisor", str(error)
+
+    def _why_nothing_was_saved(self) -> str | None:
+        """Why there is no last checkpoint; None if there is one, or no learner that would write it."""
+        if (learner := self.learner) is None or (learner.popen is not None and learner.popen.returncode == 0):
+            return None
+        if (gone := self.session.missing_directory()) is not None:
+            return gone
+        if learner.popen is None or learner.popen.returncode is None:
+            return "there was no learner"
+        if (code := int(learner.popen.returncode)) < 0:
+            return f"the learner was {processes.how_ended(code)}"
+        return processes.last_line(learner.log, learner.log_start)
 
     def pids(self) -> dict[str, list[int]]:
         """The processes that there are, by the public name of their kind."""
@@ -172,7 +190,7 @@ class Supervisor:
             if (code := popen.poll()) is None:
                 continue
             if code == processes.FATAL:
-                return f"failed: {processes.last_line(child.log, child.log_start)}"
+                return ending.failure(processes.last_line(child.log, child.log_start))
             if child is self.workers.template:
                 how = self.workers.problem or how
             message = f"{program('doctor')} looks for the reason"
@@ -183,8 +201,8 @@ class Supervisor:
             quick = lived < QUICK_S or not self._got_somewhere(child)
             child.quick_failures = child.quick_failures + 1 if quick else 0
             if child.quick_failures >= QUICK_FAILURES:
-                return (
-                    f"failed: {child.name} ended {QUICK_FAILURES} times soon after its start ({how}): {message} "
+                return ending.failure(
+                    f"{child.name} ended {QUICK_FAILURES} times soon after its start ({how}): {message} "
                     f"(all of its output is in {child.log})"
                 )
             logger.warning("%s ended (%s) after %.0f s; starting it again, see %s", child.name, how, lived, child.log)
@@ -222,6 +240,8 @@ class Supervisor:
 
     def _stop_children(self) -> None:
         """End the environment workers, then the others, so that the last checkpoint holds all transitions."""
+        if self.session.missing_directory() is not None:  # there is no place for one
+            processes.kill_all(child.popen for child in self.models if child.popen is not None)
         self.workers.end_template()
         workers = [child.popen for child in self.workers.by_lane if child.popen is not None]
         self._tell_to_stop(Stop.WORKERS)
@@ -239,7 +259,8 @@ class Supervisor:
     def _died_at_the_end(self, learner: Child) -> bool:
         """Whether the learner is gone without the last checkpoint, and a successor can be expected to write it."""
         code = None if learner.popen is None else learner.popen.returncode
-        return code not in (0, processes.FATAL) and learner.quick_failures < QUICK_FAILURES
+        hopeless = learner.quick_failures >= QUICK_FAILURES or self.session.missing_directory() is not None
+        return code not in (0, processes.FATAL) and not hopeless
 
     def _wait_models(self) -> None:
         """Wait until inference and learner have ended; kill who takes too long."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dsrl_async.host import processes
+from dsrl_async.host.logs import open_log
 from dsrl_async.host.processes import Program
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
@@ -267,7 +268,7 @@ def _be_worker(
         ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
         connection.send(str(os.getpid()).encode())  # before anything that may fail, and by the only one who knows
         connection.close()
-        output = os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        output = open_log(Path(job["log"]))
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
