@@ -108,7 +108,7 @@ class Session:
             logger.info("the checkpoint that a signal asked for is written")
 
     def missing_directory(self) -> str | None:
-        """Says that the run directory was deleted or moved, if so: nothing can be saved there, no process be started."""
+        """Says that the run directory was deleted or moved, if so: nothing can be saved there."""
         try:
             (self.run_dir / "config.yaml").stat()
         except (FileNotFoundError, NotADirectoryError):
