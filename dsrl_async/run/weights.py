@@ -113,7 +113,7 @@ class WeightPublisher:
         prefix, _, path = channel.endpoint.partition("ipc://")
         self._path = None if prefix else Path(path)
         self._last: bytes | None = None
-        self._warned = False
+        self._warned = self._unplaced = False
         self._open()
 
     def _open(self) -> None:
@@ -155,9 +155,7 @@ class WeightPublisher:
         Where a cleaner of temporary directories has removed the socket, it is made again, or nobody new would find it.
         """
         if self._path is not None and not self._path.exists():
-            logger.warning("somebody has removed %s; it is made again", self._path)
-            self.close()
-            self._open()
+            self._make_again(self._path)
         joined = False
         for _ in range(MOST_REQUESTS):
             if not self._socket.poll(0):
@@ -173,6 +171,19 @@ class WeightPublisher:
                 self._open()
         if joined and self._last is not None:
             self._socket.send(self._last, copy=False)
+
+    def _make_again(self, path: Path) -> None:
+        try:
+            check_directory(path.parent)
+        except OSError as error:  # whoever is connected stays so
+            if not self._unplaced:
+                logger.warning("somebody has removed %s, and it cannot be made again: %s", path, error)
+            self._unplaced = True
+            return
+        logger.warning("somebody has removed %s; it is made again", path)
+        self._unplaced = False
+        self.close()
+        self._open()
 
     def close(self) -> None:
         self._socket.close()

@@ -110,6 +110,27 @@ def test_a_socket_that_a_cleaner_has_removed_is_made_again(ends: Ends) -> None:
         socket.close()
 
 
+def test_those_who_are_connected_stay_so_where_the_socket_cannot_be_made_again(
+    ends: Ends, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = WeightPublisher(ends.publisher)
+    publisher.publish(encode(1, LAYOUT, np.full(3, 1, np.float32)))
+    early = WeightSubscriber(ends.subscriber, LAYOUT, 3)
+    wait_for(early, publisher, 1)
+    directory = Path(ends.publisher.endpoint.removeprefix("ipc://")).parent
+    shutil.rmtree(directory)
+    directory.touch()
+    for _ in range(3):
+        publisher.serve_late_joiners()
+    publisher.publish(encode(2, LAYOUT, np.full(3, 2, np.float32)))
+    wait_for(early, publisher, 2)
+    assert caplog.text.count("cannot be made again") == 1
+    directory.unlink()
+    wait_for(early, publisher, 2)  # made again, and sent to all who come back
+    early.close()
+    publisher.close()
+
+
 # ---- whatever comes, the subscriber drops it or takes it; it never raises
 
 SIZE, LAST = 5, 10
@@ -150,13 +171,13 @@ def frames(draw: st.DrawFn) -> tuple[bytes, bool]:
             return draw(st.sampled_from([frame[:end], frame + draw(st.binary(min_size=1, max_size=64))])), False
         case "network":  # whole in itself
             layout, size = draw(st.sampled_from([(LAYOUT + 1, SIZE), (LAYOUT, SIZE - 1), (LAYOUT, SIZE + 1)]))
-            return encode(version, layout, np.resize(flat, size)), False
+            return encode(LAST, layout, np.resize(GOOD, size)), False
         case "crafted":  # with the right checksum, but of another length than its header says
-            values = np.resize(flat, draw(st.sampled_from([SIZE - 1, SIZE + 1]))).tobytes()
+            values = np.resize(GOOD, draw(st.sampled_from([SIZE - 1, SIZE + 1]))).tobytes()
             says = draw(st.sampled_from([SIZE, len(values) // 4]))
-            values = flat.tobytes() if says != SIZE else values
-            checksum = weights._checksum(LAYOUT, version, says, values)
-            return HEADER.pack(weights.MAGIC, LAYOUT, version, says, checksum) + values, False
+            values = GOOD.tobytes() if says != SIZE else values
+            checksum = weights._checksum(LAYOUT, LAST, says, values)
+            return HEADER.pack(weights.MAGIC, LAYOUT, LAST, says, checksum) + values, False
         case "mixed":
             other = encode(version, LAYOUT, GOOD[::-1].copy())
             cut = draw(st.integers(1, len(frame) - 1))
