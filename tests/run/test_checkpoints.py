@@ -48,22 +48,6 @@ def test_learner_follows_the_ratio_publishes_and_measures(
     assert np.isfinite(learner.counters.learner_metrics[METRIC_NAMES.index("train/sac/critic_loss")])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3e38])
-def test_learner_does_not_publish_what_is_not_finite(
-    small_config: Config, memory: Arena, run_dir: Path, caplog: pytest.LogCaptureFixture, value: float
-) -> None:
-    frames: list[bytes] = []
-    learner = make_learner(small_config, memory, run_dir, frames)
-    good = learner.agent.actor.flat[3].item()
-    learner.agent.actor.flat[3] = value
-    learner.publish()
-    assert len(frames) == 1  # the initial weights
-    assert "not finite" in caplog.text
-    learner.agent.actor.flat[3] = good
-    learner.publish()
-    assert len(frames) == 2
-
-
 def test_learner_does_nothing_while_a_batch_cannot_be_filled(
     small_config: Config, memory: Arena, run_dir: Path
 ) -> None:

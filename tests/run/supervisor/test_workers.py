@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,9 @@ import pytest
 
 from dsrl_async.config.load import validate
 from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host import processes
 from dsrl_async.host.processes import Program
+from dsrl_async.run.channel import Channel
 from dsrl_async.run.supervisor import workers
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.supervisor import LOADING_S, PROGRAMS, Supervisor
@@ -87,6 +92,35 @@ def test_names_are_those_of_logs_and_metrics(session: Any) -> None:
     for pid, child in enumerate(run.children):
         child.popen = None if child.number == 3 else PretendedProcess(pid)
     assert run.pids() == {"inference": [0], "learner": [1], "template": [2], "actor": [3, 4, 5, 7]}
+
+
+def test_what_a_model_process_is_told_for_all_to_see_holds_no_key(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[dict[str, Any], Channel]] = []
+
+    def start(module: str, job: dict[str, Any], fds: list[int], log: Path, threads: int) -> PretendedProcess:
+        assert job["channel_fd"] in fds
+        told.append((job, Channel(*json.loads(os.pread(job["channel_fd"], 10_000, 0)))))
+        return PretendedProcess(1)
+
+    session.run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10)
+    monkeypatch.setattr(processes, "start", start)
+    run = Supervisor(session)
+    run._start_missing()
+    assert [end for _, end in told] == [run._channel.subscriber, run._channel.publisher]
+    for job, end in told:
+        everything = json.dumps(job) + json.dumps(dict(os.environ))
+        assert not any(key in everything for key in end[1:])
+        assert end.endpoint not in everything
+    assert len({end.secret for _, end in told}) == 2  # and neither gets the other's
+    path = run._sockets.path
+    assert path.exists()
+    run._sockets.close()
+    assert not path.exists()
+    for job, _ in told:
+        with contextlib.suppress(OSError):  # closed, or another file by now
+            assert "channel" not in os.readlink(f"/proc/self/fd/{job['channel_fd']}")
 
 
 def test_without_a_program_there_is_no_learner(session: Any) -> None:
