@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ from pydantic.fields import FieldInfo
 
 from dsrl_async.config.load import get_key, leaf_fields, on_resume, set_key, validate
 from dsrl_async.config.settings import Config, ConfigError, OnResume, Section
-from dsrl_async.run.preflight.resume import changes
+from dsrl_async.run import checkpoints
+from dsrl_async.run.preflight.resume import changes, check_resume
+from dsrl_async.shm.counters import HISTORY_POINTS
 
 OTHER: dict[str, Any] = {
     "run_dir": "elsewhere",
@@ -145,3 +149,36 @@ def test_the_other_render_quality_is_announced_where_it_is_forced() -> None:
         "env.render_quality exact -> fast",
         "policy.ignore_render_quality false -> true",
     ]
+
+
+def saved_run(run_dir: Path, successes: list[int], unseen: list[int]) -> None:
+    """A run directory with one checkpoint, and what it keeps of the episodes."""
+    checkpoint = run_dir / "checkpoints" / "00000007-00000007"
+    checkpoint.mkdir(parents=True)
+    episodes = {
+        "successes": successes,
+        "history": [0.0] * HISTORY_POINTS,
+        "history_length": 0,
+        "unseen": [[0.0, 5.0, float(success)] for success in unseen],
+    }
+    counters = {key: [7] for key in (*checkpoints.SUMMED, *checkpoints.KEPT)}
+    state = {"format": checkpoints.FORMAT, "lanes": 1, "counters": counters, "episodes": episodes}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (run_dir / "config.yaml").write_text("seed: 3\n")
+
+
+def test_a_goal_that_was_reached_before_is_said(tmp_path: Path) -> None:
+    def resumed(run_dir: Path, goal: float | None) -> Config:
+        return validate({"seed": 3, "resume": str(run_dir), "run_dir": str(run_dir), "stop_at_success": goal})
+
+    reached, short, failing = tmp_path / "reached", tmp_path / "short", tmp_path / "failing"
+    saved_run(reached, [0] * 12 + [1] * 88, [1, 1])
+    saved_run(short, [1] * 97, [1, 1])
+    saved_run(failing, [1] * 95, [0] * 15)
+    message = r"^stop_at_success: the last 100 episodes reach 0\.9 already, 0\.85 is asked for; give a larger"
+    with pytest.raises(ConfigError, match=message):
+        check_resume(resumed(reached, 0.85), reached)
+    assert check_resume(resumed(reached, 0.95), reached) == ["stop_at_success null -> 0.95"]
+    assert check_resume(resumed(reached, None), reached) == []
+    assert check_resume(resumed(short, 0.5), short) == ["stop_at_success null -> 0.5"]
+    assert check_resume(resumed(failing, 0.9), failing) == ["stop_at_success null -> 0.9"]
