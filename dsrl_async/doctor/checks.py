@@ -350,6 +350,8 @@ def check_run_directory(config: Config, options: Options) -> Iterator[Finding]:
     except ConfigError:
         yield Finding("run directory", "ok", f"{run_dir} can be written, {free / GIB:.1f} GiB free")
         return
+    if config.resume is not None:
+        preflight.check_made_with(run_dir, preflight.made_with(run), run.policy.directory)
     checkpoint = layout(run_fields(config, run.spec, run.horizon))[1]
     copies = config.checkpoint.keep + 1  # the one that is being written
     status: Status = "ok" if free > copies * checkpoint else "warning" if free > checkpoint else "problem"

@@ -230,7 +230,7 @@ class RunMonitor:
         config, (then, before), totals = self.config, self._ticks[0], self._ticks[-1][1]
         recent = activity(before, totals, now - then, self._workers)
         decisions, updates = int(totals["actor_decisions"]), int(totals["learner_updates"])
-        learned = decisions - config.replay.warmup_decisions
+        learned = decisions - config.replay.warmup_decisions - int(snapshot["control_passed_decisions"][0])
         replay_size = int(snapshot["learner_replay_size"][0])
         remaining_s, progress = self._remaining(now - self._start_time, decisions, recent.decisions_per_s)
         memory = self._usage.memory_mb

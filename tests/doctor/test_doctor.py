@@ -20,14 +20,16 @@ import pytest
 import torch
 from support.commands import call
 from support.gpus import found_gpus
+from support.paths import FIXTURES
 
-from dsrl_async.config.load import validate
+from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor import checks, probes
 from dsrl_async.doctor.checks import Finding, Options
 from dsrl_async.host import machine
 from dsrl_async.host.probe import Unanswered, ask
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.run import preflight
 from dsrl_async.run.inference import copies
 from dsrl_async.run.worker.template import Template, TemplateError
 from dsrl_async.shm.counters import Uploads
@@ -337,6 +339,17 @@ def test_policy_without_its_tokenizer_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "policy" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="has no tokenizer"):
         found(checks.check_policy, settings)
+
+
+def test_a_run_that_was_made_with_another_policy_is_a_problem(tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(FIXTURES / "run_beb78af", tmp_path / "run"))
+    settings = read_run_settings(run_dir) | {"resume": str(run_dir), "run_dir": str(run_dir), "max_decisions": 900}
+    assert found(checks.check_run_directory, settings)[0].status == "ok"
+    made_with = preflight.made_with(preflight.check_run(validate(settings)))
+    made_with["policy"]["weights"] = "another"
+    preflight.record_made_with(run_dir, made_with)
+    with pytest.raises(ConfigError, match=r"is not the policy that .* it differs in weights"):
+        found(checks.check_run_directory, settings)
 
 
 def test_full_disk_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

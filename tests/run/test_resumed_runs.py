@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 from pathlib import Path
 
-from support.launched import SMALL, Launched, checkpoint_of
+import pytest
+from safetensors.numpy import load_file, save
+from support.commands import call
+from support.launched import SMALL, FinishedRun, Launched, checkpoint_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsrl_async.run import checkpoints
@@ -63,3 +67,23 @@ def test_a_run_whose_supervisor_was_killed_goes_on_from_its_checkpoint(tmp_path:
 
 def decisions_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
+
+
+def test_a_run_of_which_few_rows_are_left_warms_up_again(
+    tmp_path: Path, finished_run: FinishedRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As from a checkpoint without rows and a much older one with a few."""
+    run_dir = finished_run.copy(tmp_path / "run")
+    checkpoint = checkpoint_of(run_dir)
+    state = json.loads((checkpoint / "state.json").read_text())
+    for name in (name for name in state["files"] if name.startswith("replay")):
+        rows = {key: column[:4].copy() for key, column in load_file(checkpoint / name).items()}
+        rows["complete"][-1] = False
+        content = save(rows)
+        (checkpoint / name).write_bytes(content)
+        state["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "state.json").write_text(checkpoints._to_json(state))
+    done = call("launch", "--resume", str(run_dir), "--serial", "--max-decisions", "264")
+    assert "the replay buffer holds only 6 decisions: updates begin again after 16 decisions" in caplog.text
+    assert done.result["decisions"] == 264
+    assert done.result["updates"] == finished_run.result["updates"] + 264 - 240 - 16

@@ -97,6 +97,8 @@ def test_replay_ratio_counts_from_the_end_of_the_warmup(run: FakeRun) -> None:
     run.counters["actor_decisions"][:] = [500, 100]
     run.counters["learner_updates"][0] = 50
     assert run.tick().replay_ratio == pytest.approx(50 / 200)
+    run.counters["control_passed_decisions"][0] = 100  # it has warmed up again
+    assert run.tick().replay_ratio == pytest.approx(50 / 100)
 
 
 def test_remaining_is_that_of_the_earlier_limit(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ class Session:
         self.resumed_from = saved
         logger.info("going on from %s", saved)
         if not replay:
-            self._warm_up_again()
+            self._warm_up_again("was not saved")
+        elif self._lacks_rows():
+            self._warm_up_again(f"holds only {self.ring.size()} decisions")
         if not named:
             return None
         aside, moved = set_aside(self.run_dir, saved)
@@ -64,14 +66,21 @@ class Session:
             logger.warning("set aside in %s: %s", aside, ", ".join(path.name for path in moved))
         return aside
 
-    def _warm_up_again(self) -> None:
-        """Have the agent fill the empty replay buffer before it learns on; no burst of updates makes up for that."""
+    def _lacks_rows(self) -> bool:
+        """Whether the warm-up is over and fewer rows are there than it filled: those of a much earlier checkpoint."""
+        warmup = self.config.replay.warmup_decisions
+        # In a small ring old rows have been overwritten, and not every row is a decision.
+        fitting = self.ring.lanes * self.ring.rows_per_lane // 4
+        return self.counters.decisions() >= warmup and self.ring.size() < min(warmup, fitting)
+
+    def _warm_up_again(self, why: str) -> None:
+        """Have the agent fill the replay buffer before it learns on; no burst of updates makes up for that."""
         config, counters = self.config, self.counters
         decisions, updates = counters.decisions(), int(counters.learner_updates[0])
         counters.control_warmup_end[0] = decisions + config.replay.warmup_decisions
         counters.control_passed_decisions[0] = max(0, decisions - math.floor(updates / config.replay_ratio))
         logger.warning(
-            "the replay buffer was not saved: updates begin again after %d decisions", config.replay.warmup_decisions
+            "the replay buffer %s: updates begin again after %d decisions", why, config.replay.warmup_decisions
         )
 
     def tick(self, pids: Pids) -> None:
