@@ -270,7 +270,7 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
     with lock:
         with pytest.raises(ConfigError, match="not empty"):
             preflight.open_run_directory(config)
-        with pytest.raises(ConfigError, match="no checkpoint"):
+        with pytest.raises(ConfigError, match="nothing was saved there"):
             preflight.open_run_directory(validate({"run_dir": str(run_dir), "resume": str(run_dir)}))
     (run_dir / "config.yaml").write_text(to_yaml(config))
     checkpoint = run_dir / "checkpoints" / "00000007-00000007"

@@ -61,7 +61,7 @@ def test_one_scene_is_the_templates_and_several_are_the_workers() -> None:
 
 def test_a_records_data_can_cross_a_process_border() -> None:
     for name in NAMES:
-        functions = {"spec", "make"}
+        functions = {"spec", "make", "check"}
         known = record(name)
         data = {key: getattr(known, key) for key in known.__dataclass_fields__ if key not in functions}
         assert pickle.loads(pickle.dumps(data)) == data

@@ -51,7 +51,7 @@ def _watch(event: str, arguments: tuple) -> None:
 
 
 sys.addaudithook(_watch)
-for encoding in ("utf-8-sig", "latin1", "ascii", "cp437"):
+for encoding in ("utf-8-sig", "latin1", "ascii", "cp437", "raw-unicode-escape", "unicode-escape"):
     codecs.lookup(encoding)  # which imports a module the first time
 
 
