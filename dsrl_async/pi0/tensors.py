@@ -274,7 +274,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise ValueError(f"there is no directory or safetensors file {directory}")
-    names = sorted(entry.name for entry in os.scandir(directory) if not entry.name.startswith("."))
+    try:
+        names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+    except OSError as error:
+        raise ValueError(f"{directory} cannot be read: {error.strerror}") from error
     if adapters := [name for name in names if name.startswith("adapter_")]:
         raise ValueError(
             f"{directory / adapters[0]} is of a LoRA adapter: merge it into the weights (PEFT's merge_and_unload) and "

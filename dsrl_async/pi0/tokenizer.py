@@ -208,13 +208,17 @@ def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None 
     return [encoder.bos, *encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
 
 
-def check_prompt(encoder: Encoder, config: Pi0Config, prompt: str) -> None:
-    """Raises ValueError when the policy has no embedding for a token of the prompt."""
+def check_prompt(tokenizer: Any, config: Pi0Config, prompt: str, source: Path | str = "tokenizer") -> None:
+    """Raises ValueError when the policy has no embedding for a token of the prompt, or words have no token at all."""
     state = np.zeros(config.robot_state_dim, np.float32) if config.state_in_prompt else None
-    if (largest := max(prompt_ids(encoder, prompt, state))) >= config.vocab_size:
+    if (largest := max(prompt_ids(make_encoder(tokenizer, source), prompt, state))) >= config.vocab_size:
         raise ValueError(
             f"the prompt {shown(prompt)} has a token with the id {largest}, the policy embeds {config.vocab_size}"
         )
+    if isinstance(tokenizer, Tokenizer):  # which may leave out what it does not know; sentencepiece never does
+        letters = sorted(set("".join(prompt.split())))
+        if missing := [letter for letter in letters if not tokenizer.encode(letter, add_special_tokens=False).ids]:
+            raise ValueError(f"{source} has no token for {shown(missing[0])} in the prompt {shown(prompt)}")
 
 
 def longest_prompt(ids: Ids, prompt: str, slots: int, state_width: int | None) -> int:

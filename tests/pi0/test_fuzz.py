@@ -242,7 +242,7 @@ class Fuzzed:
             with self.known_weights(), watched(self.directory):
                 found = files.find_policy(self.directory)
                 scaling = files.scaling(found.config, found.norm_stats, "stats")
-                tokenizer.check_prompt(tokenizer.make_encoder(found.tokenizer, self.path), found.config, PROMPT)
+                tokenizer.check_prompt(found.tokenizer, found.config, PROMPT, self.path)
         except ValueError as error:
             message = str(error)
             assert "\n" not in message, message

@@ -29,7 +29,6 @@ from dsrl_async.pi0.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     longest_prompt,
-    make_encoder,
 )
 
 SENTENCES = [
@@ -193,14 +192,21 @@ def test_a_file_that_is_wrong_is_refused(
 
 def test_a_prompt_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_tokenizer(tmp_path, lambda tokenizer: tokenizer.add_special_tokens(["<image>"])))
-    encoder = make_encoder(tokenizer)
-    check_prompt(encoder, config_of(8), "put it there")
+    check_prompt(tokenizer, config_of(8), "put it there")
     with pytest.raises(ValueError, match=r"prompt 'put <image> there' has a token with the id 8, the policy embeds 8"):
-        check_prompt(encoder, config_of(8), "put <image> there")
+        check_prompt(tokenizer, config_of(8), "put <image> there")
     path = save_tokenizer(tmp_path, lambda tokenizer: None)
     rewrite(lambda content: content["model"].update(unk_token="[UNK]"))(path)
     with pytest.raises(ValueError, match="tokenizer cannot encode 'put that there': "):
-        check_prompt(make_encoder(load_tokenizer(path)), config_of(8), "put that there")
+        check_prompt(load_tokenizer(path), config_of(8), "put that there")
+
+
+def test_words_that_a_tokenizer_leaves_out_are_named() -> None:
+    letters = {word: index for index, word in enumerate(["<bos>", "\n", " ", *"abcdefghijklmnopqrstuvwxy"])}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    check_prompt(tokenizer, config_of(40), "put it")
+    with pytest.raises(ValueError, match="tokenizer has no token for '2' in the prompt 'put Z in 2'"):
+        check_prompt(tokenizer, config_of(40), "put Z in 2")
 
 
 def test_the_published_vocabulary_needs_paligemmas_ids(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record, environment_spec, graphics
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
-from dsrl_async.pi0.tokenizer import check_prompt, make_encoder
+from dsrl_async.pi0.tokenizer import check_prompt
 from dsrl_async.run.frozen_policy import PolicySpec
 from dsrl_async.untrusted import read_object, shown
 
@@ -55,10 +55,9 @@ def check_checkpoint(config: Config) -> PolicyFiles:
 
 def check_prompts(files: PolicyFiles, spec: EnvironmentSpec) -> None:
     """Raises ConfigError when the policy's tokenizer cannot encode one of the environment's prompts."""
-    encoder = make_encoder(files.tokenizer)
     for prompt in spec.prompts:
         try:
-            check_prompt(encoder, files.config, prompt)
+            check_prompt(files.tokenizer, files.config, prompt)
         except ValueError as error:
             raise ConfigError(f"policy.tokenizer: {error}") from error
 
