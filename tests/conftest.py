@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.paths import ROOT
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec, environment_spec
+from dsrl_async.host.signals import SIGNALS, WARNINGS
 from dsrl_async.run.preflight.host import cuda_devices
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
@@ -47,6 +49,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
             with locked(DOOR, fcntl.LOCK_EX):  # nobody else comes in while one waits here to be alone
                 stack.enter_context(locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A command that a test calls in this process answers signals in its own way, which children would inherit."""
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -435,19 +435,18 @@ def test_missing_opengl_is_the_last_line_that_an_actor_leaves() -> None:
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: LIBERO cannot render with MUJOCO_GL=egl (RuntimeError:")
-    assert "libegl1" in last
+    assert last.endswith("its libraries are installed: see Graphics in docs/libero.md for what else it needs")
 
 
 def test_a_module_that_is_missing_is_not_blamed_on_opengl() -> None:
-    """robosuite imports termcolor and does not require it."""
     program = (
         "import sys\n"
-        "sys.modules['termcolor'] = None\n"
+        "sys.modules['bddl'] = None\n"
         "from dsrl_async.envs import make_environment\n"
         f"make_environment({configuration()})\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "ValueError: LIBERO cannot be imported: import of termcolor halted" in result.stderr
+    assert "ValueError: LIBERO cannot be imported: No module named 'bddl.parsing'" in result.stderr
 
 
 def test_no_torch_in_an_actor() -> None:

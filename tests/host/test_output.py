@@ -44,6 +44,8 @@ def test_a_pipe_that_nobody_reads_makes_nobody_wait(pipe: tuple[int, io.TextIOWr
         read += os.read(reader, 1 << 20)
     lines = read.decode().splitlines()
     assert lines == [f"line {number:05}" for number in range(len(lines))]  # the first ones, in their order
+    os.close(reader)
+    assert not output.finish(5.0)  # before the descriptor's number is another one's
 
 
 def test_what_is_read_arrives_whole(pipe: tuple[int, io.TextIOWrapper]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import signal
 import sys
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -14,7 +13,6 @@ from unittest.mock import patch
 import torch
 
 from dsrl_async.host.command import run_command
-from dsrl_async.host.signals import SIGNALS, WARNINGS
 
 
 class Done(NamedTuple):
@@ -33,8 +31,7 @@ class Done(NamedTuple):
 
 
 def call(name: str, *arguments: str) -> Done:
-    """`python -m dsrl_async.NAME arguments`; puts back what it sets: signal and log handlers, the number of threads."""
-    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
+    """`python -m dsrl_async.NAME arguments`; puts back what it sets: log handlers, the number of threads."""
     threads = torch.get_num_threads()
     root, stdout, stderr = logging.getLogger(), io.StringIO(), io.StringIO()
     log_handlers, level = list(root.handlers), root.level
@@ -42,8 +39,6 @@ def call(name: str, *arguments: str) -> Done:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             code = run_with_arguments(name, *arguments)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         root.handlers[:] = log_handlers
         root.setLevel(level)
         torch.set_num_threads(threads)
