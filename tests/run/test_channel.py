@@ -399,11 +399,15 @@ def test_one_that_subscribes_to_something_else_is_disconnected(
         friend = WeightSubscriber(ends.subscriber, LAYOUT, 3)
         assert await_version(friend, publisher, 20) == 1
         flooding = hold(ends.subscriber, zmq.SUB)
+        disconnected = flooding.get_monitor_socket(zmq.Event.DISCONNECTED)
         for topic in topics:
             flooding.setsockopt(zmq.SUBSCRIBE, topic)
         for _ in range(30):
             publisher.serve_late_joiners()
             time.sleep(0.01)
+        assert disconnected.poll(0)
+        flooding.disable_monitor()
+        disconnected.close()
         flooding.close()
         assert caplog.text.count("asks for something else") == (len(topics[0]) < weights.LONGEST_REQUEST)
         publisher.publish(encode(2, LAYOUT, np.ones(3, np.float32)))
