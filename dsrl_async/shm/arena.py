@@ -6,6 +6,7 @@ that process ends, and does not count against the size of /dev/shm. Children rec
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from typing import Any
@@ -25,7 +26,7 @@ def layout(fields: Fields) -> tuple[dict[str, int], int]:
     offsets, end = {}, 0
     for name, (shape, dtype) in fields.items():
         offsets[name] = end
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        size = math.prod(shape) * np.dtype(dtype).itemsize  # of any size: `check_memory` refuses it
         end += -(-size // ALIGNMENT) * ALIGNMENT
     return offsets, max(end, ALIGNMENT)
 

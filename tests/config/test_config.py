@@ -300,6 +300,13 @@ def test_run_directory_is_refused_when_used_or_unwritable(tmp_path: Path) -> Non
         preflight.open_run_directory(validate({"run_dir": str(tmp_path / "file" / "run")}))
 
 
+@pytest.mark.parametrize("capacity", [10**15, 2 * 10**15, 10**18])
+def test_a_size_beyond_64_bits_is_too_much_memory_and_no_overflow(capacity: int) -> None:
+    run = preflight.check_run(validate({"replay": {"capacity": capacity}}))
+    with pytest.raises(ConfigError, match=r"needs about [0-9.]+ GiB .* lower replay.capacity or actors"):
+        preflight.check_memory(run)
+
+
 def test_a_default_directory_is_made_by_one_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "exists", lambda _: False)  # as all see it before the first has made one

@@ -244,9 +244,14 @@ class Supervisor:
             processes.kill_all(child.popen for child in self.models if child.popen is not None)
         self.workers.end_template()
         workers = [child.popen for child in self.workers.by_lane if child.popen is not None]
+        self._vigil = Vigil(WORKERS_STOP_S)  # patience is shorter from here on
         self._tell_to_stop(Stop.WORKERS)
-        if not processes.wait_all(workers, time.monotonic() + WORKERS_STOP_S + WORKER_STOP_S * len(workers)):
-            processes.kill_all(workers)
+        told, patience_s = time.monotonic(), WORKERS_STOP_S + WORKER_STOP_S * len(workers)
+        while not processes.wait_all(workers, time.monotonic() + 0.2):
+            self._vigil.look()
+            if self._vigil.silent_s(told) > patience_s:
+                break
+        processes.kill_all(workers)
         self._tell_to_stop(Stop.EVERYONE)
         self._wait_models()
         if (learner := self.learner) is not None and self._died_at_the_end(learner):
