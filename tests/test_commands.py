@@ -265,3 +265,19 @@ def test_a_pipe_that_is_closed_leaves_no_traceback() -> None:
     done = subprocess.run(called, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered, timeout=60)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "error: [Errno 32] Broken pipe\n")
+
+
+def test_an_interrupt_that_python_loses_while_it_imports_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callbacks of the import system, among others, drop whatever is raised in them."""
+
+    def import_module(name: str) -> object:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return SimpleNamespace(main=lambda arguments: 0)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=import_module))
+    try:
+        assert command.run_command("launch") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)

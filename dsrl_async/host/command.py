@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from dsrl_async.host.output import detach_stderr, open_missing
 from dsrl_async.host.signals import survive_warnings
@@ -18,7 +19,30 @@ from dsrl_async.host.signals import survive_warnings
 
 def run_command(name: str) -> int:
     """Run the function `main` of `dsrl_async.NAME.command` with the arguments of the command line, see `guard`."""
-    return guard(lambda: importlib.import_module(f"dsrl_async.{name}.command").main(sys.argv[1:]))
+
+    def command() -> int:
+        interrupted = note_interrupts()
+        module = importlib.import_module(f"dsrl_async.{name}.command")
+        if interrupted:
+            raise KeyboardInterrupt
+        code: int = module.main(sys.argv[1:])
+        return code
+
+    return guard(command)
+
+
+def note_interrupts() -> list[int]:
+    """Return a list that gets an element for each Ctrl-C: Python loses the exception where it meets a callback of its
+    import system."""
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, interrupt)
+    return noted
 
 
 def guard(command: Callable[[], int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -143,6 +144,16 @@ class Launch:
             return []
         return ENDED.findall(text)
 
+    def gave_up_at(self) -> float | None:
+        """By time.monotonic, when the supervisor began to stop by itself."""
+        with contextlib.suppress(OSError):
+            lines = self.log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
+            for line in lines:
+                if " stopping: " in line:
+                    told = time.mktime(time.strptime(line[:19], "%Y-%m-%d %H:%M:%S"))
+                    return time.monotonic() - (time.time() - told)
+        return None
+
     def summary(self) -> dict[str, Any] | None:
         """The JSON object on stdout."""
         lines = self.stdout.read_text().splitlines()
@@ -228,7 +239,7 @@ class Launch:
         names = {name for name, _ in told}
         for hit in self.hits:
             deadly = hit.what in ("SIGKILL", "SIGSEGV") and hit.name not in ("supervisor", WHOLE_JOB)
-            early = self.ending is None or hit.time < self.ending - 1.0
+            early = hit.time < (self.ending or self.gave_up_at() or math.inf) - 1.0
             if deadly and early and hit.name not in names and hit.name not in str(self.summary()):
                 found.append(("false report", f"the log does not say that {hit.name} ended ({hit.what})"))
         return found
