@@ -143,6 +143,7 @@ def test_without_a_program_there_is_no_learner(session: Any) -> None:
 def test_loading_may_take_long_but_not_in_silence(
     session: Any, monkeypatch: pytest.MonkeyPatch, seconds_ago: dict[str, float], killed: bool
 ) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)  # the supervisor has been awake since then
     run, now = Supervisor(session), 10_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     child, popen = run.inference, PretendedProcess(1)
@@ -240,8 +241,9 @@ def test_whoever_died_is_counted_by_kind_and_missing(
 
 
 def test_silence_is_measured_by_the_heartbeat_of_ones_own_kind(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, counters, now = Supervisor(session), session.counters, [1000.0]
+    counters, now = session.counters, [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
+    run = Supervisor(session)
     beats = {
         "inference": counters.inference_heartbeat_ns[0:1],
         "learner": counters.learner_heartbeat_ns[0:1],
