@@ -299,6 +299,7 @@ def fuzzed() -> Iterator[Callable[[str], Fuzzed]]:
         yield make
 
 
+@pytest.mark.timeout(300 if EXAMPLES < 1000 else 0)  # which is wall time, of which by hand there may be hours
 @pytest.mark.parametrize("name", FORMATS)
 def test_what_is_changed_is_accepted_or_refused_in_one_sentence(name: str, fuzzed: Callable[[str], Fuzzed]) -> None:
     kind = fuzzed(name)
