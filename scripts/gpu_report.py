@@ -39,6 +39,13 @@ LOG_LINES = 15
 """How much of a failed section's log the report shows."""
 
 
+PLANTS = {
+    "crash": "import os; print('Planted: crash.', flush=True); os.abort()",
+    "hang": "import time; print('Planted: hang.', flush=True); time.sleep(3600)",
+}
+"""Programs that take the place of a section, to see that the others do not suffer."""
+
+
 class Section(NamedTuple):
     """A part of the report."""
 
@@ -60,6 +67,7 @@ SECTIONS = (
     Section("kernels", "The costliest kernels of a sample", 50),
     Section("serve_pi05", "Batches of the inference server, Pi0.5 with the state in its prompt", 60),
     Section("sharing", "Policy and learner on one GPU", 60),
+    Section("mps", "Policy and learner on one GPU, with MPS", 75),
     Section("sampler_pi05", "Sampler of Pi0.5", 60),
     Section("tests", "Tests marked gpu", 90),
     Section("end_to_end", "A run: its processes, a checkpoint of full size, simulated environments", 150),
@@ -123,6 +131,13 @@ CLAIMS = (
         0.9,
         1.2,
     ),
+    Claim(
+        "one launch takes observations up in less time than 64 copies of rows",
+        "docs/gpu.md",
+        "one launch over 64 copies",
+        0,
+        0.95,
+    ),
     Claim("prompts that hold the state are served", "docs/pi0.md", "pi05 served", 1, 1),
     Claim("a failed capture leaves its stream, and the next process has no graphs", "docs/design.md",
           "fallback works", 1, 1),
@@ -160,11 +175,14 @@ class Outcome(NamedTuple):
         return self.status in ("whole", "missing")
 
 
-def run_section(section: Section, options: Mapping[str, object], out: Path, limit_s: float) -> Outcome:
-    """Run a section in a process group of its own, which is killed at its limit."""
+def run_section(
+    section: Section, options: Mapping[str, object], out: Path, limit_s: float, plant: str | None = None
+) -> Outcome:
+    """Run a section, or the program of `PLANTS`, in a process group of its own, which is killed at its limit."""
     results, log = out / RESULTS, out / LOG
     before, logged, begin = results.stat().st_size, log.stat().st_size, time.monotonic()
-    command = [sys.executable, str(PROGRAM), section.name, json.dumps(options), str(results)]
+    program = ["-c", PLANTS[plant]] if plant else [str(PROGRAM), section.name, json.dumps(options), str(results)]
+    command = [sys.executable, *program]
     root = str(PROGRAM.parent.parent)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
     with log.open("ab") as output:
@@ -301,9 +319,8 @@ def main() -> int:
         if left < LEAST_S:
             outcome = Outcome(section, "left out", 0.0, [], [])
         else:
-            planted = {"plant": plants[section.name]} if section.name in plants else {}
             limit_s = float(limits.get(section.name, section.limit_s * (4 if args.compile else 1)))
-            outcome = run_section(section, options | planted, args.out, min(left, limit_s))
+            outcome = run_section(section, options, args.out, min(left, limit_s), plants.get(section.name))
         outcomes.append(outcome)
         figures |= {line["figure"]: line["value"] for line in outcome.lines if "figure" in line}
         append(report, section_text(outcome))

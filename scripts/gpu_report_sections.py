@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -59,6 +60,8 @@ LEARNER_BATCHES = {"full": (64, 256, 512), "toy": (8,)}
 MIRRORED_ROWS = {"full": 100_000, "toy": 200}
 GOLDEN_SIZES = {"full": ("toy", "two_layers"), "toy": ("toy",)}
 SHARED_S = {"full": 8.0, "toy": 0.3}
+MPS_START_S = 15.0
+"""How long MPS may take to start, and to end."""
 KERNELS = 25
 """How many kernels a profile lists."""
 HORIZON = 50
@@ -601,6 +604,9 @@ def copies(results: Results, options: Options) -> None:
     dtypes = {"images": "uint8", "sac_image": "uint8", "state": "float32", "standard_normal": "float32"}
     arena = Arena.create({f"slot/{name}": ((count, *shape), dtypes[name]) for name, shape in shapes.items()})
     host = {name: torch.from_numpy(arena[f"slot/{name}"]) for name in shapes}
+    rng = np.random.default_rng(0)
+    for rows in host.values():
+        rows.numpy()[...] = rng.integers(0, 100, rows.shape)
     buffers = {name: torch.zeros_like(rows, device=device) for name, rows in host.items()}
     size = sum(rows.numel() * rows.element_size() for rows in host.values())
     locked = {name: rows.pin_memory() for name, rows in host.items()} if device.type == "cuda" else host
@@ -650,12 +656,17 @@ def copies(results: Results, options: Options) -> None:
         batch: Any = SimpleNamespace(inputs=buffers, outputs=torch.zeros(count, 1, device=device))
         policies: Any = SimpleNamespace(steered_batches={(count, 0): batch}, device=device)
         copier = Copies(arena, policies, way)
+        for buffer in buffers.values():
+            buffer.zero_()
         measure("registered", {"one launch": lambda: copier.up((count, 0), np.arange(count))})
         synchronize(device)
         wrong = [name for name, rows in host.items() if not torch.equal(buffers[name].cpu(), rows)]
-        results.note(f"The kernel gathers what numpy does{': not so for ' + ', '.join(wrong) if wrong else ''}.")
+        if wrong:
+            results.problem(f"the kernel does not gather what numpy does: {', '.join(wrong)}")
     if way.uploads >= Uploads.PAGE_LOCKED:
         measure("registered", both(host))
+        if way.gather is not None:
+            results.figure("one launch over 64 copies", rate["registered, 64 rows"] / rate["registered, one launch"])
         results.figure("registered over page-locked", rate["registered, 4 buffers"] / rate["page-locked, 4 buffers"])
     else:
         results.note("The shared memory could not be registered with CUDA; the log of this section says why.")
@@ -838,8 +849,11 @@ def serve_pi05(results: Results, options: Options) -> None:
 
 
 @torch.no_grad()
-def sharing(results: Results, options: Options) -> None:
-    """The policy's batches alone, and while another process on the same device learns as fast as it can."""
+def sharing(results: Results, options: Options, how: str = "") -> None:
+    """The policy's batches alone, and while another process on the same device learns as fast as it can.
+
+    `how` is behind the names of what is measured.
+    """
     importlib.import_module("pydantic")  # the other process needs it
     device = resolve_device(options.device)
     model = random_model(MODELS[options.size]["pi0"], device, options.torch_dtype())
@@ -858,7 +872,7 @@ def sharing(results: Results, options: Options) -> None:
 
     def note(situation: str, times: list[float]) -> float:
         p50, p99 = (1e3 * float(np.percentile(times, percent)) for percent in (50, 99))
-        results.row("one GPU", situation=situation, batches=len(times), p50_ms=f"{p50:.2f}", p99_ms=f"{p99:.2f}")
+        results.row("one GPU", situation=situation + how, batches=len(times), p50_ms=f"{p50:.2f}", p99_ms=f"{p99:.2f}")
         return p50
 
     batches()  # warm
@@ -881,7 +895,31 @@ def sharing(results: Results, options: Options) -> None:
             other.wait()
     with_learner = note("policy beside a learner", beside)
     results.note(f"The learner did {updates_per_s:.0f} updates a second beside the policy.")
-    results.figure("batch beside a learner over alone", with_learner / alone)
+    results.figure(f"batch beside a learner over alone{how}", with_learner / alone)
+
+
+def mps(results: Results, options: Options) -> None:
+    """`sharing` under NVIDIA's Multi-Process Service, of which it starts one of its own, and ends it."""
+    program = shutil.which("nvidia-cuda-mps-control")
+    if program is None or not options.device.startswith("cuda"):
+        why = "there is no nvidia-cuda-mps-control" if program is None else "it is NVIDIA's"
+        results.note(f"Not measured: MPS is not there ({why}).")
+        return
+    with tempfile.TemporaryDirectory(prefix="dsrl_async-mps-") as directory:
+        # before CUDA is asked for anything, which reads them then
+        os.environ.update(CUDA_MPS_PIPE_DIRECTORY=directory, CUDA_MPS_LOG_DIRECTORY=directory)
+        control = subprocess.Popen([program, "-f"])  # in the foreground, so that it ends with this section
+        try:
+            until = time.monotonic() + MPS_START_S
+            while not Path(directory, "control").exists():
+                if control.poll() is not None or time.monotonic() > until:
+                    results.note(f"Not measured: MPS did not start (status {control.poll()}); the log says more.")
+                    return
+                time.sleep(0.05)
+            sharing(results, options, ", with MPS")
+        finally:
+            control.terminate()
+            control.wait(MPS_START_S)
 
 
 def learner_load(results_path: Path, options: Options) -> None:
@@ -930,8 +968,23 @@ def write_checkpoint(directory: Path, config: Pi0Config) -> None:
     synthetic.write_tokenizer(directory / TOKENIZER)
 
 
+def waits_of_workers(arena: Arena, since_s: float) -> list[float]:
+    """Seconds from each worker's observation to its answer, of those that were begun after `since_s` and are kept."""
+    from dsrl_async.shm.counters import ACTOR_PHASES
+    from dsrl_async.shm.spans import newest_spans
+
+    waits: list[float] = []
+    for lane in range(len(arena["span/actor"])):
+        name, start, end, step = newest_spans(arena, "actor", lane).T
+        of_answers = (name == ACTOR_PHASES.index("wait_action")) & (start > since_s * 1e9)
+        for one in np.unique(step[of_answers]):  # a wait is looked after now and then, so that it may have parts
+            waits.append(float((end - start)[of_answers & (step == one)].sum()) * 1e-9)
+    return waits
+
+
 def end_to_end(results: Results, options: Options) -> None:
-    """A run's own processes with a full-size checkpoint from the disk; only the environments are simulated."""
+    """A run's own processes with a full-size checkpoint, which the kernel has in its page cache, as it was just
+    written; only the environments are simulated."""
     from dsrl_async.bench.simulated.environment import CHUNK, SPEC
     from dsrl_async.config.load import to_yaml, validate
     from dsrl_async.envs import environment_record
@@ -974,6 +1027,7 @@ def end_to_end(results: Results, options: Options) -> None:
                 "replay": {"capacity": max(64 * workers, 1000), "warmup_decisions": 64},
                 "sac": {"batch_size": 64},
                 "throttle_actors": False,
+                "profile": True,  # it notes how long each worker waits for each answer
             }
         )
         write_text(run_dir / "config.yaml", to_yaml(config))
@@ -983,15 +1037,24 @@ def end_to_end(results: Results, options: Options) -> None:
         sleeping = Program("dsrl_async.bench.simulated.environment", {"times": dataclasses.asdict(times)})
         supervisor = Supervisor(session, {**PROGRAMS, Kind.WORKER: sleeping})
         counters, moments = session.counters, list[tuple[float, dict[str, np.ndarray]]]()
+        answers_s: list[float] = []
         begin = time.perf_counter()
 
         def watch() -> None:
-            while counters.actor_decisions.min() == 0 and stop.reason is None:
-                time.sleep(0.05)
-            results.note(f"All {workers} workers were at work {time.perf_counter() - begin:.1f} s after the start.")
+            prepared = counters.inference_prepared
+            steps: dict[str, Callable[[], bool]] = {
+                "weights read and buffers made": lambda: bool(prepared[1] > 0),
+                "every batch size and prompt length ready": lambda: bool(prepared[0] == prepared[1] > 0),
+                f"all {workers} workers at work": lambda: bool(counters.actor_decisions.min() > 0),
+            }
+            for what, there in steps.items():
+                while not there() and stop.reason is None:
+                    time.sleep(0.02)
+                results.row("the start of a run", what=what, s_after_the_start=f"{time.perf_counter() - begin:.2f}")
             for pause in (SHARED_S[options.size], 2 * SHARED_S[options.size]):
                 time.sleep(pause)
                 moments.append((time.perf_counter(), counters.snapshot()))
+            answers_s.extend(waits_of_workers(session.arena, time.monotonic() - 2 * SHARED_S[options.size]))
             stop.reason = stop.reason or "measured"
 
         watcher = threading.Thread(target=watch, daemon=True)
@@ -1018,6 +1081,8 @@ def end_to_end(results: Results, options: Options) -> None:
         rows_per_batch=f"{change('inference_rows') / max(1.0, change('inference_batches')):.1f}",
         fill=f"{change('inference_rows') / max(1.0, change('inference_padded_rows')):.2f}",
         queue_wait_ms=f"{1e3 * change('inference_queue_wait_s') / max(1.0, change('inference_rows')):.1f}",
+        answer_p50_ms=f"{1e3 * float(np.percentile(answers_s, 50)):.1f}",
+        answer_p99_ms=f"{1e3 * float(np.percentile(answers_s, 99)):.1f}",
     )
     shares = (after["inference_phase_s"] - before["inference_phase_s"]) / taken
     for phase, share in zip(INFERENCE_PHASES, shares.tolist(), strict=True):
@@ -1042,15 +1107,14 @@ SECTIONS: dict[str, Callable[[Results, Options], None]] = {
     "serve_pi0": serve_pi0,
     "serve_pi05": serve_pi05,
     "sharing": sharing,
+    "mps": mps,
     "end_to_end": end_to_end,
     "fallback": fallback,
 }
 
 
 def main(name: str, options_json: str, path: str) -> None:
-    given = json.loads(options_json)
-    plant = given.pop("plant", None)
-    options = Options(**given)
+    options = Options(**json.loads(options_json))
     torch.manual_seed(0)
     if options.device == "cpu":
         torch.set_num_threads(1)  # a rehearsal is not to take the cores from others
@@ -1058,9 +1122,6 @@ def main(name: str, options_json: str, path: str) -> None:
         learner_load(Path(path), options)
         return
     results = Results(name, Path(path))
-    if plant is not None:
-        results.note(f"Planted: {plant}.")
-        time.sleep(3600) if plant == "hang" else os.abort()
     try:
         SECTIONS[name](results, options)
     except ModuleNotFoundError as error:
