@@ -239,6 +239,15 @@ def zipped(method: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
     return file.getvalue()
 
 
+def far_away() -> bytes:
+    """An archive that says that its member begins beyond all files."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("states.npy", b"")
+        archive.filelist[0].header_offset = 2**64 - 1
+    return file.getvalue()
+
+
 def npy(header: str, data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
 
@@ -267,6 +276,7 @@ def npy(header: str, data: bytes = b"") -> bytes:
             r"but 0 bytes in the shape \[999999999, 9999\]",
         ),
         (zipped(zipfile.ZIP_DEFLATED, states_npy=bytes(20_000_000)), "20000000 bytes are too many"),
+        (far_away(), "too large|negative"),
         (bytes(17_000_000), "it has more than 16000000 bytes"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "",
