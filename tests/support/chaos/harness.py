@@ -35,7 +35,11 @@ GROWTH_MB = 5.0
 WARM_S, SPAN_S = 600.0, 300.0
 """Memory is compared from this age of a process on, over at least so many seconds."""
 HANDLERS = {
-    signal.SIGHUP: lambda *_: None,  # where it is ignored, the runs would ignore it, too
+    # Where these are ignored, as they are in the background of a shell, the runs would ignore them until they have
+    # handlers of their own.
+    signal.SIGHUP: lambda *_: None,
+    signal.SIGQUIT: lambda *_: None,
+    signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.default_int_handler,
 }
 """The harness's own signal handlers."""
