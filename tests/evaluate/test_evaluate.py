@@ -573,12 +573,12 @@ def test_a_checkpoint_belongs_to_the_run_where_it_is_found_wherever_links_lead(t
     name = "00000084-00000100"
     (run_dir / "checkpoints").symlink_to(archive)  # the whole folder
     for path in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / name):
-        assert settings_found(path) == (5, run_dir / "checkpoints" / name)
+        assert settings_found(path) == ("5", run_dir / "checkpoints" / name)
     (run_dir / "checkpoints").unlink()
     (run_dir / "checkpoints").mkdir()
     (run_dir / "checkpoints" / name).symlink_to(archive / name)  # one checkpoint
     for path in (run_dir, run_dir / "checkpoints", run_dir / "checkpoints" / name):
-        assert settings_found(path) == (5, run_dir / "checkpoints" / name)
+        assert settings_found(path) == ("5", run_dir / "checkpoints" / name)
     (tmp_path / "config.yaml").write_text("seed: 98\n")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "run").symlink_to(run_dir)  # a run by another name
