@@ -372,11 +372,11 @@ def test_planted_faults_are_found(
     kind = fuzzed(name)
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.2)
     plant(monkeypatch)
-    for seed in range(5000):
+    for seed in range(50_000):
         kind.change(random.Random(seed))
         try:
             kind.check()
         except Exception as error:  # any fault that is not one sentence
             print(f"found after {seed + 1}: {type(error).__name__} {str(error)[:100]}")
             return
-    pytest.fail("5000 changes did not find it")
+    pytest.fail("50000 changes did not find it")
