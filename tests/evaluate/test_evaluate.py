@@ -584,7 +584,7 @@ def test_a_checkpoint_belongs_to_the_run_where_it_is_found_wherever_links_lead(t
     (tmp_path / "links" / "run").symlink_to(run_dir)  # a run by another name
     assert settings_found(tmp_path / "links" / "run") == ("5", tmp_path / "links" / "run" / "checkpoints" / name)
     (tmp_path / "links" / "best").symlink_to(archive / name)  # from somewhere that is no run
-    assert settings_found(tmp_path / "links" / "best")[0] == 99
+    assert settings_found(tmp_path / "links" / "best")[0] == "99"
 
 
 @contextlib.contextmanager
