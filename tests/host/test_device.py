@@ -38,6 +38,15 @@ def test_float32_is_what_was_asked_for_and_torch_can_read_it() -> None:
 
 
 @pytest.mark.usefixtures("cuda")
+def test_a_numbered_device_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events, captures and torch's page-locked memory are the current device's."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [resolve_device(name) for name in ("cuda", "cuda:1")] == [torch.device("cuda"), torch.device("cuda", 1)]
+    assert chosen == [torch.device("cuda", 1)]
+
+
+@pytest.mark.usefixtures("cuda")
 def test_the_default_is_float32() -> None:
     set_float32_precision(tf32=True)
     resolve_device("auto")
