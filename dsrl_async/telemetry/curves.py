@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dsrl_async.shm.episodes import Snapshot
-from dsrl_async.untrusted import check_regular
+from dsrl_async.untrusted import check_regular, open_regular
 
 METRICS = "metrics.jsonl"
 BLOCK_BYTES = 1 << 16
@@ -61,6 +61,18 @@ def take_back(run_dir: Path, start: Snapshot, keep_in: Path | None = None) -> fl
                     shutil.copyfileobj(file, rest)
             file.truncate(end)
     return wall_s
+
+
+def last_step(run_dir: Path) -> int | None:
+    """Environment steps of the last line, which is whole after `take_back`; None if there is none."""
+    path = run_dir / METRICS
+    if not path.exists():
+        return None
+    with open_regular(path) as file:
+        for _, line in _lines_backwards(file, file.seek(0, os.SEEK_END)):
+            figures = _read(line)
+            return None if figures is None else int(figures["env_steps"])
+    return None
 
 
 def _lines_backwards(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:

@@ -33,6 +33,7 @@ from dsrl_async.shm.counters import (
     Graphs,
 )
 from dsrl_async.shm.episodes import FinishedEpisode, Snapshot, finished_episodes
+from dsrl_async.telemetry.curves import last_step
 from dsrl_async.telemetry.event_file import EventFile
 from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
@@ -123,6 +124,7 @@ class RunMonitor:
         self.config, self.metric_names, self.resumed_wall_s = config, metric_names, resumed_wall_s
         self._clock = clock
         self._writer = EventFile(run_dir / "tensorboard")
+        self._drawn_step = last_step(run_dir)  # where a resumed run's curves have their last points
         self._lines = os.fdopen(open_to_append(run_dir / "metrics.jsonl"), "a", buffering=1)
         self._start_time = clock()
         self._start = totals(start)
@@ -277,10 +279,12 @@ class RunMonitor:
 
     def _write(self, values: dict[str, float], news: dict[str, float], more: dict[str, float]) -> None:
         view, now = self._view, time.time()
-        if news or not 0 < view.env_steps == self._first_step:  # a resumed run that is still loading adds no points
+        if news or not 0 < view.env_steps == self._drawn_step:  # a resumed run that is still loading adds no points
             tags = values | news | more
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()])
             self._writer.add_event(Event(wall_time=now, step=view.env_steps, summary=summary))
+            if view.env_steps == self._first_step:
+                self._drawn_step = self._first_step
         line = {"time": now} | asdict(view) | asdict(view.recent)
         for name in ("recent", "overall", "success_history"):
             del line[name]
