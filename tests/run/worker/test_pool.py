@@ -92,6 +92,7 @@ def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     (tmp_path / "acts.py").write_text(PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    gc.collect()  # what tests before have left
     children, files, memory = psutil.Process().children(), open_files(), mapped_memory()
 
     def pool_of(fault: str = "", heartbeat_timeout_s: float = 60.0, **options: Any) -> WorkerPool:
@@ -105,7 +106,7 @@ def pool_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     assert psutil.Process().children() == children
     assert processes_of(str(tmp_path)) == []
     assert open_files() == files
-    assert mapped_memory() <= memory  # tests before may have left some to the garbage collector
+    assert mapped_memory() == memory
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("acts.py", "__pycache__")] == []
     takes_orphans = ctypes.c_int()
     assert ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(takes_orphans)) == 0
