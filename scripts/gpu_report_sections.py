@@ -755,7 +755,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
     from dsrl_async.pi0.synthetic import random_norm_stats, write_tokenizer
     from dsrl_async.run.inference import policies as module
     from dsrl_async.run.inference.server import InferenceServer
-    from dsrl_async.shm.counters import Counters, Uploads
+    from dsrl_async.shm.counters import Counters, NoiseMode, Uploads
     from dsrl_async.shm.memory import create_memory
 
     device = resolve_device(options.device)
@@ -786,7 +786,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
     )
     try:
         begin = time.perf_counter()
-        policies = module.load_policies(config, spec, device, "stochastic", None, Counters(arena))  # type: ignore[arg-type]
+        policies = module.load_policies(config, spec, device, None, Counters(arena))  # type: ignore[arg-type]
         synchronize(device)
         results.note(
             f"`load_policies` without reading weights: {time.perf_counter() - begin:.1f} s, "
@@ -794,7 +794,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
         )
     finally:
         module.load_frozen_policy = original
-    server = InferenceServer(config, arena, policies, lambda lanes: None, training=False)
+    server = InferenceServer(config, arena, policies, lambda lanes: None, NoiseMode.STOCHASTIC)
     results.note(f"Observations go up: {Uploads(int(server.counters.inference_uploads[0])).name.lower()}.")
     yield server, policies
 

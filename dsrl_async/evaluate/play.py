@@ -31,7 +31,7 @@ from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.run.worker.worker import EVALUATION, episode_seed
 from dsrl_async.shm import events
 from dsrl_async.shm.assignments import NONE_LEFT, Assignments, assignment_fields
-from dsrl_async.shm.counters import EPISODE_LOG, Counters
+from dsrl_async.shm.counters import EPISODE_LOG, Counters, NoiseMode
 from dsrl_async.shm.memory import run_fields
 
 IDLE_S = 0.1
@@ -128,8 +128,8 @@ def load_server(evaluation: Evaluation, run: CheckedRun, pool: WorkerPool) -> In
     config = run.config
     torch.set_num_threads(cpu_threads(config.inference.threads))
     device = resolve_device(config.device)
-    policies = load_policies(config, run.spec, device, evaluation.mode, run.policy, Counters(pool.arena))
-    server = InferenceServer(config, pool.arena, policies, notifier(pool.wake_fds), training=False)
+    policies = load_policies(config, run.spec, device, run.policy, Counters(pool.arena))
+    server = InferenceServer(config, pool.arena, policies, notifier(pool.wake_fds), NoiseMode[evaluation.mode.upper()])
     if evaluation.checkpoint is not None:
         load_actor(evaluation.checkpoint, server)
     return server

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
@@ -21,8 +21,9 @@ from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.run import checkpoints, preflight
-from dsrl_async.run.inference.steering import Mode
 from dsrl_async.run.preflight import CheckedRun
+
+Mode = Literal["stochastic", "deterministic", "base"]
 
 SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
 """Settings, or prefixes of their names, that an evaluation uses."""

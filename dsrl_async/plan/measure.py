@@ -104,7 +104,7 @@ def measure(run: CheckedRun, seconds: float, say: Callable[[str], None]) -> Meas
         say("loading the policy")
         device = resolve_device(config.device)
         torch.set_num_threads(cpu_threads(config.inference.threads))
-        policies = load_policies(config, run.spec, device, "stochastic", run.policy, Counters(arena))
+        policies = load_policies(config, run.spec, device, run.policy, Counters(arena))
         server = InferenceServer(config, arena, policies, lambda lanes: None)
         say(f"environment: {part_s:.0f} s, until an episode has ended")
         lane = Lane(0, 1, config.seed, config.env.model_dump(), arena)

@@ -385,7 +385,8 @@ def act(
     state: Tensor,
     eps: Tensor,
     use_gaussian: Tensor,
-    deterministic: bool = False,
+    deterministic: bool | Tensor = False,
+    snapshot: tuple[Actor, Tensor] | None = None,
 ) -> Tensor:
     """The policy's initial noise for a batch of observations.
 
@@ -395,11 +396,20 @@ def act(
         state: fp32 [B, state_dim].
         eps: fp32 [B, A], standard normal.
         use_gaussian: bool or fp32 [B]; where true (non-zero), the noise is `eps` itself, as in the warm-up.
-        deterministic: whether to take tanh(mean) instead of a sample.
+        deterministic: whether to take tanh(mean) instead of a sample; bool [B] says it of each row.
+        snapshot: another actor, and bool [B] that is true where it chooses the noise instead.
 
     Returns:
         fp32 [B, A].
     """
-    mean, log_std = actor(preprocess_image(image, actor.config), state)
-    u = mean if deterministic else torch.addcmul(mean, log_std.exp(), eps)
+    pixels = preprocess_image(image, actor.config)
+    mean, log_std = actor(pixels, state)
+    if snapshot is not None:
+        other, by_other = snapshot[0], snapshot[1].unsqueeze(1)
+        other_mean, other_log_std = other(pixels, state)
+        mean, log_std = torch.where(by_other, other_mean, mean), torch.where(by_other, other_log_std, log_std)
+    if isinstance(deterministic, Tensor):
+        u = torch.addcmul(mean, log_std.exp(), eps.masked_fill(deterministic.unsqueeze(1), 0.0))
+    else:
+        u = mean if deterministic else torch.addcmul(mean, log_std.exp(), eps)
     return torch.where(use_gaussian.bool().unsqueeze(1), eps, u.tanh() * actor.config.action_magnitude)

@@ -64,6 +64,22 @@ class Uploads(IntEnum):
     """By one kernel."""
 
 
+class NoiseMode(IntEnum):
+    """How the noise of an observation's action chunk is chosen, and by which weights."""
+
+    WARM_UP = 0
+    """Standard normal, laid out over the action slots as an agent's noise is."""
+    STOCHASTIC = 1
+    """A sample of the newest actor's distribution."""
+    DETERMINISTIC = 2
+    """The mode of the newest actor's distribution."""
+    BASE = 3
+    """Standard normal and independent in every action slot, as the frozen policy was trained."""
+    SNAPSHOT_STOCHASTIC = 4
+    """As `STOCHASTIC`, of the actor as it was when the evaluation began that is going on."""
+    SNAPSHOT_DETERMINISTIC = 5
+
+
 class Counters:
     """Views of the counters, each annotated with its dtype and shape: `counters.actor_decisions[lane] += 1`."""
 

@@ -70,7 +70,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
     config.inference.buckets = [2]  # so that a round takes two batches
     arena = create_memory(config, spec, HORIZON)
     cpu = resolve_device("cpu")
-    policies = load_policies(config, spec, cpu, "stochastic", find_policy(EMBEDDED_POLICY), Counters(arena))
+    policies = load_policies(config, spec, cpu, find_policy(EMBEDDED_POLICY), Counters(arena))
     server, learner = join(config, arena, policies, HORIZON, cpu, tmp_path, lambda lanes: None)
     counters = server.counters
     observation_ready, wake = events.create(), [events.create() for _ in range(3)]
@@ -110,7 +110,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
 
 def test_nobody_is_woken_before_all_are_ready(small_config: Config, spec: EnvironmentSpec, memory: Arena) -> None:
     cpu = resolve_device("cpu")
-    policies = load_policies(small_config, spec, cpu, "stochastic", find_policy(EMBEDDED_POLICY), Counters(memory))
+    policies = load_policies(small_config, spec, cpu, find_policy(EMBEDDED_POLICY), Counters(memory))
     server, _ = join(small_config, memory, policies, HORIZON, cpu, Path(), lambda lanes: None)
     observation_ready, wake = events.create(), [events.create(), events.create()]
     job = {"wake_fds": wake, "observation_ready_fd": observation_ready}

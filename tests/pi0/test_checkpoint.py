@@ -36,7 +36,7 @@ from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.preflight import CheckedRun, check_run
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, NoiseMode
 
 LAYOUTS: tuple[writer.Layout, ...] = ("openpi", "rlinf", "lerobot")
 SIZES: dict[str, Any] = {
@@ -747,8 +747,8 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
     directory = written / "pi05" / "lerobot"
     spec = environment_spec(small_config.env.model_dump())
     cpu = torch.device("cpu")
-    policies = load_policies(small_config, spec, cpu, "base", find_policy(directory), Counters(memory))
-    server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
+    policies = load_policies(small_config, spec, cpu, find_policy(directory), Counters(memory))
+    server = InferenceServer(small_config, memory, policies, lambda lanes: None, NoiseMode.BASE)
     policy, slots = load_policy(directory), server.slots
     slots.state[:] = np.random.default_rng(0).normal(size=slots.state.shape)
     for lane in (0, 1):

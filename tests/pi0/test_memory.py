@@ -79,7 +79,7 @@ def test_memory_of_a_policy(config: Pi0Config, batch_size: int, language_length:
     sac = validate({}).sac
     with torch.device("meta"):
         actor = Actor(sac, config.action_horizon, "meta")
-    steered = SteeredPolicy(batch, actor, sac, "stochastic")
+    steered = SteeredPolicy(batch, actor, sac)
     weights, sampler = [*model.parameters(), *model.buffers()], list(vars(batch.sampler).values())
     made = [list(vars(steered).values()), list(vars(batch).values()), sampler]
     sampler_and_weights = [weights, sampler]

@@ -38,7 +38,7 @@ def make_steered(model: Pi0, batch: int, device: torch.device = CPU) -> SteeredP
     tokenizer = PromptTokenizer(Tokenizer(models.WordLevel({"<bos>": 0})), model.config.max_token_len)
     loaded = LoadedPolicy(model.config, model, normaliser, tokenizer)
     policy = Pi0Policy(loaded, [], config.policy.denoise_steps)
-    return SteeredPolicy(policy.batch(batch, model.config.max_token_len), actor, config.sac, mode="stochastic")
+    return SteeredPolicy(policy.batch(batch, model.config.max_token_len), actor, config.sac)
 
 
 def frozen(steered: SteeredPolicy) -> Pi0Batch:
@@ -55,7 +55,7 @@ def fill_steered(steered: SteeredPolicy, seed: int) -> None:
         values.normal_(generator=generator)
     policy.tokens.random_(0, policy.policy.spec.vocab_size, generator=generator)
     policy.token_mask.copy_(torch.arange(policy.tokens.shape[1], device=steered.device) < 1 + seed)
-    steered.warmup.copy_(torch.arange(len(steered.warmup), device=steered.device) < seed)
+    steered.mode.copy_(torch.arange(len(steered.mode), device=steered.device) >= seed)
 
 
 def static_storages(steered: SteeredPolicy) -> dict[int, str]:

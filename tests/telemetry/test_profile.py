@@ -889,7 +889,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
     def infer() -> None:
         stage = stages_of(arena, "inference", device)
         files, counters = find_policy(EMBEDDED_POLICY), Counters(arena)
-        policies = inference.load_policies(config, spec, device, "stochastic", files, counters, stage)
+        policies = inference.load_policies(config, spec, device, files, counters, stage)
         server = inference.InferenceServer(config, arena, policies, inference.notifier(wake))
         inference.serve(server, ends.subscriber, observation_ready)
 

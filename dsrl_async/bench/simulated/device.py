@@ -49,8 +49,11 @@ class SimulatedPolicy:
             self.inputs |= {"images": self.images, "sac_image": self.sac_image}
         self.tokens = torch.zeros(batch_size, PROMPT_LENGTH, dtype=torch.int64)
         self.prompts = torch.zeros(1, PROMPT_LENGTH, dtype=torch.int64)
-        self.warmup = torch.zeros(batch_size, dtype=torch.bool)
+        self.mode = torch.zeros(batch_size, dtype=torch.uint8)
         self.outputs = torch.zeros(batch_size, config.sac.noise_width(HORIZON) + HORIZON * SPEC.action_dim)
+
+    def fill_modes(self, modes: NDArray[np.uint8]) -> None:
+        self.mode[: len(modes)].copy_(torch.from_numpy(modes))
 
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None:
         """Looks them up, as Pi0 does."""

@@ -41,7 +41,7 @@ def main(argument: str) -> None:
     device, learners_device = resolve_device(config.device), learner_device(config)
     spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
-    policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)
+    policies = load_policies(config, spec, device, files, Counters(arena), stage)
     horizon = files.config.action_horizon
     server, learner = join(config, arena, policies, horizon, learners_device, run_dir, lambda lanes: None)
     serve_in_lock_step(server, job, lambda: learn_what_is_due(learner))

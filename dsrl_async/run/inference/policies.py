@@ -21,7 +21,7 @@ from dsrl_async.pi0.checkpoint import read_policy, resolve_dtype
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.pi0.policy import Pi0Policy
 from dsrl_async.run.frozen_policy import FrozenPolicy
-from dsrl_async.run.inference.steering import Mode, SteeredPolicy
+from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.sac.networks import Actor
 from dsrl_async.shm.counters import Counters
 
@@ -32,9 +32,9 @@ class SteeredBatch(Protocol):
     """What `InferenceServer` needs of a `steering.SteeredPolicy`, for batches of B."""
 
     inputs: dict[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
-    warmup: Tensor  # bool [B]
     outputs: Tensor  # float32 [B, A + H * robot_action_dim]: noise, then actions in the robot's units
 
+    def fill_modes(self, modes: NDArray[np.uint8]) -> None: ...
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None: ...
     def run(self) -> None: ...
 
@@ -71,16 +71,14 @@ def load_policies(
     config: Config,
     spec: EnvironmentSpec,
     device: torch.device,
-    mode: Mode,
     files: PolicyFiles,
     counters: Counters,
     stage: Stage = no_stage,
 ) -> Policies:
     """Load the weights of the frozen policy of `files`, ready for every batch size and prompt length that can occur.
 
-    The actor's weights are random until others are loaded. `mode` is how noise is chosen, see `SteeredPolicy`;
-    `counters` are told how far this is, and whether the policy is captured; `stage` times the policy. Raises
-    CaptureError, see `graphs.capture`.
+    The actor's weights are random until others are loaded. `counters` are told how far this is, and whether the policy
+    is captured; `stage` times the policy. Raises CaptureError, see `graphs.capture`.
     """
 
     def progress() -> None:
@@ -89,7 +87,7 @@ def load_policies(
     frozen = load_frozen_policy(config, files, device, spec.prompts, progress)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
     steered = {
-        (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, mode, stage)
+        (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, stage=stage)
         for size in reversed(config.batch_sizes())  # the largest first, so that the others fit into its captured memory
         for length in sorted(set(frozen.prompt_lengths.tolist()), reverse=True)
     }

@@ -31,7 +31,7 @@ from dsrl_async.run.weights import Weights, WeightSubscriber
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters, Stop
+from dsrl_async.shm.counters import Counters, NoiseMode, Stop
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
 
@@ -49,7 +49,8 @@ class InferenceServer:
         arena: the run's shared memory.
         policies: for every size of `Config.batch_sizes`.
         notify: called with the lanes that were answered.
-        training: warm up with Gaussian noise and keep the replay ratio; evaluation does neither.
+        mode: how the noise of every row is chosen; None is for training, which warms up, samples, and keeps the replay
+            ratio.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class InferenceServer:
         arena: Arena,
         policies: Policies,
         notify: Callable[[np.ndarray], None],
-        training: bool = True,
+        mode: NoiseMode | None = None,
     ) -> None:
-        self.config, self.policies, self.training, self._notify = config, policies, training, notify
+        self.config, self.policies, self.mode, self._notify = config, policies, mode, notify
         self.slots, self.counters = Slots(arena), Counters(arena)
         self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.device))
         way = prepare_uploads(arena, policies.device)
@@ -91,7 +92,7 @@ class InferenceServer:
         """
         config = self.config
         wanted = min(wanted, self.sizes[-1])
-        if not self.training:
+        if self.mode is not None:
             return wanted
         warmup = config.replay.warmup_decisions
         if config.max_decisions is not None:
@@ -113,17 +114,20 @@ class InferenceServer:
 
     def serve_ready(self, ready: np.ndarray) -> int:
         """Answer as many of the `ready` lanes as make a good batch and may be answered; returns how many that was."""
-        handed_out = self.handed_out() if self.training else 0
+        handed_out = self.handed_out() if self.mode is None else 0
         allowed = self.allowed(len(ready), handed_out)
         if allowed <= 0:
             return 0
         count, size = choose_batch(allowed, self.sizes)
-        # `allowed` ends a batch where the warm-up ends, so that a batch is of one kind
-        self._serve(ready[:count], size, self.training and handed_out < self.config.replay.warmup_decisions)
+        mode = self.mode
+        if mode is None:  # `allowed` ends a batch where the warm-up ends
+            warming_up = handed_out < self.config.replay.warmup_decisions
+            mode = NoiseMode.WARM_UP if warming_up else NoiseMode.STOCHASTIC
+        self._serve(ready[:count], size, np.full(count, mode, np.uint8))
         return count
 
-    def _serve(self, lanes: np.ndarray, size: int, warmup: bool) -> None:
-        """Answer `lanes` with a batch of `size` rows."""
+    def _serve(self, lanes: np.ndarray, size: int, modes: np.ndarray) -> None:
+        """Answer `lanes` with a batch of `size` rows, whose noise is chosen by the `modes`, uint8 [n]."""
         count = len(lanes)
         slots, policies = self.slots, self.policies
         with self.phase("gather"):
@@ -135,7 +139,7 @@ class InferenceServer:
             with policies.stage("host_to_device"):
                 self.copies.up((size, length), lanes)
             policy.fill_prompts(task_index)
-            policy.warmup.fill_(warmup)
+            policy.fill_modes(modes)
         with self.phase("compute"):
             policy.run()
             outputs = self.copies.down(policy.outputs[:count], policies.stage)
@@ -161,7 +165,7 @@ def main(argument: str) -> None:
     spec = environment_spec(config.env.model_dump())
     stage = stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
-    policies = load_policies(config, spec, device, "stochastic", files, Counters(arena), stage)
+    policies = load_policies(config, spec, device, files, Counters(arena), stage)
     server = InferenceServer(config, arena, policies, notifier(job["wake_fds"]))
     serve(server, channel, job["observation_ready_fd"])
 

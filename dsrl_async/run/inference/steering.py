@@ -5,8 +5,6 @@ This is where the two networks meet; neither package knows of the other.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,8 +15,7 @@ from dsrl_async.host.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.host.stages import Stage, no_stage
 from dsrl_async.run.frozen_policy import PolicyBatch
 from dsrl_async.sac.networks import Actor, act, expand_noise
-
-Mode = Literal["stochastic", "deterministic", "base"]
+from dsrl_async.shm.counters import NoiseMode
 
 
 class SteeredPolicy:
@@ -28,18 +25,23 @@ class SteeredPolicy:
     - `inputs`, by the field of `shm.slots.Slots` that is copied there: the policy's `images` and `state`, `sac_image`
       uint8 [B, 64, 64, 3], and `standard_normal` float32 [B, H * noise_dim];
     - the policy's prompts;
-    - `warmup` bool [B]: where true, the noise is standard normal, unsquashed.
+    - `mode` uint8 [B]: how the noise of each row is chosen, a `NoiseMode`.
     Output buffer: `outputs` float32 [B, A + H * robot_action_dim], which is `noise` [B, A] and behind it `actions`
     [B, H, robot_action_dim] in the robot's units, so that one copy takes both from a GPU.
 
-    Modes: `stochastic` samples the actor's distribution, `deterministic` takes its mode, `base` ignores the actor
-    and starts every action slot from independent N(0, I), as the frozen policy was trained. `stage` times the halves.
+    `snapshot` is the actor of the modes that ask for one; without it, no second actor is computed. `stage` times the
+    halves.
     """
 
     def __init__(
-        self, policy: PolicyBatch, actor: Actor, config: SacConfig, mode: Mode, stage: Stage = no_stage
+        self,
+        policy: PolicyBatch,
+        actor: Actor,
+        config: SacConfig,
+        snapshot: Actor | None = None,
+        stage: Stage = no_stage,
     ) -> None:
-        self.policy, self.actor, self.mode, self.stage = policy, actor, mode, stage
+        self.policy, self.actor, self.snapshot, self.stage = policy, actor, snapshot, stage
         self.noise_layout = config.noise_layout
         self.device = policy.noise.device
         batch_size, self.horizon, noise_dim = policy.noise.shape
@@ -49,7 +51,7 @@ class SteeredPolicy:
 
         self.sac_image = zeros(SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
         self.standard_normal = zeros(self.horizon * noise_dim)
-        self.warmup = zeros(dtype=torch.bool)
+        self.mode = zeros(dtype=torch.uint8)
         self.inputs = {
             "images": policy.images,
             "state": policy.state,
@@ -66,6 +68,13 @@ class SteeredPolicy:
         """Write the prompts of the first rows; their `state` is there already."""
         self.policy.fill_prompts(task_index)
 
+    def fill_modes(self, modes: NDArray[np.uint8]) -> None:
+        """Write the modes of the first rows, uint8 [n], n <= B. Where all are the same, nothing goes up to a GPU."""
+        if (modes == modes[0]).all():
+            self.mode.fill_(int(modes[0]))
+        else:
+            self.mode[: len(modes)].copy_(torch.from_numpy(modes))
+
     @torch.no_grad()
     def encode(self) -> None:
         """First half: choose the noise, encode observation and prompt."""
@@ -80,23 +89,25 @@ class SteeredPolicy:
 
     def _choose_noise(self) -> None:
         """Write `noise` and the policy's initial noise."""
-        normal = self.standard_normal
-        width = self.noise.shape[1]
-        if self.mode == "base":
-            self.noise.copy_(normal[:, :width])
-            self.policy.noise.copy_(normal.view_as(self.policy.noise))
-            return
+        normal, mode = self.standard_normal, self.mode
+        base, deterministic = mode == NoiseMode.BASE, mode == NoiseMode.DETERMINISTIC
+        snapshot = None
+        if self.snapshot is not None:
+            snapshot = self.snapshot, mode >= NoiseMode.SNAPSHOT_STOCHASTIC
+            deterministic = deterministic | (mode == NoiseMode.SNAPSHOT_DETERMINISTIC)
         self.noise.copy_(
             act(
                 self.actor,
                 self.sac_image,
                 self.policy.state,
-                normal[:, :width],
-                self.warmup,
-                deterministic=self.mode == "deterministic",
+                normal[:, : self.noise.shape[1]],
+                base | (mode == NoiseMode.WARM_UP),
+                deterministic,
+                snapshot,
             )
         )
-        self.policy.noise.copy_(expand_noise(self.noise, self.horizon, self.noise_layout))
+        repeated = expand_noise(self.noise, self.horizon, self.noise_layout)
+        self.policy.noise.copy_(torch.where(base[:, None, None], normal.view_as(self.policy.noise), repeated))
 
     def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
         """Have `run` replay CUDA graphs of both halves from now on, on a GPU (see `graphs.capture`).

@@ -34,7 +34,7 @@ def run_serial(session: Session) -> dict[str, Any]:
     torch.set_num_threads(cpu_threads(config.learner.threads))
     device = torch.device("cpu")
     stage = stages_of(arena, "inference", device)
-    policies = load_policies(config, run.spec, device, "stochastic", run.policy, session.counters, stage)
+    policies = load_policies(config, run.spec, device, run.policy, session.counters, stage)
     server, learner = join(config, arena, policies, run.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
     lanes = [Lane(number, 1, config.seed, env_config, arena) for number in range(config.actors)]

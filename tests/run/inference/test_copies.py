@@ -27,7 +27,7 @@ from dsrl_async.run.inference.copies import BLOCKS, KERNEL, SOURCE, THREADS, Cop
 from dsrl_async.run.inference.policies import Policies, load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters, Uploads
+from dsrl_async.shm.counters import Counters, NoiseMode, Uploads
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.slots import slot_fields
 
@@ -109,7 +109,7 @@ def test_the_kernel_compiles(architecture: str) -> None:
 
 
 def load(config: Config, spec: EnvironmentSpec, memory: Arena) -> Policies:
-    return load_policies(config, spec, CPU, "deterministic", find_policy(EMBEDDED_POLICY), Counters(memory))
+    return load_policies(config, spec, CPU, find_policy(EMBEDDED_POLICY), Counters(memory))
 
 
 def fill_slots(memory: Arena) -> None:
@@ -175,7 +175,7 @@ def test_copies_of_a_batch_of_sixteen(
         frozen = steered.policy.policy
         frozen.tokens, frozen.token_mask = frozen.tokens.to("meta"), frozen.token_mask.to("meta")
         monkeypatch.setattr(steered, "run", lambda: None)
-    server = InferenceServer(config, memory, policies, lambda lanes: None, training=False)
+    server = InferenceServer(config, memory, policies, lambda lanes: None, NoiseMode.DETERMINISTIC)
     for lane in range(16):
         server.slots.request(lane, incarnation=1, count=1)
     with CountCopies() as counted:

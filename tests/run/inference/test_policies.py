@@ -45,7 +45,7 @@ class Loading:
         monkeypatch.setattr(policies, "graphs_of", lambda setting, device, state: contextlib.nullcontext(True))
         config.policy.compile, config.inference.buckets = True, [1, 2]
         spec = spec._replace(prompts=("put", "put the block on the red plate near the green one"))
-        policies.load_policies(config, spec, CPU, "stochastic", find_policy(EMBEDDED_POLICY), self.counters)
+        policies.load_policies(config, spec, CPU, find_policy(EMBEDDED_POLICY), self.counters)
 
     def _work(self, what: str, pool: object = None) -> object:
         self._now += STEP_S

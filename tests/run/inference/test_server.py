@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
 from dsrl_async.config.settings import Config
-from dsrl_async.envs import environment_spec
+from dsrl_async.envs import EnvironmentSpec, environment_spec
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import sample_actions
-from dsrl_async.run.inference.policies import load_policies
+from dsrl_async.run.inference.policies import load_frozen_policy, load_policies
 from dsrl_async.run.inference.server import InferenceServer
-from dsrl_async.run.inference.steering import Mode
+from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.weights import Weights
-from dsrl_async.sac.networks import act
+from dsrl_async.sac.networks import Actor, act
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, NoiseMode
 
 CPU = torch.device("cpu")
 
 
-def make_server(config: Config, memory: Arena, mode: Mode = "stochastic", training: bool = True) -> InferenceServer:
+def make_server(config: Config, memory: Arena, mode: NoiseMode | None = None) -> InferenceServer:
     spec = environment_spec(config.env.model_dump())
-    policies = load_policies(config, spec, CPU, mode, find_policy(EMBEDDED_POLICY), Counters(memory))
-    return InferenceServer(config, memory, policies, lambda lanes: None, training)
+    policies = load_policies(config, spec, CPU, find_policy(EMBEDDED_POLICY), Counters(memory))
+    return InferenceServer(config, memory, policies, lambda lanes: None, mode)
 
 
 def ask(server: InferenceServer, lane: int, seed: int, count: int = 1) -> None:
@@ -40,7 +42,7 @@ def ask(server: InferenceServer, lane: int, seed: int, count: int = 1) -> None:
 
 
 def test_answer_does_not_depend_on_the_batch(small_config: Config, memory: Arena) -> None:
-    server = make_server(small_config, memory, training=False)
+    server = make_server(small_config, memory, NoiseMode.STOCHASTIC)
     ask(server, 0, seed=1)
     assert server.serve_ready(server.slots.ready()) == 1
     alone = server.slots.action_chunk[0].copy()
@@ -55,7 +57,7 @@ def test_answer_does_not_depend_on_the_batch(small_config: Config, memory: Arena
 
 def test_noise_and_actions_are_what_the_parts_compute(small_config: Config, memory: Arena) -> None:
     """The slot's answer against the actor and the frozen policy called by hand on the same observation."""
-    server = make_server(small_config, memory, training=False)
+    server = make_server(small_config, memory, NoiseMode.STOCHASTIC)
     generator = torch.Generator().manual_seed(3)
     server.load_weights(
         Weights(42, torch.randn(server.policies.actor.flat.shape, generator=generator).mul_(0.1).numpy())
@@ -93,8 +95,8 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
     )
     known = environment_spec(small_config.env.model_dump())
     spec = known._replace(prompts=prompts)
-    policies = load_policies(small_config, spec, CPU, "base", find_policy(EMBEDDED_POLICY), Counters(memory))
-    server = InferenceServer(small_config, memory, policies, lambda lanes: None, training=False)
+    policies = load_policies(small_config, spec, CPU, find_policy(EMBEDDED_POLICY), Counters(memory))
+    server = InferenceServer(small_config, memory, policies, lambda lanes: None, NoiseMode.BASE)
     assert sorted({length for _, length in policies.steered_batches}) == [8, 12]
     policy, slots = load_policy(EMBEDDED_POLICY), server.slots
     for count, tasks in enumerate(((1, 3), (2, 1), (0, 2), (1, 1), (3, 0)), start=1):
@@ -119,12 +121,12 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
 
 def test_modes(small_config: Config, memory: Arena) -> None:
     answers = {}
-    modes: tuple[Mode, ...] = ("stochastic", "deterministic", "base")
+    modes = (NoiseMode.STOCHASTIC, NoiseMode.DETERMINISTIC, NoiseMode.BASE)
     for count, mode in enumerate(modes, start=1):
-        server = make_server(small_config, memory, mode, training=False)
+        server = make_server(small_config, memory, mode)
         ask(server, 0, seed=1, count=count)
         server.serve_ready(server.slots.ready())
-        answers[mode] = server.slots.noise[0].copy()
+        answers[mode.name.lower()] = server.slots.noise[0].copy()
     magnitude = small_config.sac.action_magnitude
     assert np.abs(answers["stochastic"]).max() <= magnitude
     assert np.abs(answers["deterministic"]).max() <= magnitude
@@ -180,8 +182,56 @@ def test_a_run_hands_out_exactly_its_decisions(small_config: Config, memory: Are
 
 def test_odd_batches_are_padded_to_the_next_bucket(small_config: Config, memory: Arena) -> None:
     inference = small_config.inference.model_copy(update={"buckets": [4, 8]})
-    server = make_server(small_config.model_copy(update={"inference": inference}), memory, training=False)
+    server = make_server(small_config.model_copy(update={"inference": inference}), memory, NoiseMode.STOCHASTIC)
     ask(server, 0, seed=1)
     server.serve_ready(server.slots.ready())
     assert server.counters.inference_padded_rows[0] == 4
     assert server.sizes == [4]
+
+
+def test_rows_of_every_mode_share_a_batch(spec: EnvironmentSpec, small_config: Config) -> None:
+    """Each row gets what its mode gives in a batch of that mode alone, by the newest actor or by the snapshot."""
+    config = small_config.model_copy(update={"actors": len(NoiseMode)})
+    steered = load_steered(config, spec)
+    generator = torch.Generator().manual_seed(1)
+    assert steered.snapshot is not None
+    steered.snapshot.load_flat_(torch.randn(steered.snapshot.flat.shape, generator=generator).mul_(0.1))
+    rows = len(NoiseMode)
+    for buffer in steered.inputs.values():
+        filled = torch.randn(buffer.shape, generator=generator)
+        buffer.copy_(filled if buffer.is_floating_point() else filled.abs() * 50)
+    steered.fill_prompts(np.zeros(rows, np.int64))
+    alone = {}
+    for mode in NoiseMode:
+        steered.fill_modes(np.full(rows, mode, np.uint8))
+        steered.run()
+        alone[mode] = steered.noise.clone(), steered.policy.noise.clone()
+    for shift in range(rows):
+        modes = np.roll(np.array(list(NoiseMode), np.uint8), shift)
+        steered.fill_modes(modes)
+        steered.run()
+        for row, mode in enumerate(modes.tolist()):
+            for got, expected in zip((steered.noise, steered.policy.noise), alone[NoiseMode(mode)], strict=True):
+                assert torch.equal(got[row], expected[row])
+    distinct = [noise for _, noise in alone.values()]
+    assert all((one != other).any() for one, other in itertools.combinations(distinct, 2))
+    normal = steered.standard_normal.view_as(steered.policy.noise)
+    assert torch.equal(alone[NoiseMode.BASE][1], normal)
+    assert torch.equal(alone[NoiseMode.WARM_UP][1], normal[:, :1].expand_as(normal))
+    assert torch.equal(alone[NoiseMode.SNAPSHOT_STOCHASTIC][0], by_hand(steered, steered.snapshot, deterministic=False))
+    assert torch.equal(alone[NoiseMode.DETERMINISTIC][0], by_hand(steered, steered.actor, deterministic=True))
+
+
+def load_steered(config: Config, spec: EnvironmentSpec) -> SteeredPolicy:
+    """A policy for one batch of as many rows as there are actors, with a second actor."""
+    files = find_policy(EMBEDDED_POLICY)
+    frozen = load_frozen_policy(config, files, CPU, spec.prompts, lambda: None)
+    actors = [Actor(config.sac, 10, CPU, seed) for seed in (0, 1)]
+    batch = frozen.batch(config.actors, int(frozen.prompt_lengths.max()))
+    return SteeredPolicy(batch, actors[0], config.sac, actors[1])
+
+
+def by_hand(steered: SteeredPolicy, actor: Actor, deterministic: bool) -> torch.Tensor:
+    normal = steered.standard_normal[:, : steered.noise.shape[1]]
+    nobody = torch.zeros(len(normal), dtype=torch.bool)
+    return act(actor, steered.sac_image, steered.policy.state, normal, nobody, deterministic)

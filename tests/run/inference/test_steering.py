@@ -17,7 +17,7 @@ from dsrl_async.run.frozen_policy import FrozenPolicy
 from dsrl_async.run.inference import policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, NoiseMode
 
 CPU = torch.device("cpu")
 
@@ -72,8 +72,8 @@ def test_another_policy_is_steered(
     reflex: FrozenPolicy = Reflex(spec)
     monkeypatch.setattr(policies, "load_frozen_policy", lambda *arguments: reflex)
     files = find_policy(EMBEDDED_POLICY)
-    loaded = policies.load_policies(small_config, spec, CPU, "deterministic", files, Counters(memory))
-    server = InferenceServer(small_config, memory, loaded, lambda lanes: None, training=False)
+    loaded = policies.load_policies(small_config, spec, CPU, files, Counters(memory))
+    server = InferenceServer(small_config, memory, loaded, lambda lanes: None, NoiseMode.DETERMINISTIC)
     slots, rng = server.slots, np.random.default_rng(0)
     for lane in (0, 1):
         slots.images[lane] = 10 * lane
