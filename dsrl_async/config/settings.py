@@ -127,6 +127,10 @@ class EnvConfig(Section):
     `preset` says about the suite."""
     chunk: Fixed[int] = Field(5, gt=0)
     """Environment steps that a decision executes, out of the policy's action horizon."""
+    reward: Fixed[Literal["success", "environment"]] = "success"
+    """What the agent maximises: success, by the next two settings; or the environment's own rewards, summed over the
+    executed steps of a decision, of which step k is discounted by gamma^k where `sac.discount_per` is `env_step`
+    (docs/adapters.md)."""
     use_step_penalty: Fixed[bool] = True
     """Reward -1 per decision and 0 for the one that succeeds; if false, 0 and 1."""
     reward_rule: Fixed[Literal["chunk_success", "first_step"]] = "chunk_success"
@@ -166,6 +170,11 @@ class EnvConfig(Section):
             numbers = getattr(self, name)
             if numbers is not None and not 0 < len(set(numbers)) == len(numbers):
                 raise ValueError(f"{name} must name at least one number and none twice; null means all")
+        if self.reward == "environment" and not (self.use_step_penalty and self.reward_rule == "chunk_success"):
+            raise ValueError(
+                "use_step_penalty and reward_rule say what a success is worth, which reward: environment leaves to the "
+                "environment; leave them out, or set reward to success"
+            )
         return self
 
 
@@ -308,6 +317,11 @@ class SacConfig(Section):
         if self.log_std_min >= self.log_std_max:
             raise ValueError("log_std_min must be below log_std_max")
         return self
+
+    @property
+    def step_discount(self) -> float:
+        """The discount of a step within a decision."""
+        return self.gamma if self.discount_per == "env_step" else 1.0
 
     def noise_width(self, horizon: int) -> int:
         """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""

@@ -38,9 +38,17 @@ class ChunkOutcome(NamedTuple):
     success_step: int
     """Index within the chunk of the first successful step, -1 if there was none."""
     terminated: bool
-    """The episode ended in success."""
+    """Nothing follows: the episode ended in success, or failed for good (then `success_step` is -1)."""
     truncated: bool
-    """The episode ended because its step limit was reached without success."""
+    """The episode ended without success where it could have gone on, such as at its step limit."""
+    rewards: Sequence[float] = ()
+    """The environment's own reward of each executed step. Empty if it knows no other than success: 1 for the successful
+    step and 0 for the others."""
+
+    @property
+    def success(self) -> bool:
+        """Whether the episode ended in success."""
+        return self.terminated and self.success_step >= 0
 
 
 class Environment(Protocol):

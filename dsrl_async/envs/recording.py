@@ -41,14 +41,16 @@ class RecordingEnvironment:
         if self._film is None:
             outcome: ChunkOutcome = self._env.step_chunk(action_chunk)
             return outcome
+        rewards: list[float] = []
         for step in range(len(action_chunk)):
             outcome = self._env.step_chunk(action_chunk[step : step + 1])
+            rewards += outcome.rewards
             frame = self._frame()
             self._film.append_data(frame)
             if outcome.terminated or outcome.truncated:
                 self._finish(frame)
                 break
-        return outcome._replace(steps=step + 1, success_step=step if outcome.terminated else -1)
+        return outcome._replace(steps=step + 1, success_step=step if outcome.success else -1, rewards=tuple(rewards))
 
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         self._env.observe(images, sac_image, state)

@@ -14,7 +14,7 @@ from dsrl_async.envs import EnvironmentRecord, environment_record, make_environm
 from dsrl_async.envs.libero_files import SUITES
 
 NAMES = ("tabletop", *SUITES)
-COMMON = {"name", "max_episode_steps", "chunk", "use_step_penalty", "reward_rule"}
+COMMON = {"name", "max_episode_steps", "chunk", "use_step_penalty", "reward_rule", "reward"}
 """Settings of every environment."""
 
 

@@ -37,7 +37,8 @@ def run_serial(session: Session) -> dict[str, Any]:
     policies = load_policies(config, run.spec, device, run.policy, session.counters, stage)
     server, learner = join(config, arena, policies, run.horizon, device, session.run_dir, lambda lanes: None)
     env_config = config.env.model_dump()
-    lanes = [Lane(number, 1, config.seed, env_config, arena) for number in range(config.actors)]
+    discount = config.sac.step_discount
+    lanes = [Lane(number, 1, config.seed, env_config, arena, step_discount=discount) for number in range(config.actors)]
     for lane in lanes:
         lane.start()
     try:

@@ -77,6 +77,7 @@ class Workers:
             child.log,
             child.incarnation,
             program=self._program,
+            step_discount=session.config.sac.step_discount,
         )
         child.popen = self._forker.popen
 

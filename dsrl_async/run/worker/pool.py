@@ -95,6 +95,7 @@ class WorkerPool:
                 self.logs / "template.log",
                 evaluation=self._evaluation,
                 program=self._program,
+                step_discount=config.sac.step_discount,
             )
             stack.callback(self._template.close)
             self._resources = stack.pop_all()

@@ -92,6 +92,7 @@ class Template:
             {"video_dir": directory of films or None, "rate_hz": frames per second of the films, "begin_with": number of
             the episode whose scene is compiled before any worker is forked, or None}.
         program: what a worker runs: a module with `prepare` and `main` as in `worker`.
+        step_discount: the discount of a step within a decision, see `worker.Lane`.
 
     Attributes:
         popen: the template's process.
@@ -112,6 +113,7 @@ class Template:
         incarnation: int = 1,
         evaluation: Mapping[str, Any] | None = None,
         program: processes.Program = WORKER,
+        step_discount: float = 1.0,
     ) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was inherited as ignored, nobody could be waited for
         self.forked = 0
@@ -126,6 +128,7 @@ class Template:
             "env": env_config,
             "notify_fds": list(notify_fds),
             "evaluation": evaluation,
+            "step_discount": step_discount,
             "socket_fd": child.fileno(),
             "incarnation": incarnation,
             **program.settings,

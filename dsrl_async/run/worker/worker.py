@@ -6,6 +6,7 @@ is forked from the `template`; serial mode calls `Lane` directly.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,19 @@ def decision_reward(outcome: ChunkOutcome, reward_rule: str, use_step_penalty: b
     return float(success) - float(use_step_penalty)
 
 
+def environment_reward(outcome: ChunkOutcome, step_discount: float) -> float:
+    """Return the environment's own rewards of a decision: the sum over its steps k of step_discount^k reward_k.
+
+    Raises ValueError if one of them is not finite.
+    """
+    if not outcome.rewards:
+        return step_discount**outcome.success_step if outcome.success_step >= 0 else 0.0
+    total = float(sum(step_discount**step * reward for step, reward in enumerate(outcome.rewards)))
+    if not math.isfinite(total):
+        raise ValueError(f"the environment's rewards must be finite numbers, not {list(outcome.rewards)}")
+    return total
+
+
 class Lane:
     """One environment with its slot and its part of the replay ring, which steps from decision to decision.
 
@@ -53,6 +67,7 @@ class Lane:
         env_config: the environment's settings, as `EnvConfig.model_dump()` returns them.
         arena: the shared memory.
         environment: the environment to step; by default one is made from `env_config`.
+        step_discount: the discount of a step within a decision, for an environment's own rewards.
 
     Attributes:
         evaluation: the numbers of the episodes to play; None in training, where there is always a next one.
@@ -67,12 +82,14 @@ class Lane:
         env_config: dict[str, Any],
         arena: Arena,
         environment: Environment | None = None,
+        step_discount: float = 1.0,
     ) -> None:
         self.number, self.incarnation, self.seed = number, incarnation, seed
         self.evaluation: Iterator[int] | None = None
         self.finished = False
         self.reward_rule = env_config["reward_rule"]
         self.use_step_penalty = env_config["use_step_penalty"]
+        self.own_rewards, self.step_discount = env_config["reward"] == "environment", step_discount
         self.slots, self.ring, self.counters = Slots(arena), ReplayRing(arena), Counters(arena)
         self.phase = phases_of(arena, "actor", number)
         self.env = environment or make_environment(env_config)
@@ -115,7 +132,12 @@ class Lane:
         policy_version = int(slots.policy_version[lane])
         with self.phase("physics"):
             outcome = self.env.step_chunk(slots.action_chunk[lane])
-        reward = decision_reward(outcome, self.reward_rule, self.use_step_penalty)
+        if self.own_rewards:
+            reward, terminal = environment_reward(outcome, self.step_discount), outcome.terminated
+        else:
+            # What fails for good is not terminal here: else its reward of -1, the last one, would beat trying longer.
+            reward = decision_reward(outcome, self.reward_rule, self.use_step_penalty)
+            terminal = outcome.success
         self._observe()
         with self.phase("replay_write"):
             self.ring.append(
@@ -123,7 +145,7 @@ class Lane:
                 noise=slots.noise[lane],
                 reward=reward,
                 steps=outcome.steps,
-                terminal=outcome.terminated,
+                terminal=terminal,
                 policy_version=policy_version,
                 next_image=slots.sac_image[lane],
                 next_state=slots.state[lane],
@@ -134,7 +156,7 @@ class Lane:
         counters.actor_env_steps[lane] += outcome.steps
         counters.actor_decisions[lane] += 1
         if outcome.terminated or outcome.truncated:
-            counters.end_episode(lane, self.episode_return, self.episode_len, success=outcome.terminated)
+            counters.end_episode(lane, self.episode_return, self.episode_len, success=outcome.success)
             self.start()
         else:
             self._request()
@@ -168,7 +190,7 @@ def main(job: Mapping[str, Any], environment: Environment | None) -> None:
     arena, number, wake = Arena.attach(job["arena"]), job["number"], job["wake_fd"]
     # From here on a simulator or an OpenGL driver that hangs while the scene is made is noticed like any other.
     Counters(arena).actor_heartbeat_ns[number] = time.monotonic_ns()
-    lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment)
+    lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment, job["step_discount"])
     if (evaluation := job["evaluation"]) is not None:
         assignments = Assignments(arena)
         lane.evaluation = assignments.take(number, wake, job["notify_fds"])

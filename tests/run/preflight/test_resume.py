@@ -111,7 +111,8 @@ def test_another_value_meets_the_fate_that_the_setting_was_declared_with(key: st
     "key",
     [
         *("sac.image_range", "sac.action_magnitude", "sac.gamma", "sac.discount_per", "sac.noise_layout"),
-        *("env.chunk", "env.use_step_penalty", "env.reward_rule", "env.name", "env.layout", "env.task_ids"),
+        *("env.chunk", "env.reward", "env.use_step_penalty", "env.reward_rule"),
+        *("env.name", "env.layout", "env.task_ids"),
         *("env.image_size", "env.render_size", "env.rotate_images", "env.max_episode_steps", "policy.denoise_steps"),
     ],
 )

@@ -5,15 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dsrl_async.config.settings import Config
+from dsrl_async.config.load import validate
+from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
 from dsrl_async.envs.tabletop_spec import TABLETOP
-from dsrl_async.run.worker.worker import EVALUATION, TRAINING, Lane, decision_reward, episode_seed
+from dsrl_async.run.worker.worker import (
+    EVALUATION,
+    TRAINING,
+    Lane,
+    decision_reward,
+    environment_reward,
+    episode_seed,
+)
 from dsrl_async.shm.arena import Arena
 
 CONTINUES = ChunkOutcome(steps=5, success_step=-1, terminated=False, truncated=False)
 SUCCEEDS = ChunkOutcome(steps=3, success_step=2, terminated=True, truncated=False)
 RUNS_OUT = ChunkOutcome(steps=2, success_step=-1, terminated=False, truncated=True)
+FAILS = ChunkOutcome(steps=4, success_step=-1, terminated=True, truncated=False, rewards=(0.0, 1.0, 0.5, -8.0))
 
 
 class ScriptedEnvironment:
@@ -45,7 +54,8 @@ def play(
     memory: Arena, config: Config, outcomes: list[ChunkOutcome], incarnation: int = 1
 ) -> tuple[Lane, ScriptedEnvironment]:
     environment = ScriptedEnvironment(outcomes)
-    lane = Lane(1, incarnation, 9, config.env.model_dump(), memory, environment)
+    discount = config.sac.step_discount
+    lane = Lane(1, incarnation, 9, config.env.model_dump(), memory, environment, discount)
     lane.start()
     for number in range(len(outcomes)):
         assert not lane.ready()
@@ -115,6 +125,44 @@ def test_policy_lag_is_in_updates_since_the_policy_was_published(memory: Arena, 
 )
 def test_reward_rules(outcome: ChunkOutcome, rule: str, penalty: bool, reward: float) -> None:
     assert decision_reward(outcome, rule, penalty) == reward
+
+
+def configured(config: Config, **sections: dict[str, object]) -> Config:
+    settings = config.model_dump()
+    return Config.model_validate({**settings, **{name: settings[name] | keys for name, keys in sections.items()}})
+
+
+def test_rewards_of_the_environment_are_discounted_within_a_decision(memory: Arena, small_config: Config) -> None:
+    given = CONTINUES._replace(rewards=(1, 2, 0, 0, 4))
+    for incarnation, per, expected in ((1, "env_step", 1 + 2 * 0.5 + 4 * 0.5**4), (2, "decision", 7.0)):
+        config = configured(small_config, env={"reward": "environment"}, sac={"gamma": 0.5, "discount_per": per})
+        lane, _ = play(memory, config, [given], incarnation)
+        assert lane.ring.rows["reward"][1, lane.ring.head[1] - 2] == expected
+        assert lane.episode_return == expected
+
+
+def test_an_environment_without_rewards_of_its_own_gives_one_for_success() -> None:
+    assert environment_reward(CONTINUES, 0.5) == 0
+    assert environment_reward(SUCCEEDS, 0.5) == 0.5**2
+    with pytest.raises(ValueError, match=r"^the environment's rewards must be finite numbers, not \[0\.0, nan\]$"):
+        environment_reward(CONTINUES._replace(rewards=(0.0, float("nan"))), 1.0)
+
+
+@pytest.mark.parametrize(("reward", "terminal"), [("success", False), ("environment", True)])
+def test_an_episode_that_fails_for_good_is_no_success_and_ends_the_return_of_the_environment_only(
+    memory: Arena, small_config: Config, reward: str, terminal: bool
+) -> None:
+    lane, _ = play(memory, configured(small_config, env={"reward": reward}), [CONTINUES, FAILS])
+    assert lane.ring.rows["terminal"][1, 1] == terminal
+    assert lane.ring.rows["complete"][1, :4].tolist() == [True, True, False, False]
+    assert lane.counters.actor_episodes[1] == 1
+    assert lane.counters.actor_successes[1] == 0
+
+
+def test_what_a_success_is_worth_is_refused_beside_rewards_of_the_environment() -> None:
+    for other in ({"use_step_penalty": False}, {"reward_rule": "first_step"}):
+        with pytest.raises(ConfigError, match=r"^env: use_step_penalty and reward_rule .* or set reward to success$"):
+            validate({"env": {"reward": "environment", **other}})
 
 
 def test_episode_seeds_never_repeat_between_training_and_evaluation() -> None:
