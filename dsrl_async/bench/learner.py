@@ -43,7 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments, require_positive
 from dsrl_async.bench.systems.plain_learner import Plain, copy_actor, copy_critic
-from dsrl_async.config.load import read_yaml, validate
+from dsrl_async.config.files import read_config
+from dsrl_async.config.load import validate
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.host.tracing import OperationTrace
@@ -56,7 +57,7 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
 OWN, PLAIN, BOUND = "dsrl_async", "plain", "bound"
-DEFAULT_CONFIG = Path("configs/libero_spatial_pi0.yaml")
+DEFAULT_CONFIG = "libero_spatial_pi0"
 HORIZON = 50
 """Action slots of Pi0. The agent's sizes depend on them only with `sac.noise_layout: per_slot`."""
 CONVOLUTIONS = ("convolution", "convolution_backward")
@@ -69,7 +70,6 @@ is rounded to the other side of zero shows in a gradient."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
-        type=Path,
         default=DEFAULT_CONFIG,
         help=f"configuration whose `sac` is used (default: {DEFAULT_CONFIG})",
     )
@@ -240,12 +240,12 @@ def run(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "repeats", "batch", "threads")
     if arguments.ring_rows < 4 or (arguments.images_at_a_time or 1) < 1:
         raise ValueError("--images-at-a-time must be positive, and --ring-rows at least 4")
-    config = validate(read_yaml(arguments.config))
+    config = validate(read_config(arguments.config))
     if config.sac.augmentation != "none":
         raise ValueError("the plain program has no augmentation; set sac.augmentation to none in the configuration")
     torch.set_num_threads(arguments.threads)
     lines = JsonLines("learner", arguments)
     for size in arguments.batch:
         sliced = f" images {arguments.images_at_a_time}" if arguments.images_at_a_time else ""
-        lines.case(f"{arguments.config.stem} batch {size} threads {arguments.threads}{sliced}")
+        lines.case(f"{Path(arguments.config).stem} batch {size} threads {arguments.threads}{sliced}")
         lines.add(measure(config.sac, size, arguments))

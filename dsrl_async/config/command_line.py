@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from dsrl_async import untrusted
 from dsrl_async.config import strict_yaml
-from dsrl_async.config.load import leaf_fields, read_run_settings, read_yaml, set_key, suggestion, validate
+from dsrl_async.config.files import PATHS, read_config
+from dsrl_async.config.load import leaf_fields, read_run_settings, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
 
 COMMANDS = ("launch", "evaluate", "plan", "doctor", "bench")
@@ -117,7 +118,9 @@ def build_parser(all_settings: bool = False) -> Parser:
         epilog=None if all_settings else "--help-all shows the other settings, such as those of the SAC agent.",
     )
     add_help_all(parser, lambda: build_parser(all_settings=True))
-    parser.add_argument("--config", metavar="YAML", help="a file with settings, which options override")
+    parser.add_argument(
+        "--config", metavar="YAML", help="a file with settings, which options override, or the name of a shipped one"
+    )
     fields = dict(leaf_fields())
     add_settings(parser.add_argument_group("settings that most runs use"), {key: fields.pop(key) for key in COMMON})
     add_sections(parser, fields, shown=all_settings)
@@ -179,7 +182,7 @@ def load_config(argv: Sequence[str]) -> Config:
             raise ConfigError(f"--resume {run}: its config.yaml is empty; restore it, or start a new run")
         settings["run_dir"] = str(run_dir)
     elif path is not None:
-        settings = read_yaml(Path(path))
+        settings = read_config(path)
     override(settings, options)
     return validate(settings)
 
@@ -221,6 +224,6 @@ def parse_value(key: str, text: str) -> Any:
 
 def make_paths_absolute(policy: PolicyConfig) -> None:
     """Make relative paths absolute, so that the run can be resumed and evaluated from elsewhere."""
-    for name in ("checkpoint", "tokenizer", "norm_stats"):
+    for name in PATHS:
         if (path := getattr(policy, name)) is not None:
             setattr(policy, name, str(Path(path).absolute()))

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
+from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
 from dsrl_async.doctor.probes import cuda, egl_devices, render
 from dsrl_async.envs import environment_record, graphics, libero_files
@@ -148,7 +149,7 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
         try:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
-            yield Finding("environment", "problem", f"{name} is not installed; pip install -e '.[libero]'")
+            yield Finding("environment", "problem", f"{name} is not installed; {how_to_install('libero')}")
     yield Finding(
         "environment",
         "ok",

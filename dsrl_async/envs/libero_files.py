@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from dsrl_async import untrusted
 from dsrl_async.config import strict_yaml
+from dsrl_async.config.files import how_to_install
 from dsrl_async.envs import libero_init_states
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
@@ -57,7 +58,7 @@ def root() -> Path:
     for package in _package_directories("libero"):
         if (package / "libero" / "benchmark").is_dir():
             return package / "libero"
-    raise ValueError("LIBERO is not installed; see docs/libero.md, or: pip install -e '.[libero]'")
+    raise ValueError(f"LIBERO is not installed; see docs/libero.md, or: {how_to_install('libero')}")
 
 
 def _is_pro() -> bool:

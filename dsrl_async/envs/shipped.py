@@ -95,6 +95,6 @@ def libero_record(settings: Settings) -> EnvironmentRecord:
         template_bytes=IMPORTS_BYTES + (LIBERO_SCENE_BYTES if one_scene else 0),
         packages=LIBERO_PACKAGES,
         suite=suite,
-        example="configs/libero_spatial_small.yaml" if suite == "libero_spatial" else None,
+        example="libero_spatial_small" if suite == "libero_spatial" else None,
     )
     return record

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
-from dsrl_async.config.load import read_run_settings, read_yaml, validate
+from dsrl_async.config.files import read_config
+from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, environment_record
 from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
@@ -113,7 +114,7 @@ def choose_episodes(options: argparse.Namespace, config: Config, record: Environ
 def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     """Return the settings of the run or file to evaluate, empty if there is none, and the run's checkpoint."""
     if options.checkpoint is None:
-        return read_yaml(Path(options.config)) if options.config is not None else {}, None
+        return read_config(options.config) if options.config is not None else {}, None
     if options.config is not None:
         raise ConfigError("--config cannot be combined with --checkpoint: the run's own configuration is used")
     checkpoint = checkpoints.find(Path(options.checkpoint))

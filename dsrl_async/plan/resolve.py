@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsrl_async.config.command_line import load_config
+from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentSpec, environment_record
 from dsrl_async.host.machine import available_cpus, available_memory
@@ -53,7 +54,7 @@ def check_options(own: argparse.Namespace) -> None:
         raise ConfigError(f"--nodes must be at least 1, not {min(own.nodes)}")
     if own.plot is not None:
         if find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib; pip install -e '.[plot]'")
+            raise ConfigError(f"--plot needs matplotlib; {how_to_install('plot')}")
         if own.plot.suffix not in PICTURES or not own.plot.absolute().parent.is_dir():
             raise ConfigError(f"--plot {own.plot}: give a {', '.join(PICTURES)} file in a directory that is there")
 

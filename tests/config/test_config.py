@@ -228,7 +228,7 @@ def test_saved_configuration_reads_back(gamma: float, dims: list[int], actors: i
     [
         (
             {"env": {"name": "libero_spatial"}},
-            "LIBERO is not installed|--policy.checkpoint DIR, or --config configs/libero_spatial_small.yaml",
+            "LIBERO is not installed|--policy.checkpoint DIR, or --config libero_spatial_small$",
         ),
         ({"env": {"name": "libero_goal", "image_size": 64}}, r"LIBERO is not installed|--policy.checkpoint DIR$"),
         ({"policy": {"checkpoint": "nowhere"}}, "no directory or safetensors file .*nowhere"),

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dsrl_async.config.files import how_to_install
 from dsrl_async.host.device import register_memory
 from dsrl_async.host.stages import Stage
 from dsrl_async.run.inference.policies import Policies
@@ -113,7 +114,7 @@ def prepare_uploads(arena: Arena, device: torch.device) -> Way:
     try:
         return Way(Uploads.GATHERED, compile_gather(device))
     except ImportError:
-        return Way(Uploads.PAGE_LOCKED, None, "cupy is not installed (pip install -e '.[cuda]')")
+        return Way(Uploads.PAGE_LOCKED, None, f"cupy is not installed ({how_to_install('cuda')})")
     except Exception as error:  # cupy's own types
         reason = str(error).partition("\n")[0] or type(error).__name__
         return Way(Uploads.PAGE_LOCKED, None, f"cupy cannot compile the kernel that gathers them: {reason}")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.shm.arena import Arena
@@ -178,7 +179,7 @@ class Profiler:
         except OSError as error:
             logger.warning("the profile could not be written: %s", error)
         except ImportError:
-            logger.info("no picture of the profile: it needs matplotlib (pip install -e '.[plot]')")
+            logger.info("no picture of the profile: it needs matplotlib (%s)", how_to_install("plot"))
         return diagnosis, drawn
 
 
