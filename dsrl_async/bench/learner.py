@@ -46,7 +46,6 @@ from dsrl_async.bench.systems.plain_learner import Plain, copy_actor, copy_criti
 from dsrl_async.config.files import read_config
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import SacConfig
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.host.tracing import OperationTrace
 from dsrl_async.plan.measure import fill_ring
 from dsrl_async.run.learner.sampling import InPlace, Mirror
@@ -118,9 +117,8 @@ def random_batch(config: SacConfig, size: int, action_dim: int) -> Batch:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    shape = (2 * size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)
     return Batch(
-        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        images=torch.randint(0, 256, (2 * size, *config.image_shape), dtype=torch.uint8, generator=generator),
         states=normal(2 * size, config.state_dim),
         noise=normal(size, action_dim),
         reward=torch.full((size,), -1.0),
@@ -229,7 +227,7 @@ def kernels_on_a_device(sac: SacConfig, size: int) -> int:
     """Kernels of a full update with drawing, where the encoder takes all images at once."""
     with torch.device("meta"):
         agent = SacAgent(sac, HORIZON, device="meta")
-    ring = ReplayRing(Arena.create(replay_fields(1, 16, sac.state_dim, agent.action_dim)))
+    ring = ReplayRing(Arena.create(replay_fields(1, 16, sac.state_dim, agent.action_dim, len(sac.cameras))))
     updates = Updates(agent, Mirror(ring, agent.device), size)
     with OperationTrace(guarded=True) as trace:
         updates.whole(update_actor=True)

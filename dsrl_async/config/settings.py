@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE, sac_image_shape
 from dsrl_async.config.strict_yaml import is_text
 from dsrl_async.untrusted import shown
 
@@ -215,6 +215,10 @@ class PolicyConfig(Section):
 class SacConfig(Section):
     """DSRL-SAC: networks, losses and optimisation of the noise-choosing agent."""
 
+    cameras: Fixed[list[int]] = [0]
+    """Numbers of the cameras that the agent sees, out of those that the environment shows the policy: 0 is LIBERO's
+    agentview and the tabletop's front, 1 their wrist camera. The pictures are stacked along the channels, and an update
+    augments all pictures of one moment alike, as official DSRL does."""
     image_pool: Fixed[int] = Field(2, ge=1)
     """Average-pool the 64x64 image by this factor, a divisor of 64, before the convolutions (2 means 32x32)."""
     conv_channels: Fixed[list[int]] = [32]
@@ -298,6 +302,8 @@ class SacConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SacConfig:
+        if not 0 < len(set(self.cameras)) == len(self.cameras) or min(self.cameras) < 0:
+            raise ValueError("cameras must name at least one of the environment's cameras, such as [0], and none twice")
         lengths = {len(self.conv_channels), len(self.conv_kernels), len(self.conv_strides)}
         if len(lengths) != 1 or 0 in lengths:
             raise ValueError("conv_channels, conv_kernels and conv_strides must have the same length, at least 1")
@@ -323,6 +329,11 @@ class SacConfig(Section):
         """The discount of a step within a decision."""
         return self.gamma if self.discount_per == "env_step" else 1.0
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of the image that the agent sees: [64, 64, 3 * cameras]."""
+        return sac_image_shape(len(self.cameras))
+
     def noise_width(self, horizon: int) -> int:
         """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""
         return self.noise_dim * (horizon if self.noise_layout == "per_slot" else 1)
@@ -332,7 +343,7 @@ class ReplayConfig(Section):
     """The shared-memory ring that holds transitions."""
 
     capacity: Announced[int] = Field(40_000, ge=64)
-    """Rows for all workers together; a row takes 12.5 kB."""
+    """Rows for all workers together; a row takes 12.5 kB, and 12.3 more for each further one of `sac.cameras`."""
     warmup_decisions: Announced[int] = Field(400, ge=1)
     """Decisions taken with unsquashed N(0, I) noise before learning starts."""
 

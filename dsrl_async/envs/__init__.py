@@ -6,6 +6,8 @@ which only need that stay small.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsrl_async.envs.libero_files import SUITES
 from dsrl_async.envs.protocol import (
     ChunkOutcome,
@@ -48,6 +50,9 @@ def environment_spec(settings: Settings) -> EnvironmentSpec:
     return environment_record(settings).spec()
 
 
-def make_environment(settings: Settings) -> Environment:
-    """Makes the environment; raises ValueError as `environment_record` and its `make` do."""
-    return environment_record(settings).make()
+def make_environment(settings: Settings, agent_cameras: Sequence[int] = (0,)) -> Environment:
+    """Makes the environment, which shows the agent the cameras of these numbers (`sac.cameras`).
+
+    Raises ValueError as `environment_record` and its `make` do.
+    """
+    return environment_record(settings).make(agent_cameras)

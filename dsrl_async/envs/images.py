@@ -1,10 +1,25 @@
-"""Camera images, prepared as published LIBERO evaluations do it."""
+"""Camera images, prepared as published LIBERO evaluations do it, and what the agent sees of them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+
+
+def write_agent_image(sac_image: NDArray[np.uint8], frames: Iterable[NDArray[np.uint8]]) -> None:
+    """Writes what the SAC agent sees into uint8 [64, 64, 3 * n], for an environment's `observe`.
+
+    `frames` are the pictures of the agent's n cameras, uint8 [height, width, 3] of any size, in the order of
+    `sac.cameras`; where nothing larger than the policy's was rendered, that is `images[list(agent_cameras)]`. They are
+    resized by `resize_with_pad` and stacked along the channels.
+    """
+    for place, frame in enumerate(frames):
+        sac_image[:, :, 3 * place : 3 * place + 3] = resize_with_pad(frame, SAC_IMAGE_SIZE)
 
 
 def resize_with_pad(image: NDArray[np.uint8], size: int, antialias: bool = True) -> NDArray[np.uint8]:

@@ -24,15 +24,14 @@ import contextlib
 import ctypes
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.envs import libero_files
-from dsrl_async.envs.images import resize_with_pad
+from dsrl_async.envs.images import resize_with_pad, write_agent_image
 from dsrl_async.envs.libero_cameras import Cameras
 from dsrl_async.envs.libero_presets import PRESETS
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentRecord, check_chunk
@@ -83,8 +82,9 @@ class LiberoEnvironment:
     Raises ValueError if LIBERO is not usable or a setting does not fit it.
     """
 
-    def __init__(self, record: EnvironmentRecord) -> None:
+    def __init__(self, record: EnvironmentRecord, agent_cameras: Sequence[int] = (0,)) -> None:
         self.spec, config = record.spec(), record.settings
+        self._agent_cameras = agent_cameras
         self.suite: str = config["name"]
         self.tasks = libero_files.selected_tasks(self.suite, config["task_ids"])
         self.max_episode_steps: int = config["max_episode_steps"]
@@ -301,12 +301,12 @@ class LiberoEnvironment:
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         """Writes LIBERO's observation after the last step.
 
-        It consists of images uint8[2, size, size, 3] (agentview, wrist), sac_image uint8[64, 64, 3] (agentview) and
-        state float32[8]. Raises ValueError if OpenGL does not work.
+        It consists of images uint8[2, size, size, 3] (agentview, wrist), sac_image uint8[64, 64, 3 * n] (the
+        agent's cameras) and state float32[8]. Raises ValueError if OpenGL does not work.
         """
         for camera, image in enumerate(images):
             image[:] = resize_with_pad(self._frame(camera), len(image), self._antialias)
-        sac_image[:] = resize_with_pad(self._frame(0), SAC_IMAGE_SIZE)
+        write_agent_image(sac_image, map(self._frame, self._agent_cameras))
         state[:] = self.domain._observables["moment"].obs
 
     def render(self, size: int = 256, camera: int = 0) -> NDArray[np.uint8]:

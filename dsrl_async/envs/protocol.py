@@ -70,8 +70,9 @@ class Environment(Protocol):
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
         """Renders the present moment into the given C-contiguous arrays.
 
-        images uint8[cameras, image_size, image_size, 3], sac_image uint8[64, 64, 3],
-        state float32[state_dim].
+        images uint8[cameras, image_size, image_size, 3], sac_image uint8[64, 64, 3 * n], state float32[state_dim].
+        `images.write_agent_image` makes sac_image from the pictures of the n cameras that the agent sees, whose numbers
+        the environment was made with.
         """
         ...
 
@@ -99,8 +100,9 @@ class EnvironmentRecord:
     """The keys of `env` that only environments of this kind read; what is not among them has no effect."""
     spec: Callable[[], EnvironmentSpec]
     """The shapes. Raises ValueError if the environment is not installed, or lacks what the settings select."""
-    make: Callable[[], Environment]
-    """Makes the environment, with its simulator. Raises ValueError if it cannot be had, or a setting does not fit."""
+    make: Callable[[Sequence[int]], Environment]
+    """Makes the environment, with its simulator, from the numbers of the cameras that the agent sees (`sac.cameras`).
+    Raises ValueError if it cannot be had, or a setting does not fit."""
     check: Callable[[], Sequence[str]]
     """Reads the environment's own files; returns warnings for the user. Raises ValueError, naming the file that is
     missing or damaged."""

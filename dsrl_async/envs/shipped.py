@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dsrl_async.envs import libero_files
 from dsrl_async.envs.libero_presets import with_preset
 from dsrl_async.envs.protocol import Environment, EnvironmentRecord, EnvironmentSpec, Settings, installed_versions
@@ -35,10 +37,10 @@ def tabletop_record(settings: Settings) -> EnvironmentRecord:
     steps = settings["max_episode_steps"]
     steps = TABLETOP_EPISODE_STEPS if steps is None else steps
 
-    def make() -> Environment:
+    def make(agent_cameras: Sequence[int]) -> Environment:
         from dsrl_async.envs.tabletop import TabletopEnvironment
 
-        return TabletopEnvironment(settings["layout"], steps)
+        return TabletopEnvironment(settings["layout"], steps, agent_cameras)
 
     return EnvironmentRecord(
         name="tabletop",
@@ -76,10 +78,10 @@ def libero_record(settings: Settings) -> EnvironmentRecord:
         prompts = tuple(libero_files.instruction(names[task]) for task in tasks)
         return EnvironmentSpec(2, settings["image_size"], state_dim=8, action_dim=7, prompts=prompts)
 
-    def make() -> Environment:
+    def make(agent_cameras: Sequence[int]) -> Environment:
         from dsrl_async.envs.libero import LiberoEnvironment
 
-        return LiberoEnvironment(record)
+        return LiberoEnvironment(record, agent_cameras)
 
     record = EnvironmentRecord(
         name=suite,

@@ -10,12 +10,14 @@ All lengths are in metres; z points up, x towards the front camera, and z = 0 is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsrl_async.envs.images import write_agent_image
 from dsrl_async.envs.protocol import ChunkOutcome, check_chunk
 from dsrl_async.envs.simulator import mujoco
 from dsrl_async.envs.tabletop_spec import TABLETOP
@@ -200,12 +202,13 @@ class TabletopEnvironment:
     Raises ValueError if the layout is unknown or the step limit is not positive.
     """
 
-    def __init__(self, layout: str = "swap2", max_episode_steps: int = 50) -> None:
+    def __init__(self, layout: str = "swap2", max_episode_steps: int = 50, agent_cameras: Sequence[int] = (0,)) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"unknown tabletop layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
         if max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, not {max_episode_steps}")
         self.spec = TABLETOP
+        self._agent_cameras = list(agent_cameras)
         self.layout = layout
         self.max_episode_steps = max_episode_steps
         self.plate_positions = PLATE_LOCATIONS.copy()
@@ -317,14 +320,15 @@ class TabletopEnvironment:
     # Images
 
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
-        """Writes images uint8[2, 64, 64, 3] (front, wrist), sac_image uint8[64, 64, 3] (front) and state float32[8].
+        """Writes images uint8[2, 64, 64, 3] (front, wrist), sac_image uint8[64, 64, 3 * n] (the agent's cameras) and
+        state float32[8].
 
         The arrays must be C-contiguous.
         """
         self._update_poses()
         for camera, image in enumerate(images):
             self._cast(camera, image)
-        sac_image[:] = images[0]
+        write_agent_image(sac_image, images[self._agent_cameras])
         state[:3] = self._data.qpos[self._hand]
         state[3:6] = 0
         state[6:] = self._data.qpos[self._fingers]

@@ -107,7 +107,7 @@ def measure(run: CheckedRun, seconds: float, say: Callable[[str], None]) -> Meas
         policies = load_policies(config, run.spec, device, run.policy, Counters(arena))
         server = InferenceServer(config, arena, policies, lambda lanes: None)
         say(f"environment: {part_s:.0f} s, until an episode has ended")
-        lane = Lane(0, 1, config.seed, config.env.model_dump(), arena)
+        lane = Lane(0, 1, config.seed, config.env.model_dump(), arena, agent_cameras=config.sac.cameras)
         try:
             times, steps, environment_cores = measure_environment(lane, server, part_s)
         finally:
@@ -208,7 +208,7 @@ def updating(config: Config, horizon: int) -> Callable[[], None]:
 
 def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
     """A ring whose only lane is full of random observations, in episodes of ten decisions."""
-    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim)))
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim, len(config.cameras))))
     rng = np.random.default_rng(0)
     ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
     for name in ("state", "noise"):

@@ -150,8 +150,9 @@ def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:
     from dsrl_async.run.weights import HEADER
     from dsrl_async.sac.networks import Actor
 
-    width = config.sac.noise_width(horizon)
-    fields = slot_fields(1, spec, config.env.chunk, width, 0) | replay_fields(1, 1, spec.state_dim, width)
+    width, cameras = config.sac.noise_width(horizon), len(config.sac.cameras)
+    fields = slot_fields(1, spec, config.env.chunk, width, 0, cameras)
+    fields |= replay_fields(1, 1, spec.state_dim, width, cameras)
     size = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in fields.items()}
     return Payload(
         observation=size["slot/images"] + size["slot/sac_image"] + size["slot/state"],

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """B transitions to learn from."""
 
     images: Tensor
-    """uint8 [2 * B, 64, 64, 3], those of the observations followed by those of the next observations"""
+    """uint8 [2 * B, 64, 64, 3 * cameras], those of the observations followed by those of the next observations"""
     states: Tensor
     """fp32 [2 * B, state_dim], in the same order"""
     noise: Tensor

@@ -19,12 +19,12 @@ def random_shift(image: Tensor, uniform: Tensor, pad: int) -> Tensor:
     et al. 2020).
 
     Args:
-        image: uint8 [B, H, W, 3].
+        image: uint8 [B, H, W, C].
         uniform: fp32 [B, 2] in [0, 1], for rows and columns.
         pad: largest shift in pixels.
 
     Returns:
-        uint8 [B, H, W, 3] where output[y, x] = image[clamp(y + dy), clamp(x + dx)].
+        uint8 [B, H, W, C] where output[y, x] = image[clamp(y + dy), clamp(x + dx)].
     """
     batch, height, width, _ = image.shape
     count = 2 * pad + 1

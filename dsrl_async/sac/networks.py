@@ -54,20 +54,20 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
     """Average-pool the image and scale it to `image_range`.
 
     Args:
-        image: uint8 [B, 64, 64, 3].
+        image: uint8 [B, 64, 64, 3 * cameras].
         config: its `image_pool` and `image_range` are used.
         jitter: fp32 [B, 3] in [0, 1], random numbers for `colour_jitter`, or None.
 
     Returns:
-        fp32 [B, 3, 64 / image_pool, 64 / image_pool], in channels-last memory format.
+        fp32 [B, 3 * cameras, 64 / image_pool, 64 / image_pool], in channels-last memory format.
     """
     pool = config.image_pool
     unit = 1.0 / (255 * pool * pool)
     if pool > 1:
         # Exact integer sums of whole rows, then of whole pixels: on a CPU 6x faster than avg_pool2d.
-        size = SAC_IMAGE_SIZE // pool
-        rows = image.view(-1, size, pool, SAC_IMAGE_SIZE * 3).to(torch.int16)
-        columns = functools.reduce(torch.add, rows.unbind(2)).view(-1, size, size, pool, 3)
+        size, channels = SAC_IMAGE_SIZE // pool, image.shape[3]
+        rows = image.view(-1, size, pool, SAC_IMAGE_SIZE * channels).to(torch.int16)
+        columns = functools.reduce(torch.add, rows.unbind(2)).view(-1, size, size, pool, channels)
         image = functools.reduce(torch.add, columns.unbind(3))
     pixels = image.permute(0, 3, 1, 2).to(torch.float32)
     if jitter is not None:
@@ -91,7 +91,7 @@ class Encoder(nn.Module):
     def __init__(self, config: SacConfig, products: torch.dtype) -> None:
         super().__init__()
         self.products = products
-        channels = [3, *config.conv_channels]
+        channels = [config.image_shape[2], *config.conv_channels]
         self.convolutions = nn.ModuleList()
         size, largest = SAC_IMAGE_SIZE // config.image_pool, 0
         for (fan_in, fan_out), kernel, stride in zip(
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
-        """fp32 [B, 3, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
+        """fp32 [B, C, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
         projection, dtype = self.image_projection, self.products
         weights = [projection.weight, projection.bias, *self.convolutions.parameters()]
         weights = [weight.to(dtype) for weight in weights]
@@ -153,7 +153,7 @@ class _Trunk(NamedTuple):
         convolutions: Sequence[Tensor],
         kept: list[Tensor] | None,
     ) -> Tensor:
-        """[B, 3, S, S] -> [B, image_latent_dim], of one dtype. Appends what `backward` needs to `kept`."""
+        """[B, C, S, S] -> [B, image_latent_dim], of one dtype. Appends what `backward` needs to `kept`."""
         outputs = []
         for x in pixels.split(self.images_at_a_time):
             for weight, bias, stride in zip(convolutions[::2], convolutions[1::2], self.strides, strict=True):
@@ -271,7 +271,7 @@ class Actor(FlatModule):
         """Parameters of the normal distribution of u.
 
         Args:
-            pixels: fp32 [B, 3, S, S] from `preprocess_image`.
+            pixels: fp32 [B, C, S, S] from `preprocess_image`.
             state: fp32 [B, state_dim].
 
         Returns:
@@ -352,7 +352,7 @@ class Critic(FlatModule):
         return torch.baddbmm(last_bias, x.float(), last_weight).squeeze(-1)
 
     def forward(self, pixels: Tensor, state: Tensor, noise: Tensor) -> Tensor:
-        """fp32 [B, 3, S, S], fp32 [B, state_dim], fp32 [B, A] -> fp32 [heads, B]."""
+        """fp32 [B, C, S, S], fp32 [B, state_dim], fp32 [B, A] -> fp32 [heads, B]."""
         return self.q_values(self.encoder(pixels, state), noise)
 
 
@@ -392,7 +392,7 @@ def act(
 
     Args:
         actor: the current actor.
-        image: uint8 [B, 64, 64, 3].
+        image: uint8 [B, 64, 64, 3 * cameras].
         state: fp32 [B, state_dim].
         eps: fp32 [B, A], standard normal.
         use_gaussian: bool or fp32 [B]; where true (non-zero), the noise is `eps` itself, as in the warm-up.

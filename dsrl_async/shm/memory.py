@@ -13,10 +13,11 @@ from dsrl_async.shm.spans import span_fields
 
 def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
     """All arrays of a run with `config.actors` environments and a policy of `horizon` action slots."""
-    noise_width = config.sac.noise_width(horizon)
+    lanes, sac = config.actors, config.sac
+    width, cameras = sac.noise_width(horizon), len(sac.cameras)
     return {
-        **slot_fields(config.actors, spec, config.env.chunk, noise_width, horizon * config.sac.noise_dim),
-        **replay_fields(config.actors, config.replay.capacity // config.actors, spec.state_dim, noise_width),
+        **slot_fields(lanes, spec, config.env.chunk, width, horizon * sac.noise_dim, cameras),
+        **replay_fields(lanes, config.replay.capacity // lanes, spec.state_dim, width, cameras),
         **counter_fields(config.actors),
         **(span_fields(config.actors) if config.profile else {}),
     }

@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from dsrl_async.config.shapes import sac_image_shape
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
-from dsrl_async.shm.slots import SAC_IMAGE_SHAPE
 
 ROW_FIELDS = ("image", "state", "noise", "reward", "steps", "terminal", "policy_version", "complete")
 
 
-def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: int) -> Fields:
+def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: int, agent_cameras: int = 1) -> Fields:
     rows = (lanes, rows_per_lane)
     return {
-        "replay/image": ((*rows, *SAC_IMAGE_SHAPE), "uint8"),
+        "replay/image": ((*rows, *sac_image_shape(agent_cameras)), "uint8"),
         "replay/state": ((*rows, state_dim), "float32"),
         "replay/noise": ((*rows, noise_width), "float32"),
         "replay/reward": (rows, "float32"),
@@ -50,7 +50,7 @@ class ReplayRing:
     # ---- the environment worker's side
 
     def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray) -> None:
-        """Write an episode's first observation, image uint8 [64, 64, 3] and state float32 [8]."""
+        """Write an episode's first observation, image uint8 [64, 64, 3 * cameras] and state float32 [8]."""
         head = int(self.head[lane])
         order.barrier()  # who sees something of a row that overwrites an older one also sees the number before it
         # A predecessor that was killed inside `append` may have left its pending row marked complete.

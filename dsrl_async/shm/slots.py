@@ -12,19 +12,25 @@ import time
 
 import numpy as np
 
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.config.shapes import sac_image_shape
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 
-SAC_IMAGE_SHAPE = (SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3)
 INCARNATION_SHIFT = 32  # of a request's number; the bits below count the requests of that incarnation
 
 
-def slot_fields(lanes: int, spec: EnvironmentSpec, chunk: int, noise_width: int, standard_normal_width: int) -> Fields:
+def slot_fields(
+    lanes: int,
+    spec: EnvironmentSpec,
+    chunk: int,
+    noise_width: int,
+    standard_normal_width: int,
+    agent_cameras: int = 1,
+) -> Fields:
     return {
         "slot/images": ((lanes, spec.cameras, spec.image_size, spec.image_size, 3), "uint8"),
-        "slot/sac_image": ((lanes, *SAC_IMAGE_SHAPE), "uint8"),
+        "slot/sac_image": ((lanes, *sac_image_shape(agent_cameras)), "uint8"),
         "slot/state": ((lanes, spec.state_dim), "float32"),
         "slot/task_index": ((lanes,), "int64"),
         "slot/standard_normal": ((lanes, standard_normal_width), "float32"),
@@ -40,9 +46,9 @@ def slot_fields(lanes: int, spec: EnvironmentSpec, chunk: int, noise_width: int,
 class Slots:
     """Views of the slot fields; row i of N belongs to lane i.
 
-    images uint8 [N, cameras, S, S, 3], sac_image uint8 [N, 64, 64, 3], state float32 [N, 8], standard_normal
-    float32 [N, H * 32] (drawn by the environment worker, so that noise depends on the episode's seed and not on how
-    batches form), action_chunk float32 [N, chunk, 7], noise float32 [N, A], policy_version int64 [N].
+    images uint8 [N, cameras, S, S, 3], sac_image uint8 [N, 64, 64, 3 * agent_cameras], state float32 [N, 8],
+    standard_normal float32 [N, H * 32] (drawn by the environment worker, so that noise depends on the episode's seed
+    and not on how batches form), action_chunk float32 [N, chunk, 7], noise float32 [N, A], policy_version int64 [N].
     """
 
     def __init__(self, arena: Arena) -> None:

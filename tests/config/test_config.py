@@ -235,6 +235,7 @@ def test_saved_configuration_reads_back(gamma: float, dims: list[int], actors: i
         ({"env": {"chunk": 11}}, "env.chunk"),
         ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),
         ({"sac": {"state_dim": 9}}, "sac.state_dim"),
+        ({"sac": {"cameras": [1, 2]}}, "sac.cameras: tabletop has no camera 2; choose from 0, 1"),
     ],
 )
 def test_policy_and_environment_must_fit(settings: dict, words: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dsrl_async.envs.images import libero_image, resize_with_pad
+from dsrl_async.envs.images import libero_image, resize_with_pad, write_agent_image
 
 
 def random_image(height: int, width: int) -> np.ndarray:
@@ -54,6 +54,14 @@ def test_aspect_is_kept_and_the_rest_is_black(height: int, width: int, box: tupl
     top, bottom, left, right = box
     assert (out[top:bottom, left:right] == 255).all()
     assert out.astype(int).sum() == 255 * 3 * (bottom - top) * (right - left)
+
+
+def test_the_agents_cameras_are_stacked_along_the_channels() -> None:
+    frames = [random_image(256, 256), random_image(64, 64), random_image(48, 80)]
+    seen = np.full((64, 64, 9), 77, np.uint8)
+    write_agent_image(seen, frames)
+    for place, frame in enumerate(frames):
+        assert np.array_equal(seen[:, :, 3 * place : 3 * place + 3], resize_with_pad(frame, 64))
 
 
 def test_libero_images_are_turned_by_180_degrees() -> None:

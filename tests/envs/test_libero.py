@@ -288,6 +288,20 @@ def test_the_sac_image_is_the_agents_view(environment: LiberoEnvironment) -> Non
     assert np.abs(means[2] - means[0]).mean() < 3 < np.abs(means[2] - means[1]).mean()
 
 
+def test_the_agent_sees_the_cameras_it_was_given(
+    environment: LiberoEnvironment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment.reset(0)
+    images, state = np.zeros((2, 224, 224, 3), np.uint8), np.zeros(8, np.float32)
+    front, both = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 6), np.uint8)
+    environment.observe(images, front, state)
+    monkeypatch.setattr(environment, "_agent_cameras", [1, 0])
+    environment.observe(images, both, state)
+    np.testing.assert_array_equal(both[:, :, 3:], front)
+    wrist = images[1].reshape(32, 7, 32, 7, 3).mean((1, 3))
+    assert np.abs(both[:, :, :3].reshape(32, 2, 32, 2, 3).mean((1, 3)) - wrist).mean() < 3
+
+
 @pytest.mark.parametrize(
     ("preset", "settling", "steps", "pictures", "seeds", "resets"),
     [

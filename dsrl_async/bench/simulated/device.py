@@ -20,7 +20,6 @@ from dsrl_async.bench.simulated.environment import HORIZON, SPEC, sharpen_timers
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.host.processes import prepare_child
 from dsrl_async.run.channel import read_secret
 from dsrl_async.run.inference.policies import Policies
@@ -42,7 +41,7 @@ class SimulatedPolicy:
         self.started_ns = 0
         self.images = torch.zeros(batch_size, SPEC.cameras, SPEC.image_size, SPEC.image_size, 3, dtype=torch.uint8)
         self.state = torch.zeros(batch_size, SPEC.state_dim)
-        self.sac_image = torch.zeros(batch_size, SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
+        self.sac_image = torch.zeros(batch_size, *config.sac.image_shape, dtype=torch.uint8)
         self.standard_normal = torch.zeros(batch_size, HORIZON * config.sac.noise_dim)
         self.inputs = {"state": self.state, "standard_normal": self.standard_normal}
         if gather:

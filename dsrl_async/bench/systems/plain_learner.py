@@ -22,7 +22,7 @@ class PlainEncoder(nn.Module):
     def __init__(self, config: SacConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        channels, size = 3, SAC_IMAGE_SIZE // config.image_pool
+        channels, size = config.image_shape[2], SAC_IMAGE_SIZE // config.image_pool
         for width, kernel, stride in zip(config.conv_channels, config.conv_kernels, config.conv_strides, strict=True):
             layers += [nn.Conv2d(channels, width, kernel, stride, config.conv_padding), nn.ReLU()]
             channels, size = width, (size + 2 * config.conv_padding - kernel) // stride + 1

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from dsrl_async.config.settings import SacConfig
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.host.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.host.stages import Stage, no_stage
 from dsrl_async.run.frozen_policy import PolicyBatch
@@ -23,7 +22,7 @@ class SteeredPolicy:
 
     Input buffers, to be filled in place before `run`:
     - `inputs`, by the field of `shm.slots.Slots` that is copied there: the policy's `images` and `state`, `sac_image`
-      uint8 [B, 64, 64, 3], and `standard_normal` float32 [B, H * noise_dim];
+      uint8 [B, 64, 64, 3 * cameras], and `standard_normal` float32 [B, H * noise_dim];
     - the policy's prompts;
     - `mode` uint8 [B]: how the noise of each row is chosen, a `NoiseMode`.
     Output buffer: `outputs` float32 [B, A + H * robot_action_dim], which is `noise` [B, A] and behind it `actions`
@@ -49,7 +48,7 @@ class SteeredPolicy:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=self.device)
 
-        self.sac_image = zeros(SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3, dtype=torch.uint8)
+        self.sac_image = zeros(*config.image_shape, dtype=torch.uint8)
         self.standard_normal = zeros(self.horizon * noise_dim)
         self.mode = zeros(dtype=torch.uint8)
         self.inputs = {

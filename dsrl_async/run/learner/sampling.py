@@ -28,7 +28,7 @@ CHUNK_ROWS = 512
 class Columns(NamedTuple):
     """The rows of a ring, R = lanes * n with n rows per lane; row r of a lane lies at `lane * n + r % n`."""
 
-    image: Tensor  # uint8 [R, 64, 64, 3]
+    image: Tensor  # uint8 [R, 64, 64, 3 * cameras]
     state: Tensor  # fp32 [R, state_dim]
     noise: Tensor  # fp32 [R, A]
     reward: Tensor  # fp32 [R]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
 from dsrl_async.pi0.tokenizer import language_slots, make_encoder, prompt_ids
@@ -58,7 +58,7 @@ class GpuNeed(NamedTuple):
 def steering_bytes(config: Config, policy: Pi0Config) -> int:
     """What a `SteeredPolicy` has for a row beside the policy's own: image, standard normal noise, actor's noise."""
     standard_normal, width = policy.action_horizon * policy.action_dim, config.sac.noise_width(policy.action_horizon)
-    return 3 * SAC_IMAGE_SIZE**2 + 1 + 4 * (standard_normal + width)
+    return math.prod(config.sac.image_shape) + 1 + 4 * (standard_normal + width)
 
 
 def policy_need(config: Config, policy: Pi0Config, prompt_lengths: Sequence[int]) -> GpuNeed:

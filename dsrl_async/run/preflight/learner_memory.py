@@ -16,13 +16,12 @@ from dsrl_async.shm.replay import replay_fields
 
 MIRRORED = ("image", "state", "noise", "reward", "steps", "terminal")
 """The fields of a row that the learner draws (`sampling.Columns`)."""
-PIXELS = 3 * SAC_IMAGE_SIZE**2
 
 
 def mirror_bytes(config: Config, horizon: int) -> int:
     """Memory of a `sampling.Mirror` of the replay ring on its device: the columns, and two tables of places."""
-    rows = config.replay.capacity // config.actors
-    fields = replay_fields(config.actors, rows, config.sac.state_dim, config.sac.noise_width(horizon))
+    rows, sac = config.replay.capacity // config.actors, config.sac
+    fields = replay_fields(config.actors, rows, sac.state_dim, sac.noise_width(horizon), len(sac.cameras))
     columns = [fields[f"replay/{name}"] for name in MIRRORED]
     of_columns = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in columns)
     return of_columns + 2 * 8 * config.actors * rows
@@ -30,7 +29,7 @@ def mirror_bytes(config: Config, horizon: int) -> int:
 
 def encoder_parameters(config: SacConfig) -> tuple[int, int]:
     """How many parameters a `networks.Encoder` has, and its output's width."""
-    count, channels, size = 0, 3, SAC_IMAGE_SIZE // config.image_pool
+    count, channels, size = 0, config.image_shape[2], SAC_IMAGE_SIZE // config.image_pool
     for out, kernel, stride in zip(config.conv_channels, config.conv_kernels, config.conv_strides, strict=True):
         count += out * (channels * kernel**2 + 1)
         channels, size = out, (size + 2 * config.conv_padding - kernel) // stride + 1
@@ -68,7 +67,7 @@ def batch_bytes(config: SacConfig, horizon: int) -> int:
     """Memory of the batch and of the random numbers of an update."""
     width = config.noise_width(horizon)
     uniform = 0 if config.augmentation == "none" else 2 * 5 * 4
-    row = 2 * (PIXELS + 4 * config.state_dim) + 3 * 4 * width + 2 * 4 + 2 * 8 + uniform
+    row = 2 * (math.prod(config.image_shape) + 4 * config.state_dim) + 3 * 4 * width + 2 * 4 + 2 * 8 + uniform
     return config.batch_size * row
 
 
@@ -78,5 +77,6 @@ def update_bytes(config: SacConfig, horizon: int) -> int:
     Images are the most of it, in integers and in float32, with those of augmentation or of the first convolution; then
     come the activations of the Q heads, and two gradients of the critic.
     """
-    row = 2 * PIXELS * (10 if config.image_pool == 1 else 8) + 4 * 4 * config.num_q_heads * sum(config.hidden_dims)
+    images = 2 * math.prod(config.image_shape) * (10 if config.image_pool == 1 else 8)
+    row = images + 4 * 4 * config.num_q_heads * sum(config.hidden_dims)
     return config.batch_size * row + 2 * 4 * critic_parameters(config, horizon)

@@ -91,6 +91,9 @@ def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None
         raise ConfigError(
             f"sac.noise_dim: {config.sac.noise_dim} must be the policy's action width, {policy.action_dim}"
         )
+    if (camera := max(config.sac.cameras)) >= spec.cameras:
+        there = ", ".join(map(str, range(spec.cameras)))
+        raise ConfigError(f"sac.cameras: {record.name} has no camera {camera}; choose from {there}")
     if config.sac.state_dim != spec.state_dim:
         raise ConfigError(f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}")
 

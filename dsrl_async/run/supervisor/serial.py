@@ -36,9 +36,8 @@ def run_serial(session: Session) -> dict[str, Any]:
     stage = stages_of(arena, "inference", device)
     policies = load_policies(config, run.spec, device, run.policy, session.counters, stage)
     server, learner = join(config, arena, policies, run.horizon, device, session.run_dir, lambda lanes: None)
-    env_config = config.env.model_dump()
-    discount = config.sac.step_discount
-    lanes = [Lane(number, 1, config.seed, env_config, arena, step_discount=discount) for number in range(config.actors)]
+    env_config, of_agent = config.env.model_dump(), (config.sac.step_discount, config.sac.cameras)
+    lanes = [Lane(number, 1, config.seed, env_config, arena, None, *of_agent) for number in range(config.actors)]
     for lane in lanes:
         lane.start()
     try:

@@ -78,6 +78,7 @@ class Workers:
             child.incarnation,
             program=self._program,
             step_discount=session.config.sac.step_discount,
+            agent_cameras=session.config.sac.cameras,
         )
         child.popen = self._forker.popen
 

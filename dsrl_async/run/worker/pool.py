@@ -96,6 +96,7 @@ class WorkerPool:
                 evaluation=self._evaluation,
                 program=self._program,
                 step_discount=config.sac.step_discount,
+                agent_cameras=config.sac.cameras,
             )
             stack.callback(self._template.close)
             self._resources = stack.pop_all()

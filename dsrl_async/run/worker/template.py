@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,6 +93,7 @@ class Template:
             the episode whose scene is compiled before any worker is forked, or None}.
         program: what a worker runs: a module with `prepare` and `main` as in `worker`.
         step_discount: the discount of a step within a decision, see `worker.Lane`.
+        agent_cameras: the numbers of the cameras that the agent sees.
 
     Attributes:
         popen: the template's process.
@@ -114,6 +115,7 @@ class Template:
         evaluation: Mapping[str, Any] | None = None,
         program: processes.Program = WORKER,
         step_discount: float = 1.0,
+        agent_cameras: Sequence[int] = (0,),
     ) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it was inherited as ignored, nobody could be waited for
         self.forked = 0
@@ -126,6 +128,7 @@ class Template:
             "arena": arena.describe(),
             "seed": seed,
             "env": env_config,
+            "agent_cameras": list(agent_cameras),
             "notify_fds": list(notify_fds),
             "evaluation": evaluation,
             "step_discount": step_discount,

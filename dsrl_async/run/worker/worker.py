@@ -66,8 +66,9 @@ class Lane:
         seed: the seed of the run or the evaluation.
         env_config: the environment's settings, as `EnvConfig.model_dump()` returns them.
         arena: the shared memory.
-        environment: the environment to step; by default one is made from `env_config`.
+        environment: the environment to step; by default one is made from `env_config` and `agent_cameras`.
         step_discount: the discount of a step within a decision, for an environment's own rewards.
+        agent_cameras: the numbers of the cameras that the agent sees.
 
     Attributes:
         evaluation: the numbers of the episodes to play; None in training, where there is always a next one.
@@ -83,6 +84,7 @@ class Lane:
         arena: Arena,
         environment: Environment | None = None,
         step_discount: float = 1.0,
+        agent_cameras: Sequence[int] = (0,),
     ) -> None:
         self.number, self.incarnation, self.seed = number, incarnation, seed
         self.evaluation: Iterator[int] | None = None
@@ -92,7 +94,7 @@ class Lane:
         self.own_rewards, self.step_discount = env_config["reward"] == "environment", step_discount
         self.slots, self.ring, self.counters = Slots(arena), ReplayRing(arena), Counters(arena)
         self.phase = phases_of(arena, "actor", number)
-        self.env = environment or make_environment(env_config)
+        self.env = environment or make_environment(env_config, agent_cameras)
         self.noise_rng = np.random.default_rng(0)
         self.requests = 0
         self.request_number = 0
@@ -176,7 +178,7 @@ class Lane:
 
 def prepare(job: Mapping[str, Any]) -> Environment:
     """Make what every worker needs before its first episode, as far as it survives a fork (see `template`)."""
-    environment = make_environment(job["env"])
+    environment = make_environment(job["env"], job["agent_cameras"])
     if (evaluation := job["evaluation"]) is not None and (number := evaluation["begin_with"]) is not None:
         environment.reset(0, number)  # compiles the scene; each episode begins with a reset of its own
     return environment
@@ -190,7 +192,8 @@ def main(job: Mapping[str, Any], environment: Environment | None) -> None:
     arena, number, wake = Arena.attach(job["arena"]), job["number"], job["wake_fd"]
     # From here on a simulator or an OpenGL driver that hangs while the scene is made is noticed like any other.
     Counters(arena).actor_heartbeat_ns[number] = time.monotonic_ns()
-    lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment, job["step_discount"])
+    of_agent = job["step_discount"], job["agent_cameras"]
+    lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment, *of_agent)
     if (evaluation := job["evaluation"]) is not None:
         assignments = Assignments(arena)
         lane.evaluation = assignments.take(number, wake, job["notify_fds"])

@@ -25,6 +25,7 @@ HORIZON = 10
     [
         {},
         {"batch_size": 512, "augmentation": "crop_colour"},
+        {"cameras": [1, 0]},
         {"image_pool": 1, "conv_channels": [16, 32], "conv_kernels": [4, 3], "conv_strides": [4, 2]},
         {"noise_layout": "per_slot", "actor_layer_norm": True, "critic_layer_norm": False, "state_latent_dim": 0},
     ],

@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "env.max_episode_steps": 51,
     "policy.action_horizon": 9,
     "policy.delta_action_dims": 3,
+    "sac.cameras": [1],
     "sac.image_pool": 4,
     "sac.gamma": 0.9,
     "sac.conv_channels": [16],

@@ -114,7 +114,7 @@ def patch_environments(module: ModuleType) -> None:
     module.tabletop_record = tabletop_record  # type: ignore[attr-defined]
 
 
-def make_environment() -> Any:
+def make_environment(agent_cameras: Any) -> Any:
     board().add("met_template")
     return Environment()
 
