@@ -1,4 +1,4 @@
-"""A run whose agent sees other cameras than the first: their pictures are what the environment showed, in that order."""
+"""A run whose agent sees other cameras than the first: it is given what they show, in that order."""
 
 from __future__ import annotations
 
