@@ -21,8 +21,9 @@ from torch import Tensor
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
 from dsrl_async.pi0.files import NormStats, PolicyFiles, find_policy, make_config, read_content, save_norm_stats
 from dsrl_async.pi0.model import Pi0, rope_frequency, time_frequency
+from dsrl_async.pi0.names import Part, StoredTensor
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pi0.tensors import Part, StoredTensor, check_tensors, find_tensors, model_tensors
+from dsrl_async.pi0.tensors import check_tensors, find_tensors, model_tensors
 
 STAGING_BYTES = 32 << 20
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -105,16 +106,30 @@ def _read_model(
 def _read_tensor(stored: StoredTensor, target: Tensor, staging: Tensor) -> None:
     """Copies a stored tensor through `staging` uint8 [bytes] into contiguous `target`, converting dtype and device.
 
-    The file is read and not mapped, which keeps its pages out of this process.
+    The file is read and not mapped, which keeps its pages out of this process. One that is stored transposed is turned
+    piece by piece.
     """
-    flat, dtype = target.view(-1), DTYPES[stored.dtype]
-    step = len(staging) // dtype.itemsize
+    dtype = DTYPES[stored.dtype]
+    most = len(staging) // dtype.itemsize
     with stored.file.open("rb", buffering=0) as file:
-        for start in range(0, len(flat), step):
-            piece = flat[start : start + step]
-            size = len(piece) * dtype.itemsize
+
+        def read(start: int, count: int) -> Tensor:
+            size = count * dtype.itemsize
             _read_bytes(file.fileno(), staging[:size], stored.offset + start * dtype.itemsize, stored)
-            piece.copy_(staging[:size].view(dtype))
+            return staging[:size].view(dtype)
+
+        if not stored.transposed:
+            flat = target.view(-1)
+            for start in range(0, len(flat), most):
+                piece = flat[start : start + most]
+                piece.copy_(read(start, len(piece)))
+            return
+        rows, columns = target.shape  # the file holds one column after the other
+        together = max(1, most // rows)
+        for column in range(0, columns, together):
+            for row in range(0, rows, most):  # more than once only if a column is larger than the staging buffer
+                part = target[row : row + most, column : column + together]
+                part.copy_(read(column * rows + row, part.numel()).view(part.shape[::-1]).T)
 
 
 def _read_bytes(descriptor: int, target: Tensor, offset: int, stored: StoredTensor) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from dsrl_async.pi0 import lerobot
 from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
+from dsrl_async.pi0.names import StoredTensor
 from dsrl_async.pi0.tensors import (
-    StoredTensor,
     check_tensors,
     find_tensors,
     infer_config,
@@ -37,6 +37,7 @@ OPENPI_EPSILON, LEROBOT_EPSILON = 1e-6, 1e-8
 OPENPI_CONFIG: lerobot.Fates = {
     **dict.fromkeys(("action_dim", "action_horizon", "max_token_len", "pi05", "discrete_state_input")),
     **dict.fromkeys(("precision", "dtype", "pytorch_compile_mode")),
+    "pcd": (False,),  # RLinf's: a point cloud among the inputs
     "paligemma_variant": ("gemma_2b", "gemma_300m"),
     "action_expert_variant": ("gemma_300m", "gemma_2b"),
 }

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dsrl_async.pi0.files import STATISTICS, PolicyFiles
-from dsrl_async.pi0.tensors import StoredTensor, model_tensors
+from dsrl_async.pi0.names import StoredTensor
+from dsrl_async.pi0.tensors import model_tensors
 from dsrl_async.pi0.tokenizer import STATE_BINS, make_encoder, prompt_ids
 
 SAMPLES, SAMPLE_BYTES = 4, 4096

@@ -25,7 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from dsrl_async.pi0.config import CONFIG, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
 from dsrl_async.pi0.files import LIBERO_ASSET, NormStats, save_norm_stats
-from dsrl_async.pi0.tensors import EMBEDDING, LEROBOT_PREFIX, TIED_EMBEDDING, Part, model_tensors, unused_tensors
+from dsrl_async.pi0.names import EMBEDDING, TIED_EMBEDDING, Part
+from dsrl_async.pi0.tensors import LEROBOT_PREFIX, model_tensors, unused_tensors
 
 Layout = Literal["openpi", "rlinf", "lerobot"]
 RLINF_PARTS = [

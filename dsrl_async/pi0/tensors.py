@@ -10,22 +10,26 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dsrl_async.pi0 import rlinf
 from dsrl_async.pi0.config import WEIGHTS, Pi0Config
+from dsrl_async.pi0.names import (
+    EMBEDDING,
+    EXPERT,
+    PROJECTOR,
+    ROOT,
+    TIED_EMBEDDING,
+    VISION,
+    VLM,
+    Part,
+    StoredTensor,
+)
 from dsrl_async.untrusted import MEGABYTE, in_one_line, open_regular, parse_json, read_object, shown
 
-ROOT = "paligemma_with_expert."
-VISION = ROOT + "paligemma.model.vision_tower.vision_model."
-PROJECTOR = ROOT + "paligemma.model.multi_modal_projector.linear"
-VLM = ROOT + "paligemma.model.language_model."
-EXPERT = ROOT + "gemma_expert.model."
-EMBEDDING, TIED_EMBEDDING = ROOT + "paligemma.lm_head.weight", VLM + "embed_tokens.weight"
-"""Two names of one table. openpi stores only the first. If both are stored, the second is read: it is the one that
-openpi and LeRobot embed prompts with, so that the network that was saved computed with it, whatever the first holds."""
 LEROBOT_PREFIX = "model."
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What DDP, torch.compile, FSDP and activation checkpointing put between the parts of a name."""
@@ -54,24 +58,6 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 1, 256
 
 T = TypeVar("T")
 JSON_TYPES: dict[type, str] = {dict: "a JSON object", list: "a list", str: "text"}
-
-
-class Part(NamedTuple):
-    """Name and shape of an openpi tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-class StoredTensor(NamedTuple):
-    """Where a file holds a tensor: its name there, element type as safetensors spells it, first byte and length."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
 
 
 def model_tensors(config: Pi0Config) -> dict[str, list[Part]]:
@@ -221,9 +207,10 @@ def read_values(tensor: StoredTensor) -> Any:
 def find_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, or of those that hold a directory's weights, under openpi's names.
 
-    What wraps a network, LeRobot's prefix and its old names of pi0's time MLP are translated, RLinf's additions are
-    left out, and the embedding table is found under either name. Raises ValueError when there are no tensors, files are
-    missing or damaged, a tensor exists twice, or the names are those of something else than a Pi0.
+    What wraps a network, LeRobot's prefix and its old names of pi0's time MLP, and RLinf's own names (see `rlinf`) are
+    translated, RLinf's additions are left out, and the embedding table is found under either name. Raises ValueError
+    when there are no tensors, files are missing or damaged, a tensor exists twice, or the names are those of something
+    else than a Pi0.
     """
     found: dict[str, StoredTensor] = {}
     for file in [path] if path.is_file() else weight_files(path):
@@ -235,7 +222,7 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
                     "keep the files of one checkpoint only"
                 )
             found[name] = tensor
-    _check_names(found, path)
+    found = _translate_names(found, path)
     found = {name: tensor for name, tensor in found.items() if not name.startswith(RLINF_PREFIXES)}
     if not is_pi05(found):
         for name in [name for name in found if name.startswith("time_mlp_") and f"action_{name}" not in found]:
@@ -251,19 +238,21 @@ def find_tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _check_names(names: Mapping[str, StoredTensor], source: Path) -> None:
-    """Raises ValueError, saying what the file is, when its tensors are not named as those of a Pi0."""
+def _translate_names(names: Mapping[str, StoredTensor], source: Path) -> dict[str, StoredTensor]:
+    """The tensors under openpi's names; raises ValueError, saying what the file is, when they are not of a Pi0."""
     for name, tensor in names.items():
         for part, what in FOREIGN.items():
             if part in name:
                 raise ValueError(f"{tensor.file}: the tensor {shown(name)} {what}")
     if not names:
         raise ValueError(f"{source} has no tensors")
+    names = rlinf.translate(names)
     if not any(name.startswith(ROOT) for name in names):
         name = next((name for name in names if ROOT in name), min(names))
         before, found, _ = name.partition(ROOT)
         mend = f"remove the {shown(before)} in front of the names" if found else "it is not of a Pi0"
         raise ValueError(f"{names[name].file} has the tensor {shown(name)}, and none that begins with {ROOT}: {mend}")
+    return names
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -425,13 +414,18 @@ def check_tensors(config: Pi0Config, tensors: Mapping[str, StoredTensor], source
     of a floating-point type.
     """
     files = {tensor.file for tensor in tensors.values()}
+
+    def called(name: str) -> str:
+        stored = tensors[name].name
+        return f"'{name}'" if stored.endswith(name) else f"'{name}' (in {shown(stored)})"
+
     expected = {part.name: part.shape for parts in model_tensors(config).values() for part in parts}
     for name, shape in expected.items():
         if name not in tensors:
             raise ValueError(f"{files.pop() if len(files) == 1 else source} lacks the tensor '{name}'")
         if tensors[name].shape != shape:
             raise ValueError(
-                f"{tensors[name].file}: tensor '{name}' has shape {list(tensors[name].shape)}, "
+                f"{tensors[name].file}: tensor {called(name)} has shape {list(tensors[name].shape)}, "
                 f"the config expects {list(shape)}"
             )
     known = {part.name for part in unused_tensors(config)}
