@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MEGABYTE = 1_000_000
+HEAD_BYTES = 64
+"""So many first bytes tell what `check_head` knows."""
+IN_PLACE_OF_A_FILE = {
+    b"version https://git-lfs.": "is a git-LFS pointer in the place of the file: run `git lfs pull` in its repository, "
+    "or download the file itself",
+    b"<!doctype html": "is a web page in the place of the file: download the file itself",
+    b"<html": "is a web page in the place of the file: download the file itself",
+}
+"""How what was fetched instead of a file begins, in lower case."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -47,7 +56,7 @@ def open_regular(path: Path, largest: int | None = None) -> BinaryIO:
 
 
 def read_bytes(path: Path, largest: int = 16 * MEGABYTE) -> bytes:
-    """The contents of a file; raises ValueError as `check_regular`, or if it cannot be read."""
+    """The contents of a file; raises ValueError as `check_regular` and `check_head`, or if it cannot be read."""
     with open_regular(path, largest) as file:
         try:
             content = file.read(largest + 1)
@@ -55,7 +64,15 @@ def read_bytes(path: Path, largest: int = 16 * MEGABYTE) -> bytes:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > largest:  # it has grown since it was opened
         raise _too_large(path, largest)
+    check_head(content[:HEAD_BYTES], path)
     return content
+
+
+def check_head(head: bytes, path: Path) -> None:
+    """Raises ValueError, saying what it is, when a file with the first bytes `head` only stands in for another."""
+    for beginning, what in IN_PLACE_OF_A_FILE.items():
+        if head.lstrip().lower().startswith(beginning):
+            raise ValueError(f"{path} {what}")
 
 
 def read_text(path: Path, largest: int = 16 * MEGABYTE) -> str:

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from dsrl_async.pi0 import lerobot
 from dsrl_async.pi0.config import CONFIG, NORM_STATS, Pi0Config
+from dsrl_async.pi0.foreign import up_to_three_down
 from dsrl_async.pi0.names import StoredTensor
 from dsrl_async.pi0.tensors import (
     check_tensors,
     find_tensors,
     infer_config,
-    up_to_three_down,
 )
 from dsrl_async.pi0.tokenizer import check_vocabulary, find_tokenizer, load_tokenizer
 from dsrl_async.untrusted import read_object, shown

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dsrl_async.pi0 import rlinf
+from dsrl_async.pi0 import foreign, rlinf
 from dsrl_async.pi0.config import WEIGHTS, Pi0Config
 from dsrl_async.pi0.names import (
     EMBEDDING,
@@ -28,7 +28,16 @@ from dsrl_async.pi0.names import (
     Part,
     StoredTensor,
 )
-from dsrl_async.untrusted import MEGABYTE, in_one_line, open_regular, parse_json, read_object, shown
+from dsrl_async.untrusted import (
+    HEAD_BYTES,
+    MEGABYTE,
+    check_head,
+    in_one_line,
+    open_regular,
+    parse_json,
+    read_object,
+    shown,
+)
 
 LEROBOT_PREFIX = "model."
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -156,6 +165,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises ValueError, naming the file, when it is not one or does not have the length that its header says.
     """
     with open_regular(path) as file:
+        check_head(file.read(HEAD_BYTES), path)
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if length > min(os.fstat(file.fileno()).st_size, LARGEST_HEADER):
             raise ValueError(f"{path} is not a valid safetensors file: its header is said to have {length} bytes")
@@ -250,7 +261,7 @@ def _translate_names(names: Mapping[str, StoredTensor], source: Path) -> dict[st
     if not any(name.startswith(ROOT) for name in names):
         name = next((name for name in names if ROOT in name), min(names))
         before, found, _ = name.partition(ROOT)
-        mend = f"remove the {shown(before)} in front of the names" if found else "it is not of a Pi0"
+        mend = f"remove the {shown(before)} in front of the names" if found else foreign.what_network(source)
         raise ValueError(f"{names[name].file} has the tensor {shown(name)}, and none that begins with {ROOT}: {mend}")
     return names
 
@@ -267,11 +278,7 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
     except OSError as error:
         raise ValueError(f"{directory} cannot be read: {error.strerror}") from error
-    if adapters := [name for name in names if name.startswith("adapter_")]:
-        raise ValueError(
-            f"{directory / adapters[0]} is of a LoRA adapter: merge it into the weights (PEFT's merge_and_unload) and "
-            "save these in a directory of their own"
-        )
+    foreign.check_directory(directory, names)
     if WEIGHTS in names:
         return [directory / WEIGHTS]
     indices = [name for name in names if name.endswith(".safetensors.index.json")]
@@ -283,7 +290,7 @@ def weight_files(directory: Path) -> list[Path]:
     files = [directory / name for name in names if name.endswith(".safetensors") and not name.startswith(processors)]
     if files:
         return files
-    raise ValueError(_without_weights(directory))
+    raise ValueError(foreign.without_weights(directory, names))
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -304,32 +311,6 @@ def file_beside(source: Path, name: str) -> Path:
     if not os.path.lexists(source.parent / name):
         raise ValueError(f"{source} names the file {name}, which is missing: copy the checkpoint again")
     return source.parent / name
-
-
-def _without_weights(directory: Path) -> str:
-    """A sentence about a directory that has no weights."""
-    if (directory / "params").is_dir():
-        return (
-            f"policy checkpoint {directory} is a JAX checkpoint: convert it with openpi's "
-            "examples/convert_jax_model_to_pytorch.py, as docs/pi0.md says"
-        )
-    if nested := up_to_three_down(directory, WEIGHTS):
-        last = next((path for path in nested if "last" in path.parts), nested[-1])
-        return (
-            f"policy checkpoint {directory} has no model.safetensors: give the directory {last.parent}, which has one"
-        )
-    for kind in ("pt", "pth", "bin", "ckpt"):
-        if pickles := up_to_three_down(directory, f"*.{kind}"):
-            return (
-                f"policy checkpoint {directory} has no model.safetensors, only {pickles[0].relative_to(directory)}, "
-                "and pickled weights are never loaded: convert them to safetensors, as docs/pi0.md says"
-            )
-    return f"policy checkpoint {directory} has no model.safetensors (nor other safetensors files)"
-
-
-def up_to_three_down(directory: Path, pattern: str) -> list[Path]:
-    """Files of a directory, and of its directories three levels down, by their names."""
-    return [path for depth in range(4) for path in sorted(directory.glob("*/" * depth + pattern))]
 
 
 def field(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
