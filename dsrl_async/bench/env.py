@@ -66,7 +66,7 @@ Samples = dict[str, dict[str, list[float]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", choices=libero_files.SUITES, default="libero_spatial")
+    parser.add_argument("--suite", default="libero_spatial", metavar="NAME", help="a suite of LIBERO")
     parser.add_argument("--task", type=int, default=0, help="number of the task in the suite (default: 0)")
     parser.add_argument("--system", nargs="+", choices=[STOCK, OWN, FAST], default=[STOCK, OWN, FAST])
     parser.add_argument("--chunk", type=int, default=5, help="environment steps per decision (default: 5)")

@@ -141,10 +141,13 @@ class EnvConfig(Section):
     task_ids: Fixed[list[int] | None] = None
     """LIBERO: numbers of the suite's tasks to play; null means all."""
     init_states: Fixed[list[int] | None] = None
-    """LIBERO: which of a task's published initial states (0 to 49) to start from; null means all."""
+    """LIBERO: which of a task's published initial states (0 to 49 in its own suites) to start from; null means all."""
     scene_order: Announced[Literal["sampled", "cycled"]] = "sampled"
     """LIBERO: an episode's task and initial state are drawn, or follow one another: all initial states of the first
     task, then those of the next."""
+    instructions: Fixed[Literal["names", "bddl"] | None] = None
+    """LIBERO: what the policy is told: the names of the tasks' files, which is what LIBERO's benchmark gives, or what
+    their BDDL files say; null means names in LIBERO's own five suites, and BDDL files in variations of them."""
     settling_steps: Fixed[int | None] = Field(None, ge=0)
     """LIBERO: steps before an episode that let the objects come to rest; null means what `preset` says."""
     seeding: Fixed[Literal["episode", "fixed", "task"] | None] = None

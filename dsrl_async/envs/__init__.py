@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsrl_async.envs import libero_files
 from dsrl_async.envs.libero_files import SUITES
 from dsrl_async.envs.protocol import (
     ChunkOutcome,
@@ -40,7 +41,7 @@ def environment_record(settings: Settings) -> EnvironmentRecord:
     name = settings["name"]
     if name == "tabletop":
         return tabletop_record(settings)
-    if name in SUITES:
+    if name.startswith(libero_files.PREFIX):  # which suites there are is LIBERO's matter, see `libero_files.task_names`
         return libero_record(settings)
     raise ValueError(f"unknown environment {name!r}; choose one of tabletop, {', '.join(SUITES)}")
 

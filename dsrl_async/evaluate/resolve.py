@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.files import read_config
 from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentRecord, environment_record
+from dsrl_async.envs import EnvironmentRecord, environment_record, libero_files
 from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import available_cpus
@@ -51,11 +52,60 @@ class Evaluation(NamedTuple):
         return self.run.config
 
 
+class Part(NamedTuple):
+    """One of the evaluations that a command line asks for: one suite with one policy."""
+
+    suite: str
+    """The name of the environment: `env.name`."""
+    policy: Literal["base", "steered"]
+    evaluation: Evaluation
+
+
+def resolve_all(options: argparse.Namespace) -> list[Part]:
+    """Return the evaluations that the options ask for, those of a suite one after the other, the base policy first.
+
+    Raises ValueError (often a ConfigError) with one sentence if one of them cannot be played.
+    """
+    if options.compare and options.checkpoint is None:
+        raise ConfigError("--compare plays the base policy and the steered one; give the latter's run as --checkpoint")
+    if options.compare and options.base:
+        raise ConfigError("--compare plays the base policy, too; leave out --base")
+    parts = []
+    for suite in named_suites(options.suite):
+        for base in (True, False) if options.compare else (options.base,):
+            one = {"suite": None if suite is None else [suite], "base": base}
+            evaluation = resolve(argparse.Namespace(**{**vars(options), **one}))
+            policy: Literal["base", "steered"] = "base" if evaluation.checkpoint is None else "steered"
+            parts.append(Part(evaluation.run.environment.name, policy, evaluation))
+    return parts
+
+
+def named_suites(given: Sequence[str] | None) -> Sequence[str | None]:
+    """Return the suites that `--suite` names, each once, or only None if there is no such option.
+
+    A pattern, such as `libero_spatial*`, names all suites of the installed LIBERO that it fits. Raises ConfigError if
+    there are none, and ValueError if LIBERO is not installed.
+    """
+    if given is None:
+        return [None]
+    named: dict[str, None] = {}
+    for name in given:
+        found = [name] if not set("*?[") & set(name) else fnmatch.filter(libero_files.suites(), name)
+        if not found or not found[0].startswith(libero_files.PREFIX):
+            raise ConfigError(
+                f"--suite: {name!r} names no suite of LIBERO; give the name of one, such as libero_spatial"
+            )
+        named |= dict.fromkeys(found)
+    return list(named)
+
+
 def resolve(options: argparse.Namespace) -> Evaluation:
-    """Return the evaluation that the options ask for.
+    """Return the evaluation that the options ask for, which name one suite at most.
 
     Raises ValueError (often a ConfigError) with one sentence if it cannot be played.
     """
+    suite: str | None
+    (suite,) = options.suite or [None]
     for name in ("episodes", "processes", "videos"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
@@ -63,11 +113,11 @@ def resolve(options: argparse.Namespace) -> Evaluation:
         raise ConfigError("--seed must be in [0, 2^63)")
     settings, checkpoint = base_settings(options)
     given = {key: text for key, text in vars(options).items() if key.startswith(SETTINGS)}
-    if options.suite is not None:
-        if given.get("env.name", options.suite) != options.suite:
+    if suite is not None:
+        if given.get("env.name", suite) != suite:
             raise ConfigError("--env.name cannot be combined with --suite, which names the environment")
-        given["env.name"] = options.suite
-        settings["env"] = settings_for_suite(options.suite, settings.get("env") or {})
+        given["env.name"] = suite
+        settings["env"] = settings_for_suite(suite, settings.get("env") or {})
     override(settings, given)
     config = validate(settings)
     make_paths_absolute(config.policy)
@@ -94,8 +144,8 @@ def resolve(options: argparse.Namespace) -> Evaluation:
 def settings_for_suite(suite: str, env: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of the settings `env` that holds for all of a LIBERO suite."""
     left_out = {"task_ids", "init_states"}
-    if env.get("name") != suite:
-        left_out.add("max_episode_steps")  # each suite has its own
+    if libero_files.base_suite(str(env.get("name"))) != libero_files.base_suite(suite):
+        left_out.add("max_episode_steps")  # each has its own, and its variations have the same
     return {key: value for key, value in env.items() if key not in left_out}
 
 

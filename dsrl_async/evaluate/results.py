@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,6 +98,22 @@ def table(result: Mapping[str, Any]) -> Table:
     return shown
 
 
+def comparison(suites: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the results of several suites or policies, for people.
+
+    `suites` has for each suite the results of the policies that played it, each as from `result_of`.
+    """
+    policies = list(dict.fromkeys(policy for results in suites.values() for policy in results))
+    shown = Table("suite")
+    for policy in policies:
+        for heading in (policy, "success rate", "95 % interval"):
+            shown.add_column(heading, justify="right", no_wrap=True)
+    for suite, results in suites.items():
+        cells = (_cells(results[policy])[:3] if policy in results else [""] * 3 for policy in policies)
+        shown.add_row(suite, *itertools.chain.from_iterable(cells))
+    return shown
+
+
 def _cells(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"{summary['successes']}/{summary['episodes']}",
@@ -104,6 +121,17 @@ def _cells(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['ci95_low']:.1%} to {summary['ci95_high']:.1%}",
         f"{summary['mean_episode_len']:.1f}",
     ]
+
+
+def write_result(directory: Path, result: Mapping[str, Any]) -> None:
+    """Write `result.json`."""
+    write_text(directory / "result.json", _json(result))
+
+
+def check_parent(directory: Path) -> None:
+    """Raise ConfigError if a directory, in which several evaluations have theirs, holds one itself."""
+    if os.path.lexists(directory / "settings.json"):
+        raise ConfigError(f"--out {directory}: it holds the evaluation of one suite; choose another one for several")
 
 
 class ResultDirectory:
@@ -147,7 +175,7 @@ class ResultDirectory:
         self._file.flush()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        write_text(self.directory / "result.json", _json(result))
+        write_result(self.directory, result)
 
     def close(self) -> None:
         self._file.close()

@@ -19,6 +19,8 @@ from dsrl_async.envs import libero_files, libero_init_states
 
 STATES = np.random.default_rng(0).normal(size=(3, 5))
 MAP = b"libero_task_map = {\n    'libero_goal': [\n        'open_it',\n        'close_it',\n    ],\n}\n"
+OBJECTS = b"@register_object\nclass Stove(Object):\n    pass\n"
+PROBLEMS = b'class X(Base):\n    if fixture_category == "table":\n        continue\n'
 BDDL = b"(define (problem x)\n  (:language Open it)\n  (:fixtures\n    table - table\n    stove - stove\n  )\n)\n"
 
 
@@ -33,15 +35,22 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (inner / "assets" / name).mkdir(parents=True)
     (inner / "__init__.py").touch()
     (inner / "benchmark" / "libero_suite_task_map.py").write_bytes(MAP)
-    for task in ("open_it", "close_it"):
-        (inner / "bddl_files" / "libero_goal" / f"{task}.bddl").write_bytes(BDDL)
-        (inner / "init_files" / "libero_goal" / f"{task}.pruned_init.npz").write_bytes(of_numpy(STATES))
+    for suite in ("libero_goal", "libero_goal_swap"):
+        for place in ("bddl_files", "init_files"):
+            (inner / place / suite).mkdir(parents=True, exist_ok=True)
+        for task in ("open_it", "close_it"):
+            (inner / "bddl_files" / suite / f"{task}.bddl").write_bytes(BDDL)
+            (inner / "init_files" / suite / f"{task}.pruned_init.npz").write_bytes(of_numpy(STATES))
+    for place, code in (("objects", OBJECTS), ("problems", PROBLEMS)):
+        (inner / "envs" / place).mkdir(parents=True)
+        (inner / "envs" / place / "code.py").write_bytes(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(libero_files, "_package_directories", lambda name: [top] if name == "libero" else [])
         patch.setattr(libero_files, "version", lambda name: "3.8.1")
         patch.setenv("LIBERO_CONFIG_PATH", str(top))
         libero_files.task_names.cache_clear()
         libero_files.check_tasks("libero_goal", [0, 1])
+        libero_files.check_tasks("libero_goal_swap", [0, 1])
         yield inner
     libero_files.task_names.cache_clear()
 
@@ -237,15 +246,36 @@ def test_list_of_tasks(package: Path, seed: int) -> None:
 BDDL_WORDS = [b"(", b")", b"(:language", b"(:fixtures" * 50, b" - ", b"\x00", b"\xff", "ü".encode(), b"\n", b"(" * 5000]
 
 
-@given(seed=st.integers(0, 2**64))
+@given(seed=st.integers(0, 2**64), suite=st.sampled_from(["libero_goal", "libero_goal_swap"]))
 @fuzzed
-def test_bddl_files(package: Path, seed: int) -> None:
+def test_bddl_files(package: Path, seed: int, suite: str) -> None:
     chance = random.Random(seed)
-    file = package / "bddl_files" / "libero_goal" / "open_it.bddl"
+    file = package / "bddl_files" / suite / "open_it.bddl"
     file.write_bytes(chance.choice((changed, changed_lines))(BDDL, chance, BDDL_WORDS))
     try:
         with judged("BDDL file", package.parent, names=str(file)):
-            assert len(libero_files.check_tasks("libero_goal", [0])) <= 1
-            libero_files.has_furniture("libero_goal", 0)
+            assert len(libero_files.check_tasks(suite, [0])) <= 1
+            libero_files.has_furniture(suite, 0)
+            (told,) = libero_files.instructions(suite, [0])
+            assert told.isprintable()
     finally:
         file.write_bytes(BDDL)
+
+
+CODE_WORDS = [b"class ", b"@register_object\n", b"\nclass " + b"A" * 5000, b"(", b":", b"\xff", b"\x00", b'"', b" == "]
+
+
+@given(seed=st.integers(0, 2**64), place=st.sampled_from(["objects", "problems"]))
+@fuzzed
+def test_code_that_names_objects_and_scenes(package: Path, seed: int, place: str) -> None:
+    chance = random.Random(seed)
+    code = {"objects": OBJECTS, "problems": PROBLEMS}[place]
+    file = package / "envs" / place / "code.py"
+    file.write_bytes(chance.choice((changed, changed_lines))(code, chance, CODE_WORDS))
+    libero_files._known_kinds.cache_clear()
+    try:
+        with judged("LIBERO's code", package.parent, names="open_it.bddl"):
+            libero_files.check_tasks("libero_goal_swap", [0])
+    finally:
+        file.write_bytes(code)
+        libero_files._known_kinds.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -427,6 +428,149 @@ def test_instructions_of_moved_files_that_differ_are_warned_of(
         warnings = checked()
         assert len(warnings) == bool(warned)
         assert not warned or f"of {warned} tasks differ from those of the package (task 0 says 'x')" in warnings[0]
+
+
+VARIATIONS = {
+    "libero_goal": [*TASKS],
+    "libero_goal_swap": [*TASKS],
+    "libero_goal_temp": [*TASKS],  # listed, and without files
+    "libero_mine": ["fold_the_cloth"],
+}
+
+
+def write_task(package: Path, suite: str, task: str, says: str, kinds: str = "stove_1 - stove") -> None:
+    """Writes a task's BDDL file and initial states."""
+    for place in ("bddl_files", "init_files"):
+        (package / place / suite).mkdir(parents=True, exist_ok=True)
+    text = f"(define (problem Libero_Table)\n  (:language {says})\n  (:objects {kinds}) (:fixtures table - table))"
+    (package / "bddl_files" / suite / f"{task}.bddl").write_text(text)
+    (package / "init_files" / suite / f"{task}.pruned_init.npz").write_bytes(npz(STATES))
+
+
+@pytest.fixture
+def variations(package: Path) -> Path:
+    """A package with other suites than LIBERO's, one of which its list of tasks lacks."""
+    content = f"libero_task_map = {VARIATIONS}"
+    (package / "benchmark" / "libero_suite_task_map.py").write_text(content)
+    for task in TASKS:
+        write_task(package, "libero_goal", task, "Never told")
+    for task, says in zip(TASKS, ("Lift  the\n bowl", "OPEN the top drawer", "put the book down"), strict=True):
+        write_task(package, "libero_goal_swap", task, says)
+    write_task(package, "libero_mine", "fold_the_cloth", "fold the cloth")
+    for task in ("a_new_one", *sorted(TASKS)):
+        write_task(package, "libero_goal_temp_x0.1", task, "x")
+    (package / "bddl_files" / "libero_object").mkdir()  # which nobody has put files into
+    write_task(package, "somebody_else", "s", "x")
+    return package
+
+
+def settings_of(suite: str, **settings: object) -> dict[str, object]:
+    return validate({"env": settings}).env.model_dump() | {"name": suite}
+
+
+def checked_suite(suite: str, **settings: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What policies are told in a suite, and the warnings."""
+    record = environment_record(settings_of(suite, **settings))
+    return record.spec().prompts, tuple(record.check())
+
+
+def test_the_suites_of_a_package_are_those_with_files(variations: Path) -> None:
+    assert libero_files.suites() == ("libero_goal", "libero_goal_swap", "libero_goal_temp_x0.1", "libero_mine")
+    shutil.rmtree(variations / "init_files" / "libero_mine")
+    assert "libero_mine" not in libero_files.suites()
+
+
+def test_a_suite_that_is_not_listed_has_the_order_of_the_one_that_it_varies(variations: Path) -> None:
+    assert libero_files.task_names("libero_goal_temp_x0.1") == (*TASKS, "a_new_one")
+
+
+def test_variations_are_told_what_their_bddl_files_say_and_it_is_said_once(variations: Path) -> None:
+    names = ("pick up the bowl", "open the top drawer", "pick up the book")
+    assert checked_suite("libero_goal") == (names, ())
+    told, warnings = checked_suite("libero_goal_swap")
+    assert told == ("lift the bowl", "open the top drawer", "put the book down")
+    (warning,) = warnings
+    assert "in 2 of 3 tasks is not the file's name (task 0: 'lift the bowl', not 'pick up the bowl')" in warning
+    assert checked_suite("libero_goal_swap", instructions="names") == (names, ())
+    assert checked_suite("libero_goal", instructions="bddl")[0] == ("never told",) * 3
+    assert checked_suite("libero_goal_swap", task_ids=[2])[0] == ("put the book down",)
+
+
+@pytest.mark.parametrize("says", ["", "a\x07b", "very " * 300], ids=["nothing", "a bell", "too much"])
+def test_a_bddl_file_without_an_instruction_is_refused_by_name(variations: Path, says: str) -> None:
+    write_task(variations, "libero_goal_swap", TASKS[0], says)
+    with pytest.raises(ValueError, match=rf"{TASKS[0]}\.bddl has no instruction .*set env.instructions to names"):
+        checked_suite("libero_goal_swap")
+    checked_suite("libero_goal_swap", instructions="names")
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ("libero_goal_temp", "lists a suite 'libero_goal_temp', but has no BDDL files of it; it has libero_goal, lib"),
+        ("libero_goal_sawp", r"no suite 'libero_goal_sawp' .* it has libero_goal, libero_goal_swap, .* and 1 others"),
+        ("libero_90", r"no suite 'libero_90' .*; it has libero_goal, and 3 others \(the folders of "),
+        ("libero_../goal", "no suite 'libero_../goal'"),
+    ],
+)
+def test_a_suite_without_files_is_refused_by_name_with_those_that_there_are(
+    variations: Path, suite: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        checked_suite(suite)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_suite_that_is_not_whole_is_refused_by_name_and_its_whole_tasks_can_be_played(variations: Path) -> None:
+    files = [variations / "init_files" / "libero_goal_swap" / f"{task}.pruned_init.npz" for task in TASKS]
+    files[1].write_bytes(npz(STATES[:0]))
+    with pytest.raises(
+        ValueError, match=r"^libero_goal_swap is not whole, and cannot be played with task 1: .*\[0, 5\]"
+    ):
+        checked_suite("libero_goal_swap")
+    checked_suite("libero_goal_swap", task_ids=[0, 2])
+    for file in files:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"^libero_goal_swap cannot be played: there are no init states at"):
+        checked_suite("libero_goal_swap")
+
+
+def test_objects_and_scenes_that_libero_lacks_are_refused_by_name(variations: Path) -> None:
+    write_task(
+        variations, "libero_goal_swap", TASKS[2], "x", kinds="o_1 o_2 - Red2Stove ; old - gone\n stove_1 - stove"
+    )
+    checked_suite("libero_goal_swap")  # there is no code to compare with
+    for place in ("objects", "problems"):
+        (variations / "envs" / place).mkdir(parents=True)
+    (variations / "envs" / "objects" / "a.py").write_text("@register_object\nclass Stove(Base):\n    pass\n")
+    problem = variations / "envs" / "problems" / "b.py"
+    problem.write_text('class Libero_Table(Base):\n    if fixture_category == "table": ...\n')
+    libero_files._known_kinds.cache_clear()
+    with pytest.raises(
+        ValueError, match=rf"with task 2: .*{TASKS[2]}\.bddl has the object 'red2stove', which the inst"
+    ):
+        checked_suite("libero_goal_swap")
+    (variations / "envs" / "objects" / "c.py").write_text("class Red2Stove(Stove): ...\n")
+    libero_files._known_kinds.cache_clear()
+    with pytest.raises(ValueError, match="has the object 'red2stove'"):  # LIBERO calls it red_2_stove
+        checked_suite("libero_goal_swap")
+    write_task(variations, "libero_goal_swap", TASKS[2], "x", kinds="o_1 o_2 - Red_2_Stove ; old - gone\n s - stove")
+    checked_suite("libero_goal_swap")
+    problem.write_text('class Another(Base):\n    if fixture_category == "table": ...\n')
+    libero_files._known_kinds.cache_clear()
+    with pytest.raises(ValueError, match="has the scene 'libero_table', which the installed"):
+        checked_suite("libero_goal_swap")
+
+
+@pytest.mark.parametrize(
+    ("suite", "like"),
+    [("libero_10_with_mug", "libero_10"), ("libero_object_temp_x0.1", "libero_object"), ("libero_mine", "libero_90")],
+)
+def test_a_variation_is_played_like_the_suite_that_it_is_named_after(suite: str, like: str) -> None:
+    for preset in ("openpi", "rlinf", "lerobot"):
+        records = [environment_record(settings_of(name, preset=preset)) for name in (suite, like)]
+        assert {**records[0].settings, "name": like} == records[1].settings
+        assert records[0].episode_steps == records[1].episode_steps
 
 
 def test_a_directory_that_somebody_else_made_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

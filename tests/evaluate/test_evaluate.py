@@ -37,8 +37,26 @@ from dsrl_async.evaluate import resolve as resolving
 from dsrl_async.evaluate.command import build_parser
 from dsrl_async.evaluate.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 from dsrl_async.evaluate.films import FILMED_PER_VIDEO, Films, choose_films
-from dsrl_async.evaluate.resolve import Evaluation, base_settings, identify_files, identity, resolve
-from dsrl_async.evaluate.results import Outcome, ResultDirectory, summarise, summarise_tasks, table, wilson_interval
+from dsrl_async.evaluate.resolve import (
+    Evaluation,
+    base_settings,
+    identify_files,
+    identity,
+    named_suites,
+    resolve,
+    resolve_all,
+    settings_for_suite,
+)
+from dsrl_async.evaluate.results import (
+    Outcome,
+    ResultDirectory,
+    check_parent,
+    comparison,
+    summarise,
+    summarise_tasks,
+    table,
+    wilson_interval,
+)
 from dsrl_async.pi0 import synthetic
 from dsrl_async.run import checkpoints
 
@@ -555,6 +573,100 @@ def test_base_and_checkpoint_of_a_run(tmp_path: Path, finished_run: FinishedRun)
     base = run(*arguments, "--base")
     assert base["policy"] == "base"
     assert run(*arguments, "--base") | {"wall_s": 0} == base | {"wall_s": 0}
+
+
+def test_both_policies_of_a_run_are_compared_and_an_interrupted_comparison_goes_on(
+    tmp_path: Path, finished_run: FinishedRun
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(finished_run.run_dir), *QUICK, "--episodes", "2", "--processes", "2"]
+    done = call("evaluate", *arguments, "--compare", "--out", str(out))
+    results = done.result["suites"]["tabletop"]
+    assert list(results) == ["base", "steered"]
+    assert [result["settings"]["noise"] for result in results.values()] == ["base", "deterministic"]
+    assert results["base"] | {"wall_s": 0} == run(*arguments, "--base") | {"wall_s": 0}
+    for policy in results:
+        assert json.loads((out / "tabletop" / policy / "result.json").read_text()) == results[policy]
+    assert json.loads((out / "result.json").read_text()) == done.result
+    assert "tabletop, steered policy" in done.stderr
+    line = (out / "tabletop" / "steered" / "episodes.jsonl").read_text().splitlines(keepends=True)[0]
+    (out / "tabletop" / "steered" / "episodes.jsonl").write_text(line)
+    again = call("evaluate", *arguments, "--compare", "--out", str(out))
+    for policy in results:
+        assert again.result["suites"]["tabletop"][policy] | {"wall_s": 0} == results[policy] | {"wall_s": 0}
+    assert (out / "tabletop" / "steered" / "episodes.jsonl").read_text().startswith(line)
+    for options, words in (
+        (["--compare", "--episodes", "3"], "begun with episodes 2"),  # before anything is played
+        ([], "holds no evaluation; choose another"),
+    ):
+        code, _, stderr = call("evaluate", *arguments, *options, "--out", str(out))
+        assert code == 2
+        assert words in stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--compare"], "--compare plays the base policy and the steered one; give the latter's run as --checkpoint"),
+        (["--compare", "--base", "--checkpoint", "x"], "leave out --base"),
+        (["--suite", "libero_goal,tabletop"], "--suite: 'tabletop' names no suite"),
+        (["--suite", "libero_goal", "--suite", "nothing*"], r"--suite: 'nothing\*' names no suite"),
+        (["--suite", "libero_goal,"], "--suite: '' names no suite"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(options: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libero_files, "suites", lambda: ("libero_goal", "libero_goal_swap"))
+    with pytest.raises(ConfigError, match=words):
+        resolve_all(build_parser().parse_args(options))
+
+
+def test_suites_are_named_one_by_one_in_a_list_and_by_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    there_are = ("libero_spatial", "libero_goal", "libero_goal_lan", "libero_goal_swap", "libero_10")
+    monkeypatch.setattr(libero_files, "suites", lambda: there_are)
+
+    def named(*options: str) -> list[str | None]:
+        return list(named_suites(build_parser().parse_args(options).suite))
+
+    assert named() == [None]
+    assert named("--suite", "libero_10, libero_goal", "--suite", "libero_10") == ["libero_10", "libero_goal"]
+    assert named("--suite", "libero_spatial,libero_goal*") == [*there_are[:1], *there_are[1:4]]
+    assert named("--suite", "libero_unknown") == ["libero_unknown"]  # which is refused where its files are looked for
+
+
+@needs_libero
+def test_several_suites_are_planned_before_any_is_played() -> None:
+    options = ["--config", str(SMALL_LIBERO), "--policy.checkpoint", str(SMALL_LIBERO_POLICY), "--episodes", "20"]
+    parts = resolve_all(build_parser().parse_args([*options, "--suite", "libero_spatial,libero_goal"]))
+    assert [(part.suite, part.policy) for part in parts] == [("libero_spatial", "base"), ("libero_goal", "base")]
+    for part, steps in zip(parts, (220, 300), strict=True):
+        assert part.evaluation.run.environment.episode_steps == steps
+        assert Counter(episode.task for episode in part.evaluation.episodes) == Counter(dict.fromkeys(range(10), 2))
+
+
+def test_a_run_s_own_steps_hold_for_variations_of_its_suite() -> None:
+    env = {"name": "libero_goal", "max_episode_steps": 99, "preset": "rlinf", "task_ids": [3]}
+    kept = {"name": "libero_goal", "preset": "rlinf"}
+    assert settings_for_suite("libero_goal_swap", env) == kept | {"max_episode_steps": 99}
+    assert settings_for_suite("libero_10_swap", env) == kept
+    assert settings_for_suite("libero_mine", {"name": "tabletop", "max_episode_steps": 9}) == {"name": "tabletop"}
+
+
+def test_several_suites_are_one_table() -> None:
+    base, steered = summarise([outcome(0, False), outcome(1)]), summarise([outcome(0), outcome(1)])
+    console = Console(file=io.StringIO(), width=160)
+    console.print(comparison({"libero_goal": {"base": base, "steered": steered}, "libero_goal_lan": {"base": base}}))
+    assert isinstance(console.file, io.StringIO)
+    rows = [line.split("│")[1:-1] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert [cell.strip() for cell in rows[0]] == [
+        *("libero_goal", "1/2", "50.0%", "9.4% to 90.5%", "2/2", "100.0%", "34.2% to 100.0%")
+    ]
+    assert [cell.strip() for cell in rows[1]] == ["libero_goal_lan", "1/2", "50.0%", "9.4% to 90.5%", "", "", ""]
+
+
+def test_several_evaluations_are_not_put_into_the_directory_of_one(tmp_path: Path) -> None:
+    written(tmp_path, 1)
+    with pytest.raises(ConfigError, match="it holds the evaluation of one suite"):
+        check_parent(tmp_path)
 
 
 def settings_found(path: Path) -> tuple[Any, Path | None]:
