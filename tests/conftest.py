@@ -18,6 +18,7 @@ from support.paths import ROOT
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec, environment_spec
+from dsrl_async.host import environments
 from dsrl_async.host.signals import SIGNALS, WARNINGS
 from dsrl_async.run.preflight.host import cuda_devices
 from dsrl_async.shm.arena import Arena
@@ -73,11 +74,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(autouse=True)
-def ask_for_gpus_anew() -> Iterator[None]:
-    """What a test says of CUDA's devices is not kept for the next one."""
-    cuda_devices.cache_clear()
+def ask_anew() -> Iterator[None]:
+    """What a test says of CUDA's devices and of users' environments is not kept for the next one."""
+    for asked in (cuda_devices, environments.ask):
+        asked.cache_clear()
     yield
-    cuda_devices.cache_clear()
+    for asked in (cuda_devices, environments.ask):
+        asked.cache_clear()
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ HOUSE = {
     "sac": "config",
     # What processes share, and what deals with the operating system and the device.
     "shm": "config envs",
-    "host": "untrusted shm",
+    "host": "untrusted config envs shm",
     # What a run shows of itself.
     "telemetry": "untrusted config envs shm host",
     # What the processes of a run have in common: the policy as a protocol, the ratio, the weights, the files.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dsrl_async import untrusted
 from dsrl_async.config import strict_yaml
 from dsrl_async.config.files import PATHS, read_config
-from dsrl_async.config.load import leaf_fields, read_run_settings, set_key, suggestion, validate
+from dsrl_async.config.load import is_mapping, leaf_fields, read_run_settings, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
 
 COMMANDS = ("launch", "evaluate", "plan", "doctor", "bench")
@@ -48,6 +48,8 @@ def type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):
         return "|".join(type_name(argument) for argument in arguments)
+    if origin is dict:
+        return "{key: value, ...}"
     if origin in (list, tuple):
         return "[" + ", ".join(type_name(a) for a in arguments) + (", ...]" if origin is list else "]")
     return str(annotation.__name__)
@@ -214,11 +216,14 @@ def parse_value(key: str, text: str) -> Any:
     """Turn an option's text into what `read_yaml` would give; scalars are left to the typed validation."""
     if text == "null":
         return None
-    if text.startswith("["):
+    mapping = is_mapping(dict(leaf_fields())[key])
+    if text.startswith("{" if mapping else "["):
         try:
-            return strict_yaml.parse(text, key)
+            value = strict_yaml.parse(text, key)
         except ValueError as error:
-            raise ConfigError(f"{key}: {untrusted.shown(text)} is not a valid list") from error
+            kind = "mapping, such as {key: value}" if mapping else "list"
+            raise ConfigError(f"{key}: {untrusted.shown(text)} is not a valid {kind}") from error
+        return strict_yaml.guess(value) if mapping else value
     return text
 
 

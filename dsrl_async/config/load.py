@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ def leaf_fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator
             yield from leaf_fields(annotation, f"{prefix}{name}.")
         else:
             yield prefix + name, field
+
+
+def is_mapping(field: Any) -> bool:
+    """Whether a setting, given by its pydantic FieldInfo, is a mapping whose values may be of any type."""
+    return typing.get_origin(field.annotation) is dict
 
 
 def on_resume(field: Any) -> OnResume:
@@ -72,6 +78,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name in _section(settings, section):
             raise ConfigError(f"{path} says {key} twice, in its section and with a dot")
         set_key(settings, key, content[key])
+    for key in (key for key, field in leaf_fields() if is_mapping(field)):
+        section, _, name = key.rpartition(".")
+        if section in settings and name in settings[section]:
+            settings[section][name] = strict_yaml.guess(settings[section][name])
     return settings
 
 

@@ -10,6 +10,7 @@ The defaults are those of the embedded tabletop task (`configs/tabletop.yaml` sp
 from __future__ import annotations
 
 import contextlib
+import math
 import typing
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE, sac_image_shape
-from dsrl_async.config.strict_yaml import is_text
+from dsrl_async.config.strict_yaml import Quoted, is_text
 from dsrl_async.untrusted import shown
 
 
@@ -92,6 +93,8 @@ def _kinds(annotation: Any) -> set[type]:
 
 def _prepare(value: Any, kinds: set[type]) -> Any:
     """Refuses what pydantic would take for something else, and reads whole numbers such as `1e5`."""
+    if isinstance(value, Quoted):
+        value = str(value)
     if isinstance(value, bool) and bool not in kinds:
         raise ValueError(f"must not be {str(value).lower()}")
     if isinstance(value, str) and str in kinds:
@@ -106,6 +109,17 @@ def _prepare(value: Any, kinds: set[type]) -> Any:
     return value
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is the same after it has stood in a YAML file, and in JSON."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_text(key) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, str):
+        return is_text(value)
+    return value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _number(text: str) -> int | float | None:
     for kind in (int, float):
         with contextlib.suppress(ValueError):
@@ -116,10 +130,11 @@ def _number(text: str) -> int | float | None:
 class EnvConfig(Section):
     """The environment that each worker simulates."""
 
-    name: Fixed[Literal["tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10"]] = (
-        "tabletop"
-    )
-    """Which environment: the embedded MuJoCo tabletop scene, or a suite of LIBERO (docs/libero.md)."""
+    name: Fixed[str] = "tabletop"
+    """Which environment: the embedded MuJoCo tabletop scene, a suite of LIBERO (docs/libero.md), or one of your own:
+    `module:function`, or the name that an installed package gives it (docs/your_environment.md)."""
+    options: Fixed[dict[str, Any]] = {}
+    """yours: keyword arguments of the function that describes your environment."""
     layout: Fixed[Literal["fixed", "swap2", "shuffle"]] = "swap2"
     """tabletop: where the red target plate lies (always in one place, in one of two, or anywhere)."""
     max_episode_steps: Fixed[int | None] = Field(None, gt=0)
@@ -166,6 +181,19 @@ class EnvConfig(Section):
     render_quality: Fixed[Literal["exact", "fast"]] = "exact"
     """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, with simpler meshes and
     smaller textures, which takes less than half the time where a CPU renders and differs visibly."""
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _prepare_options(cls, value: Any) -> Any:
+        value = {} if value is None else value  # all that stood in it is commented out
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must be a mapping, such as {{key: value}}, not {shown(value)}")
+        for key, item in value.items():
+            if not (isinstance(key, str) and key.isidentifier()):
+                raise ValueError(f"{shown(key)} cannot be the name of a keyword argument")
+            if not _is_plain(item):
+                raise ValueError(f"{key} must be made of text, finite numbers, true, false, null, lists and mappings")
+        return dict(value)
 
     @model_validator(mode="after")
     def _check(self) -> EnvConfig:

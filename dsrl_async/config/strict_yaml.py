@@ -8,6 +8,7 @@ Mappings, lists, comments, quotes, anchors and merge keys are those of YAML; tag
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ DEEPEST = 20
 """Upper limit on the depth of values in values."""
 NULLS = ("", "~", "null", "Null", "NULL")
 MERGE = "<<"
+NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?")
+"""A plain scalar that `guess` takes for a number."""
 
 
 def read(path: Path) -> Any:
@@ -50,6 +53,28 @@ def parse(text: str, source: str) -> Any:
     except (ValueError, OverflowError):  # of `chr`, which PyYAML calls for an escape such as "\UFFFFFFFF"
         message = "it has an escape for a character that does not exist"
     raise ValueError(f"{source} is not valid YAML: {message}")
+
+
+class Quoted(str):
+    """The text of a scalar that stands in quotes, or in a block: it is text whatever it looks like."""
+
+    __slots__ = ()
+
+
+def guess(value: Any) -> Any:
+    """What a value of `parse` means where no setting's type says it: plain scalars that look like numbers, `true` or
+    `false` are such, and all others are text."""
+    if isinstance(value, dict):
+        return {str(key): guess(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [guess(item) for item in value]
+    if isinstance(value, Quoted):
+        return str(value)
+    if value in ("true", "false"):
+        return value == "true"
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return int(value) if value.lstrip("+-").isdigit() else float(value)
+    return value
 
 
 class _Refused(Exception):
@@ -97,7 +122,8 @@ class _Reader:
         if isinstance(event, yaml.ScalarEvent):
             if not is_text(event.value):
                 raise _Refused(f"{shown(event.value)} has characters that are no text", event)
-            value = None if event.style is None and event.value in NULLS else event.value
+            plain = None if event.value in NULLS else event.value
+            value = plain if event.style is None else Quoted(event.value)
         elif isinstance(event, yaml.SequenceStartEvent):
             value = [self._value(item, depth + 1) for item in self._until(yaml.SequenceEndEvent)]
         else:

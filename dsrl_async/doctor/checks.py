@@ -20,8 +20,9 @@ import psutil
 from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
 from dsrl_async.doctor.probes import cuda, egl_devices, render
-from dsrl_async.envs import environment_record, graphics, libero_files
+from dsrl_async.envs import graphics, libero_files
 from dsrl_async.host import processes
+from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
 from dsrl_async.host.probe import Unanswered, ask
 from dsrl_async.pi0.tensors import parameter_count
@@ -64,7 +65,7 @@ def has_nvidia_gpu() -> bool:
 def check_graphics(config: Config, options: Options) -> Iterator[Finding]:
     environment = environment_record(config.env.model_dump())
     if not environment.needs_opengl:
-        yield Finding("graphics", "ok", f"{config.env.name} casts rays on the CPU and needs no OpenGL")
+        yield Finding("graphics", "ok", f"{config.env.name} needs no OpenGL")
         return
     preflight.check_graphics(environment)
     chosen = graphics.variables()["MUJOCO_GL"]

@@ -29,6 +29,12 @@ class EnvironmentSpec(NamedTuple):
     prompts: tuple[str, ...]
     """All instructions that the environment may show; a task_index is an index into it."""
 
+    @classmethod
+    def of_plain(cls, values: Sequence[Any]) -> EnvironmentSpec:
+        """The spec of which these are the values, as they come out of JSON."""
+        cameras, image_size, state_dim, action_dim, prompts = values
+        return cls(cameras, image_size, state_dim, action_dim, tuple(prompts))
+
 
 class ChunkOutcome(NamedTuple):
     """What came of executing one action chunk."""
@@ -81,15 +87,58 @@ class Environment(Protocol):
         ...
 
 
+class UserSimulation(Protocol):
+    """What a user's environment does: as `Environment`, but that nobody has to count its steps or think of the agent.
+
+    The worker ends an episode after its steps, and makes what the agent sees from the images. Films show what a method
+    `render(size, camera)` returns, uint8 [size, size, 3], or else the images.
+    """
+
+    def reset(self, seed: int, number: int = 0) -> int: ...
+    def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome: ...
+    def observe(self, images: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        """Writes uint8 [cameras, image_size, image_size, 3] and float32 [state_dim]."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserEnvironment:
+    """An environment that does not come with this package, as the function that `env.name` names returns it.
+
+    The function is called as `function(**env.options)`, in a process of its own to find out what is known of the
+    environment, and in every environment worker, which then calls `make`. So it should be quick and leave everything
+    that takes long, or opens windows or OpenGL contexts, to `make`.
+    """
+
+    spec: EnvironmentSpec
+    """The shapes."""
+    make: Callable[[], UserSimulation]
+    """Makes the environment, with its simulator. It is called once in each worker."""
+    episode_steps: int
+    """Environment steps after which an episode is truncated, unless `env.max_episode_steps` says otherwise. The worker
+    counts them, the environment need not."""
+    rate_hz: int = 10
+    """Environment steps per second of the robot's time, which is the frame rate of films."""
+    needs_opengl: bool = False
+    """Whether its cameras are rendered with OpenGL."""
+    worker_bytes: int = 300 << 20
+    """Upper estimate of the private memory of a worker; `python -m dsrl_async.doctor --measure` says how much it is."""
+    packages: tuple[str, ...] = ()
+    """The distributions that success rates depend on, besides the one with the function if that is an entry point."""
+    evaluation_episodes: int = 100
+    """How many episodes an evaluation plays unless told."""
+
+
 @dataclass(frozen=True)
 class EnvironmentRecord:
     """Everything that the rest of the package asks of an environment with given settings, short of stepping it.
 
-    `dsrl_async.envs.environment_record` returns it for the settings of a run, and nobody else looks at `env.name`.
-    Neither torch nor a simulator is imported for it: `spec`, `make` and `check` are functions, and all else is plain
-    data. A user's environment will provide the same record. Its module belongs into child processes, so
-    `environment_record` will have one of them import it and answer with these values, and only a worker will call
-    `make`.
+    `dsrl_async.host.environments.environment_record` returns it for the settings of a run, and nobody else looks at
+    `env.name`. Neither torch nor a simulator is imported for it: `spec`, `make` and `check` are functions, and all else
+    is plain data. A user's environment has the same record. Its module is imported in a child process, which answers
+    with these values, and only environment workers call `make`.
     """
 
     name: str
@@ -127,6 +176,10 @@ class EnvironmentRecord:
     """Whether the policy that comes with the package, for a null `policy.checkpoint`, was trained on it."""
     example: str | None = None
     """A configuration of this project that has a policy for it."""
+    file: str | None = None
+    """Where the function of a user's environment stands; None for those that come with this package."""
+    survives_fork: bool = True
+    """Whether the template may make it for the workers that are forked from it; else each of them does."""
 
     def versions(self) -> dict[str, str]:
         return installed_versions(self.packages)

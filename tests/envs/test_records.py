@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dsrl_async.config.settings import EnvConfig
-from dsrl_async.envs import EnvironmentRecord, environment_record, make_environment
+from dsrl_async.envs import OWN_SETTINGS, EnvironmentRecord, environment_record, make_environment
 from dsrl_async.envs.libero_files import SUITES
+from dsrl_async.envs.user import USER_SETTINGS
 
 NAMES = ("tabletop", *SUITES)
 COMMON = {"name", "max_episode_steps", "chunk", "use_step_penalty", "reward_rule", "reward"}
@@ -22,9 +23,8 @@ def record(name: str, **settings: Any) -> EnvironmentRecord:
     return environment_record(EnvConfig.model_validate({"name": name, **settings}).model_dump())
 
 
-def test_every_name_of_the_configuration_has_a_record() -> None:
-    names = EnvConfig.model_json_schema()["properties"]["name"]["enum"]
-    assert {name: record(name).name for name in names} == {name: name for name in NAMES}
+def test_every_shipped_name_has_a_record() -> None:
+    assert {name: record(name).name for name in NAMES} == {name: name for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,8 +33,14 @@ def test_the_settings_of_an_environment_are_those_whose_description_begins_with_
     fields = EnvConfig.model_fields.items()
     described = {key for key, field in fields if (field.description or "").startswith(kind)}
     assert record(name).own_settings == described
-    others = record("tabletop" if name in SUITES else SUITES[0]).own_settings
-    assert described | others | COMMON == EnvConfig.model_fields.keys()
+    assert EnvConfig.model_fields.keys() == OWN_SETTINGS | COMMON
+
+
+def test_the_settings_of_a_users_environment_are_those_whose_description_says_so() -> None:
+    described = {
+        key for key, field in EnvConfig.model_fields.items() if (field.description or "").startswith("yours: ")
+    }
+    assert described == USER_SETTINGS == OWN_SETTINGS - record("tabletop").own_settings - record(SUITES[0]).own_settings
 
 
 def test_an_episode_of_the_tabletop_ends_when_its_record_says() -> None:

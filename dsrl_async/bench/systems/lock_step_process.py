@@ -12,7 +12,7 @@ import torch
 
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
 from dsrl_async.config.load import read_yaml, validate
-from dsrl_async.envs import environment_spec
+from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import stages_of
@@ -39,7 +39,7 @@ def main(argument: str) -> None:
     config.inference.buckets = [config.actors]  # one batch for all, without padding
     arena = Arena.attach(job["arena"])
     device, learners_device = resolve_device(config.device), learner_device(config)
-    spec, stage = environment_spec(config.env.model_dump()), stages_of(arena, "inference", device)
+    spec, stage = EnvironmentSpec.of_plain(job["spec"]), stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
     policies = load_policies(config, spec, device, files, Counters(arena), stage)
     horizon = files.config.action_horizon

@@ -17,7 +17,7 @@ import zmq
 
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
-from dsrl_async.envs import environment_spec
+from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
@@ -162,7 +162,7 @@ def main(argument: str) -> None:
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     arena, channel = Arena.attach(job["arena"]), read_secret(job["channel_fd"])
     device = resolve_device(config.device)
-    spec = environment_spec(config.env.model_dump())
+    spec = EnvironmentSpec.of_plain(job["spec"])
     stage = stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
     policies = load_policies(config, spec, device, files, Counters(arena), stage)

@@ -7,6 +7,7 @@ from dsrl_async.run.preflight.made_with import check_made_with, made_with, recor
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
+    check_effect,
     check_environment,
     check_files,
     check_fit,
@@ -24,6 +25,7 @@ __all__ = [
     "check_descriptors",
     "check_device",
     "check_devices",
+    "check_effect",
     "check_environment",
     "check_files",
     "check_fit",

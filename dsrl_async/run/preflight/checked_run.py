@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from dsrl_async.config.settings import Config
-from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record
+from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
+from dsrl_async.host.environments import environment_record
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
@@ -42,12 +43,13 @@ class CheckedRun:
         return dataclasses.replace(self, config=self.config.model_copy(update={"actors": actors}))
 
 
-def check_run(config: Config) -> CheckedRun:
+def check_run(config: Config, before: Config | None = None) -> CheckedRun:
     """Reads the policy's files; raises ConfigError unless policy, environment and agent are there and fit each other.
 
     What the machine has to have for the run is checked by itself: `check_memory`, `check_devices`, `check_descriptors`.
+    `before` are settings that have been accepted already, see `check_effect`.
     """
-    spec, files = check_environment(config), check_checkpoint(config)
+    spec, files = check_environment(config, before), check_checkpoint(config)
     check_fit(config, files.config, spec)
     check_prompts(files, spec)
     check_render_quality(config, files.maker)

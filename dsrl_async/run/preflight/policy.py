@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, environment_record, environment_spec, graphics
+from dsrl_async.config.load import read_run_settings, validate
+from dsrl_async.config.settings import Config, ConfigError, EnvConfig
+from dsrl_async.envs import OWN_SETTINGS, EnvironmentRecord, EnvironmentSpec, graphics
+from dsrl_async.host.environments import environment_record, environment_spec
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
 from dsrl_async.pi0.tokenizer import check_prompt
@@ -18,13 +20,30 @@ def policy_directory(config: Config) -> Path:
     return Path(config.policy.checkpoint) if config.policy.checkpoint else EMBEDDED_POLICY
 
 
-def check_environment(config: Config) -> EnvironmentSpec:
-    """The environment's shapes; raises ConfigError when it is not installed, or has no such task or initial state."""
+def check_environment(config: Config, before: Config | None = None) -> EnvironmentSpec:
+    """The environment's shapes; raises ConfigError when it is not installed, or has no such task or initial state, and
+    as `check_effect`."""
     try:
-        return environment_spec(config.env.model_dump())
+        spec = environment_spec(config.env.model_dump())
     except ValueError as error:
         key = "" if str(error).startswith("env.") else "env.name: "
         raise ConfigError(f"{key}{error}") from error
+    check_effect(config, before)
+    return spec
+
+
+def check_effect(config: Config, before: Config | None = None) -> None:
+    """Raises ConfigError when a setting has no effect on the environment, and another value than its default.
+
+    `before` are settings that have been accepted already: those of a run. Of a run that is resumed they are read.
+    """
+    if config.resume is not None and config.run_dir is not None:
+        before = validate(read_run_settings(Path(config.run_dir)))
+    record, accepted = environment_record(config.env.model_dump()), EnvConfig() if before is None else before.env
+    for key in sorted(OWN_SETTINGS - record.own_settings):
+        value = getattr(config.env, key)
+        if value not in (getattr(EnvConfig(), key), getattr(accepted, key)):
+            raise ConfigError(f"env.{key}: it has no effect on {record.name}; leave it out")
 
 
 def check_files(environment: EnvironmentRecord) -> tuple[str, ...]:

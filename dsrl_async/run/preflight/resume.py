@@ -8,7 +8,7 @@ from typing import Any
 
 from dsrl_async.config.load import get_key, leaf_fields, on_resume, read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError, OnResume
-from dsrl_async.envs import environment_record
+from dsrl_async.host.environments import environment_record
 from dsrl_async.run import checkpoints
 from dsrl_async.run.set_aside import chosen
 from dsrl_async.shm.counters import SUCCESS_EPISODES

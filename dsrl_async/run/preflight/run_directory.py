@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -61,7 +62,8 @@ def choose_run_directory(config: Config) -> Path:
 
 
 def _default_names(config: Config) -> Iterator[Path]:
-    name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.env.name}"
+    environment = re.sub(r"[^\w.-]+", "-", config.env.name)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{environment}"
     return (RUNS / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dsrl_async.envs import ChunkOutcome, Environment, make_environment
+from dsrl_async.envs import ChunkOutcome, Environment, environment_record, make_environment
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
@@ -176,9 +176,12 @@ class Lane:
         self.request_number = self.slots.request(self.number, self.incarnation, self.requests)
 
 
-def prepare(job: Mapping[str, Any]) -> Environment:
+def prepare(job: Mapping[str, Any]) -> Environment | None:
     """Make what every worker needs before its first episode, as far as it survives a fork (see `template`)."""
-    environment = make_environment(job["env"], job["agent_cameras"])
+    record = environment_record(job["env"])  # a user's module is imported, and shared
+    if not record.survives_fork:
+        return None
+    environment = record.make(job["agent_cameras"])
     if (evaluation := job["evaluation"]) is not None and (number := evaluation["begin_with"]) is not None:
         environment.reset(0, number)  # compiles the scene; each episode begins with a reset of its own
     return environment
@@ -187,7 +190,7 @@ def prepare(job: Mapping[str, Any]) -> Environment:
 def main(job: Mapping[str, Any], environment: Environment | None) -> None:
     """Run an environment worker in this process, which the template has forked.
 
-    `job` is what `template.Template` tells its workers, `environment` what `prepare` made, or None if it failed.
+    `job` is what `template.Template` tells its workers, `environment` what `prepare` made, if anything.
     """
     arena, number, wake = Arena.attach(job["arena"]), job["number"], job["wake_fd"]
     # From here on a simulator or an OpenGL driver that hangs while the scene is made is noticed like any other.

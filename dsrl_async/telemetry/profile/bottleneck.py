@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dsrl_async.config.settings import Config
-from dsrl_async.envs import environment_record
+from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.telemetry.profile.hardware import Gpu
 

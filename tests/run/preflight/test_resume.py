@@ -24,6 +24,8 @@ OTHER: dict[str, Any] = {
     "max_decisions": 7,
     "stop_at_success": 0.5,
     "device": "cpu",
+    "env.name": "my_env:make",
+    "env.options": {"size": 3},
     "env.task_ids": [1],
     "env.init_states": [2],
     "env.max_episode_steps": 51,
