@@ -221,6 +221,17 @@ def check_prompt(tokenizer: Any, config: Pi0Config, prompt: str, source: Path | 
             raise ValueError(f"{source} has no token for {shown(missing[0])} in the prompt {shown(prompt)}")
 
 
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """The words of a prompt that the tokenizer has one token for, the same for all that it does not know."""
+    if isinstance(tokenizer, Tokenizer):
+        name = getattr(tokenizer.model, "unk_token", None)
+        unknown = None if name is None else tokenizer.token_to_id(name)
+    else:
+        unknown = tokenizer.unk_id()
+    encode = make_encoder(tokenizer).encode
+    return [word for word in dict.fromkeys(prompt.split()) if unknown is not None and unknown in encode(word)]
+
+
 def longest_prompt(ids: Ids, prompt: str, slots: int, state_width: int | None) -> int:
     """Upper limit on a prompt's ids, reached when all `state_width` numbers of the state (if any) are the longest.
 

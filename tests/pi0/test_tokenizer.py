@@ -29,6 +29,7 @@ from dsrl_async.pi0.tokenizer import (
     find_tokenizer,
     load_tokenizer,
     longest_prompt,
+    unknown_words,
 )
 
 SENTENCES = [
@@ -207,6 +208,14 @@ def test_words_that_a_tokenizer_leaves_out_are_named() -> None:
     check_prompt(tokenizer, config_of(40), "put it")
     with pytest.raises(ValueError, match="tokenizer has no token for '2' in the prompt 'put Z in 2'"):
         check_prompt(tokenizer, config_of(40), "put Z in 2")
+
+
+def test_words_that_share_the_token_for_unknown_ones_are_named(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, lambda tokenizer: None))
+    assert unknown_words(tokenizer, "put that there put that thing") == ["that", "thing"]
+    assert unknown_words(tokenizer, "put it there") == []
+    letters = {word: index for index, word in enumerate(["<bos>", "\n", " ", *"abcdefghijklmnopqrstuvwxy"])}
+    assert unknown_words(Tokenizer(models.BPE(letters, [])), "put Z in 2") == []  # it has no such token
 
 
 def test_the_published_vocabulary_needs_paligemmas_ids(tmp_path: Path) -> None:

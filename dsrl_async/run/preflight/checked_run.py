@@ -31,7 +31,7 @@ class CheckedRun:
     policy: PolicyFiles
     """All that the policy's files hold but the weights."""
     warnings: tuple[str, ...] = ()
-    """What the user should know of the environment's files."""
+    """What the user should know of the environment's files and prompts."""
 
     @property
     def horizon(self) -> int:
@@ -51,8 +51,8 @@ def check_run(config: Config, before: Config | None = None) -> CheckedRun:
     """
     spec, files = check_environment(config, before), check_checkpoint(config)
     check_fit(config, files.config, spec)
-    check_prompts(files, spec)
+    told = check_prompts(files, spec)
     check_render_quality(config, files.maker)
     environment = environment_record(config.env.model_dump())
     check_graphics(environment)
-    return CheckedRun(config, environment, spec, files, check_files(environment))
+    return CheckedRun(config, environment, spec, files, (*check_files(environment), *told))

@@ -11,7 +11,7 @@ from dsrl_async.envs import OWN_SETTINGS, EnvironmentRecord, EnvironmentSpec, gr
 from dsrl_async.host.environments import environment_record, environment_spec
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
-from dsrl_async.pi0.tokenizer import check_prompt
+from dsrl_async.pi0.tokenizer import check_prompt, unknown_words
 from dsrl_async.run.frozen_policy import PolicySpec
 from dsrl_async.untrusted import read_object, shown
 
@@ -72,13 +72,24 @@ def check_checkpoint(config: Config) -> PolicyFiles:
         raise ConfigError(f"{key}{error}") from error
 
 
-def check_prompts(files: PolicyFiles, spec: EnvironmentSpec) -> None:
-    """Raises ConfigError when the policy's tokenizer cannot encode one of the environment's prompts."""
+def check_prompts(files: PolicyFiles, spec: EnvironmentSpec) -> tuple[str, ...]:
+    """Check that the policy's tokenizer can encode the environment's prompts; returns warnings.
+
+    Raises ConfigError when it cannot encode one of them.
+    """
+    unknown: dict[str, None] = {}
     for prompt in spec.prompts:
         try:
             check_prompt(files.tokenizer, files.config, prompt)
+            unknown |= dict.fromkeys(unknown_words(files.tokenizer, prompt))
         except ValueError as error:
             raise ConfigError(f"policy.tokenizer: {error}") from error
+    if not unknown:
+        return ()
+    words = ", ".join(map(shown, list(unknown)[:10])) + (", ..." if len(unknown) > 10 else "")
+    return (
+        f"the policy's tokenizer does not know {words} in the environment's prompts, and has one token for all such",
+    )
 
 
 def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None:

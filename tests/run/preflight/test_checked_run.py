@@ -16,7 +16,9 @@ from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.probe import Unanswered
 from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.files import find_policy
 from dsrl_async.run import preflight
+from dsrl_async.run.preflight.policy import check_prompts
 
 SMALL = ["--actors", "1", "--sac.batch-size", "1", "--replay.warmup-decisions", "1", "--replay.capacity", "64"]
 COUNT_READS = """
@@ -61,6 +63,15 @@ def test_an_evaluation_reads_them_once_and_then_the_weights(policy: Path) -> Non
     counted = reads(policy, "evaluate", "--episodes", "1", "--env.max-episode-steps", "1")
     assert counted.pop("model.safetensors") > 1
     assert counted == dict.fromkeys(("config.json", "norm_stats.json", "tokenizer.json"), 1)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_warned_of_once() -> None:
+    files = find_policy(EMBEDDED_POLICY)
+    known = preflight.check_run(validate({})).spec
+    assert check_prompts(files, known) == ()
+    strange = known._replace(prompts=(*known.prompts, f"purple {known.prompts[0]}", "purple magenta"))
+    (warning,) = check_prompts(files, strange)
+    assert warning.startswith("the policy's tokenizer does not know 'purple', 'magenta' in the environment's prompts")
 
 
 def test_a_preflight_for_cuda_leaves_torch_to_a_child_process() -> None:
