@@ -202,6 +202,15 @@ def suites() -> tuple[str, ...]:
     return (*(name for name in SUITES if name in found), *(name for name in sorted(found) if name not in SUITES))
 
 
+def there_are() -> list[str]:
+    """The names of LIBERO's own suites, and in words how many others the installed LIBERO has, for a message."""
+    try:
+        others = [name for name in suites() if name not in SUITES]
+    except ValueError:  # LIBERO is not installed
+        others = []
+    return [*SUITES, *([f"{len(others)} other suites of LIBERO such as {others[0]}"] if others else [])]
+
+
 def _bddl_directories() -> list[str]:
     """The suites with BDDL files, in no order."""
     top = directories()["bddl_files"]

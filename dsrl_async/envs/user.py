@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from dsrl_async.config.strict_yaml import is_text
 from dsrl_async.envs.images import resize_with_pad, write_agent_image
-from dsrl_async.envs.libero_files import SUITES
+from dsrl_async.envs.libero_files import there_are
 from dsrl_async.envs.protocol import (
     ChunkOutcome,
     Environment,
@@ -169,9 +169,10 @@ def _target(name: str) -> tuple[str, str | None]:
     for value, point in found.items():
         return value, point.dist.name if point.dist is not None else None
     installed = sorted({point.name for point in entry_points(group=GROUP)})
+    names = ", ".join(["tabletop", *there_are(), *ADAPTERS, *installed])
     raise ValueError(
-        f"env.name: there is no environment {shown(name)}; choose one of "
-        f"{', '.join(['tabletop', *SUITES, *ADAPTERS, *installed])}, or one of your own, like package.module:function"
+        f"env.name: there is no environment {shown(name)}; choose one of {names}, or one of your own, like "
+        "package.module:function"
     )
 
 

@@ -480,6 +480,18 @@ def test_the_suites_of_a_package_are_those_with_files(variations: Path) -> None:
     assert "libero_mine" not in libero_files.suites()
 
 
+def test_an_unknown_environment_is_told_of_the_suites_that_there_are(
+    variations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = validate({}).env.model_dump() | {"name": "LIBERO_goal"}
+    with pytest.raises(ValueError, match=r"libero_goal, .*, 3 other suites of LIBERO such as libero_goal_swap, gym"):
+        environment_record(unknown)
+    monkeypatch.setattr(libero_files, "_package_directories", lambda name: [])
+    with pytest.raises(ValueError, match=r"tabletop, .*libero_10, gymnasium") as caught:
+        environment_record(unknown)
+    assert "other suites" not in str(caught.value)
+
+
 def test_a_suite_that_is_not_listed_has_the_order_of_the_one_that_it_varies(variations: Path) -> None:
     assert libero_files.task_names("libero_goal_temp_x0.1") == (*TASKS, "a_new_one")
 
