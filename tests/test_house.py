@@ -54,6 +54,7 @@ HOUSE = {
     "__main__": "config host",
     "launch": BELOW_COMMANDS,
     "evaluate": BELOW_COMMANDS,
+    "report": BELOW_COMMANDS,
     "plan": BELOW_COMMANDS,
     "doctor": BELOW_COMMANDS,
     "bench": f"{BELOW_COMMANDS} launch plan",  # it measures the command, and simulates devices with the plan's figures

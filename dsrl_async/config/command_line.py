@@ -19,7 +19,7 @@ from dsrl_async.config.files import PATHS, read_config
 from dsrl_async.config.load import is_mapping, leaf_fields, read_run_settings, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
 
-COMMANDS = ("launch", "evaluate", "plan", "doctor", "bench")
+COMMANDS = ("launch", "evaluate", "report", "plan", "doctor", "bench")
 """Each is a folder of this package."""
 
 COMMON = (

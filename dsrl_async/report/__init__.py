@@ -1,0 +1,1 @@
+"""Makes one self-contained page of what runs have left behind: curves, tables, bottleneck, films, settings."""
