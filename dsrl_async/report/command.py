@@ -16,7 +16,7 @@ from dsrl_async.config.command_line import Parser, program
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.files import write_text
 from dsrl_async.report.page import write_page
-from dsrl_async.report.records import read_evaluation, read_run
+from dsrl_async.report.records import read_evaluation, read_run, with_names
 
 
 def build_parser() -> Parser:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no directory {out.absolute().parent}")
     evaluations = [read_evaluation(directory) for directory in options.evaluation]
-    runs = [read_run(directory, options.films) for directory in options.runs]
+    runs = with_names([read_run(directory, options.films) for directory in options.runs])
     page = write_page(runs, evaluations)
     try:
         write_text(out, page)

@@ -43,9 +43,9 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     """What could not be shown, and why."""
 
-    @property
-    def name(self) -> str:
-        return self.directory.absolute().name
+    def __post_init__(self) -> None:
+        self.name = self.directory.absolute().name
+        """What the page calls it; `with_names` makes names different."""
 
     @property
     def figures(self) -> Mapping[str, Any]:
@@ -97,6 +97,15 @@ def read_run(directory: Path, films: int) -> RunRecord:
         dict(read_films(directory, films, notes)),
         notes,
     )
+
+
+def with_names(runs: list[RunRecord]) -> list[RunRecord]:
+    """The runs, of which those whose directories have the same name are called by their paths."""
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.directory)
+    return runs
 
 
 def read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

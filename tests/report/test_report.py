@@ -121,6 +121,13 @@ def test_its_figures_are_those_of_the_files(run: Path, tmp_path: Path) -> None:
     assert "<run>" not in out.read_text()
 
 
+def test_runs_of_one_name_are_called_by_their_paths(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / run.name
+    shutil.copytree(run, other)
+    call("report", str(run), str(other), "--out", str(tmp_path / "page.html"))
+    assert read(tmp_path / "page.html").tables["figures"][0][1:] == [str(run), str(other)]
+
+
 def test_films_are_in_the_page_and_large_ones_are_told(run: Path, tmp_path: Path) -> None:
     (run / "evaluation").mkdir()
     (run / "evaluation/small.mp4").write_bytes(b"\0film")
