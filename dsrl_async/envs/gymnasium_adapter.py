@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.config.files import how_to_install
 from dsrl_async.envs import graphics, observations, options
-from dsrl_async.envs.images import resize_with_pad
+from dsrl_async.envs.images import resize_with_pad, write_agent_image
 from dsrl_async.envs.inspection import ask_in_a_child
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentSpec, UserEnvironment, check_chunk
 from dsrl_async.untrusted import shown
@@ -183,7 +183,7 @@ def _make(chosen: Options) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise ValueError("env.options: gymnasium is not installed; install the extra gymnasium") from error
+        raise ValueError(f"env.options: gymnasium is not installed: {how_to_install('gymnasium')}") from error
     if chosen.make is not None:
         env = options.function("make", chosen.make)(**chosen.kwargs)
         _check_kind(env, chosen.make)
@@ -316,8 +316,8 @@ class GymnasiumEnvironment:
         env: the environment.
     """
 
-    def __init__(self, chosen: Options, spec: EnvironmentSpec) -> None:
-        self.spec = spec
+    def __init__(self, chosen: Options, spec: EnvironmentSpec, agent_cameras: Sequence[int] = (0,)) -> None:
+        self.spec, self._agent_cameras = spec, agent_cameras
         self.env = _make(chosen)
         self._chosen = chosen
         self._state_transform = self._function("state_transform")
@@ -434,11 +434,11 @@ class GymnasiumEnvironment:
         return bool(np.any(told))
 
     def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
-        """Writes the images, the first one's small version and the state of the last step."""
+        """Writes the images, the agent's picture and the state after the last step."""
         pictures = self._frames()
         for image, picture in zip(images, pictures, strict=True):
             image[:] = resize_with_pad(picture, len(image))
-        sac_image[:] = resize_with_pad(pictures[0], SAC_IMAGE_SIZE)
+        write_agent_image(sac_image, (pictures[camera] for camera in self._agent_cameras))
         values = observations.vector(self._observation, self._chosen.state, "state")
         if self._state_transform is not None:
             values = np.asarray(self._state_transform(values), np.float32).reshape(-1)

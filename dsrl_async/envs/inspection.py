@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,8 @@ def _answer(function: Callable[[], Any], problem: str, writing: int) -> None:
             said = in_one_line(error)
             known = isinstance(error, ValueError) and said.startswith("env.options: ")
             answer = {"refused": said if known else f"{problem}: {type(error).__name__}: {said}"}
+            if not known:
+                traceback.print_exception(error)
         with os.fdopen(writing, "w") as file:
             json.dump(answer, file)
         status = 0
