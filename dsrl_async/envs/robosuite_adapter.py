@@ -1,6 +1,6 @@
 """Any environment of robosuite 1.4, as an environment of this package: `--env.name robosuite`.
 
-`make_environment` describes its options. Cameras render at decisions only, where robosuite itself renders all of them in
+`make_environment` describes its options. Cameras render at decisions only, whereas robosuite renders all of them in
 every step. What is told of an environment is found out in a child process, without OpenGL.
 """
 
