@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dsrl_async.config.files import how_to_install
 from dsrl_async.envs import graphics, observations, options
-from dsrl_async.envs.images import resize_with_pad, write_agent_image
+from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.inspection import ask_in_a_child
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentSpec, UserEnvironment, check_chunk
 from dsrl_async.untrusted import shown
@@ -307,7 +307,8 @@ def _black(
 
 
 class GymnasiumEnvironment:
-    """A `gymnasium.Env`; see `dsrl_async.envs.Environment` for the protocol and `make_environment` for the options.
+    """A `gymnasium.Env`; see `dsrl_async.envs.protocol.UserSimulation` for the protocol and `make_environment` for the
+    options.
 
     An episode ends with its first successful step, whether or not the environment goes on. It has failed for good if
     the environment terminates without success.
@@ -316,8 +317,8 @@ class GymnasiumEnvironment:
         env: the environment.
     """
 
-    def __init__(self, chosen: Options, spec: EnvironmentSpec, agent_cameras: Sequence[int] = (0,)) -> None:
-        self.spec, self._agent_cameras = spec, agent_cameras
+    def __init__(self, chosen: Options, spec: EnvironmentSpec) -> None:
+        self.spec = spec
         self.env = _make(chosen)
         self._chosen = chosen
         self._state_transform = self._function("state_transform")
@@ -433,12 +434,11 @@ class GymnasiumEnvironment:
         self._told_success = True
         return bool(np.any(told))
 
-    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
-        """Writes the images, the agent's picture and the state after the last step."""
+    def observe(self, images: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        """Writes the images and the state after the last step."""
         pictures = self._frames()
         for image, picture in zip(images, pictures, strict=True):
             image[:] = resize_with_pad(picture, len(image))
-        write_agent_image(sac_image, (pictures[camera] for camera in self._agent_cameras))
         values = observations.vector(self._observation, self._chosen.state, "state")
         if self._state_transform is not None:
             values = np.asarray(self._state_transform(values), np.float32).reshape(-1)

@@ -75,4 +75,4 @@ def function(name: str, value: Any) -> Callable[..., Any]:
         raise ValueError(f"env.options: {name}: {value} cannot be had: {in_one_line(error)}") from error
     if not callable(found):
         raise refusal(name, "a function", found)
-    return found  # type: ignore[no-any-return]  # `reduce` says object
+    return found

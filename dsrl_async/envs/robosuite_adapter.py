@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dsrl_async.config.files import how_to_install
 from dsrl_async.envs import libero_files, observations, options
 from dsrl_async.envs.graphics import no_rendering
-from dsrl_async.envs.images import resize_with_pad, write_agent_image
+from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.inspection import ask_in_a_child
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentSpec, UserEnvironment, check_chunk
 
@@ -229,7 +229,7 @@ def _grippers(robot: Any) -> list[Any]:
 
 
 class RobosuiteEnvironment:
-    """An environment of robosuite; see `dsrl_async.envs.Environment` for the protocol.
+    """An environment of robosuite; see `dsrl_async.envs.protocol.UserSimulation` for the protocol.
 
     The options are those of `make_environment`. The cameras show the end of the last step; robosuite's own show a
     moment within its last two milliseconds.
@@ -238,8 +238,8 @@ class RobosuiteEnvironment:
         env: the environment. Each reset draws from NumPy's global generator, which the episode's seed is given to.
     """
 
-    def __init__(self, chosen: Options, spec: EnvironmentSpec, agent_cameras: Sequence[int] = (0,)) -> None:
-        self.spec, self._agent_cameras = spec, agent_cameras
+    def __init__(self, chosen: Options, spec: EnvironmentSpec) -> None:
+        self.spec = spec
         self._chosen, self._transform = chosen, _transform(chosen)
         problem = None
         try:
@@ -284,11 +284,10 @@ class RobosuiteEnvironment:
                 return ChunkOutcome(len(rewards), len(rewards) - 1, True, False, tuple(rewards))
         return ChunkOutcome(len(rewards), -1, False, False, tuple(rewards))
 
-    def observe(self, images: NDArray[np.uint8], sac_image: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
-        """Renders the cameras, and writes their images, the agent's picture and the state after the last step."""
+    def observe(self, images: NDArray[np.uint8], state: NDArray[np.float32]) -> None:
+        """Renders the cameras, and writes their images and the state after the last step."""
         for camera, image in enumerate(images):
             image[:] = resize_with_pad(self._frame(camera), len(image))
-        write_agent_image(sac_image, map(self._frame, self._agent_cameras))
         state[:] = _state(self._observation, self._chosen.state, self._transform)
 
     def render(self, size: int = 256, camera: int = 0) -> NDArray[np.uint8]:

@@ -144,6 +144,8 @@ def _load(name: str, options: str) -> Loaded:
     try:
         made = function(**arguments)
     except FAULTS as error:
+        if name in ADAPTERS and isinstance(error, ValueError):
+            raise  # it names the option
         raise ValueError(f"env.name: {blamed(error, module_name)}") from error
     spec = _check(name, made)
     packages = tuple(dict.fromkeys([*([distribution] if distribution else []), *made.packages]))
@@ -405,6 +407,8 @@ def blamed(error: BaseException, module: str) -> str:
         return f"{_short(error.filename)}, line {error.lineno}: {kind}: {error.msg}"
     said = f"{kind}: {message}" if message else kind
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, ValueError) and frames and _is_in(frames[-1][0], PACKAGE):
+        return message  # a sentence of this package
     top = sys.modules.get(module.partition(".")[0])
     own = getattr(top, "__file__", None)
     own = os.path.dirname(own) if own is not None and hasattr(top, "__path__") else own

@@ -6,16 +6,15 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("gymnasium")
-
 from support.gymnasium_envs import GOAL, HEIGHT, WIDTH, Corridor
 
-from dsrl_async.envs import observations
+from dsrl_async.config.settings import EnvConfig
+from dsrl_async.envs import environment_record, gymnasium_adapter, observations
 from dsrl_async.envs.gymnasium_adapter import GymnasiumEnvironment, make_environment
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.protocol import ChunkOutcome, UserEnvironment
@@ -45,11 +44,10 @@ def chunk(*actions: list[float]) -> np.ndarray:
     return np.array(actions, np.float32)
 
 
-def observe(environment: GymnasiumEnvironment) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def observe(environment: GymnasiumEnvironment) -> tuple[np.ndarray, np.ndarray]:
     spec = environment.spec
     arrays = (
         np.zeros((spec.cameras, spec.image_size, spec.image_size, 3), np.uint8),
-        np.zeros((64, 64, 3), np.uint8),
         np.zeros(spec.state_dim, np.float32),
     )
     environment.observe(*arrays)
@@ -196,12 +194,11 @@ def test_a_chunk_is_executed_and_the_cameras_render_at_decisions_only() -> None:
     observe(environment)
     outcome = environment.step_chunk(chunk(STAY, FORWARD, STAY))
     assert outcome == ChunkOutcome(3, -1, False, False, (place, place + 1.5, place + 1.5))
-    images, sac_image, state = observe(environment)
+    images, state = observe(environment)
     assert corridor(environment).renders == 2
     assert state.tolist() == [np.float32(place + 1.5), 3]
     picture = np.full((HEIGHT, WIDTH, 3), 103, np.uint8)
     assert (images[0] == resize_with_pad(picture, 32)).all()
-    assert (sac_image == resize_with_pad(picture, 64)).all()
     assert not images[0, 0].any(), "the edges of a picture that is not square are black"
     assert (environment.render(48) == resize_with_pad(picture, 48)).all()
     assert corridor(environment).renders == 2
@@ -271,7 +268,7 @@ def test_the_seed_determines_an_episode() -> None:
     environment, states = made(), []
     for seed in (5, 6, 5, 2**32 - 1):
         environment.reset(seed)
-        states.append(observe(environment)[2][0])
+        states.append(observe(environment)[1][0])
     assert states[0] == states[2] != states[1]
 
 
@@ -279,17 +276,10 @@ def test_images_of_the_observation_are_taken_as_they_are() -> None:
     environment = made(cameras=["pixels.top", "pixels/wrist.camera"])
     environment.reset(0)
     environment.step_chunk(chunk(STAY, STAY))
-    images, sac_image, _ = observe(environment)
+    images, _ = observe(environment)
     assert corridor(environment).renders == 0
     assert (images[0] == resize_with_pad(np.full((HEIGHT, WIDTH, 3), 2, np.uint8), 32)).all()
     assert (images[1] == 2).all()
-    assert sac_image.max() == 2
-    assert isinstance(environment.env.unwrapped, Corridor)
-    both = GymnasiumEnvironment(environment._chosen, environment.spec, agent_cameras=(1, 0))
-    both.reset(0)
-    stacked = np.zeros((64, 64, 6), np.uint8)
-    both.observe(images, stacked, np.zeros(2, np.float32))
-    assert (stacked == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -349,7 +339,7 @@ def test_functions_of_the_user_stand_between_the_policy_and_the_environment() ->
     environment.reset(0)
     environment.step_chunk(chunk([0.25, 0.5]))
     assert corridor(environment).actions[0].tolist() == [0.5, 0.25]
-    state = observe(environment)[2]
+    state = observe(environment)[1]
     assert (state[:2] == state[2:]).all()
 
 
@@ -365,6 +355,32 @@ def test_the_prompt_of_an_episode_is_told_by_number_or_text() -> None:
     few.env.unwrapped.reset = lambda **_: ({}, {"task": np.array([2])})
     with pytest.raises(ValueError, match=r"^env\.options: task is 2, and there are 2 prompts, from 0$"):
         few.reset(0)
+
+
+def test_a_run_finds_it_under_its_name_and_looks_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = EnvConfig.model_validate({"name": "gymnasium", "options": OPTIONS, "max_episode_steps": 4}).model_dump()
+    record = environment_record(settings)
+    assert record.spec() == described().spec
+    assert (record.episode_steps, record.rate_hz, record.file) == (4, 12, gymnasium_adapter.__file__)
+    environment = record.make((0,))
+    environment.reset(0)
+    outcome = environment.step_chunk(chunk(*[STAY] * 6))
+    assert outcome[:4] == (4, -1, False, True)
+    assert len(outcome.rewards) == 4
+    images, sac_image, state = np.zeros((1, 32, 32, 3), np.uint8), np.zeros((64, 64, 3), np.uint8), np.zeros(2, "f4")
+    environment.observe(images, sac_image, state)
+    assert sac_image.max() == 104
+    monkeypatch.setattr(gymnasium.Wrapper, "reset", lambda *arguments, **options: {})
+    with pytest.raises(RuntimeError, match=r"^the environment gymnasium: reset must return \(observation, info\), as"):
+        environment.reset(0)
+
+
+def test_a_run_says_what_is_wrong_with_an_option_and_nothing_else() -> None:
+    settings = EnvConfig.model_validate({"name": "gymnasium", "options": {**OPTIONS, "state": "x"}}).model_dump()
+    with pytest.raises(ValueError, match=r"^env\.options: state: the observation space has no 'x', it has agent/place"):
+        environment_record(settings)
+    with pytest.raises(ValueError, match=r"^env\.options: .* unexpected keyword argument 'colour'; gymnasium is make"):
+        environment_record({**settings, "options": {"colour": "red"}})
 
 
 class Physics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -21,7 +21,7 @@ class Corridor(gymnasium.Env[dict[str, Any], np.ndarray]):
     wrist's picture is turned to [3, height, width].
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 12.4}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 12.4}  # noqa: RUF012  as gymnasium has it
     made = 0
     """How many there have been in this process."""
 
@@ -67,8 +67,8 @@ class Corridor(gymnasium.Env[dict[str, Any], np.ndarray]):
         return np.full((HEIGHT, WIDTH, 3), 100 + self.steps, np.uint8)
 
 
-gymnasium.register("Corridor-v0", Corridor, max_episode_steps=30)
-gymnasium.register("EndlessCorridor-v0", Corridor)
+gymnasium.register("Corridor-v0", f"{__name__}:Corridor", max_episode_steps=30)
+gymnasium.register("EndlessCorridor-v0", f"{__name__}:Corridor")
 
 
 class Silent(Corridor):
