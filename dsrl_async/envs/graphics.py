@@ -37,11 +37,11 @@ def variables() -> dict[str, str]:
     return {"MUJOCO_GL": chosen, "MUJOCO_EGL_DEVICE_ID": device}
 
 
-def no_rendering(error: Exception, what: str = "LIBERO") -> str:
-    """What to tell the user when OpenGL does not work for `what`, in one sentence."""
+def no_rendering(error: Exception) -> str:
+    """What to tell the user when OpenGL does not work, in one sentence."""
     chosen = variables()["MUJOCO_GL"]
     return (
-        f"{what} cannot render with MUJOCO_GL={chosen} ({type(error).__name__}: {' '.join(str(error).split())}); "
+        f"LIBERO cannot render with MUJOCO_GL={chosen} ({type(error).__name__}: {' '.join(str(error).split())}); "
         f"{remedy(chosen)}"
     )
 

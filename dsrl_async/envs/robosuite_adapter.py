@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async.config.files import how_to_install
-from dsrl_async.envs import libero_files, observations, options
-from dsrl_async.envs.graphics import no_rendering
+from dsrl_async.envs import graphics, libero_files, observations, options
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.inspection import ask_in_a_child
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentSpec, UserEnvironment, check_chunk
+from dsrl_async.untrusted import in_one_line
 
 ORIENTATIONS = ("upright", "opengl", "rotated")
 VERSION = "1.4"
@@ -248,7 +248,11 @@ class RobosuiteEnvironment:
             raise
         except Exception as error:
             # It is raised below, once the remains of the context are gone: they print complaints of their own.
-            problem = no_rendering(error, "robosuite")
+            chosen_gl = graphics.variables()["MUJOCO_GL"]
+            problem = (
+                f"robosuite cannot render with MUJOCO_GL={chosen_gl} ({type(error).__name__}: {in_one_line(error)}); "
+                f"{graphics.remedy(chosen_gl)}"
+            )
         if problem is not None:
             raise ValueError(problem)
         self._observation: Any = None
