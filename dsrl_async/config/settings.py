@@ -276,9 +276,10 @@ class SacConfig(Section):
     """LayerNorm after each hidden layer of the actor."""
     critic_layer_norm: Fixed[bool] = True
     """LayerNorm after each hidden layer of the critic."""
-    init: Fixed[Literal["orthogonal", "default"]] = "orthogonal"
-    """Initialisation of convolutions and MLPs: orthogonal (official DSRL) or torch's default with a small
-    last layer."""
+    init: Fixed[Literal["orthogonal", "rlinf", "default"]] = "orthogonal"
+    """Initialisation: `orthogonal`: of convolutions and MLPs (official DSRL); `rlinf`: RLinf's, which differs in the
+    state's encoder and the actor's MLP (torch's default), and in the Q heads (Kaiming normal); `default`: torch's
+    default everywhere. All have a small last layer."""
     noise_dim: Fixed[int] = Field(32, gt=0)
     """Width of one noise vector: the policy's action width."""
     noise_layout: Fixed[Literal["repeat", "per_slot"]] = "repeat"
@@ -323,9 +324,13 @@ class SacConfig(Section):
     """Upper bound of the actor's log standard deviation."""
     train_actor_steps: Announced[int] = Field(10, ge=0)
     """The actor and the temperature are first updated after this many critic updates."""
+    critic_in_actor_loss: Announced[Literal["before", "after"]] = "before"
+    """The critic that an update's actor loss asks: the one from before its step in the same update, or from after it;
+    official DSRL and RLinf do the latter, which takes another encoding of the observations."""
     augmentation: Announced[Literal["none", "crop", "crop_colour"]] = "none"
-    """Image augmentation of observation and next observation: random shift by up to `augmentation_pad`
-    pixels, also with brightness, contrast and saturation jitter."""
+    """Image augmentation of observation and next observation: random shift by up to `augmentation_pad` pixels; with
+    `crop_colour`, for four images in five, also jitter of brightness, contrast, saturation and hue. Official DSRL does
+    both, RLinf neither."""
     augmentation_pad: Announced[int] = Field(4, gt=0)
     """Largest random shift in pixels."""
     evaluation_noise: Announced[Literal["deterministic", "stochastic"]] = "deterministic"

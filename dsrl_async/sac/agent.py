@@ -3,7 +3,8 @@
 `SacAgent.learn` is a fixed sequence of tensor operations on fixed storage. It reads no tensor's value on the host and
 draws no random numbers, so that it can be captured in a CUDA graph; on the CPU it is simply called. All losses of an
 update use the parameters from before it, so each network encodes an image only once; the critic's encoding of the
-observations serves its own loss, with gradient, and the actor's loss, detached.
+observations serves its own loss, with gradient, and the actor's loss, detached. With `sac.critic_in_actor_loss: after`
+the critic makes its step first, and encodes the observations again for the actor's loss.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from dsrl_async.config.settings import SacConfig
+from dsrl_async.config.shapes import AUGMENTATION_NUMBERS
 from dsrl_async.sac.augmentation import random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
 from dsrl_async.sac.networks import Actor, Critic, aggregate_heads, log_prob, preprocess_image
@@ -43,7 +45,7 @@ class RandomNumbers(NamedTuple):
     rows: Tensor
     """fp64 [B] in [0, 1), which choose the transitions; 53 bits make each of millions equally likely"""
     augmentation: Tensor
-    """fp32 [2 * B, 5] in [0, 1), two for the shift and three for the colours of each image; [0, 5] without it"""
+    """fp32 [2 * B, n] in [0, 1), two for the shift and five for the colours of each image (`AUGMENTATION_NUMBERS`)"""
     normal: Tensor
     """fp32 [2, B, A], for the noise of the next observations and then of the observations"""
 
@@ -168,10 +170,10 @@ class SacAgent:
 
     def random_numbers(self, batch_size: int) -> RandomNumbers:
         """Buffers for the random numbers of an update."""
-        images = 0 if self.config.augmentation == "none" else 2 * batch_size
+        numbers = AUGMENTATION_NUMBERS[self.config.augmentation]
         return RandomNumbers(
             rows=torch.zeros(batch_size, dtype=torch.float64, device=self.device),
-            augmentation=torch.zeros(images, 5, device=self.device),
+            augmentation=torch.zeros(2 * batch_size, numbers, device=self.device),
             normal=torch.zeros(2, batch_size, self.action_dim, device=self.device),
         )
 
@@ -182,6 +184,9 @@ class SacAgent:
         critic loss = mean over batch and heads of (Q - target)^2
         actor loss = mean over batch of alpha * log pi(a|s) - agg_heads Q(s, a)
         temperature loss = alpha * (entropy - target_entropy), entropy = mean of -log pi(a|s)
+
+        The Q of the actor's loss is that from before the critic's step, or with `critic_in_actor_loss: after` that from
+        after it; all else is from before the update.
 
         Args:
             batch: transitions.
@@ -203,13 +208,18 @@ class SacAgent:
         critic_loss = F.mse_loss(q, target.expand_as(q))
         self.critic.backward_(critic_loss)
         critic_norm = clip_gradient_(self.critic.flat_grad, config.critic_grad_clip)
+        q_mean, after = q.detach().mean(), config.critic_in_actor_loss == "after"
+        if after:
+            self.optimisers["critic"].step(self.critic.flat_grad)
 
         actor_loss = entropy = actor_norm = alpha_loss = self._not_computed
         if update_actor:
             mean, log_std = self.actor(pixels, state)
             u = torch.addcmul(mean, log_std.exp(), random.normal[1])
             log_probability = log_prob(u, log_std, random.normal[1])
-            new_q = self.critic.q_values(features.detach(), u.tanh() * config.action_magnitude)
+            with torch.no_grad():
+                seen = self.critic.encoder(pixels, state) if after else features
+            new_q = self.critic.q_values(seen.detach(), u.tanh() * config.action_magnitude)
             actor_loss = (alpha * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
@@ -222,7 +232,8 @@ class SacAgent:
             clip_gradient_(alpha_grad, config.alpha_grad_clip)
             self.optimisers["actor"].step(self.actor.flat_grad)
             self.optimisers["alpha"].step(alpha_grad)
-        self.optimisers["critic"].step(self.critic.flat_grad)
+        if not after:
+            self.optimisers["critic"].step(self.critic.flat_grad)
         self.target_critic.flat.lerp_(self.critic.flat, config.tau)
         metrics = (
             critic_loss,
@@ -232,7 +243,7 @@ class SacAgent:
             actor_norm,
             alpha_loss,
             alpha,
-            q.mean(),
+            q_mean,
             target.mean(),
         )
         return torch.stack([metric.detach() for metric in metrics])

@@ -56,7 +56,7 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
     Args:
         image: uint8 [B, 64, 64, 3 * cameras].
         config: its `image_pool` and `image_range` are used.
-        jitter: fp32 [B, 3] in [0, 1], random numbers for `colour_jitter`, or None.
+        jitter: fp32 [B, 5] in [0, 1], random numbers for `colour_jitter`, or None.
 
     Returns:
         fp32 [B, 3 * cameras, 64 / image_pool, 64 / image_pool], in channels-last memory format.
@@ -109,14 +109,17 @@ class Encoder(nn.Module):
         self.output_dim = config.image_latent_dim + (config.state_latent_dim or config.state_dim)
         self.strides, self.padding = list(config.conv_strides), config.conv_padding
         self.images_at_a_time = max(1, CACHED_NUMBERS // largest)
-        if config.init == "orthogonal":
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.orthogonal_(module.weight, math.sqrt(2))
-                elif isinstance(module, nn.Linear):
-                    nn.init.xavier_normal_(module.weight)
-                if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        if config.init == "default":
+            return
+        for name, module in self.named_modules():
+            if config.init == "rlinf" and name == "state_projection":
+                continue  # RLinf leaves it as torch makes it
+            if isinstance(module, nn.Conv2d):
+                nn.init.orthogonal_(module.weight, math.sqrt(2))
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
         """fp32 [B, C, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
@@ -253,7 +256,7 @@ class Actor(FlatModule):
             self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
             self.norms = nn.ModuleList(nn.LayerNorm(o) for o in config.hidden_dims if config.actor_layer_norm)
             self.output = nn.Linear(widths[-1], 2 * config.noise_width(horizon))
-            # Both kinds of initialisation start near mean 0, log_std 0 for every observation.
+            # Every kind of initialisation starts near mean 0, log_std 0 for every observation.
             for half in self.output.weight.data.chunk(2):
                 if config.init == "orthogonal":
                     nn.init.orthogonal_(half, LAST_LAYER_GAIN)
@@ -317,6 +320,8 @@ class Critic(FlatModule):
                 if config.init == "orthogonal":
                     for head in weight:
                         nn.init.orthogonal_(head)
+                elif config.init == "rlinf" and index + 1 < len(widths) - 1:
+                    nn.init.normal_(weight, std=math.sqrt(2 / fan_out))  # Kaiming, for ReLU, of what goes out
                 elif index + 1 < len(widths) - 1:
                     nn.init.uniform_(weight, -(fan_in**-0.5), fan_in**-0.5)
                     nn.init.uniform_(bias, -(fan_in**-0.5), fan_in**-0.5)

@@ -199,6 +199,37 @@ def test_critic_and_actor_take_one_adam_step_along_their_own_gradient() -> None:
         torch.testing.assert_close(moment, (1 - beta) * gradient, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_the_actors_loss_asks_the_critic_from_before_or_after_its_step(moment: str) -> None:
+    """A reference that makes the steps one by one, with torch's own Adam and clipping."""
+    config = with_settings(critic_in_actor_loss=moment, critic_lr=0.02, critic_grad_clip=0.5, actor_grad_clip=None)
+    agent, stepped, batch = scrambled_agent(config), scrambled_agent(config), make_batch()
+    eps = draw(agent, batch)
+    pixels, next_pixels = (preprocess_image(image, config) for image in batch.images.chunk(2))
+    with torch.no_grad():
+        next_noise, _ = policy_sample(stepped, batch.images[6:], batch.states[6:], eps[0])
+        value = stepped.target_critic(next_pixels, batch.states[6:], next_noise).mean(0)
+    q = stepped.critic(pixels, batch.states[:6], batch.noise)
+    optimiser = torch.optim.Adam(stepped.critic.parameters(), 0.02)
+    (q - (batch.reward + batch.discount * value)).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(stepped.critic.parameters(), 0.5)
+    optimiser.step()
+    asked = stepped.critic if moment == "after" else scrambled_agent(config).critic
+    noise, log_prob = policy_sample(stepped, batch.images[:6], batch.states[:6], eps[1])
+    loss = (config.initial_alpha * log_prob - asked(pixels, batch.states[:6], noise).mean(0)).mean()
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(stepped.actor.parameters()))])
+
+    metrics = update(agent, batch, True)
+    torch.testing.assert_close(agent.critic.flat, stepped.critic.flat, rtol=1e-4, atol=1e-5)
+    assert metric(metrics, "train/sac/actor_loss") == pytest.approx(loss.item(), rel=1e-4)
+    assert (agent.actor.flat_grad - gradient).norm() < 1e-4 * gradient.norm()
+    other = scrambled_agent(with_settings(critic_lr=0.02, critic_grad_clip=0.5, actor_grad_clip=None))
+    update(other, batch, True)
+    same = (other.actor.flat_grad - gradient).norm() < 1e-4 * gradient.norm()
+    assert same == (moment == "before")  # and the two moments differ by far more than rounding
+    torch.testing.assert_close(other.critic.flat, agent.critic.flat, rtol=0, atol=0)
+
+
 def test_target_moves_by_tau_towards_the_updated_critic() -> None:
     agent = scrambled_agent(with_settings(tau=0.1))
     before = agent.target_critic.flat.clone()
@@ -288,8 +319,8 @@ def test_augmentation_is_drawn_for_each_image_and_side() -> None:
         SacAgent(with_settings(augmentation=augmentation, image_pool=1, augmentation_pad=2), HORIZON)
         for augmentation in ("none", "crop", "crop_colour")
     )
-    random = shifted.random_numbers(8)
-    random.draw_(shifted.generator)
+    random = jittered.random_numbers(8)
+    random.draw_(jittered.generator)
     original, _ = plain._pixels(images, random.augmentation)
     pixels, next_pixels = shifted._pixels(images, random.augmentation)
     inner = original[:, :, 8:-8, 8:-8]

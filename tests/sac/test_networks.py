@@ -1,5 +1,7 @@
 """Actor, critic, squashed normal, flat buffers and augmentation of the SAC agent."""
 
+import colorsys
+import itertools
 import math
 from decimal import Decimal, localcontext
 
@@ -9,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import CONFIGS
 from support.sac_configs import SMALL
+from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
+from dsrl_async.config.command_line import load_config
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.sac.augmentation import colour_jitter, random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
@@ -85,6 +90,19 @@ def test_preprocessing_is_average_pooling_and_scaling(pool: int, image_range: st
     assert pixels[0].min() == pytest.approx(1.0, abs=3e-7)
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("jittered", [False, True])
+def test_each_camera_is_prepared_as_if_it_were_alone(pool: int, jittered: bool) -> None:
+    cameras = [observations(3, seed)[0] for seed in (0, 1)]
+    jitter = torch.rand(3, 5, generator=torch.Generator().manual_seed(2)) * 0.8 if jittered else None
+    config = with_settings(image_pool=pool, cameras=[1, 0])
+    together = preprocess_image(torch.cat(cameras, dim=3), config, jitter)
+    alone = torch.cat([preprocess_image(image, with_settings(image_pool=pool), jitter) for image in cameras], dim=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    mean, _ = Actor(config, 10)(together, torch.zeros(3, 8))
+    assert mean.shape == (3, 4)
+
+
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000), pad=st.integers(1, 6), edge=st.booleans())
 def test_random_shift_is_edge_padding_and_cropping(seed: int, pad: int, edge: bool) -> None:
@@ -110,17 +128,58 @@ def test_random_shift_reaches_all_offsets_and_no_others() -> None:
     assert counts.min() > 350  # 444 expected
 
 
+def jitter_numbers(*changes: list[float], hue: float = 0.5, applied: float = 0.0) -> torch.Tensor:
+    """Of two images: brightness, contrast and saturation, with a hue that stays as it is."""
+    return torch.tensor([[*change, hue, applied] for change in (changes * 2)[:2]])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10_000), extreme=st.booleans(), grey=st.booleans(), cameras=st.integers(1, 3), on=st.booleans()
+)
+def test_colour_jitter_is_that_of_pythons_hsv(seed: int, extreme: bool, grey: bool, cameras: int, on: bool) -> None:
+    """Pixel by pixel, by `colorsys`, in the same order; all cameras of an image alike."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(0, 4, (2, 3 * cameras, 4, 4)) / 3 if extreme else rng.random((2, 3 * cameras, 4, 4))
+    if grey:
+        levels[:, :, :2] = levels[:, :1, :2]
+    numbers = rng.integers(0, 2, (2, 5)).astype(np.float64) if extreme else rng.random((2, 5))
+    numbers[:, 4] = 0.79 if on else 0.81
+    pixels = torch.from_numpy(levels).float().contiguous(memory_format=torch.channels_last)
+    found = colour_jitter(pixels, torch.from_numpy(numbers).float())
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    if not on:
+        torch.testing.assert_close(found, pixels, rtol=0, atol=0)
+        return
+    for image, jittered, (brightness, contrast, saturation, hue, _) in zip(levels, found, 2 * numbers - 1, strict=True):
+        expected = np.clip(image + 0.2 * brightness, 0, 1)
+        means = expected.mean((1, 2), keepdims=True)
+        expected = np.clip((1 + 0.1 * contrast) * (expected - means) + means, 0, 1)
+        for camera, row, column in itertools.product(range(cameras), range(4), range(4)):
+            place = (slice(3 * camera, 3 * camera + 3), row, column)
+            h, s, v = colorsys.rgb_to_hsv(*expected[place])
+            expected[place] = colorsys.hsv_to_rgb((h + 0.03 * hue) % 1, min(1, (1 + 0.1 * saturation) * s), v)
+        np.testing.assert_allclose(jittered.numpy(), expected, rtol=0, atol=2e-5)
+
+
+def test_the_colours_of_four_images_in_five_change() -> None:
+    uniform = torch.rand(4000, 5, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(4000, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    changed = (colour_jitter(pixels, uniform) != pixels).flatten(1).any(1)
+    assert changed.float().mean() == pytest.approx(0.8, abs=0.02)
+
+
 def test_colour_jitter_neutral_and_extreme_values() -> None:
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(colour_jitter(pixels, torch.full((2, 3), 0.5)), pixels, rtol=0, atol=1e-6)
-    brighter = colour_jitter(pixels, torch.tensor([[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]]))
+    torch.testing.assert_close(colour_jitter(pixels, jitter_numbers([0.5] * 3)), pixels, rtol=0, atol=1e-6)
+    brighter = colour_jitter(pixels, jitter_numbers([1.0, 0.5, 0.5], [0.0, 0.5, 0.5]))
     torch.testing.assert_close(brighter[0], (pixels[0] + 0.2).clamp(0, 1), rtol=0, atol=1e-6)
     torch.testing.assert_close(brighter[1], (pixels[1] - 0.2).clamp(0, 1), rtol=0, atol=1e-6)
     middle = pixels * 0.4 + 0.3
-    contrast = colour_jitter(middle, torch.tensor([[0.5, 1.0, 0.5]] * 2))
+    contrast = colour_jitter(middle, jitter_numbers([0.5, 1.0, 0.5]))
     torch.testing.assert_close(contrast.std(dim=(2, 3)), middle.std(dim=(2, 3)) * 1.1, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(contrast.mean(dim=(2, 3)), middle.mean(dim=(2, 3)), rtol=1e-4, atol=1e-6)
-    saturated = colour_jitter(middle, torch.tensor([[0.5, 0.5, 0.0]] * 2))
+    saturated = colour_jitter(middle, jitter_numbers([0.5, 0.5, 0.0]))
     torch.testing.assert_close(saturated.std(dim=1), middle.std(dim=1) * 0.9, rtol=1e-4, atol=1e-6)
 
 
@@ -174,7 +233,7 @@ def test_actor_is_the_network_that_its_settings_describe(layer_norm: bool, state
     assert log_std.max() == pytest.approx(0.03)
 
 
-@pytest.mark.parametrize("init", ["orthogonal", "default"])
+@pytest.mark.parametrize("init", ["orthogonal", "rlinf", "default"])
 def test_initial_policy_is_nearly_a_standard_normal_before_squashing(init: str) -> None:
     config = with_settings(init=init)
     image, state = observations(16)
@@ -191,6 +250,43 @@ def test_orthogonal_initialisation_is_orthogonal_in_each_head() -> None:
     small = Critic(with_settings(init="default"), 10)
     assert small.weights[-1].std() == pytest.approx(0.01, rel=0.4)
     assert small.weights[0].abs().max() <= small.weights[0].shape[1] ** -0.5
+
+
+def test_rlinfs_initialisation_has_its_spreads() -> None:
+    """Of its DSRL networks at their own sizes, by the formulas of the initialisers that its code calls."""
+    config = load_config(["--config", str(CONFIGS / "libero_spatial_pi0.yaml"), "--sac.init", "rlinf"]).sac
+    actor, critic = Actor(config, 50), Critic(config, 50)
+
+    def spread(weight: torch.Tensor) -> float:
+        return weight.std().item()
+
+    for encoder in (actor.encoder, critic.encoder):
+        first, *others = (layer for layer in encoder.convolutions if isinstance(layer, nn.Conv2d))
+        # Orthogonal with gain sqrt(2): of a [32, 27] matrix the columns are orthonormal, of [32, 288] the rows.
+        assert spread(first.weight) == pytest.approx((2 / 32) ** 0.5, rel=0.02)  # 0.25
+        for layer in others:
+            assert spread(layer.weight) == pytest.approx((2 / 288) ** 0.5, rel=0.02)  # 0.083
+            rows = layer.weight.flatten(1)
+            torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(32), rtol=0, atol=1e-4)
+        projection, state = encoder.image_projection, encoder.state_projection
+        assert spread(projection.weight) == pytest.approx((2 / (32 * 32 * 32 + 64)) ** 0.5, rel=0.01)  # 0.0078
+        biases = [layer.bias for layer in (first, *others, projection)]
+        assert not any(bias.any() for bias in biases if bias is not None)
+        # torch's default, uniform up to 1 / sqrt(fan in)
+        assert spread(state.weight) == pytest.approx((1 / (3 * 8)) ** 0.5, rel=0.1)
+        assert state.bias.any()
+    *hidden, last = critic.weights
+    for weight in hidden:
+        assert spread(weight) == pytest.approx((2 / 128) ** 0.5, rel=0.02)  # 0.125: Kaiming, fan out
+    assert weight.abs().max() > 3 * 0.125  # normal, not uniform
+    assert spread(last) == pytest.approx(0.01, rel=0.1)
+    assert not any(bias.any() for bias in critic.biases)
+    for hidden_layer in actor.hidden.children():
+        assert isinstance(hidden_layer, nn.Linear)
+        assert spread(hidden_layer.weight) == pytest.approx((1 / (3 * 128)) ** 0.5, rel=0.02)
+    for half in actor.output.weight.chunk(2):
+        assert spread(half) == pytest.approx(0.01 * (2 / (128 + 32)) ** 0.5, rel=0.05)  # Xavier uniform
+    assert not actor.output.bias.any()
 
 
 def test_weights_depend_on_the_seed_only() -> None:

@@ -114,6 +114,12 @@ def copy_critic(plain: PlainCritic, own: Any, read: Callable[[Tensor], Tensor]) 
     return pairs
 
 
+def step(parameters: Iterable[Tensor], limit: float | None, optimiser: torch.optim.Optimizer) -> None:
+    if limit is not None:
+        nn.utils.clip_grad_norm_(parameters, limit)
+    optimiser.step()
+
+
 class Plain:
     """The plain program, which starts with the parameters of `agent`."""
 
@@ -135,7 +141,10 @@ class Plain:
         self.alpha_optimiser = torch.optim.Adam([self.raw_alpha], config.alpha_lr)
 
     def losses(self, batch: Batch, normal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Critic, actor and temperature losses, with the gradients in the parameters' `.grad`."""
+        """Critic, actor and temperature losses, with the gradients in the parameters' `.grad`.
+
+        The critic makes its step in between where the actor's loss asks the critic from after it.
+        """
         config = self.config
         pixels, next_pixels = (preprocess_image(images, config).contiguous() for images in batch.images.chunk(2))
         state, next_state = batch.states.chunk(2)
@@ -156,6 +165,9 @@ class Plain:
         critic_loss.backward()
         # The actor's loss leaves gradients in the critic's heads that no step uses, so the critic's own are kept.
         gradients = [parameter.grad for parameter in self.critic.parameters()]
+        if config.critic_in_actor_loss == "after":
+            gradients = [None if gradient is None else gradient.clone() for gradient in gradients]
+            self.step_critic()  # which clips them in place
         for parameter in self.critic.parameters():
             parameter.grad = None
 
@@ -174,17 +186,16 @@ class Plain:
         alpha_loss.backward()
         return critic_loss, actor_loss, alpha_loss
 
+    def step_critic(self) -> None:
+        step(self.critic.parameters(), self.config.critic_grad_clip, self.critic_optimiser)
+
     def update(self, batch: Batch, normal: Tensor) -> None:
         config = self.config
         self.losses(batch, normal)
-        for parameters, limit, optimiser in (
-            (list(self.critic.parameters()), config.critic_grad_clip, self.critic_optimiser),
-            (list(self.actor.parameters()), config.actor_grad_clip, self.actor_optimiser),
-            ([self.raw_alpha], config.alpha_grad_clip, self.alpha_optimiser),
-        ):
-            if limit is not None:
-                nn.utils.clip_grad_norm_(parameters, limit)
-            optimiser.step()
+        if config.critic_in_actor_loss == "before":
+            self.step_critic()
+        step(self.actor.parameters(), config.actor_grad_clip, self.actor_optimiser)
+        step([self.raw_alpha], config.alpha_grad_clip, self.alpha_optimiser)
         with torch.no_grad():
             for slow, fast in zip(self.target.parameters(), self.critic.parameters(), strict=True):
                 slow.mul_(1 - config.tau).add_(fast, alpha=config.tau)

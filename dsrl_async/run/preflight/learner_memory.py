@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from dsrl_async.config.settings import Config, SacConfig
-from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.config.shapes import AUGMENTATION_NUMBERS, SAC_IMAGE_SIZE
 from dsrl_async.shm.replay import replay_fields
 
 MIRRORED = ("image", "state", "noise", "reward", "steps", "terminal")
@@ -66,7 +66,7 @@ def agent_bytes(config: SacConfig, horizon: int) -> int:
 def batch_bytes(config: SacConfig, horizon: int) -> int:
     """Memory of the batch and of the random numbers of an update."""
     width = config.noise_width(horizon)
-    uniform = 0 if config.augmentation == "none" else 2 * 5 * 4
+    uniform = 2 * 4 * AUGMENTATION_NUMBERS[config.augmentation]
     row = 2 * (math.prod(config.image_shape) + 4 * config.state_dim) + 3 * 4 * width + 2 * 4 + 2 * 8 + uniform
     return config.batch_size * row
 
@@ -77,6 +77,8 @@ def update_bytes(config: SacConfig, horizon: int) -> int:
     Images are the most of it, in integers and in float32, with those of augmentation or of the first convolution; then
     come the activations of the Q heads, and two gradients of the critic.
     """
-    images = 2 * math.prod(config.image_shape) * (10 if config.image_pool == 1 else 8)
-    row = images + 4 * 4 * config.num_q_heads * sum(config.hidden_dims)
+    times = 10.0 if config.image_pool == 1 else 8.0
+    if config.augmentation == "crop_colour":
+        times += 20 / config.image_pool**2  # hues and the like of the pooled image, in float32
+    row = round(2 * math.prod(config.image_shape) * times) + 4 * 4 * config.num_q_heads * sum(config.hidden_dims)
     return config.batch_size * row + 2 * 4 * critic_parameters(config, horizon)

@@ -40,6 +40,7 @@ HORIZON = 10
 BATCH = 6
 OTHER: dict[str, object] = {
     "augmentation": "crop_colour",
+    "critic_in_actor_loss": "after",
     "entropy_backup": True,
     "actor_layer_norm": True,
     "critic_layer_norm": False,

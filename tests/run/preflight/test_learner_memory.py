@@ -24,8 +24,9 @@ HORIZON = 10
     "sac",
     [
         {},
-        {"batch_size": 512, "augmentation": "crop_colour"},
-        {"cameras": [1, 0]},
+        {"batch_size": 512, "augmentation": "crop_colour", "critic_in_actor_loss": "after"},
+        {"augmentation": "crop"},
+        {"cameras": [1, 0], "image_pool": 1, "augmentation": "crop_colour"},
         {"image_pool": 1, "conv_channels": [16, 32], "conv_kernels": [4, 3], "conv_strides": [4, 2]},
         {"noise_layout": "per_slot", "actor_layer_norm": True, "critic_layer_norm": False, "state_latent_dim": 0},
     ],
