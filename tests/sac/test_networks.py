@@ -270,8 +270,8 @@ def test_rlinfs_initialisation_has_its_spreads() -> None:
             torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(32), rtol=0, atol=1e-4)
         projection, state = encoder.image_projection, encoder.state_projection
         assert spread(projection.weight) == pytest.approx((2 / (32 * 32 * 32 + 64)) ** 0.5, rel=0.01)  # 0.0078
-        biases = [layer.bias for layer in (first, *others, projection)]
-        assert not any(bias.any() for bias in biases if bias is not None)
+        assert not dict(projection.named_parameters())["bias"].any()
+        assert not any(value.any() for name, value in encoder.convolutions.named_parameters() if "bias" in name)
         # torch's default, uniform up to 1 / sqrt(fan in)
         assert spread(state.weight) == pytest.approx((1 / (3 * 8)) ** 0.5, rel=0.1)
         assert state.bias.any()
