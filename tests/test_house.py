@@ -19,7 +19,7 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "untrusted config pi0 envs sac"
 MACHINE = "shm host"
-SHARED = "run.frozen_policy run.replay_ratio run.channel run.weights run.checkpoints run.set_aside"
+SHARED = "run.frozen_policy run.replay_ratio run.channel run.weights run.checkpoints run.set_aside run.evaluation"
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
@@ -42,12 +42,13 @@ HOUSE = {
     "run.weights": "run.channel",
     "run.checkpoints": "untrusted config shm host",
     "run.set_aside": "host run.checkpoints",
+    "run.evaluation": "untrusted config envs host run.checkpoints",
     # What is checked before anything starts.
     "run.preflight": f"untrusted config pi0 envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
-    "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.channel run.weights",
-    "run.learner": f"config sac {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints",
+    "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.channel run.weights run.evaluation",
+    "run.learner": f"config sac {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints run.evaluation",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
     # The commands, and what lists them.
@@ -78,7 +79,7 @@ LIBRARIES = {
 
 WITHOUT_TORCH = {
     *("untrusted", "config", "envs", "shm", "telemetry"),
-    *("run.preflight", "run.worker", "run.supervisor", "launch"),
+    *("run.evaluation", "run.preflight", "run.worker", "run.supervisor", "launch"),
 }
 """Rooms of the environment workers, their template and the supervisor: none of their modules imports torch, nor by way
 of any other, but for those in `WITH_TORCH`."""

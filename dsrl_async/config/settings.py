@@ -428,6 +428,33 @@ class CheckpointConfig(Section):
     """How many checkpoints are kept; older ones are deleted."""
 
 
+class EvaluationConfig(Section):
+    """Evaluation while the run goes on, by environment workers of its own (docs/evaluation.md)."""
+
+    every_decisions: Announced[int | None] = Field(None, gt=0)
+    """Decisions from one evaluation to the next; null, here and in `every_minutes`, means that there is none."""
+    every_minutes: Announced[float | None] = Field(None, gt=0)
+    """Minutes from one evaluation to the next, instead of decisions."""
+    episodes: Announced[int] = Field(50, gt=0)
+    """Held-out episodes of an evaluation, the same each time; those of LIBERO are spread evenly over the tasks."""
+    actors: Announced[int] = Field(2, gt=0, le=MOST_ACTORS)
+    """How many environment workers play them, beside those of the training."""
+    films: Announced[int] = Field(0, ge=0)
+    """How many of the episodes are filmed in each evaluation, those of different tasks first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if self.every_decisions is not None and self.every_minutes is not None:
+            raise ValueError("every_decisions and every_minutes cannot be combined; leave one out")
+        return self
+
+    @property
+    def lanes(self) -> int:
+        """The number of its environment workers; 0 without evaluation."""
+        wanted = self.every_decisions is not None or self.every_minutes is not None
+        return min(self.actors, self.episodes) if wanted else 0
+
+
 class LogConfig(Section):
     """What the run shows of itself while it goes on."""
 
@@ -480,6 +507,7 @@ class Config(Section):
     inference: InferenceConfig = InferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -499,10 +527,15 @@ class Config(Section):
             )
         return self
 
+    @property
+    def lanes(self) -> int:
+        """All environments: those of the training, and behind them those of the evaluation."""
+        return self.actors + self.evaluation.lanes
+
     def batch_sizes(self) -> list[int]:
         """The sizes of `inference.buckets` up to the first that holds all environments."""
         buckets = self.inference.buckets
-        return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < self.actors]
+        return [size for size, before in zip(buckets, [0, *buckets], strict=False) if before < self.lanes]
 
 
 MIN_LANE_ROWS = 16

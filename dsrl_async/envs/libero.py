@@ -101,6 +101,7 @@ class LiberoEnvironment:
         self._init_state_ids = {
             task: libero_files.selected_init_states(self.suite, task, chosen) for task in self.tasks
         }
+        self._numbered: list[tuple[int, int]] = []
         self._domains = import_libero()
         self._task: int | None = None
         self.domain: Any = None
@@ -118,11 +119,27 @@ class LiberoEnvironment:
 
     # The episode
 
+    def number_scenes(self) -> None:
+        """From now on an episode's number counts through the whole suite, as in an evaluation, and is the scene's.
+
+        Whoever chooses the numbers keeps to this environment's tasks.
+        """
+        states = [
+            len(libero_files.init_states(self.suite, task)) for task in range(len(libero_files.task_names(self.suite)))
+        ]
+        self._numbered = [(task, state) for task, count in enumerate(states) for state in range(count)]
+
     def scene(self, seed: int, number: int) -> Scene:
         """Where episode `number` starts. `cycled` goes through all initial states of a task, then the next task's."""
         random = np.random.default_rng(seed)
+        if self._numbered:
+            task, state = self._numbered[number % len(self._numbered)]
+            return self._with_fixtures(task, state, random)
         pairs = [(task, state) for task in self.tasks for state in self._init_state_ids[task]]
         task, state = pairs[int(random.integers(len(pairs))) if self._order == "sampled" else number % len(pairs)]
+        return self._with_fixtures(task, state, random)
+
+    def _with_fixtures(self, task: int, state: int, random: np.random.Generator) -> Scene:
         if self.seeding == "episode":
             return Scene(task, state, int(random.integers(2**32)), 1)
         return Scene(task, state, self.fixtures_seed, state + 1 if self.seeding == "task" else 1)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,16 @@ class Environment(Protocol):
 
     def close(self) -> None:
         """Frees what the simulator holds; the environment cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class NumberedScenes(Protocol):
+    """An environment whose suite numbers its scenes."""
+
+    def number_scenes(self) -> None:
+        """From now on the number of an episode is the number of its scene, as evaluations count them: through all
+        initial states of all tasks of the suite."""
         ...
 
 
@@ -180,6 +190,11 @@ class EnvironmentRecord:
     """Where the function of a user's environment stands; None for those that come with this package."""
     survives_fork: bool = True
     """Whether the template may make it for the workers that are forked from it; else each of them does."""
+
+    def task_numbers(self) -> Sequence[int]:
+        """What evaluations call the tasks, by task_index: their numbers in the suite, or the prompts' own."""
+        chosen = self.settings["task_ids"] if self.suite is not None else None
+        return chosen if chosen is not None else range(len(self.spec().prompts))
 
     def versions(self) -> dict[str, str]:
         return installed_versions(self.packages)

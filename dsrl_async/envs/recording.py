@@ -13,19 +13,25 @@ from numpy.typing import NDArray
 from dsrl_async.envs.protocol import ChunkOutcome
 
 FRAME_PIXELS = 256
+PREVIEW_FRAMES = 60
+"""Upper limit on the frames of a preview; its pixels are half as many each way."""
 
 
 class RecordingEnvironment:
     """Wraps an environment that has `render` and films every step of the episodes for which `wanted` returns True.
 
     A finished film is at `unsorted_film`. `rate_hz` is the environment's steps per second, so films run in real time.
+    With `preview`, a small animated GIF for TensorBoard, which shows no films, is there before it, at `preview_of` it.
     """
 
-    def __init__(self, env: Any, wanted: Callable[[], bool], video_dir: Path, rate_hz: int) -> None:
+    def __init__(
+        self, env: Any, wanted: Callable[[], bool], video_dir: Path, rate_hz: int, preview: bool = False
+    ) -> None:
         self.spec = env.spec
         self._env, self._wanted, self._directory, self._rate_hz = env, wanted, video_dir, rate_hz
         self._number = 0
         self._film: Any = None
+        self._preview: list[Any] | None = [] if preview else None
 
     def reset(self, seed: int, number: int = 0) -> int:
         task_index: int = self._env.reset(seed, number)
@@ -34,7 +40,9 @@ class RecordingEnvironment:
             path = unfinished_film(self._directory, number)
             path.parent.mkdir(exist_ok=True)
             self._film = imageio.get_writer(path, fps=self._rate_hz, macro_block_size=16)
-            self._film.append_data(self._frame())
+            if self._preview is not None:
+                self._preview.clear()
+            self._film_frame()
         return task_index
 
     def step_chunk(self, action_chunk: NDArray[np.float32]) -> ChunkOutcome:
@@ -45,8 +53,7 @@ class RecordingEnvironment:
         for step in range(len(action_chunk)):
             outcome = self._env.step_chunk(action_chunk[step : step + 1])
             rewards += outcome.rewards
-            frame = self._frame()
-            self._film.append_data(frame)
+            frame = self._film_frame()
             if outcome.terminated or outcome.truncated:
                 self._finish(frame)
                 break
@@ -60,6 +67,13 @@ class RecordingEnvironment:
             self._film.close()
         self._env.close()
 
+    def _film_frame(self) -> NDArray[np.uint8]:
+        frame = self._frame()
+        self._film.append_data(frame)
+        if self._preview is not None:
+            self._preview.append(frame[::2, ::2])
+        return frame
+
     def _frame(self) -> NDArray[np.uint8]:
         """All cameras side by side, uint8[256, 256 * cameras, 3]."""
         return np.hstack([self._env.render(FRAME_PIXELS, camera) for camera in range(self.spec.cameras)])
@@ -69,12 +83,22 @@ class RecordingEnvironment:
             self._film.append_data(last)
         self._film.close()
         self._film = None
-        unfinished_film(self._directory, self._number).replace(unsorted_film(self._directory, self._number))
+        finished = unsorted_film(self._directory, self._number)
+        if self._preview is not None:
+            stride = -(-len(self._preview) // PREVIEW_FRAMES)
+            frames = [*self._preview[::stride], self._preview[-1]]
+            imageio.mimsave(preview_of(finished), frames, duration=1000 * stride / self._rate_hz, loop=0)
+        unfinished_film(self._directory, self._number).replace(finished)
 
 
 def unsorted_film(video_dir: Path, number: int) -> Path:
     """Where an episode's film stays until it is known which films to keep."""
     return video_dir / ".unsorted" / f"{number}.mp4"
+
+
+def preview_of(film: Path) -> Path:
+    """The animated GIF beside a film."""
+    return film.with_suffix(".gif")
 
 
 def unfinished_film(video_dir: Path, number: int) -> Path:

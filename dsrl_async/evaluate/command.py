@@ -23,12 +23,12 @@ from rich.console import Console
 
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
-from dsrl_async.evaluate.episodes import across_tasks
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.play import evaluate
 from dsrl_async.evaluate.resolve import SETTINGS, Evaluation, Part, identity, resolve_all
 from dsrl_async.evaluate.results import ResultDirectory, check_parent, comparison, result_of, table, write_result
 from dsrl_async.host.signals import StopRequest
+from dsrl_async.run.evaluation.episodes import across_tasks
 from dsrl_async.run.worker.pool import WorkerLost
 
 
@@ -48,6 +48,7 @@ def build_parser(all_settings: bool = False) -> Parser:
         metavar="RUN",
         help="a run directory (its last checkpoint counts) or one of its checkpoints; without, the base policy plays",
     )
+    add("--best", action="store_true", help="of --checkpoint's run, play the best agent of the evaluations during it")
     add("--base", action="store_true", help="play the base policy of --checkpoint's run")
     add("--compare", action="store_true", help="play both, the base policy of --checkpoint's run and the steered one")
     add(

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.evaluate.episodes import Episode, Schedule
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.progress import ProgressBar
 from dsrl_async.evaluate.resolve import Evaluation
@@ -24,6 +23,7 @@ from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.evaluation.episodes import Episode, Schedule
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer, notifier
 from dsrl_async.run.preflight import CheckedRun
@@ -117,6 +117,8 @@ def worker_job(run: CheckedRun, episodes: Sequence[Episode], films: Films | None
     """Return what the workers have to know of the evaluation, see `Template`."""
     one_task = len({episode.task for episode in episodes}) == 1
     return {
+        "from_lane": 0,
+        "preview": False,
         "video_dir": None if films is None else str(films.directory.absolute()),
         "rate_hz": run.environment.rate_hz,
         "begin_with": episodes[0].number if one_task else None,  # of several, a worker compiles what it is given

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,14 +17,15 @@ from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.files import read_config
 from dsrl_async.config.load import read_run_settings, validate
-from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.config.settings import Config, ConfigError, EvaluationConfig
 from dsrl_async.envs import EnvironmentRecord, libero_files
-from dsrl_async.evaluate.episodes import Episode, check_repeats, parse_numbers, plan_suite
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.evaluation.episodes import Episode, check_repeats, parse_numbers, plan_suite
+from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.preflight import CheckedRun
 
 Mode = Literal["stochastic", "deterministic", "base"]
@@ -133,7 +135,7 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     processes = MAX_PROCESSES if record.suite is None else min(MAX_PROCESSES, available_cpus())
     actors = min(options.processes or processes, len(episodes))
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the workers write it, nobody reads it
-    own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False}
+    own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False, "evaluation": EvaluationConfig()}
     config = config.model_copy(update=own)
     run = preflight.check_run(config, before)
     preflight.check_devices(config, ["device"])
@@ -167,15 +169,27 @@ def choose_episodes(options: argparse.Namespace, config: Config, record: Environ
 
 def base_settings(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     """Return the settings of the run or file to evaluate, empty if there is none, and the run's checkpoint."""
+    if options.best and options.checkpoint is None:
+        raise ConfigError("--best is of a run; give that as --checkpoint")
     if options.checkpoint is None:
         return read_config(options.config) if options.config is not None else {}, None
     if options.config is not None:
         raise ConfigError("--config cannot be combined with --checkpoint: the run's own configuration is used")
-    checkpoint = checkpoints.find(Path(options.checkpoint))
+    checkpoint = best_of(Path(options.checkpoint)) if options.best else checkpoints.find(Path(options.checkpoint))
     if checkpoint is None:
         what = "there is no checkpoint in it" if Path(options.checkpoint).exists() else "it does not exist"
         raise ConfigError(f"--checkpoint {options.checkpoint}: {what}; give a run directory, or one of its checkpoints")
     return read_run_settings(checkpoints.run_of(checkpoint)), checkpoint
+
+
+def best_of(run_dir: Path) -> Path:
+    """The best checkpoint of a run; raises ConfigError if it has none."""
+    if (best := find_best(Path(os.path.abspath(run_dir)))) is None:
+        raise ConfigError(
+            f"--best: {run_dir} has no best checkpoint; a run with evaluation.every_decisions or "
+            "evaluation.every_minutes keeps one, once an evaluation of its agent has ended"
+        )
+    return best[0]
 
 
 def identity(evaluation: Evaluation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.evaluate.resolve import SETTINGS, Evaluation
 from dsrl_async.host.files import open_to_append, temporary_path, write_text
+from dsrl_async.run.evaluation.results import wilson_interval
 
 BEFORE_SETTINGS = ("episodes.jsonl", temporary_path(Path("settings.json")).name)
 """Files that an evaluation leaves which is killed just after its start."""
@@ -34,14 +35,6 @@ class Outcome(NamedTuple):
     """Environment steps."""
     wall_s: float
     """Seconds from the moment when a worker was given the episode to its end."""
-
-
-def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a success rate (Wilson score; sensible also at 0 % and 100 %)."""
-    rate = successes / episodes
-    centre = (rate + z * z / (2 * episodes)) / (1 + z * z / episodes)
-    half = z / (1 + z * z / episodes) * (rate * (1 - rate) / episodes + z * z / (4 * episodes**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from dsrl_async.config.load import validate
 from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.envs.libero import LiberoEnvironment
 from dsrl_async.envs.shipped import libero_versions
-from dsrl_async.evaluate.results import wilson_interval
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pretraining.libero_demonstrations import spread
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situation
+from dsrl_async.run.evaluation.results import wilson_interval
 
 
 def play(job: tuple[int, int, float], advance: Callable[[], None]) -> list[tuple[bool, int]]:

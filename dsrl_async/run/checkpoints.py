@@ -144,10 +144,9 @@ def save(
     """
     root = run_dir / "checkpoints"
     state = _state_of(counters, replay)
-    updates, decisions = _numbers(state)
     root.mkdir(exist_ok=True)  # but not the run directory, should that be gone
     _clear_abandoned(root)
-    final = root / f"{updates:08d}-{decisions:08d}"
+    final = root / name_of(state)
     while os.path.lexists(final) or os.path.lexists(temporary_path(final)):
         if _is_ours(final) and (not replay or _read_state(final).get("replay", True)):  # nothing has happened since
             return final
@@ -162,13 +161,26 @@ def save(
             content = agent if file == AGENT else to_bytes(ring.export_lane(len(files) - 1))
             (temporary / file).write_bytes(content)
             files[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        (temporary / STATE).write_text(_to_json({**state, "files": files}))
+        write_state(temporary, {**state, "files": files})
     for old in [path for path in complete(root) if _is_ours(path) and path != final][: 1 - keep or None]:
         try:
             _discard(old)
         except OSError as error:
             logger.warning("the old checkpoint %s cannot be removed: %s", old, error.strerror)
     return final
+
+
+def save_agent(place: Path, agent: bytes, counters: Counters, beat: Callable[[], None]) -> None:
+    """Write a checkpoint without replay buffer, which need not belong to those of the run, to `place`.
+
+    Raises:
+        OSError: it could not be written; there is nothing at `place` that was not there before.
+    """
+    record = {"bytes": len(agent), "sha256": hashlib.sha256(agent).hexdigest()}
+    with replacing(place, beat) as temporary:
+        temporary.mkdir()
+        (temporary / AGENT).write_bytes(agent)
+        write_state(temporary, {**_state_of(counters, replay=False), "files": {AGENT: record}})
 
 
 def save_recovery(
@@ -194,6 +206,17 @@ def _state_of(counters: Counters, replay: bool) -> dict[str, Any]:
         "counters": {key: array.tolist() for key, array in snapshot.items() if key in SUMMED or key in KEPT},
         "episodes": export_episodes(snapshot),
     }
+
+
+def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write the `state.json` of a checkpoint."""
+    (checkpoint / STATE).write_text(_to_json(state))
+
+
+def name_of(state: dict[str, Any]) -> str:
+    """What a checkpoint is called of which `state.json` says this."""
+    updates, decisions = _numbers(state)
+    return f"{updates:08d}-{decisions:08d}"
 
 
 def _to_json(state: dict[str, Any]) -> str:

@@ -21,17 +21,22 @@ def assignment_fields(lanes: int) -> Fields:
         "assignment/episode": ((lanes,), "int64"),  # its number, or NONE_LEFT
         "assignment/film": ((lanes,), "bool"),  # whether to film it
         "assignment/given": ((lanes,), "int64"),  # how many were given so far
+        "assignment/taker": ((lanes,), "int64"),  # the incarnation of the worker that takes them
     }
 
 
 class Assignments:
-    """Views of the assignment fields; row i belongs to lane i."""
+    """Views of the assignment fields; row i belongs to the lane that counts in row i of `counters`.
 
-    def __init__(self, arena: Arena) -> None:
+    Without `counters`, all lanes evaluate. In a run, they are those of the evaluation's lanes.
+    """
+
+    def __init__(self, arena: Arena, counters: Counters | None = None) -> None:
         self.episode = arena["assignment/episode"]
         self.film = arena["assignment/film"]
         self.given = arena["assignment/given"]
-        self._counters = Counters(arena)
+        self.taker = arena["assignment/taker"]
+        self._counters = counters or Counters(arena)
 
     def give(self, lane: int, episode: int, film: bool = False) -> None:
         """Let a lane, which has finished what it was given, play an episode, or end with NONE_LEFT."""
@@ -40,10 +45,21 @@ class Assignments:
         order.barrier()
         self.given[lane] += 1
 
-    def take(self, lane: int, wake_fd: int, notify_fds: Sequence[int]) -> Iterator[int]:
-        """The numbers of the episodes that the lane is given, each awaited, until there are none left or all stop."""
-        taken = 0
+    def next(self, lane: int) -> int | None:
+        """The episode that the lane was given and has not ended, or None."""
+        if int(self.given[lane]) == self._counters.ended_episodes(lane):
+            return None
+        order.barrier()
+        return int(self.episode[lane])
+
+    def take(self, lane: int, wake_fd: int, notify_fds: Sequence[int], incarnation: int = 1) -> Iterator[int]:
+        """The numbers of the episodes that the lane is given, each awaited, until there are none left or all stop.
+
+        The first one may have been begun by an `incarnation` before.
+        """
         counters = self._counters
+        taken = int(counters.actor_episodes[lane])  # by this worker's predecessors, which are dead
+        self.taker[lane] = incarnation
         while True:
             for fd in notify_fds:  # the last episode has ended
                 events.notify(fd)

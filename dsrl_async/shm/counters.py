@@ -24,6 +24,7 @@ SUCCESS_EPISODES = 100  # number of last episodes that the success rate is a mea
 HISTORY_POINTS = 48  # upper limit on the points of its history
 LEARNER_METRICS = 16  # room for the metrics of the last update
 
+EVALUATION_LANES = "evaluation/"  # before the names of its lanes' counters
 LANES = -1  # in the shape of a counter: the number of lanes
 Count = Annotated[np.ndarray, "int64", 1]
 LaneCounts = Annotated[np.ndarray, "int64", LANES]
@@ -102,6 +103,15 @@ class Counters:
     control_passed_decisions: Count
     """Decisions before that, beside those of the first warm-up, for which the replay ratio asks no updates."""
 
+    control_snapshots: Count
+    """How many snapshots of its agent the learner was asked for, each at the beginning of an evaluation."""
+    control_evaluation_decisions: Count
+    """The decisions at the beginning of the newest evaluation, by which its directory is named."""
+    control_evaluation_mode: Count
+    """The `NoiseMode` of its rows."""
+    control_evaluation: Count
+    """How many evaluations this launch has begun to play."""
+
     template_heartbeat_ns: Count
     """When the template last gave a sign of life, as all heartbeats by `time.monotonic_ns`."""
     template_prepared: Count
@@ -139,6 +149,8 @@ class Counters:
     """A value of `Graphs`."""
     inference_loading_ns: Count
     """When the process last got on with loading, compiling or capturing the policy; its heartbeat begins after that."""
+    inference_evaluation: Count
+    """The value of `control_evaluation` whose rows are answered; negative if its snapshot cannot be used."""
     inference_prepared: Annotated[np.ndarray, "int64", 2]
     """For how many pairs of batch size and prompt length the policy is ready, and how many there are."""
     inference_uploads: Count
@@ -153,6 +165,8 @@ class Counters:
     """Decisions in the replay ring that can be sampled, as of the supervisor's last look."""
     learner_saves: Count
     """The value of `control_saves` that it has seen to."""
+    learner_snapshots: Count
+    """The value of `control_snapshots` that it has seen to."""
     learner_failed_checkpoints: Count
     learner_lost_updates: Count
     """Updates by a learner that died which are not in the agent any more."""
@@ -166,8 +180,10 @@ class Counters:
     learner_metrics_update: Count
     """The update that they belong to; 0 before the first."""
 
-    def __init__(self, arena: Arena) -> None:
-        vars(self).update({name: arena[_field(name)] for name in _LAYOUTS})
+    def __init__(self, arena: Arena, of: str = "") -> None:
+        """With EVALUATION_LANES, those by lane are of the evaluation's lanes; the others are the same."""
+        lanes = {name: of for name, (_, *shape) in _LAYOUTS.items() if LANES in shape}
+        vars(self).update({name: arena[lanes.get(name, "") + _field(name)] for name in _LAYOUTS})
 
     @property
     def stop(self) -> Stop:
@@ -206,6 +222,46 @@ class Counters:
         order.barrier()
         self.learner_metrics_update[0] = update
 
+    def ask_snapshot(self, decisions: int) -> int:
+        """Ask the learner for its agent, for an evaluation that begins at so many decisions; returns the number of the
+        question."""
+        self.control_evaluation_decisions[0] = decisions
+        order.barrier()
+        self.control_snapshots[0] += 1
+        return int(self.control_snapshots[0])
+
+    def asked_snapshot(self, seen: int) -> tuple[int, int] | None:
+        """The number of the newest question and the decisions of its evaluation, if it is not the one `seen` last."""
+        if (asked := int(self.control_snapshots[0])) == seen:
+            return None
+        order.barrier()
+        return asked, int(self.control_evaluation_decisions[0])
+
+    def answer_snapshot(self, asked: int) -> None:
+        """Say that the agent is written, or cannot be."""
+        order.barrier()
+        self.learner_snapshots[0] = asked
+
+    def snapshot_answered(self, asked: int) -> bool:
+        answered = int(self.learner_snapshots[0]) >= asked
+        order.barrier()
+        return answered
+
+    def begin_evaluation(self, decisions: int, mode: NoiseMode) -> int:
+        """Have the rows of the evaluation of that name answered from now on; returns its number in this launch."""
+        self.control_evaluation_decisions[0] = decisions
+        self.control_evaluation_mode[0] = mode
+        order.barrier()
+        self.control_evaluation[0] += 1
+        return int(self.control_evaluation[0])
+
+    def begun_evaluation(self, seen: int) -> tuple[int, int, NoiseMode] | None:
+        """The number, decisions and mode of the newest evaluation, if it is not the one `seen` last."""
+        if (begun := int(self.control_evaluation[0])) == seen:
+            return None
+        order.barrier()
+        return begun, int(self.control_evaluation_decisions[0]), NoiseMode(int(self.control_evaluation_mode[0]))
+
     def snapshot(self) -> dict[str, np.ndarray]:
         """A private copy of everything, name -> array."""
         numbers = {name: vars(self)[name].copy() for name in PUBLISHING}
@@ -213,7 +269,7 @@ class Counters:
         return {name: numbers[name] if name in numbers else array.copy() for name, array in vars(self).items()}
 
 
-PUBLISHING = ("actor_episodes", "learner_metrics_update")
+PUBLISHING = ("actor_episodes", "learner_metrics_update", "control_snapshots", "control_evaluation")
 """Counters that are written after others, which they cover."""
 
 _LAYOUTS = {name: hint.__metadata__ for name, hint in get_type_hints(Counters, include_extras=True).items()}
@@ -224,12 +280,26 @@ def _field(name: str) -> str:
     return name.replace("_", "/", 1)
 
 
-def counter_fields(lanes: int) -> Fields:
-    """The arrays of the counters for a run of `lanes` environment workers."""
-    return {
-        _field(name): (tuple(lanes if size == LANES else size for size in shape), dtype)
-        for name, (dtype, *shape) in _LAYOUTS.items()
-    }
+def counter_fields(lanes: int, evaluation: int = 0) -> Fields:
+    """The arrays of the counters for `lanes` environment workers of the training and so many of the evaluation.
+
+    What is of the evaluation is in arrays of its own, so that nobody takes it for training's.
+    """
+
+    fields: Fields = {}
+    for name, (dtype, *shape) in _LAYOUTS.items():
+        for prefix, size in (("", lanes), (EVALUATION_LANES, evaluation if LANES in shape else 0)):
+            if size:
+                fields[prefix + _field(name)] = (tuple(size if n == LANES else n for n in shape), dtype)
+    return fields
+
+
+def counters_of(arena: Arena, lane: int) -> tuple[Counters, int]:
+    """Where the worker of a lane counts: training's counters or, for the lanes behind, the evaluation's; and its row
+    there."""
+    training = Counters(arena)
+    lanes = len(training.actor_decisions)
+    return (training, lane) if lane < lanes else (Counters(arena, EVALUATION_LANES), lane - lanes)
 
 
 class Phases:

@@ -41,6 +41,13 @@ def finished_episodes(snapshot: Snapshot, seen: np.ndarray) -> list[FinishedEpis
     return episodes
 
 
+def last_episode(counters: Counters, lane: int) -> FinishedEpisode:
+    """The last episode that a lane has ended; it has ended one."""
+    entry = (counters.ended_episodes(lane) - 1) % EPISODE_LOG
+    columns = (getattr(counters, f"actor_episode_{name}")[lane, entry].item() for name in ("return", "len", "success"))
+    return FinishedEpisode(*columns)
+
+
 def export_episodes(snapshot: Snapshot) -> dict[str, Any]:
     """What a checkpoint keeps, ready for JSON: the success window and its history, and the episodes yet to be seen."""
     return {

@@ -129,6 +129,8 @@ def plain_line(config: Config, view: View) -> str:
         f"lag {recent.policy_lag:.1f}",
         f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}",
     ]
+    if evaluation := _evaluation(view):
+        parts.append(f"evaluation {evaluation}")
     if loading := _loading(view):
         parts.append(f"policy {loading}")
     if graphs := _graphs(view):
@@ -188,6 +190,8 @@ def _figures(config: Config, view: View) -> Table:
         f"{recent.batch_size:.1f} rows, {recent.batch_fill:.0%} full, waited {recent.queue_wait_ms:.1f} ms",
     )
     table.add_row("replay", f"{view.replay_size:,} rows, {view.replay_utilization:.0%} of the ring")
+    if evaluation := _evaluation(view):
+        table.add_row("evaluation", evaluation)
     if loading := _loading(view):
         table.add_row("policy", loading)
     if graphs := _graphs(view):
@@ -210,12 +214,14 @@ def _processes(view: View) -> Table:
     kinds = ["actor", "inference", "learner", "supervisor"]
     if "template" in view.processes:
         kinds.insert(1, "template")
+    if "evaluation" in view.processes:
+        kinds.insert(1, "evaluation")
     for kind in kinds:
         count = view.processes.get(kind, 0)
         megabytes = view.memory_mb["actor_mean" if kind == "actor" else kind]
         bar, legend = phase_bar(view.recent.phases.get(kind, {}))
         table.add_row(
-            Text(f"{kind} ×{count}" if kind == "actor" else kind),
+            Text(f"{kind} ×{count}" if kind in ("actor", "evaluation") else kind),
             f"{view.cpu_percent[kind]:.0f}%" if kind in view.cpu_percent else "–",
             _memory(megabytes),
             bar,
@@ -256,6 +262,20 @@ def _ratio(config: Config, view: View, of: str) -> str:
     if view.updates == 0 and view.decisions <= config.replay.warmup_decisions:
         return f"warm-up {view.decisions:,}{of}{config.replay.warmup_decisions:,} decisions"
     return f"{view.replay_ratio:.3f}{of}{config.replay_ratio:g}"
+
+
+def _evaluation(view: View) -> str:
+    """The last evaluation, the best, and how far the one is that is going on; empty without evaluation."""
+    if (shown := view.evaluation) is None:
+        return ""
+    parts = []
+    if shown.success_rate is not None:
+        parts.append(f"{_percent(shown.success_rate)} at {shown.decisions:,}")
+    if shown.best_success_rate is not None:
+        parts.append(f"best {_percent(shown.best_success_rate)} at {shown.best_decisions:,}")
+    if shown.played is not None:
+        parts.append(f"now {shown.played}/{shown.episodes}")
+    return ", ".join(parts) or f"of {shown.episodes} episodes"
 
 
 def _loading(view: View) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -73,6 +74,18 @@ class Activity:
 
 
 @dataclass(frozen=True)
+class EvaluationView:
+    """What is known of a run's evaluations at one tick; a figure is None before there is one."""
+
+    episodes: int  # of each evaluation
+    played: int | None  # of the one that is going on
+    success_rate: float | None  # of the last one
+    decisions: int | None  # at its beginning
+    best_success_rate: float | None
+    best_decisions: int | None
+
+
+@dataclass(frozen=True)
 class View:
     """The state of the run at one tick. Counts and `wall_s` include a resumed run's earlier sessions."""
 
@@ -98,6 +111,7 @@ class View:
     policies_ready: int  # batch sizes and prompt lengths that the policy is loaded for
     policies: int  # how many there are; 0 before that is known
     cuda_graphs: dict[str, str]  # policy or learner -> a name of `Graphs`, in lower case
+    evaluation: EvaluationView | None = None  # None without evaluation
 
 
 class RunMonitor:
@@ -137,6 +151,8 @@ class RunMonitor:
         self._history = History(start["control_history"], int(start["control_history_length"][0]))
         self._usage = ProcessUsage()
         self._write_failed = False
+        self.evaluation: EvaluationView | None = None
+        """What the next views say of evaluations."""
         self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
         self._view = self._make_view(start, self._start_time)
         self._first_step = self._view.env_steps
@@ -204,12 +220,19 @@ class RunMonitor:
         counters.control_history_length[0] = self._history.length
         counters.control_episodes_seen[:] = self._episodes_seen
 
-    def write_image(self, tag: str, png: bytes, width: int, height: int) -> None:
-        """Add a picture, the contents of a PNG file, to TensorBoard."""
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    def draw_evaluation(self, values: Mapping[str, float], env_steps: int) -> None:
+        """Add the point of an evaluation that began after so many environment steps."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        with contextlib.suppress(OSError):
+            self._writer.add_event(Event(wall_time=time.time(), step=env_steps, summary=summary))
+
+    def write_image(self, tag: str, file: bytes, width: int, height: int, env_steps: int | None = None) -> None:
+        """Add a picture, the contents of a PNG file or animated GIF, to TensorBoard, by default at this moment."""
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file)
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
         with contextlib.suppress(OSError):
-            self._writer.add_event(Event(wall_time=time.time(), step=self._view.env_steps, summary=summary))
+            step = self._view.env_steps if env_steps is None else env_steps
+            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         """Flush and close the files. A second call does nothing."""
@@ -254,7 +277,8 @@ class RunMonitor:
             replay_utilization=replay_size / config.replay.capacity,
             cpu_percent=dict(self._usage.cpu_percent),
             memory_mb={kind: memory.get(kind, 0.0) for kind in ("supervisor", "inference", "learner", "template")}
-            | {"actor_mean": memory.get("actor", 0.0)},
+            | {"actor_mean": memory.get("actor", 0.0)}
+            | ({"evaluation": memory.get("evaluation", 0.0)} if config.evaluation.lanes else {}),
             processes=dict(self._usage.processes),
             metrics=self._metrics,
             policies_ready=int(snapshot["inference_prepared"][0]),
@@ -263,6 +287,7 @@ class RunMonitor:
                 name: Graphs(int(snapshot[f"{kind}_graphs"][0])).name.lower()
                 for name, kind in (("policy", "inference"), ("learner", "learner"))
             },
+            evaluation=self.evaluation,
         )
 
     def _remaining(self, elapsed: float, decisions: int, pace: float) -> tuple[float | None, float | None]:
@@ -286,7 +311,7 @@ class RunMonitor:
             if view.env_steps == self._first_step:
                 self._drawn_step = self._first_step
         line = {"time": now} | asdict(view) | asdict(view.recent)
-        for name in ("recent", "overall", "success_history"):
+        for name in ("recent", "overall", "success_history", *(["evaluation"] if view.evaluation is None else [])):
             del line[name]
         self._lines.write(json.dumps(json_safe(line)) + "\n")
 
@@ -339,7 +364,9 @@ def scalars(view: View) -> dict[str, float]:
         "async/queue_wait_ms": recent.queue_wait_ms,
         "async/replay_ratio": view.replay_ratio,
         "system/cpu_percent/total": sum(view.cpu_percent.values()),
-        "system/memory_mb/total": sum(memory.values()) + memory["actor_mean"] * (view.processes.get("actor", 1) - 1),
+        "system/memory_mb/total": sum(memory.values())
+        + memory["actor_mean"] * (view.processes.get("actor", 1) - 1)
+        + memory.get("evaluation", 0.0) * (view.processes.get("evaluation", 1) - 1),
     }
     if view.success_rate is not None:
         values["async/success_rate"] = view.success_rate
@@ -360,6 +387,12 @@ def episode_scalars(episodes: Iterable[FinishedEpisode]) -> dict[str, float]:
         return {}
     names = ("env/episode_len", "env/return", "env/reward", "env/success_once")
     return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
+
+
+def gif_size(gif: bytes) -> tuple[int, int]:
+    """Width and height in pixels that a GIF file says it has."""
+    width, height = struct.unpack_from("<HH", gif, 6)
+    return width, height
 
 
 def json_safe(value: Any) -> Any:

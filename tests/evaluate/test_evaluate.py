@@ -35,7 +35,6 @@ from dsrl_async.envs import ChunkOutcome, libero_files
 from dsrl_async.envs.recording import RecordingEnvironment, unsorted_film
 from dsrl_async.evaluate import resolve as resolving
 from dsrl_async.evaluate.command import build_parser
-from dsrl_async.evaluate.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 from dsrl_async.evaluate.films import FILMED_PER_VIDEO, Films, choose_films
 from dsrl_async.evaluate.resolve import (
     Evaluation,
@@ -59,6 +58,7 @@ from dsrl_async.evaluate.results import (
 )
 from dsrl_async.pi0 import synthetic
 from dsrl_async.run import checkpoints
+from dsrl_async.run.evaluation.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
 
 needs_libero = pytest.mark.skipif(
     find_spec("libero") is None or find_spec("robosuite") is None, reason="pip install -e '.[libero]'"
@@ -671,7 +671,7 @@ def test_several_evaluations_are_not_put_into_the_directory_of_one(tmp_path: Pat
 
 def settings_found(path: Path) -> tuple[Any, Path | None]:
     """The seed in the configuration that `--checkpoint path` finds, and the checkpoint."""
-    settings, checkpoint = base_settings(argparse.Namespace(checkpoint=str(path), config=None))
+    settings, checkpoint = base_settings(argparse.Namespace(checkpoint=str(path), best=False, config=None))
     return settings["seed"], checkpoint
 
 

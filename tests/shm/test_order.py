@@ -26,7 +26,7 @@ from dsrl_async.run import preflight
 from dsrl_async.shm import events, order
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import NONE_LEFT, Assignments, assignment_fields
-from dsrl_async.shm.counters import Counters, Stop
+from dsrl_async.shm.counters import Counters, NoiseMode, Stop
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import Spans, newest_spans, span_fields
@@ -105,6 +105,8 @@ RULES = [
     Rule("actor/episodes", "actor/episode_(return|len|success)"),
     Rule("learner/metrics_update", "learner/metrics"),
     Rule("control/stop", "replay/.*"),
+    Rule("control/snapshots", "control/evaluation_decisions"),
+    Rule("control/evaluation", "control/evaluation_(decisions|mode)"),
 ]
 
 
@@ -184,7 +186,17 @@ def stop(arena: Arena) -> None:
     assert ring.rows["complete"][0, 0]
 
 
-SCENES = (ask_and_answer, write_rows, read_rows, restore_rows, give_episodes, note_spans, end_episodes, stop)
+def evaluate(arena: Arena) -> None:
+    counters = Counters(arena)
+    asked = counters.ask_snapshot(1650)
+    assert counters.asked_snapshot(seen=0) == (asked, 1650)
+    assert counters.asked_snapshot(seen=asked) is None
+    begun = counters.begin_evaluation(1650, NoiseMode.SNAPSHOT_STOCHASTIC)
+    assert counters.begun_evaluation(seen=0) == (begun, 1650, NoiseMode.SNAPSHOT_STOCHASTIC)
+    assert counters.begun_evaluation(seen=begun) is None
+
+
+SCENES = (ask_and_answer, write_rows, read_rows, restore_rows, give_episodes, note_spans, end_episodes, stop, evaluate)
 
 
 NOT_NEEDED: dict[Callable[[Arena], None], list[int]] = {write_rows: [0], read_rows: [0, 7], note_spans: [0], stop: [0]}
@@ -242,13 +254,17 @@ def test_no_barrier_can_be_left_out(
     assert missed == NOT_NEEDED.get(scene, [])
 
 
-NUMBERS = ("request_id", "response_id", "head", "given", "learner_metrics_update", "actor_episodes", "control_stop")
+NUMBERS = (
+    *("request_id", "response_id", "head", "given", "learner_metrics_update", "actor_episodes", "control_stop"),
+    *("control_snapshots", "learner_snapshots", "control_evaluation"),
+)
 """Attributes of the shared memory's classes that publish something."""
 READ_ELSEWHERE = {
     "run/worker/pool.py: request_id": "whether all have asked; it reads nothing of what they asked",
     "run/inference/server.py: request_id": "how many decisions are being executed",
     "run/inference/server.py: response_id": "how many decisions are being executed",
     "run/supervisor/workers.py: actor_episodes": "whether a worker got anywhere",
+    "run/learner/learner.py: learner_snapshots": "its own, or that of a predecessor that is dead",
     "evaluate/play.py: given": "written by the process itself",
     "evaluate/play.py: actor_episodes": "after `ended_episodes`",
     "plan/measure.py: actor_episodes": "one process",

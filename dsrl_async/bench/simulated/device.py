@@ -107,7 +107,7 @@ def main(argument: str) -> None:
         if not job["lock_step"]:
             wake(lanes)
 
-    server = InferenceServer(config, arena, policies, notify)
+    server = InferenceServer(config, arena, policies, notify, run_dir=run_dir)
     server.policy_version = 0
     if job["lock_step"]:
         serve_in_lock_step(server, job)

@@ -50,6 +50,8 @@ class Policies:
     """int64 [prompts], see `FrozenPolicy`."""
     stage: Stage = no_stage
     """Times what the device does, see `host.stages`."""
+    snapshot: Actor | None = None
+    """The actor of an evaluation that is going on; None where there is none in the configuration."""
 
     @property
     def device(self) -> torch.device:
@@ -86,8 +88,9 @@ def load_policies(
 
     frozen = load_frozen_policy(config, files, device, spec.prompts, progress)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
+    snapshot = Actor(config.sac, frozen.spec.action_horizon, device, config.seed) if config.evaluation.lanes else None
     steered = {
-        (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, stage=stage)
+        (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, snapshot, stage)
         for size in reversed(config.batch_sizes())  # the largest first, so that the others fit into its captured memory
         for length in sorted(set(frozen.prompt_lengths.tolist()), reverse=True)
     }
@@ -104,4 +107,4 @@ def load_policies(
                 pool = policy.capture(pool)
                 progress()
             counters.inference_prepared[0] += 1
-    return Policies(steered, actor, frozen.prompt_lengths, stage)
+    return Policies(steered, actor, frozen.prompt_lengths, stage, snapshot)

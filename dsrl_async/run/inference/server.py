@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zmq
+from safetensors import safe_open
 
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
@@ -23,6 +24,7 @@ from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.run.channel import Channel, read_secret
+from dsrl_async.run.evaluation.files import snapshot_agent
 from dsrl_async.run.inference.batching import batch_wait_s, choose_batch
 from dsrl_async.run.inference.copies import Copies, prepare_uploads
 from dsrl_async.run.inference.policies import Policies, load_policies
@@ -51,6 +53,7 @@ class InferenceServer:
         notify: called with the lanes that were answered.
         mode: how the noise of every row is chosen; None is for training, which warms up, samples, and keeps the replay
             ratio.
+        run_dir: where the snapshots of a run's evaluations are.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class InferenceServer:
         policies: Policies,
         notify: Callable[[np.ndarray], None],
         mode: NoiseMode | None = None,
+        run_dir: Path | None = None,
     ) -> None:
         self.config, self.policies, self.mode, self._notify = config, policies, mode, notify
+        self.run_dir = run_dir
         self.slots, self.counters = Slots(arena), Counters(arena)
         self.phase = phases_of(arena, "inference", ranges=ranges_of(policies.device))
         way = prepare_uploads(arena, policies.device)
@@ -69,6 +74,9 @@ class InferenceServer:
         self.copies = Copies(arena, policies, way)
         self.sizes = config.batch_sizes()
         self.policy_version = -1  # no weights received yet
+        self.training_lanes = config.actors
+        self._evaluation = 0  # the value of `control_evaluation` that was seen last
+        self.evaluation_mode: NoiseMode | None = None  # None while there is no evaluation to answer rows of
 
     def load_weights(self, weights: Weights) -> None:
         """Copy actor weights in place; everything that was captured stays valid."""
@@ -78,14 +86,38 @@ class InferenceServer:
             self.policy_version = weights.policy_version
             self.counters.inference_policy_version[0] = weights.policy_version
 
+    def take_up_evaluation(self) -> None:
+        """If the supervisor has begun another evaluation, answer its rows from now on, with its snapshot's weights.
+
+        They are copied in place, as `load_weights` does.
+        """
+        counters = self.counters
+        if (begun := counters.begun_evaluation(self._evaluation)) is None:
+            return
+        self.evaluation_mode = None
+        self._evaluation, decisions, mode = begun
+        assert self.run_dir is not None
+        agent = snapshot_agent(self.run_dir, decisions)
+        try:
+            if mode != NoiseMode.BASE:
+                assert self.policies.snapshot is not None
+                with self.phase("weights"), safe_open(agent, framework="pt") as file:
+                    self.policies.snapshot.load_flat_(file.get_tensor("actor.flat"))
+        except Exception as error:  # whatever safetensors may say
+            logger.error("there can be no evaluation: %s cannot be used: %s", agent, error)
+            counters.inference_evaluation[0] = -self._evaluation
+            return
+        self.evaluation_mode = mode
+        counters.inference_evaluation[0] = self._evaluation
+
     def handed_out(self) -> int:
-        """Decisions completed or being executed."""
-        slots = self.slots
-        executing = (slots.request_id == slots.response_id) & (slots.request_id != 0)
+        """Decisions of the training that are completed or being executed."""
+        slots, lanes = self.slots, slice(self.training_lanes)
+        executing = (slots.request_id[lanes] == slots.response_id[lanes]) & (slots.request_id[lanes] != 0)
         return self.counters.decisions() + int(np.count_nonzero(executing))
 
     def allowed(self, wanted: int, handed_out: int) -> int:
-        """How many of `wanted` requests may be answered now, so that the workers do not outrun the learner.
+        """How many of `wanted` requests of the training may be answered now, so that it does not outrun the learner.
 
         Where they must wait, all of them do until all may go on: one full batch costs less than its rows one by one.
         The learner can always get far enough for that, see `decisions_allowed`.
@@ -113,17 +145,29 @@ class InferenceServer:
         return wanted if not config.throttle_actors or handed_out + wanted <= limit else 0
 
     def serve_ready(self, ready: np.ndarray) -> int:
-        """Answer as many of the `ready` lanes as make a good batch and may be answered; returns how many that was."""
-        handed_out = self.handed_out() if self.mode is None else 0
-        allowed = self.allowed(len(ready), handed_out)
-        if allowed <= 0:
-            return 0
-        count, size = choose_batch(allowed, self.sizes)
+        """Answer as many of the `ready` lanes as make a good batch and may be answered; returns how many that was.
+
+        Those of an evaluation always may: the replay ratio and the limits are none of theirs.
+        """
         mode = self.mode
+        if mode is not None:
+            of_training, evaluating = np.ones(len(ready), bool), None
+        else:
+            of_training, evaluating = ready < self.training_lanes, self.evaluation_mode
+        wanted = int(np.count_nonzero(of_training))
+        handed_out = self.handed_out() if mode is None else 0
+        taken = of_training & (of_training.cumsum() <= self.allowed(wanted, handed_out))
+        if evaluating is not None:
+            taken |= ~of_training
+        lanes = ready[taken]
+        if len(lanes) == 0:
+            return 0
         if mode is None:  # `allowed` ends a batch where the warm-up ends
             warming_up = handed_out < self.config.replay.warmup_decisions
             mode = NoiseMode.WARM_UP if warming_up else NoiseMode.STOCHASTIC
-        self._serve(ready[:count], size, np.full(count, mode, np.uint8))
+        count, size = choose_batch(len(lanes), self.sizes)
+        modes = np.where(of_training[taken], mode, mode if evaluating is None else evaluating).astype(np.uint8)
+        self._serve(lanes[:count], size, modes[:count])
         return count
 
     def _serve(self, lanes: np.ndarray, size: int, modes: np.ndarray) -> None:
@@ -166,7 +210,7 @@ def main(argument: str) -> None:
     stage = stages_of(arena, "inference", device)
     files = find_policy(Path(job["policy"]), **config.policy.overrides())
     policies = load_policies(config, spec, device, files, Counters(arena), stage)
-    server = InferenceServer(config, arena, policies, notifier(job["wake_fds"]))
+    server = InferenceServer(config, arena, policies, notifier(job["wake_fds"]), run_dir=Path(job["run_dir"]))
     serve(server, channel, job["observation_ready_fd"])
 
 
@@ -181,7 +225,7 @@ def notifier(wake_fds: Sequence[int]) -> Callable[[np.ndarray], None]:
 
 
 def serve(server: InferenceServer, channel: Channel, observation_ready: int) -> None:
-    """Answer requests, and take in new weights, until the run stops."""
+    """Answer requests, and take in new weights and evaluations, until the run stops."""
     config = server.config
     actor = server.policies.actor
     subscriber = WeightSubscriber(channel, layout_hash(actor), actor.flat.numel())
@@ -189,13 +233,13 @@ def serve(server: InferenceServer, channel: Channel, observation_ready: int) -> 
     poller.register(subscriber.socket, zmq.POLLIN)
     poller.register(observation_ready, zmq.POLLIN)
     counters = server.counters
-    enough = min(server.sizes[-1], config.actors)
     patience_s = batch_wait_s(config.inference.batch_wait_ms, server.policies.device.type == "cpu")
     deadline = None  # until when to wait for a fuller batch
     while counters.stop < Stop.EVERYONE:
         counters.inference_heartbeat_ns[0] = time.monotonic_ns()
         if (weights := subscriber.newest(int(counters.learner_updates[0]))) is not None:
             server.load_weights(weights)
+        server.take_up_evaluation()
         events.clear(observation_ready)
         ready = server.slots.ready()
         if len(ready) == 0:
@@ -204,7 +248,8 @@ def serve(server: InferenceServer, channel: Channel, observation_ready: int) -> 
             continue
         now = time.monotonic()
         deadline = deadline or now + patience_s
-        if len(ready) < enough and now < deadline:
+        enough = config.actors if server.evaluation_mode is None else config.lanes
+        if len(ready) < min(server.sizes[-1], enough) and now < deadline:
             wait(server, poller, "wait_batch", deadline - now)
         elif server.serve_ready(ready):
             deadline = None

@@ -28,6 +28,7 @@ from dsrl_async.host.processes import FATAL, begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import read_secret
+from dsrl_async.run.evaluation.files import snapshot_of
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.replay_ratio import updates_due
@@ -83,6 +84,7 @@ class Learner:
         self._sound_updates = 0  # at the last look at the agent, which was sound
         self._checkpoint_time = self._recovery_time = time.monotonic()
         self._saves = int(self.counters.learner_saves[0])
+        self._snapshots = int(self.counters.learner_snapshots[0])  # one that a predecessor was asked for is due
         self._restore()
         with graphs_of(config.learner.graphs, device, self.counters.learner_graphs) as graphs:
             if graphs:
@@ -206,6 +208,26 @@ class Learner:
             self.counters.learner_failed_checkpoints[0] += 1
             logger.warning("could not write a checkpoint: %s", error)
 
+    def snapshot_when_asked(self) -> None:
+        """Write the agent as it is now for an evaluation that begins, if there is one.
+
+        If that fails (a full disk), there is none.
+
+        Raises:
+            Diverged: as `save_when_due`.
+        """
+        if (asked := self.counters.asked_snapshot(self._snapshots)) is None:
+            return
+        self._snapshots, decisions = asked
+        try:
+            with self.phase("checkpoint"):
+                checkpoints.save_agent(
+                    snapshot_of(self.run_dir, decisions), self._agent_bytes(), self.counters, self.beat
+                )
+        except OSError as error:
+            logger.warning("could not write the agent for an evaluation: %s", error)
+        self.counters.answer_snapshot(self._snapshots)
+
     def last_checkpoint(self) -> Path:
         """Write the checkpoint that a run ends with: without the replay buffer if the disk is too full for that.
 
@@ -301,6 +323,7 @@ def learn(learner: Learner, publisher: WeightPublisher, transition_ready: int) -
         learner.beat()
         publisher.serve_late_joiners()
         learner.save_when_due()
+        learner.snapshot_when_asked()
         events.clear(transition_ready)
         if learner.due() and learner.update(learner.launch_size()):
             continue

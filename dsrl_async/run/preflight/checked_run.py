@@ -9,6 +9,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.environments import environment_record
 from dsrl_async.pi0.files import PolicyFiles
+from dsrl_async.run.evaluation.episodes import held_out
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
     check_environment,
@@ -55,4 +56,6 @@ def check_run(config: Config, before: Config | None = None) -> CheckedRun:
     check_render_quality(config, files.maker)
     environment = environment_record(config.env.model_dump())
     check_graphics(environment)
+    if config.evaluation.lanes:
+        held_out(environment, config)
     return CheckedRun(config, environment, spec, files, (*check_files(environment), *told))

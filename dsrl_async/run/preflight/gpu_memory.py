@@ -67,12 +67,12 @@ def policy_need(config: Config, policy: Pi0Config, prompt_lengths: Sequence[int]
     sizes = config.batch_sizes()
     pairs = [(size, length) for size in sorted(sizes, reverse=True) for length in sorted(prompt_lengths, reverse=True)]
     activations = [activation_bytes(policy, *pair, bytes_per_value) for pair in pairs]
-    steps = config.policy.denoise_steps
+    steps, actors = config.policy.denoise_steps, 1 + bool(config.evaluation.lanes)
     buffers = sum(buffer_bytes(policy, *pair, bytes_per_value, steps) for pair in pairs)
     buffers += sum(size for size, _ in pairs) * steering_bytes(config, policy)
     return GpuNeed(
         weights=weight_bytes(policy, bytes_per_value),
-        buffers=buffers + 4 * actor_parameters(config.sac, policy.action_horizon),
+        buffers=buffers + actors * 4 * actor_parameters(config.sac, policy.action_horizon),
         activations=sum(activations[: 1 if config.policy.graphs == "off" else 2]),
     )
 

@@ -104,8 +104,8 @@ def check_device(key: str, name: str | None, found: Mapping[str, Any]) -> None:
 def check_descriptors(config: Config, key: str = "actors") -> None:
     """Every worker has an event of its own, which is an open file; raises ConfigError, naming `key`, if it may not."""
     limit = processes.raise_descriptor_limit()
-    if config.actors + SPARE_DESCRIPTORS > limit:
-        raise ConfigError(f"{key}: {config.actors} need more open files than the limit of {limit}; raise `ulimit -n`")
+    if config.lanes + SPARE_DESCRIPTORS > limit:
+        raise ConfigError(f"{key}: {config.lanes} need more open files than the limit of {limit}; raise `ulimit -n`")
 
 
 def check_channel() -> None:

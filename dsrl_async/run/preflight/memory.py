@@ -69,7 +69,7 @@ def memory_needed(
         policy=policy_bytes(config, policy),
         template=environment.template_bytes,
         worker=environment.worker_bytes,
-        workers=config.actors,
+        workers=config.lanes,
     )
 
 

@@ -17,7 +17,9 @@ class Kind(StrEnum):
     LEARNER = "learner"
     TEMPLATE = "template"
     WORKER = "actor"
-    """An environment worker, of which there is one for each lane; there is one process of each other kind."""
+    """An environment worker of the training, of which there is one for each lane."""
+    EVALUATION = "evaluation"
+    """An environment worker of the evaluation. There is one process of each other kind."""
 
 
 @dataclass(eq=False)
@@ -28,7 +30,7 @@ class Child:
     logs: Path
     """The directory of its log."""
     number: int = 0
-    """The lane of an environment worker; 0 for the other kinds."""
+    """Counts the environment workers of one kind; 0 for the other kinds."""
     popen: processes.Process | None = field(default=None, init=False)
     """None while there is none, and a successor is to be started."""
     incarnation: int = field(default=0, init=False)
@@ -41,8 +43,12 @@ class Child:
 
     @property
     def name(self) -> str:
-        """`actor-007` for the environment worker of lane 7, the kind for the others."""
-        return f"{self.kind}-{self.number:03d}" if self.kind is Kind.WORKER else self.kind.value
+        """`actor-007` for the environment worker of lane 7, `evaluation-000`, and the kind for the others."""
+        return f"{self.kind}-{self.number:03d}" if self.is_worker else self.kind.value
+
+    @property
+    def is_worker(self) -> bool:
+        return self.kind in (Kind.WORKER, Kind.EVALUATION)
 
     @property
     def log(self) -> Path:

@@ -22,10 +22,12 @@ from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.learner.learner import Diverged, Learner
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.session import Session
+from dsrl_async.run.supervisor.workers import evaluation_job
 from dsrl_async.run.weights import decode
-from dsrl_async.run.worker.worker import Lane
+from dsrl_async.run.worker.worker import Lane, prepare_evaluation
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.assignments import Assignments
 
 
 def run_serial(session: Session) -> dict[str, Any]:
@@ -40,13 +42,17 @@ def run_serial(session: Session) -> dict[str, Any]:
     lanes = [Lane(number, 1, config.seed, env_config, arena, None, *of_agent) for number in range(config.actors)]
     for lane in lanes:
         lane.start()
+    evaluation = EvaluationLanes(session)
     try:
         while (reason := session.reason_to_stop()) is None:
-            while server.serve_ready(server.slots.ready()):
-                pass
+            session.evaluate(lambda lane: None)
+            learner.snapshot_when_asked()
+            server.take_up_evaluation()
+            answer_all(server)
             for lane in lanes:
                 if lane.ready():
                     lane.advance()
+            evaluation.advance()
             while learner.due() and learner.update():
                 pass
             session.answer_warnings()
@@ -57,9 +63,45 @@ def run_serial(session: Session) -> dict[str, Any]:
         reason = ending.failure(f"{error}; {checkpoints.what_is_left(session.run_dir)}")
     else:
         reason = end_learning(session, learner, reason)
-    for lane in lanes:
+    for lane in [*lanes, *evaluation.lanes]:
         lane.env.close()
     return session.finish(reason, {})
+
+
+def answer_all(server: InferenceServer) -> None:
+    """Answer all requests of the training, and then those of the evaluation: the training's batches are the same with
+    and without it, to the last bit."""
+    for of_training in (True, False):
+        while len(ready := server.slots.ready()):
+            if not server.serve_ready(ready[(ready < server.training_lanes) == of_training]):
+                break
+
+
+class EvaluationLanes:
+    """The lanes of the evaluation, which in a run play in processes of their own."""
+
+    def __init__(self, session: Session) -> None:
+        config, arena = session.config, session.arena
+        env_config, of_agent = config.env.model_dump(), (config.sac.step_discount, config.sac.cameras)
+        numbers = range(config.actors, config.lanes)
+        self.lanes = [Lane(number, 1, config.seed, env_config, arena, None, *of_agent) for number in numbers]
+        job = evaluation_job(session)
+        if job is None:
+            return
+        self._assignments = Assignments(arena, self.lanes[0].counters)
+        for lane in self.lanes:
+            lane.finished = True
+            prepare_evaluation(lane, self._assignments, job)
+
+    def advance(self) -> None:
+        """Let each lane begin the episode that it is given, or execute the action chunk that is there."""
+        for lane in self.lanes:
+            if not lane.finished:
+                if lane.ready():
+                    lane.advance()
+            elif (episode := self._assignments.next(lane.row)) is not None:
+                lane.evaluation, lane.finished = iter([episode]), False
+                lane.start()
 
 
 def end_learning(session: Session, learner: Learner, reason: str) -> str:
@@ -83,7 +125,7 @@ def join(
     notify: Callable[[np.ndarray], None],
 ) -> tuple[InferenceServer, Learner]:
     """Both in this process: what the learner publishes the server takes in at once."""
-    server = InferenceServer(config, arena, policies, notify)
+    server = InferenceServer(config, arena, policies, notify, run_dir=run_dir)
     layout, size = layout_hash(policies.actor), policies.actor.flat.numel()
 
     def publish(frame: bytes) -> None:

@@ -6,21 +6,24 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints
+from dsrl_async.run.evaluation import files as evaluation_files
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.set_aside import chosen, set_aside
 from dsrl_async.run.supervisor import ending
+from dsrl_async.run.supervisor.evaluation import Evaluations, scalars
 from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.telemetry.console import Display
 from dsrl_async.telemetry.curves import take_back
-from dsrl_async.telemetry.monitor import RunMonitor, View
+from dsrl_async.telemetry.monitor import RunMonitor, View, gif_size, json_safe
 from dsrl_async.telemetry.profile.profiler import Profiler
 from dsrl_async.telemetry.usage import Pids
 
@@ -40,6 +43,10 @@ class Session:
         aside = self._go_on(Path(config.resume)) if config.resume is not None else None
         start = self.counters.snapshot()
         self._wall_before = take_back(run_dir, start, aside)
+        evaluation_files.take_back(run_dir, self.counters.decisions(), aside)
+        self.evaluations: Evaluations | None = None
+        if config.evaluation.lanes:
+            self.evaluations = Evaluations(run, run_dir, self.arena)
         self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
         self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
         self._warnings = self._saves = 0
@@ -83,14 +90,28 @@ class Session:
             "the replay buffer %s: updates begin again after %d decisions", why, config.replay.warmup_decisions
         )
 
+    def _wall_s(self) -> float:
+        """Seconds that the run has taken, over all its launches."""
+        return self._wall_before + time.monotonic() - self._begin
+
+    def evaluate(self, wake: Callable[[int], object]) -> None:
+        """Get on with the run's evaluations, if there are any; see `Evaluations.step`."""
+        if self.evaluations is not None and (finished := self.evaluations.step(self._wall_s(), wake)) is not None:
+            env_steps = finished.result["env_steps"]
+            self.monitor.draw_evaluation(scalars(finished.result), env_steps)
+            for name, gif in finished.previews.items():
+                self.monitor.write_image(f"eval/{name}", gif, *gif_size(gif), env_steps)
+
     def tick(self, pids: Pids) -> None:
         """Write and show the figures of this moment."""
         now = time.monotonic()
         self._next_tick = max(self._next_tick + self.config.log.interval_s, now)
-        self.counters.control_wall_s[0] = self._wall_before + now - self._begin
+        self.counters.control_wall_s[0] = self._wall_s()
         self.counters.learner_replay_size[0] = self.ring.size()
         snapshot, pids = self.counters.snapshot(), {"supervisor": [os.getpid()], **pids}
         profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
+        if self.evaluations is not None:
+            self.monitor.evaluation = self.evaluations.view
         self._view = self.monitor.tick(snapshot, pids, profile)
         self.monitor.keep(self.counters)
         self._console.update(self._view)
@@ -153,12 +174,16 @@ class Session:
     def finish(self, reason: str, pids: Pids) -> dict[str, Any]:
         """The summary, with last figures; the monitor is closed. Whatever goes wrong with the figures, it is there."""
         summary: dict[str, Any] = {"run_dir": str(self.run_dir), "exit_reason": reason}
+        if self.evaluations is not None:
+            self.evaluations.end()
         try:
             profile = {}
             if self._profiler is not None:  # up to the tick before: how the processes ended is no part of it
                 profile, self._profiler = {"bottleneck": self._write_profile(self._profiler)}, None
             self.tick(pids)
             summary |= {**self.monitor.summary(), **profile}
+            if self.evaluations is not None:
+                summary["evaluation"] = json_safe(self.evaluations.summary())
             self.monitor.close()
         except Exception:
             logger.exception("the figures of the summary are missing")

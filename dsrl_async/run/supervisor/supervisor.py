@@ -20,7 +20,7 @@ from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.workers import Workers
 from dsrl_async.run.worker.template import WORKER
 from dsrl_async.shm import events
-from dsrl_async.shm.counters import Graphs, Stop
+from dsrl_async.shm.counters import EVALUATION_LANES, Counters, Graphs, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Supervisor:
         self.session, self.config, self.run_dir = session, session.config, session.run_dir
         self.arena, self.counters = session.arena, session.counters
         self.observation_ready, self.transition_ready = events.create(), events.create()
-        self.wake = [events.create() for _ in range(self.config.actors)]
+        self.wake = [events.create() for _ in range(self.config.lanes)]
         self._sockets = SocketDirectory()
         self._channel = make_ends(self._sockets.endpoint)
         logs = self.run_dir / "logs"
@@ -60,6 +60,8 @@ class Supervisor:
         self.workers = Workers(session, self.wake, notify_fds, programs[Kind.WORKER])
         self.children = [*self.models, self.workers.template, *self.workers.by_lane]
         self.restarts = {kind.value: 0 for kind in (Kind.WORKER, Kind.INFERENCE, Kind.LEARNER, Kind.TEMPLATE)}
+        if self.config.evaluation.lanes:
+            self.restarts[Kind.EVALUATION] = 0
         self._vigil = Vigil(self.config.heartbeat_timeout_s)
         self._graphs = {
             Kind.INFERENCE: self.counters.inference_graphs,
@@ -71,6 +73,9 @@ class Supervisor:
             Kind.TEMPLATE: self.counters.template_heartbeat_ns,
             Kind.WORKER: self.counters.actor_heartbeat_ns,
         }
+        if self.config.evaluation.lanes:
+            evaluation = Counters(self.arena, EVALUATION_LANES)
+            self._heartbeats[Kind.EVALUATION] = evaluation.actor_heartbeat_ns
 
     def run(self) -> dict[str, Any]:
         """Run until a limit, a signal or a failure; returns the summary when no child is left."""
@@ -134,9 +139,13 @@ class Supervisor:
                     uncaptured.append(child)
                     logger.warning("the %s process does without CUDA graphs: %s says why", child.name, child.log)
             self.session.answer_warnings()
+            self.session.evaluate(self._wake)
             if self.session.tick_due():
                 self.session.tick(self.pids())
             time.sleep(WATCH_INTERVAL_S)
+
+    def _wake(self, lane: int) -> None:
+        events.notify(self.wake[lane])
 
     # ---- starting
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from dsrl_async.host import processes
 from dsrl_async.host.machine import available_cpus
+from dsrl_async.run.evaluation.files import evaluation_root
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.worker.template import Template
+from dsrl_async.shm.assignments import Assignments
+from dsrl_async.shm.counters import EVALUATION_LANES, Counters
 from dsrl_async.shm.slots import Slots
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,12 @@ class Workers:
     ) -> None:
         logs = session.run_dir / "logs"
         self.template = Child(Kind.TEMPLATE, logs)
-        self.by_lane = [Child(Kind.WORKER, logs, lane) for lane in range(session.config.actors)]
+        config = session.config
+        self.by_lane = [Child(Kind.WORKER, logs, lane) for lane in range(config.actors)]
+        self.by_lane += [Child(Kind.EVALUATION, logs, number) for number in range(config.evaluation.lanes)]
+        self._assignments: Assignments | None = None
+        if config.evaluation.lanes:
+            self._assignments = Assignments(session.arena, Counters(session.arena, EVALUATION_LANES))
         self._session, self._wake_fds, self._notify_fds, self._program = session, wake_fds, notify_fds, program
         self._slots, self._episodes = Slots(session.arena), session.counters.actor_episodes
         self._episodes_before = self._episodes.copy()  # of each lane, when its worker's incarnation began
@@ -76,6 +85,7 @@ class Workers:
             self._notify_fds,
             child.log,
             child.incarnation,
+            evaluation=evaluation_job(session),
             program=self._program,
             step_discount=session.config.sac.step_discount,
             agent_cameras=session.config.sac.cameras,
@@ -84,18 +94,27 @@ class Workers:
 
     def _ask(self, template: Template) -> bool:
         """Ask for the worker of a lane without one; False if there is no such lane, or enough are coming up."""
-        missing = next((worker for worker in self.by_lane if worker.popen is None), None)
+        missing = next(((lane, worker) for lane, worker in enumerate(self.by_lane) if worker.popen is None), None)
         if missing is None or sum(map(self._coming_up, self.by_lane)) >= self._limit:
             return False
-        missing.begin()
-        self._episodes_before[missing.number] = self._episodes[missing.number]
-        template.ask(missing.number, missing.incarnation, missing.log)
-        self._asked = missing
+        lane, worker = missing
+        worker.begin()
+        if worker.kind is Kind.WORKER:
+            self._episodes_before[lane] = self._episodes[lane]
+        template.ask(lane, worker.incarnation, worker.log, worker.name)
+        self._asked = worker
         return True
 
     def _coming_up(self, worker: Child) -> bool:
-        """Whether it was started and has not asked for its first action chunk yet."""
-        return worker.popen is not None and self._slots.incarnation(worker.number) != worker.incarnation
+        """Whether it was started and has not asked for its first action chunk yet, or for an episode to evaluate."""
+        if worker.popen is None:
+            return False
+        if worker.kind is Kind.EVALUATION:
+            return not self._takes_episodes(worker)
+        return self._slots.incarnation(worker.number) != worker.incarnation
+
+    def _takes_episodes(self, worker: Child) -> bool:
+        return self._assignments is not None and int(self._assignments.taker[worker.number]) == worker.incarnation
 
     def _take_answer(self, template: Template, wait_s: float = 0.0, last: bool = False) -> bool:
         """Whether the worker that was asked for is there."""
@@ -122,8 +141,26 @@ class Workers:
         return self._forker.problem if self._forker is not None else None
 
     def got_somewhere(self, child: Child) -> bool:
-        """Whether a worker has ended an episode since it was started, or the template can fork workers."""
+        """Whether a worker has ended an episode since it was started, or waits for one to evaluate, or the template can
+        fork workers."""
+        if child.kind is Kind.EVALUATION:
+            return self._takes_episodes(child)
         if child.kind is Kind.WORKER:
             return bool(self._episodes[child.number] > self._episodes_before[child.number])
         template = self._forker
         return template is not None and template.prepared and (template.forked > 0 or template.problem is None)
+
+
+def evaluation_job(session: Session) -> dict[str, Any] | None:
+    """What the workers of the evaluation have to know, see `Template`; None if there is none."""
+    config = session.config
+    if not config.evaluation.lanes:
+        return None
+    films = str(evaluation_root(session.run_dir).absolute()) if config.evaluation.films else None
+    return {
+        "from_lane": config.actors,
+        "preview": True,
+        "video_dir": films,
+        "rate_hz": session.run.environment.rate_hz,
+        "begin_with": None,
+    }

@@ -88,9 +88,10 @@ class Template:
         notify_fds: the events that a worker sets when it has an observation.
         log: the file to which the template's output is appended.
         incarnation: how many templates this run has had, this one included.
-        evaluation: makes the workers play the episodes that they are given (`shm.assignments`) and then end:
-            {"video_dir": directory of films or None, "rate_hz": frames per second of the films, "begin_with": number of
-            the episode whose scene is compiled before any worker is forked, or None}.
+        evaluation: makes the workers of some lanes play the episodes that they are given (`shm.assignments`) and then
+            end: {"from_lane": the first of them, "video_dir": directory of films or None, "rate_hz": frames per second
+            of the films, "preview": whether a GIF is made of each, "begin_with": number of the episode whose scene is
+            compiled before any worker is forked, or None}.
         program: what a worker runs: a module with `prepare` and `main` as in `worker`.
         step_discount: the discount of a step within a decision, see `worker.Lane`.
         agent_cameras: the numbers of the cameras that the agent sees.
@@ -149,14 +150,17 @@ class Template:
         """Whether it is ready to fork workers."""
         return int(self._counters.template_prepared[0]) == self._incarnation
 
-    def ask(self, number: int, incarnation: int, log: Path) -> None:
+    def ask(self, number: int, incarnation: int, log: Path, name: str | None = None) -> None:
         """Ask for the worker of lane `number`, which appends its output to `log`; `answer` must be called for it.
+
+        Its process has the given name, by default `actor-000` for lane 0.
 
         Raises TemplateError.
         """
         assert self._asked is None
         request = {
             "number": number,
+            "name": name or f"actor-{number:03d}",
             "incarnation": incarnation,
             "wake_fd": self._wake_fds[number],
             "log": str(log),
@@ -271,7 +275,7 @@ def _be_worker(
         while os.getppid() == between:
             time.sleep(0.001)
         processes.prepare_child(job["parent"])
-        ctypes.CDLL(None).prctl(PR_SET_NAME, f"actor-{job['number']:03d}".encode())
+        ctypes.CDLL(None).prctl(PR_SET_NAME, job["name"].encode())
         connection.send(str(os.getpid()).encode())  # before anything that may fail, and by the only one who knows
         connection.close()
         output = open_log(Path(job["log"]))

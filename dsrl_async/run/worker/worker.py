@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dsrl_async.envs import ChunkOutcome, Environment, environment_record, make_environment
+from dsrl_async.envs import ChunkOutcome, Environment, NumberedScenes, environment_record, make_environment
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
-from dsrl_async.shm.counters import Counters, Stop
+from dsrl_async.shm.counters import ACTOR_PHASES, Phases, Stop, counters_of
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
@@ -57,6 +57,8 @@ def environment_reward(outcome: ChunkOutcome, step_discount: float) -> float:
 class Lane:
     """One environment with its slot and its part of the replay ring, which steps from decision to decision.
 
+    Lanes behind those of the training are the evaluation's: they have no part of the ring, and count by themselves.
+
     `start` begins an episode and asks for an action chunk. Once the chunk is there (`ready`), `advance` executes it,
     writes the transition and asks for the next chunk.
 
@@ -71,6 +73,8 @@ class Lane:
         agent_cameras: the numbers of the cameras that the agent sees.
 
     Attributes:
+        of_training: whether its transitions are learned from.
+        row: where this lane counts in `counters`.
         evaluation: the numbers of the episodes to play; None in training, where there is always a next one.
         finished: whether all episodes of an evaluation are played.
     """
@@ -92,8 +96,13 @@ class Lane:
         self.reward_rule = env_config["reward_rule"]
         self.use_step_penalty = env_config["use_step_penalty"]
         self.own_rewards, self.step_discount = env_config["reward"] == "environment", step_discount
-        self.slots, self.ring, self.counters = Slots(arena), ReplayRing(arena), Counters(arena)
-        self.phase = phases_of(arena, "actor", number)
+        self.slots, self.ring = Slots(arena), ReplayRing(arena)
+        self.counters, self.row = counters_of(arena, number)
+        self.of_training = self.row == number
+        if self.of_training:
+            self.phase = phases_of(arena, "actor", number)
+        else:
+            self.phase = Phases(ACTOR_PHASES, self.counters.actor_phase_s[self.row])
         self.env = environment or make_environment(env_config, agent_cameras)
         self.noise_rng = np.random.default_rng(0)
         self.requests = 0
@@ -103,10 +112,11 @@ class Lane:
 
     def start(self) -> None:
         """Begin an episode and publish its first observation; if none is left to evaluate, set `finished`."""
-        lane, slots = self.number, self.slots
+        lane, row, slots = self.number, self.row, self.slots
+        started_episodes = self.counters.actor_started_episodes
         if self.evaluation is None:
-            started = int(self.counters.actor_started_episodes[lane])
-            episode = started * len(slots.task_index) + lane
+            started = int(started_episodes[row])
+            episode = started * len(started_episodes) + lane
             seed = episode_seed(self.seed, TRAINING, lane, started)
         else:
             episode = next(self.evaluation, -1)
@@ -114,14 +124,15 @@ class Lane:
                 self.finished = True
                 return
             seed = episode_seed(self.seed, EVALUATION, 0, episode)
-        self.counters.actor_started_episodes[lane] += 1
+        started_episodes[row] += 1
         self.noise_rng = np.random.default_rng(seed)
         self.episode_return, self.episode_len = 0.0, 0
         with self.phase("reset"):
             slots.task_index[lane] = self.env.reset(seed, episode)
         self._observe()
-        with self.phase("replay_write"):
-            self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane])
+        if self.of_training:
+            with self.phase("replay_write"):
+                self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane])
         self._request()
 
     def ready(self) -> bool:
@@ -130,7 +141,7 @@ class Lane:
 
     def advance(self) -> None:
         """Execute the action chunk, write what came of it, and publish the next observation."""
-        lane, slots, counters = self.number, self.slots, self.counters
+        lane, row, slots, counters = self.number, self.row, self.slots, self.counters
         policy_version = int(slots.policy_version[lane])
         with self.phase("physics"):
             outcome = self.env.step_chunk(slots.action_chunk[lane])
@@ -141,24 +152,25 @@ class Lane:
             reward = decision_reward(outcome, self.reward_rule, self.use_step_penalty)
             terminal = outcome.success
         self._observe()
-        with self.phase("replay_write"):
-            self.ring.append(
-                lane,
-                noise=slots.noise[lane],
-                reward=reward,
-                steps=outcome.steps,
-                terminal=terminal,
-                policy_version=policy_version,
-                next_image=slots.sac_image[lane],
-                next_state=slots.state[lane],
-            )
+        if self.of_training:
+            with self.phase("replay_write"):
+                self.ring.append(
+                    lane,
+                    noise=slots.noise[lane],
+                    reward=reward,
+                    steps=outcome.steps,
+                    terminal=terminal,
+                    policy_version=policy_version,
+                    next_image=slots.sac_image[lane],
+                    next_state=slots.state[lane],
+                )
         self.episode_return += reward
         self.episode_len += outcome.steps
-        counters.actor_policy_lag[lane] += max(0, int(counters.learner_updates[0]) - policy_version)
-        counters.actor_env_steps[lane] += outcome.steps
-        counters.actor_decisions[lane] += 1
+        counters.actor_policy_lag[row] += max(0, int(counters.learner_updates[0]) - policy_version)
+        counters.actor_env_steps[row] += outcome.steps
+        counters.actor_decisions[row] += 1
         if outcome.terminated or outcome.truncated:
-            counters.end_episode(lane, self.episode_return, self.episode_len, success=outcome.success)
+            counters.end_episode(row, self.episode_return, self.episode_len, success=outcome.success)
             self.start()
         else:
             self._request()
@@ -194,22 +206,31 @@ def main(job: Mapping[str, Any], environment: Environment | None) -> None:
     """
     arena, number, wake = Arena.attach(job["arena"]), job["number"], job["wake_fd"]
     # From here on a simulator or an OpenGL driver that hangs while the scene is made is noticed like any other.
-    Counters(arena).actor_heartbeat_ns[number] = time.monotonic_ns()
+    counters, row = counters_of(arena, number)
+    counters.actor_heartbeat_ns[row] = time.monotonic_ns()
     of_agent = job["step_discount"], job["agent_cameras"]
     lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment, *of_agent)
-    if (evaluation := job["evaluation"]) is not None:
-        assignments = Assignments(arena)
-        lane.evaluation = assignments.take(number, wake, job["notify_fds"])
-        if evaluation["video_dir"] is not None:
-            from dsrl_async.envs.recording import RecordingEnvironment
-
-            lane.env = RecordingEnvironment(
-                lane.env,
-                lambda: bool(assignments.film[number]),
-                Path(evaluation["video_dir"]),
-                evaluation["rate_hz"],
-            )
+    if (evaluation := job["evaluation"]) is not None and number >= evaluation["from_lane"]:
+        assignments = Assignments(arena, counters)
+        lane.evaluation = assignments.take(row, wake, job["notify_fds"], job["incarnation"])
+        prepare_evaluation(lane, assignments, evaluation)
     play(lane, wake, job["notify_fds"])
+
+
+def prepare_evaluation(lane: Lane, assignments: Assignments, evaluation: Mapping[str, Any]) -> None:
+    """Have the environment of a lane play numbered scenes, and film what it is told to; see `template.Template`."""
+    if isinstance(lane.env, NumberedScenes):
+        lane.env.number_scenes()
+    if evaluation["video_dir"] is not None:
+        from dsrl_async.envs.recording import RecordingEnvironment
+
+        lane.env = RecordingEnvironment(
+            lane.env,
+            lambda: bool(assignments.film[lane.row]),
+            Path(evaluation["video_dir"]),
+            evaluation["rate_hz"],
+            evaluation["preview"],
+        )
 
 
 def play(lane: Lane, wake_fd: int, notify_fds: Sequence[int]) -> None:
@@ -217,7 +238,7 @@ def play(lane: Lane, wake_fd: int, notify_fds: Sequence[int]) -> None:
     counters = lane.counters
 
     def beat() -> None:
-        counters.actor_heartbeat_ns[lane.number] = time.monotonic_ns()
+        counters.actor_heartbeat_ns[lane.row] = time.monotonic_ns()
 
     def announce() -> None:
         for fd in notify_fds:

@@ -6,8 +6,8 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from dsrl_async.config.settings import ConfigError
-from dsrl_async.envs import libero_files
+from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.envs import EnvironmentRecord, libero_files
 
 
 class Episode(NamedTuple):
@@ -80,7 +80,13 @@ def plan_episodes(
     return planned
 
 
-def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> None:
+def check_repeats(
+    suite: str,
+    episodes: Collection[Episode],
+    seeding: str,
+    key: str = "--episodes",
+    stochastic: str = "--noise stochastic",
+) -> None:
     """Raise ConfigError if deterministic episodes of a LIBERO suite would repeat others.
 
     Without noise, two episodes from one initial state differ only if `env.seeding` is `episode` and furniture stands in
@@ -92,10 +98,25 @@ def check_repeats(suite: str, episodes: Collection[Episode], seeding: str) -> No
     furniture = all(libero_files.has_furniture(suite, task) for task in {task for task, _ in scenes})
     if not (furniture and seeding == "episode"):
         raise ConfigError(
-            f"--episodes: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others "
-            f"would only repeat these; give --noise stochastic{', or --env.seeding episode' if furniture else ''}, "
-            f"or at most --episodes {len(scenes)}"
+            f"{key}: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others "
+            f"would only repeat these; give {stochastic}{', or --env.seeding episode' if furniture else ''}, "
+            f"or at most {key} {len(scenes)}"
         )
+
+
+def held_out(record: EnvironmentRecord, config: Config) -> list[Episode]:
+    """The episodes of each evaluation during a run: those that `evaluate --episodes` would play, with the run's seed.
+
+    Raises ConfigError if some would only repeat others, and ValueError as `plan_suite`.
+    """
+    count = config.evaluation.episodes
+    if record.suite is None:
+        return [Episode(number, 0, None) for number in range(count)]
+    episodes = plan_suite(record.suite, config.env.task_ids, config.env.init_states, count)
+    if config.sac.evaluation_noise == "deterministic":
+        seeding = record.settings["seeding"]
+        check_repeats(record.suite, episodes, seeding, "evaluation.episodes", "sac.evaluation_noise: stochastic")
+    return episodes
 
 
 def across_tasks(episodes: Iterable[Episode]) -> list[Episode]:
