@@ -24,7 +24,7 @@ from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.run import checkpoints, preflight
-from dsrl_async.run.evaluation.episodes import Episode, check_repeats, parse_numbers, plan_suite
+from dsrl_async.run.evaluation.episodes import Episode, parse_numbers, plan_suite, what_repeats
 from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.preflight import CheckedRun
 
@@ -143,7 +143,9 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     if checkpoint is None or options.base:
         checkpoint, mode = None, "base"
     if mode == "deterministic" and record.suite is not None:
-        check_repeats(record.suite, episodes, record.settings["seeding"])
+        how = record.settings["seeding"], "--episodes", "--noise stochastic"
+        if (repeated := what_repeats(record.suite, episodes, *how)) is not None:
+            raise ConfigError(f"--episodes: {repeated}")
     return Evaluation(run, checkpoint, mode, episodes)
 
 

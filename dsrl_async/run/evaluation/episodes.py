@@ -61,7 +61,7 @@ def plan_episodes(
         tasks: the tasks to play.
         init_states: the initial states to start from; None means all.
         episodes: the number of episodes in all; None means each initial state once. If there are more episodes than
-            initial states, these are gone through again (see `check_repeats`).
+            initial states, these are gone through again (see `what_repeats`).
 
     An episode's number counts through all initial states of all tasks of the suite, which is what `env.scene_order`
     `cycled` does; so it is the same scene with the same noise whichever tasks and initial states are chosen.
@@ -80,28 +80,24 @@ def plan_episodes(
     return planned
 
 
-def check_repeats(
-    suite: str,
-    episodes: Collection[Episode],
-    seeding: str,
-    key: str = "--episodes",
-    stochastic: str = "--noise stochastic",
-) -> None:
-    """Raise ConfigError if deterministic episodes of a LIBERO suite would repeat others.
+def what_repeats(suite: str, episodes: Collection[Episode], seeding: str, key: str, stochastic: str) -> str | None:
+    """Say so if deterministic episodes of a LIBERO suite would repeat others; None if they do not.
+
+    `key` is what their number was chosen by, and `stochastic` what gives them noise.
 
     Without noise, two episodes from one initial state differ only if `env.seeding` is `episode` and furniture stands in
     the scene. To count repetitions would make the interval of the success rate too narrow.
     """
     scenes = {(episode.task, episode.init_state) for episode in episodes}
     if len(scenes) == len(episodes):
-        return
+        return None
     furniture = all(libero_files.has_furniture(suite, task) for task in {task for task, _ in scenes})
-    if not (furniture and seeding == "episode"):
-        raise ConfigError(
-            f"{key}: {len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others "
-            f"would only repeat these; give {stochastic}{', or --env.seeding episode' if furniture else ''}, "
-            f"or at most {key} {len(scenes)}"
-        )
+    if furniture and seeding == "episode":
+        return None
+    return (
+        f"{len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others would only repeat "
+        f"these; give {stochastic}{', or --env.seeding episode' if furniture else ''}, or at most {key} {len(scenes)}"
+    )
 
 
 def held_out(record: EnvironmentRecord, config: Config) -> list[Episode]:
@@ -114,8 +110,9 @@ def held_out(record: EnvironmentRecord, config: Config) -> list[Episode]:
         return [Episode(number, 0, None) for number in range(count)]
     episodes = plan_suite(record.suite, config.env.task_ids, config.env.init_states, count)
     if config.sac.evaluation_noise == "deterministic":
-        seeding = record.settings["seeding"]
-        check_repeats(record.suite, episodes, seeding, "evaluation.episodes", "sac.evaluation_noise: stochastic")
+        how = record.settings["seeding"], "--evaluation.episodes", "--sac.evaluation-noise stochastic"
+        if (repeated := what_repeats(record.suite, episodes, *how)) is not None:
+            raise ConfigError(f"evaluation.episodes: {repeated}")
     return episodes
 
 
