@@ -95,8 +95,9 @@ def what_repeats(suite: str, episodes: Collection[Episode], seeding: str, key: s
     if furniture and seeding == "episode":
         return None
     return (
-        f"{len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others would only repeat "
-        f"these; give {stochastic}{', or --env.seeding episode' if furniture else ''}, or at most {key} {len(scenes)}"
+        f"{len(episodes)} are more than the {len(scenes)} scenes, and without random noise the others would only "
+        f"repeat these; give {stochastic}{', or --env.seeding episode' if furniture else ''}, or at most "
+        f"{key} {len(scenes)}"
     )
 
 
