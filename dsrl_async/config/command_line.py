@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dsrl_async import untrusted
 from dsrl_async.config import strict_yaml
 from dsrl_async.config.files import PATHS, read_config
+from dsrl_async.config.hub import is_of_hub
 from dsrl_async.config.load import is_mapping, leaf_fields, read_run_settings, set_key, suggestion, validate
 from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
 
@@ -230,5 +231,6 @@ def parse_value(key: str, text: str) -> Any:
 def make_paths_absolute(policy: PolicyConfig) -> None:
     """Make relative paths absolute, so that the run can be resumed and evaluated from elsewhere."""
     for name in PATHS:
-        if (path := getattr(policy, name)) is not None:
+        path = getattr(policy, name)
+        if path is not None and not is_of_hub(name, path):
             setattr(policy, name, str(Path(path).absolute()))

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from dsrl_async.config.hub import local_path
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE, sac_image_shape
 from dsrl_async.config.strict_yaml import Quoted, is_text
 from dsrl_async.untrusted import shown
@@ -213,10 +214,12 @@ class PolicyConfig(Section):
     """The frozen flow-matching policy."""
 
     checkpoint: Announced[str | None] = None
-    """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project
-    (docs/pi0.md); null means the embedded tabletop policy, which LIBERO cannot use."""
+    """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project, or a model of
+    the Hugging Face hub, `owner/name` or `owner/name@revision` (docs/pi0.md); null means the embedded tabletop
+    policy, which LIBERO cannot use."""
     tokenizer: Announced[str | None] = None
-    """A `tokenizer.json` or sentencepiece `.model`, or a directory with one; null means the checkpoint's own."""
+    """A `tokenizer.json` or sentencepiece `.model`, or a directory or a model of the hub with one; null means the
+    checkpoint's own."""
     norm_stats: Announced[str | None] = None
     """openpi's `norm_stats.json`, or a directory with one; null means what the checkpoint holds."""
     action_horizon: Announced[int | None] = Field(None, gt=0)
@@ -239,8 +242,12 @@ class PolicyConfig(Section):
     longer at small batches."""
 
     def overrides(self) -> dict[str, Any]:
-        """What the user says about the checkpoint itself, as keyword arguments of `pi0.files.find_policy`."""
-        return self.model_dump(include={"tokenizer", "norm_stats", "action_horizon", "delta_action_dims"})
+        """What the user says about the checkpoint itself, as keyword arguments of `pi0.files.find_policy`.
+
+        A model of the hub has become the directory that it was downloaded to.
+        """
+        given = self.model_dump(include={"tokenizer", "norm_stats", "action_horizon", "delta_action_dims"})
+        return given | {"tokenizer": self.tokenizer and local_path(self.tokenizer)}
 
 
 class SacConfig(Section):

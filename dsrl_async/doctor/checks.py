@@ -6,6 +6,7 @@ problem of the ConfigError.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -382,6 +383,8 @@ CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
 
 def examine(config: Config, options: Options) -> Iterator[Finding]:
     """All findings in the order of `CHECKS`; one that cannot go on ends with a problem, and the next one follows."""
+    with contextlib.suppress(ConfigError):  # else the check of the policy says why
+        config = preflight.fetch_policy(config)
     for name, check in CHECKS.items():
         try:
             yield from check(config, options)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.files import read_config
+from dsrl_async.config.hub import hub_name
 from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError, EvaluationConfig
 from dsrl_async.envs import EnvironmentRecord, libero_files
@@ -220,7 +221,7 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
         "env": env,
         "policy": {
             **config.policy.model_dump(exclude={"graphs"}),
-            "checkpoint": str(run.policy.directory.absolute()),
+            "checkpoint": _name_of_policy(run),
             "dtype": str(resolve_dtype(config.policy.dtype, device)).removeprefix("torch."),
             "files": identify_files(sorted({tensor.file for tensor in run.policy.tensors.values()})),
         },
@@ -228,6 +229,12 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
         "device": device.type,
         "versions": versions(record.versions()),
     }
+
+
+def _name_of_policy(run: CheckedRun) -> str:
+    """A commit of the hub, or the absolute path of a directory."""
+    given = run.config.policy.checkpoint
+    return given if given is not None and hub_name(given) else str(run.policy.directory.absolute())
 
 
 def versions(simulator: Mapping[str, str]) -> dict[str, str]:

@@ -46,15 +46,19 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     stop = StopRequest()
     config = load_config(argv)
     make_paths_absolute(config.policy)
-    checked = preflight.check_run(config)
+
+    def heed_stop() -> None:
+        if stop.reason:
+            raise KeyboardInterrupt
+
+    checked = preflight.check_run(config, meanwhile=heed_stop)
     preflight.check_memory(checked)
     preflight.check_devices(config)
     preflight.check_gpu_memory(checked)
     preflight.check_descriptors(config)
     if not config.serial:
         preflight.check_channel()
-    if stop.reason:  # nothing was started yet
-        raise KeyboardInterrupt
+    heed_stop()  # nothing was started yet
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
         try:

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 TOKENIZER_NAMES = ("tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model")
 """Names of a tokenizer's file in a checkpoint's directory; the first that exists is used."""
 WHERE_TO_GET_ONE = (
-    "copy one there or give policy.tokenizer: PaliGemma's is on the Hugging Face hub in RLinf/openpi_tokenizer and "
-    "in google/paligemma-3b-pt-224, and at gs://big_vision/paligemma_tokenizer.model"
+    "copy one there or give policy.tokenizer: PaliGemma's is RLinf/openpi_tokenizer and, gated, "
+    "google/paligemma-3b-pt-224 on the Hugging Face hub, and gs://big_vision/paligemma_tokenizer.model"
 )
 LARGEST_TOKENIZER = 64 * MEGABYTE
 PALIGEMMA_VOCABULARY, PALIGEMMA_BOS = 257152, 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsrl_async.config.settings import Config
@@ -10,6 +11,7 @@ from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.environments import environment_record
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.run.evaluation.episodes import held_out
+from dsrl_async.run.preflight.hub import do_nothing, fetch_policy
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
     check_environment,
@@ -44,13 +46,16 @@ class CheckedRun:
         return dataclasses.replace(self, config=self.config.model_copy(update={"actors": actors}))
 
 
-def check_run(config: Config, before: Config | None = None) -> CheckedRun:
+def check_run(config: Config, before: Config | None = None, meanwhile: Callable[[], object] = do_nothing) -> CheckedRun:
     """Reads the policy's files; raises ConfigError unless policy, environment and agent are there and fit each other.
 
+    A policy of the hub is downloaded first, see `fetch_policy`, and the run's settings then name its commit.
     What the machine has to have for the run is checked by itself: `check_memory`, `check_devices`, `check_descriptors`.
     `before` are settings that have been accepted already, see `check_effect`.
     """
-    spec, files = check_environment(config, before), check_checkpoint(config)
+    spec = check_environment(config, before)
+    config = fetch_policy(config, meanwhile)
+    files = check_checkpoint(config)
     check_fit(config, files.config, spec)
     told = check_prompts(files, spec)
     check_render_quality(config, files.maker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dsrl_async.config.hub import local_path
 from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError, EnvConfig
 from dsrl_async.envs import OWN_SETTINGS, EnvironmentRecord, EnvironmentSpec, graphics
@@ -13,11 +14,13 @@ from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import PolicyFiles, find_policy
 from dsrl_async.pi0.tokenizer import check_prompt, unknown_words
 from dsrl_async.run.frozen_policy import PolicySpec
+from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.untrusted import read_object, shown
 
 
 def policy_directory(config: Config) -> Path:
-    return Path(config.policy.checkpoint) if config.policy.checkpoint else EMBEDDED_POLICY
+    """Where the policy's files are, those of a model of the hub once `fetch_policy` has been called."""
+    return Path(local_path(config.policy.checkpoint)) if config.policy.checkpoint else EMBEDDED_POLICY
 
 
 def check_environment(config: Config, before: Config | None = None) -> EnvironmentSpec:
@@ -64,7 +67,11 @@ def check_graphics(environment: EnvironmentRecord) -> None:
 
 
 def check_checkpoint(config: Config) -> PolicyFiles:
-    """What the policy's checkpoint holds; raises ConfigError when it is incomplete or contradicts itself."""
+    """What the policy's checkpoint holds; raises ConfigError when it is incomplete or contradicts itself.
+
+    A policy of the hub is downloaded first, see `fetch_policy`.
+    """
+    config = fetch_policy(config)
     try:
         return find_policy(policy_directory(config), **config.policy.overrides())
     except ValueError as error:
