@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -94,16 +93,15 @@ def table(result: Mapping[str, Any]) -> Table:
 def comparison(suites: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the results of several suites or policies, for people.
 
-    `suites` has for each suite the results of the policies that played it, each as from `result_of`.
+    `suites` has for each suite the results of the policies that played it, the same for all, each as from `result_of`.
     """
-    policies = list(dict.fromkeys(policy for results in suites.values() for policy in results))
+    policies = list(next(iter(suites.values())))
     shown = Table("suite")
     for policy in policies:
         for heading in (policy, "success rate", "95 % interval"):
             shown.add_column(heading, justify="right", no_wrap=True)
     for suite, results in suites.items():
-        cells = (_cells(results[policy])[:3] if policy in results else [""] * 3 for policy in policies)
-        shown.add_row(suite, *itertools.chain.from_iterable(cells))
+        shown.add_row(suite, *(cell for policy in policies for cell in _cells(results[policy])[:3]))
     return shown
 
 

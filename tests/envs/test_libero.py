@@ -29,7 +29,7 @@ from support.libero_stock import Trajectory, differences, play, play_stock
 
 from dsrl_async.envs import libero as libero_module
 from dsrl_async.envs.libero import LiberoEnvironment
-from dsrl_async.envs.simulator import import_robosuite
+from dsrl_async.envs.simulator import import_libero, import_robosuite
 
 pytestmark = pytest.mark.libero
 
@@ -180,7 +180,8 @@ def test_planted_deviations_are_seen(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("suite", "task"), [("libero_object", 3), ("libero_goal", 3), ("libero_10", 5), ("libero_90", 20)]
+    ("suite", "task"),
+    [("libero_object", 3), ("libero_goal", 3), ("libero_10", 5), ("libero_90", 20), ("libero_goal_swap", 3)],
 )
 def test_other_suites(suite: str, task: int) -> None:
     environment = environment_of(suite, task_ids=[task], preset="rlinf", settling_steps=2)
@@ -344,6 +345,25 @@ def test_instructions_are_those_of_liberos_benchmark() -> None:
         tasks = get_benchmark(suite)().tasks
         names = libero_files.task_names(suite)
         assert [(task.name, task.language) for task in tasks] == [(n, libero_files.instruction(n)) for n in names]
+
+
+def test_what_bddl_files_say_is_what_libero_reads_in_them() -> None:
+    """In all suites that are installed, variations included; LIBERO's own code reads each file."""
+    import_libero()
+    from libero.libero.envs.bddl_base_domain import TASK_MAPPING
+    from libero.libero.envs.bddl_utils import get_problem_info
+    from libero.libero.envs.objects import get_object_dict
+
+    for suite in libero_files.suites():
+        for task, name in enumerate(libero_files.task_names(suite)):
+            info = get_problem_info(str(libero_files.bddl_file(suite, task)))
+            (told,) = libero_files.instructions(suite, [task], "bddl")
+            named = libero_files.instruction(name)
+            assert told == (named if info["language_instruction"] == named.lower() else info["language_instruction"])
+    kinds = libero_files._known_kinds(libero_files.root() / "envs")
+    assert kinds is not None
+    assert kinds.objects > get_object_dict().keys()
+    assert kinds.problems >= TASK_MAPPING.keys()
 
 
 def test_fast_pictures_differ_and_it_is_said(environment: LiberoEnvironment, caplog: pytest.LogCaptureFixture) -> None:
