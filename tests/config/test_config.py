@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -21,7 +24,7 @@ from support.paths import CONFIGS, SCRIPTS
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.load import get_key, leaf_fields, to_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import environment_record
+from dsrl_async.envs import environment_record, gymnasium_adapter, options
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.run import checkpoints, preflight
@@ -50,6 +53,24 @@ def test_libero_file_has_the_values_of_the_guide() -> None:
     assert sac.hidden_dims == [128, 128, 128]
     decisions = 16 * 240 // config.env.chunk
     assert config.replay_ratio * decisions == pytest.approx(200, rel=0.01)
+
+
+def test_aloha_file_has_the_values_of_the_authors_code() -> None:
+    config = load_config(["--config", str(CONFIGS / "aloha_sim_pi0.yaml")])
+    sac, env = config.sac, config.env
+    assert (env.chunk, env.max_episode_steps, env.use_step_penalty, config.replay_ratio) == (50, 400, True, 20)
+    assert (sac.state_dim, sac.action_magnitude, sac.gamma, sac.discount_per, sac.batch_size) == (
+        *(14, 2.0, 0.999),
+        *("env_step", 256),
+    )
+    assert (sac.actor_lr, sac.critic_lr, sac.alpha_lr, sac.tau) == (1e-4, 3e-4, 3e-4, 0.005)
+    # Their target of 0 is the entropy of the noise after it is scaled by 2, in 32 dimensions.
+    assert sac.target_entropy == pytest.approx(0 - 32 * math.log(sac.action_magnitude), abs=0.01)
+    assert (config.replay.warmup_decisions, config.replay.capacity) == (1000, 3_000_000 // 20)
+    bound = inspect.signature(gymnasium_adapter.make_environment).bind(**env.options).arguments
+    assert bound["state"] == "agent_pos"
+    for transform in ("state_transform", "action_transform"):
+        assert options.function(transform, bound[transform])(np.zeros(14)).shape == (14,)
 
 
 @needs_libero

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -12,13 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gymnasium_envs import GOAL, HEIGHT, WIDTH, Corridor
+from support.paths import ROOT
 
 from dsrl_async.config.settings import EnvConfig
-from dsrl_async.envs import environment_record, gymnasium_adapter, observations
+from dsrl_async.envs import environment_record, gymnasium_adapter, observations, robosuite_adapter
 from dsrl_async.envs.gymnasium_adapter import GymnasiumEnvironment, make_environment
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.protocol import ChunkOutcome, UserEnvironment
 
+FLAGS = re.MULTILINE | re.DOTALL | re.IGNORECASE
 ID = "support.gymnasium_envs:Corridor-v0"
 OPTIONS: dict[str, Any] = {"id": ID, "state": ["agent/place", "agent.steps"], "image_size": 32}
 FORWARD, STAY, BACK = [0.5, 1.0], [0.0, 0.0], [-0.5, -1.0]
@@ -381,6 +385,15 @@ def test_a_run_says_what_is_wrong_with_an_option_and_nothing_else() -> None:
         environment_record(settings)
     with pytest.raises(ValueError, match=r"^env\.options: .* unexpected keyword argument 'colour'; gymnasium is make"):
         environment_record({**settings, "options": {"colour": "red"}})
+
+
+@pytest.mark.parametrize("adapter", [gymnasium_adapter, robosuite_adapter])
+def test_every_option_is_told_where_users_look(adapter: ModuleType) -> None:
+    page = (ROOT / "docs/adapters.md").read_text()
+    (section,) = re.findall(rf"^## {adapter.__name__.rpartition('.')[2].split('_')[0]}\n(.*?)^## ", page, FLAGS)
+    told = {name for row in re.findall(r"^\| (`.*?`) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert told == set(inspect.signature(adapter.make_environment).parameters)
+    assert all(f"\n        {name}: " in adapter.make_environment.__doc__ for name in told)
 
 
 class Physics:
