@@ -278,7 +278,8 @@ class SacConfig(Section):
     hidden_dims: Fixed[list[int]] = [128, 128, 128]
     """Hidden layers of the actor's and of each Q head's MLP."""
     num_q_heads: Fixed[int] = Field(10, gt=0)
-    """Number of Q functions in the critic."""
+    """Number of Q functions in the critic. In `configs/libero_spatial_pi0.yaml` ten have 545,290 parameters, which are
+    the "~500K" of RLinf's guide; the whole critic has 2,671,978, and the actor 2,185,248."""
     actor_layer_norm: Fixed[bool] = False
     """LayerNorm after each hidden layer of the actor."""
     critic_layer_norm: Fixed[bool] = True
@@ -320,7 +321,9 @@ class SacConfig(Section):
     initial_alpha: Fixed[float] = Field(0.005, gt=0)
     """Temperature at the start."""
     target_entropy: Announced[float] = -16.0
-    """Entropy that the temperature steers towards."""
+    """Entropy that the temperature steers towards: that of the action before `action_magnitude` scales it. Where a
+    published value means the scaled noise (official DSRL's does), subtract noise_dim * ln(action_magnitude) from it:
+    at 0.4, -16 here is -45.3 there."""
     q_aggregation: Announced[Literal["mean", "min"]] = "mean"
     """How the Q heads are combined, in the target and in the actor's loss."""
     entropy_backup: Fixed[bool] = False
@@ -330,7 +333,8 @@ class SacConfig(Section):
     log_std_max: Fixed[float] = 2.0
     """Upper bound of the actor's log standard deviation."""
     train_actor_steps: Announced[int] = Field(10, ge=0)
-    """The actor and the temperature are first updated after this many critic updates."""
+    """The actor and the temperature are first updated after this many critic updates, as RLinf's guide says (its code
+    counts trajectories)."""
     critic_in_actor_loss: Announced[Literal["before", "after"]] = "before"
     """The critic that an update's actor loss asks: the one from before its step in the same update, or from after it;
     official DSRL and RLinf do the latter, which takes another encoding of the observations."""
@@ -388,7 +392,8 @@ class ReplayConfig(Section):
     capacity: Announced[int] = Field(40_000, ge=64)
     """Rows for all workers together; a row takes 12.5 kB, and 12.3 more for each further one of `sac.cameras`."""
     warmup_decisions: Announced[int] = Field(400, ge=1)
-    """Decisions taken with unsquashed N(0, I) noise before learning starts."""
+    """Decisions taken with unsquashed N(0, I) noise before learning starts, laid out as `sac.noise_layout` says
+    (official DSRL does the same; RLinf starts with the untrained actor)."""
 
 
 class InferenceConfig(Section):

@@ -34,9 +34,10 @@ PRESETS = {
         render_size=256,
         antialias=True,
     ),
-    # RLinf: rlinf/envs/libero/libero_env.py and its configurations; openpi's transforms make the images
+    # RLinf: rlinf/envs/libero/libero_env.py; the steps are those of its configurations for Pi0, and of libero_90, for
+    # which there is none, the environment's own; openpi's transforms make the images
     "rlinf": Preset(
-        {"libero_spatial": 240, "libero_object": 512, "libero_goal": 512, "libero_90": 512, "libero_10": 512},
+        {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_90": 512, "libero_10": 480},
         settling_steps=15,
         seeding="fixed",
         seed=0,

@@ -48,6 +48,8 @@ def test_libero_file_has_the_values_of_the_guide() -> None:
     sac = config.sac
     assert (config.actors, config.env.max_episode_steps, config.env.use_step_penalty) == (16, 240, True)
     assert (sac.gamma, sac.tau, sac.train_actor_steps, sac.critic_lr) == (0.999, 0.005, 10, 3e-4)
+    assert (sac.actor_lr, sac.alpha_lr) == (1e-4, 3e-4)  # the guide's `optim.lr` stands under `entropy_tuning`
+    assert (sac.init, sac.critic_in_actor_loss, sac.augmentation) == ("rlinf", "after", "none")
     assert (sac.alpha_type, sac.initial_alpha, sac.target_entropy) == ("softplus", 1.0, -16)
     assert (sac.noise_dim, sac.num_q_heads, sac.image_latent_dim, sac.state_latent_dim) == (32, 10, 64, 64)
     assert sac.hidden_dims == [128, 128, 128]
@@ -73,6 +75,16 @@ def test_aloha_file_has_the_values_of_the_authors_code() -> None:
         assert options.function(transform, bound[transform])(np.zeros(14)).shape == (14,)
 
 
+def test_rlinfs_recipe_plays_one_initial_state_and_is_that_of_the_suite_otherwise() -> None:
+    one, suite = (
+        load_config(["--config", str(CONFIGS / f"libero_spatial_pi0{name}.yaml")]).model_dump()
+        for name in ("", "_suite")
+    )
+    assert (one["env"].pop("task_ids"), one["env"].pop("init_states")) == ([0], [0])
+    assert (suite["env"].pop("task_ids"), suite["env"].pop("init_states")) == (None, None)
+    assert one == suite
+
+
 @needs_libero
 def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
@@ -91,12 +103,15 @@ def test_initial_states_that_are_not_there_are_refused_before_anything_is_starte
 
 
 @needs_libero
-def test_libero_file_fits_a_policy_of_openpi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "tasks"), [("libero_spatial_pi0", 1), ("libero_spatial_pi0_suite", 10)])
+def test_libero_file_fits_a_policy_of_openpi(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, tasks: int
+) -> None:
     """As far as that can be said without its weights: of openpi's sizes, trained on LIBERO's own pictures."""
     monkeypatch.chdir(tmp_path)
-    config = load_config(["--config", str(CONFIGS / "libero_spatial_pi0.yaml")])
+    config = load_config(["--config", str(CONFIGS / f"{name}.yaml")])
     spec = preflight.check_environment(config)
-    assert len(spec.prompts) == 10
+    assert len(spec.prompts) == tasks
     preflight.check_fit(config, Pi0Config(), spec)
     preflight.check_render_quality(config, "openpi or RLinf")
     with pytest.raises(ConfigError, match=r"^policy\.checkpoint: .*checkpoints/pi0_libero_spatial"):

@@ -59,6 +59,11 @@ def test_a_preset_fills_in_what_is_null() -> None:
     assert record("tabletop").settings["max_episode_steps"] is None  # there is no preset
 
 
+def test_rlinfs_horizons_are_those_of_its_files_for_pi0() -> None:
+    suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+    assert [record(suite, preset="rlinf").episode_steps for suite in suites] == [240, 240, 320, 480, 512]
+
+
 def test_one_scene_is_the_templates_and_several_are_the_workers() -> None:
     one, several = record("libero_spatial", task_ids=[3]), record("libero_spatial", task_ids=[3, 4])
     assert one.template_bytes - several.template_bytes == several.worker_bytes - one.worker_bytes > 0
