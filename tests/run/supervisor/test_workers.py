@@ -47,11 +47,11 @@ class PretendedTemplate:
     answers = True
     pids = itertools.count(100)
 
-    def __init__(self, *arguments: Any, program: Program) -> None:
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.popen, self.prepared, self.problem, self.forked = PretendedProcess(next(self.pids)), True, None, 0
         self.refuses = False
 
-    def ask(self, number: int, incarnation: int, log: Path) -> None:
+    def ask(self, number: int, incarnation: int, log: Path, name: str) -> None:
         if self.refuses:
             raise RuntimeError("the template of the environment workers is of no use")
         self.asked.append((number, incarnation))
@@ -104,7 +104,7 @@ def test_what_a_model_process_is_told_for_all_to_see_holds_no_key(
         told.append((job, Channel(*json.loads(os.pread(job["channel_fd"], 10_000, 0)))))
         return PretendedProcess(1)
 
-    session.run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10)
+    session.run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10, spec=None)
     monkeypatch.setattr(processes, "start", start)
     run = Supervisor(session)
     run._start_missing()
