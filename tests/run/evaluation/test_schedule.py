@@ -16,7 +16,7 @@ from dsrl_async.run import checkpoints
 from dsrl_async.run.evaluation.files import evaluations, find_best, take_back
 from dsrl_async.run.set_aside import chosen
 from dsrl_async.run.supervisor.evaluation import scalars
-from dsrl_async.shm.counters import NoiseMode
+from dsrl_async.shm.counters import NoiseMode, Stop
 
 
 def test_the_base_policy_first_then_the_agent_at_every_multiple(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_by_minutes(tmp_path: Path) -> None:
     assert run.finish().result["decisions"] == 10
     run.wall_s = 240.0  # but nothing has been decided since
     run.step()
-    assert len(evaluations(tmp_path)) == 2
+    assert run.counters.control_snapshots[0] == 1
 
 
 def test_only_one_of_the_two_can_be_given() -> None:
@@ -105,7 +105,11 @@ def test_a_worker_that_is_replaced_plays_the_episode_again(tmp_path: Path) -> No
     assert run.assignments.taker[0] == 2
     run.end_episodes(lambda number: True)
     assert run.step() is None
-    assert run.assignments.next(0) == 1
+    third = run.assignments.take(0, -1, [], incarnation=3)
+    assert next(third) == 1
+    run.lanes.end_episode(0, -10.0, 50, False)
+    run.counters.stop = Stop.WORKERS
+    assert list(third) == []
     assert run.finish().result["episodes"] == 2
 
 
