@@ -84,7 +84,7 @@ def test_an_episode_is_given_when_its_snapshot_is_loaded_and_never_twice(tmp_pat
     run.learn()
     run.step()
     assert run.counters.begun_evaluation(1) == (2, 100, NoiseMode.SNAPSHOT_DETERMINISTIC)
-    played = []
+    played: list[int] = []
     while len(played) < 5:
         run.infer()
         run.step()
@@ -158,7 +158,7 @@ def test_the_best_is_by_success_then_return_and_at_equal_ones_the_earlier(tmp_pa
     kept = []
     for decisions, successes in ((100, 1), (200, 2), (300, 2), (400, 1), (500, 3)):
         run.at(decisions)
-        run.finish(lambda number, successes=successes: number < successes)
+        run.finish(set(range(successes)).__contains__)
         found = find_best(tmp_path)
         assert found is not None
         kept.append(found[0].name)
