@@ -81,6 +81,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, formatter_class: type[argparse.HelpFormatter] = HelpFormatter, **options: Any) -> None:
         super().__init__(formatter_class=formatter_class, allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        for argument in given:
+            option, equals, value = argument.partition("=")
+            if option.startswith("--") and equals and value == "--":  # argparse would make an empty list of it
+                raise ConfigError(f"{untrusted.shown(option)[1:-1]}: -- is no value")
+        return super().parse_known_args(given, namespace)
+
     def error(self, message: str) -> typing.NoReturn:
         _, _, unknown = message.partition("unrecognized arguments: ")
         if unknown.startswith("--"):

@@ -198,8 +198,8 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         "memory",
         "ok",
         f"{available / GIB:.1f} GiB available, about {need.total / GIB:.1f} needed ({need.shared / GIB:.1f} shared, "
-        f"{need.policy / GIB:.1f} the policy, {need.template / GIB:.1f} of all actors, {need.worker / GIB:.2f} "
-        f"each of {need.workers}); {fit} actors fit",
+        f"{need.policy / GIB:.1f} the policy, {need.agent / GIB:.1f} the agent, {need.template / GIB:.1f} of all "
+        f"actors, {need.worker / GIB:.2f} each of {need.workers}); {fit} actors fit",
     )
     yield from check_gpu_memory(config, options)
 

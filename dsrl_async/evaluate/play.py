@@ -88,7 +88,7 @@ def play(
     run = evaluation.run.with_actors(min(evaluation.config.actors, len(episodes)))
     config = run.config
     preflight.check_descriptors(config, "--processes")
-    preflight.check_memory(run, lower="--processes")
+    preflight.check_memory(run, lower="--processes", learning=False)
     preflight.check_gpu_memory(run, ["device"])
     fields = {**run_fields(config, run.spec, run.horizon), **assignment_fields(config.actors)}
     with WorkerPool(config, fields, evaluation=worker_job(run, episodes, films), meanwhile=meanwhile) as pool:

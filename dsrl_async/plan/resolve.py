@@ -26,6 +26,7 @@ from dsrl_async.plan.simulation import EnvironmentTimes
 from dsrl_async.run import preflight
 from dsrl_async.run.inference.batching import batch_wait_s
 from dsrl_async.run.preflight import CheckedRun
+from dsrl_async.run.preflight.learner_memory import actor_parameters
 from dsrl_async.shm.replay import ROW_FIELDS, replay_fields
 from dsrl_async.shm.slots import slot_fields
 
@@ -94,9 +95,10 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     memory = available_memory() if own.memory_gib is None else own.memory_gib * 2**30
     most_actors = preflight.actors_that_fit(planned, environment, spec, policy, memory)
     if most_actors < 1:
+        lower = preflight.what_to_lower(planned, environment, spec, policy, "replay.capacity")
         raise ConfigError(
             f"the memory of {memory / 2**30:.3g} GiB holds no environment worker beside replay, policy and learner, "
-            f"which need {need.without_workers / 2**30:.3g}; lower replay.capacity, or give more with --memory-gib"
+            f"which need {need.without_workers / 2**30:.3g}; lower {lower}, or give more with --memory-gib"
         )
     known: dict[str, Any] = {"steps_per_decision": config.env.chunk, "environment": EnvironmentTimes(reset_s=0.0)}
     if run is not None:
@@ -150,7 +152,6 @@ def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:
     Noise is not sent: it follows from the episode's seed, and can be drawn where the policy is.
     """
     from dsrl_async.run.weights import HEADER
-    from dsrl_async.sac.networks import Actor
 
     width, cameras = config.sac.noise_width(horizon), len(config.sac.cameras)
     fields = slot_fields(1, spec, config.env.chunk, width, 0, cameras)
@@ -160,5 +161,5 @@ def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:
         observation=size["slot/images"] + size["slot/sac_image"] + size["slot/state"],
         action_chunk=size["slot/action_chunk"],
         transition=sum(size[f"replay/{name}"] for name in ROW_FIELDS),
-        weights=Actor(config.sac, horizon).flat.nbytes + HEADER.size,
+        weights=4 * actor_parameters(config.sac, horizon) + HEADER.size,
     )

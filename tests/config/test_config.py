@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -342,6 +343,49 @@ def test_a_size_beyond_64_bits_is_too_much_memory_and_no_overflow(capacity: int)
     run = preflight.check_run(validate({"replay": {"capacity": capacity}}))
     with pytest.raises(ConfigError, match=r"needs about [0-9.]+ GiB .* lower replay.capacity or actors"):
         preflight.check_memory(run)
+
+
+ROOMY = {"sac.batch_size": 10**6, "replay.warmup_decisions": 10**6, "replay.capacity": 10**6}
+
+
+@pytest.mark.parametrize(
+    ("lower", "settings"),
+    [
+        ("sac.num_q_heads", {"sac.num_q_heads": 10**6}),
+        ("sac.num_q_heads", {"sac.num_q_heads": 2**63 - 1}),
+        ("sac.hidden_dims", {"sac.hidden_dims": [10**5, 10**5]}),
+        ("sac.image_latent_dim", {"sac.image_latent_dim": 10**8}),
+        ("sac.state_latent_dim", {"sac.state_latent_dim": 10**9}),
+        ("sac.conv_channels", {"sac.conv_channels": [10**8]}),
+        ("sac.conv_padding", {"sac.conv_padding": 10**5}),
+        ("sac.batch_size", ROOMY),
+        ("inference.buckets", {"inference.buckets": [1, 10**8]}),
+        ("policy.action_horizon", {"policy.action_horizon": 10**5, "sac.noise_layout": "per_slot"}),
+        ("replay.capacity or actors", {"replay.capacity": 10**9}),
+        ("replay.capacity or actors", {"actors": 4096, "replay.capacity": 65536}),
+    ],
+)
+@pytest.mark.parametrize("serial", [False, True])
+def test_what_takes_too_much_memory_is_named(
+    lower: str, settings: dict[str, Any], serial: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsrl_async.run.preflight.memory.available_memory", lambda: 64 << 30)
+    options = {"actors": 2, "device": "cpu", "serial": serial, **settings}
+    run = preflight.check_run(load_config([f"--{key}={value}" for key, value in options.items()]))
+    with pytest.raises(ConfigError, match=rf"needs about [0-9.]+ GiB .*; lower {re.escape(lower)}") as caught:
+        preflight.check_memory(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_evaluation_needs_an_actor_and_no_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsrl_async.run.preflight.memory.available_memory", lambda: 16 << 30)
+    run = preflight.check_run(validate({"device": "cpu", "sac": {"num_q_heads": 10**5}}))
+    with pytest.raises(ConfigError, match=r"lower sac\.num_q_heads"):
+        preflight.check_memory(run)
+    preflight.check_memory(run, lower="--processes", learning=False)
+    run = preflight.check_run(validate({"device": "cpu", "sac": {"hidden_dims": [10**5] * 2}}))
+    with pytest.raises(ConfigError, match=r"lower sac\.hidden_dims"):
+        preflight.check_memory(run, lower="--processes", learning=False)
 
 
 def test_a_default_directory_is_made_by_one_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

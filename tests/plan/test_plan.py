@@ -212,6 +212,7 @@ def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
         ([*GIVEN, "--reset-s", "-1"], "--reset-s must not be negative"),
         ([*GIVEN, "--episode-decisions", "0"], "--episode-decisions must be at least 1"),
         ([*GIVEN, "--memory-gib", "0.1"], "holds no environment worker"),
+        ([*GIVEN, "--memory-gib", "60", "--sac.num-q-heads", "1000000"], "lower sac.num_q_heads, or give more"),
         ([*GIVEN, "--nodes", "0"], "--nodes must be at least 1"),
         ([*GIVEN, "--network-gbit", "0"], "--network-gbit must be a positive number"),
         ([*GIVEN, "--plot", "/nowhere/plan.png"], "--plot"),

@@ -5,7 +5,7 @@ from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
 from dsrl_async.run.preflight.host import check_channel, check_descriptors, check_device, check_devices
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
-from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed
+from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed, what_to_lower
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
     check_effect,
@@ -44,4 +44,5 @@ __all__ = [
     "memory_needed",
     "open_run_directory",
     "record_made_with",
+    "what_to_lower",
 ]

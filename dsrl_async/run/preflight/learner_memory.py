@@ -1,4 +1,4 @@
-"""Estimates the memory that a learner takes on its device, from settings alone, before a run starts. It needs no torch.
+"""Estimates the memory that the SAC agent takes, from settings alone, before a run starts. It needs no torch.
 
 All of it is float32, but for the pictures in the replay ring.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -27,17 +28,29 @@ def mirror_bytes(config: Config, horizon: int) -> int:
     return of_columns + 2 * 8 * config.actors * rows
 
 
+def convolution_sizes(config: SacConfig) -> Iterator[tuple[int, int, int]]:
+    """Yield parameters, output channels and height of the output of each convolution of a `networks.Encoder`."""
+    channels, size = config.image_shape[2], SAC_IMAGE_SIZE // config.image_pool
+    for out, kernel, stride in zip(config.conv_channels, config.conv_kernels, config.conv_strides, strict=True):
+        size = (size + 2 * config.conv_padding - kernel) // stride + 1
+        yield out * (channels * kernel**2 + 1), out, size
+        channels = out
+
+
 def encoder_parameters(config: SacConfig) -> tuple[int, int]:
     """How many parameters a `networks.Encoder` has, and its output's width."""
-    count, channels, size = 0, config.image_shape[2], SAC_IMAGE_SIZE // config.image_pool
-    for out, kernel, stride in zip(config.conv_channels, config.conv_kernels, config.conv_strides, strict=True):
-        count += out * (channels * kernel**2 + 1)
-        channels, size = out, (size + 2 * config.conv_padding - kernel) // stride + 1
+    *_, (_, channels, size) = convolutions = list(convolution_sizes(config))
+    count = sum(parameters for parameters, _, _ in convolutions)
     image, state = config.image_latent_dim, config.state_latent_dim
     count += (channels * size**2 + 1) * image + 2 * image
     if state:
         count += (config.state_dim + 1) * state + 2 * state
     return count, image + (state or config.state_dim)
+
+
+def encoder_activations(config: SacConfig) -> int:
+    """How many numbers the layers of a `networks.Encoder` put out for one image."""
+    return sum(out * size**2 for _, out, size in convolution_sizes(config)) + 3 * encoder_parameters(config)[1]
 
 
 def actor_parameters(config: SacConfig, horizon: int) -> int:
@@ -74,11 +87,45 @@ def batch_bytes(config: SacConfig, horizon: int) -> int:
 def update_bytes(config: SacConfig, horizon: int) -> int:
     """Upper limit on the memory that an update takes temporarily.
 
-    Images are the most of it, in integers and in float32, with those of augmentation or of the first convolution; then
-    come the activations of the Q heads, and two gradients of the critic.
+    First the images are made, in integers and in float32; later the images as the networks take them stay beside the
+    activations of the Q heads and what those are given, of encoders and of the actor, and two gradients of the critic.
     """
-    times = 10.0 if config.image_pool == 1 else 8.0
+    width, hidden = config.noise_width(horizon), sum(config.hidden_dims)
+    of_pixel = (8.0 if config.image_pool == 1 else 5.0) * (1 if config.augmentation == "none" else 2)
     if config.augmentation == "crop_colour":
-        times += 20 / config.image_pool**2  # hues and the like of the pooled image, in float32
-    row = round(2 * math.prod(config.image_shape) * times) + 4 * 4 * config.num_q_heads * sum(config.hidden_dims)
-    return config.batch_size * row + 2 * 4 * critic_parameters(config, horizon)
+        of_pixel += 20 / config.image_pool**2  # hues and the like of the pooled image, in float32
+    of_head = (3 if config.critic_layer_norm else 1) * hidden + encoder_parameters(config)[1] + width
+    numbers = config.num_q_heads * of_head + 3 * encoder_activations(config) + 4 * hidden + 8 * width
+    images = 2 * math.prod(config.image_shape)
+    learning = config.batch_size * (4 * images // config.image_pool**2 + 4 * numbers) + 2 * 4 * critic_parameters(
+        config, horizon
+    )
+    return max(round(config.batch_size * images * of_pixel), learning)
+
+
+def checkpoint_bytes(config: Config, horizon: int) -> int:
+    """Memory that writing a checkpoint takes temporarily: three copies of what it has of the agent, and later one of
+    them beside three of a lane's rows."""
+    sac, rows = config.sac, config.replay.capacity // config.actors
+    agent = 4 * (3 * actor_parameters(sac, horizon) + 4 * critic_parameters(sac, horizon))
+    fields = replay_fields(1, rows, sac.state_dim, sac.noise_width(horizon), len(sac.cameras)).values()
+    lane = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in fields)
+    return max(3 * agent, agent + 3 * lane)
+
+
+def learner_bytes(config: Config, horizon: int, on_gpu: bool) -> int:
+    """Memory of the machine that a learner takes, beside its libraries and what it shares with others."""
+    sac = config.sac
+    of_device = agent_bytes(sac, horizon) + batch_bytes(sac, horizon) + update_bytes(sac, horizon)
+    tables = 4 * 8 * config.replay.capacity
+    return tables + (agent_bytes(sac, horizon) if on_gpu else of_device) + checkpoint_bytes(config, horizon)
+
+
+def acting_bytes(config: Config, horizon: int) -> int:
+    """Memory that choosing the noise takes where the policy is on the CPU: an actor, whose making takes five times its
+    weights, and whose weights come in frames; an evaluation's; rows' buffers; activations of the largest batch."""
+    sac, sizes = config.sac, config.batch_sizes()
+    width, pixels = sac.noise_width(horizon), math.prod(sac.image_shape)
+    numbers = encoder_activations(sac) + 3 * max(sac.hidden_dims) + 8 * width
+    rows = sum(sizes) * (pixels + 1 + 2 * 4 * width) + sizes[-1] * (8 * pixels + 4 * numbers)
+    return (6 + bool(config.evaluation.lanes)) * 4 * actor_parameters(sac, horizon) + rows

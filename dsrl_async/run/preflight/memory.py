@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import bisect
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+from dsrl_async.config.load import get_key
 from dsrl_async.config.settings import MOST_ACTORS, Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.machine import available_memory
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
 from dsrl_async.run.preflight.checked_run import CheckedRun
+from dsrl_async.run.preflight.gpu_memory import WORTH_SAYING
 from dsrl_async.run.preflight.host import cuda_index
+from dsrl_async.run.preflight.learner_memory import acting_bytes, learner_bytes
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
 
 MODEL_PROCESS_BYTES = 500 << 20
-"""Upper estimate of the private memory of the learner, and of the inference process without the policy. A run's summary
-has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700`, where the policy takes 3 MB of it."""
+"""Upper estimate of the private memory of the learner, and of the inference process, without agent and policy. A run's
+summary has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700`, where policy and agent are small."""
 
 
 def policy_bytes(config: Config, policy: Pi0Config) -> int:
@@ -44,6 +49,9 @@ class MemoryNeed(NamedTuple):
     """The run's shared memory, mostly the replay ring."""
     policy: int
     """Weights, buffers and activations, where they are not on a GPU."""
+    agent: int
+    """Networks, optimisers and batches in the learner, an actor in the inference process, where they are not on a GPU,
+    and checkpoints while they are written."""
     template: int
     """What all environment workers share."""
     worker: int
@@ -53,20 +61,32 @@ class MemoryNeed(NamedTuple):
 
     @property
     def without_workers(self) -> int:
-        return self.shared + self.policy + self.template + 2 * MODEL_PROCESS_BYTES
+        return self.shared + self.policy + self.agent + self.template + 2 * MODEL_PROCESS_BYTES
 
     @property
     def total(self) -> int:
         return self.without_workers + self.workers * self.worker
 
 
+def agent_bytes(config: Config, horizon: int, learning: bool) -> int:
+    """Memory of the machine that the agent takes, for a policy of `horizon` action slots."""
+    acting = learner = 0
+    if cuda_index(config, "device") is None:
+        acting = acting_bytes(config, horizon)
+    if learning:
+        learner = learner_bytes(config, horizon, on_gpu=cuda_index(config, "learner.device") is not None)
+    return acting + learner
+
+
 def memory_needed(
-    config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: Pi0Config
+    config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: Pi0Config, learning: bool = True
 ) -> MemoryNeed:
-    """What a run needs with an environment of these shapes, which need not be installed."""
+    """What a run needs with an environment of these shapes, which need not be installed; without `learning`, what an
+    evaluation does."""
     return MemoryNeed(
         shared=layout(run_fields(config, spec, policy.action_horizon))[1],
         policy=policy_bytes(config, policy),
+        agent=agent_bytes(config, policy.action_horizon, learning),
         template=environment.template_bytes,
         worker=environment.worker_bytes,
         workers=config.lanes,
@@ -84,18 +104,81 @@ def actors_that_fit(
     return bisect.bisect_right(range(1, MOST_ACTORS + 1), memory, key=need)
 
 
-def check_memory(run: CheckedRun, lower: str = "replay.capacity or actors") -> None:
-    """Raises ConfigError where processes cannot share memory, or, which advises to `lower` something, where less of it
-    is available than is needed."""
+def _half(value: Any) -> Any:
+    return [_half(item) for item in value] if isinstance(value, list) else max(1, value // 2)
+
+
+def _lowered(config: Config, policy: Pi0Config, key: str) -> Iterator[tuple[Config, Pi0Config]]:
+    """Yield the same with half of a setting, and with its default; of `inference.buckets` with those up to half the
+    largest that is used."""
+    if key == "policy.action_horizon":
+        yield config, dataclasses.replace(policy, action_horizon=max(config.env.chunk, policy.action_horizon // 2))
+        return
+    values: list[Any] = [get_key(DEFAULTS, key), _half(get_key(config, key))]
+    if key == "inference.buckets":
+        sizes = config.batch_sizes()
+        values[1] = [size for size in sizes if size <= sizes[-1] // 2] or [min(sizes[0], config.actors)]
+    section, _, name = key.rpartition(".")
+    for value in values:
+        changed = {name: value} if not section else {section: getattr(config, section).model_copy(update={name: value})}
+        yield config.model_copy(update=changed), policy
+
+
+DEFAULTS = Config()
+OF_THE_RUN = ("replay.capacity", "actors")
+OF_BATCHES = ("inference.buckets", "policy.action_horizon")
+OF_THE_AGENT = (
+    "sac.batch_size",
+    "sac.num_q_heads",
+    "sac.hidden_dims",
+    "sac.image_latent_dim",
+    "sac.state_latent_dim",
+    "sac.conv_channels",
+    "sac.conv_padding",
+)
+"""Settings that memory depends on."""
+
+
+def what_to_lower(
+    config: Config,
+    environment: EnvironmentRecord,
+    spec: EnvironmentSpec,
+    policy: Pi0Config,
+    usual: str = "replay.capacity or actors",
+    learning: bool = True,
+) -> str:
+    """The settings of which the default or half would spare the most memory, or the `usual` ones if those of the run
+    do."""
+
+    def needed(config: Config, policy: Pi0Config) -> int:
+        return memory_needed(config, environment, spec, policy, learning).total
+
+    need = needed(config, policy)
+    keys = (*OF_THE_RUN, *OF_BATCHES, *OF_THE_AGENT)
+    spared = {key: max(need - needed(*lowered) for lowered in _lowered(config, policy, key)) for key in keys}
+    most = max(spared.values())
+    if most < WORTH_SAYING * need or most == max(spared[key] for key in OF_THE_RUN):
+        return usual
+    return " or ".join(key for key in sorted(keys, key=lambda key: -spared[key]) if spared[key] > 0.9 * most)
+
+
+def check_memory(run: CheckedRun, lower: str = "replay.capacity or actors", learning: bool = True) -> None:
+    """Raises ConfigError where processes cannot share memory, or where less of it is available than is needed.
+
+    It advises to `lower` something, unless a setting of the agent or of batches takes the most. `learning` is as in
+    `memory_needed`.
+    """
     try:
         order.barrier()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    need, available = memory_needed(run.config, run.environment, run.spec, run.policy.config), available_memory()
+    parts = run.config, run.environment, run.spec, run.policy.config
+    need, available = memory_needed(*parts, learning), available_memory()
     if need.total > available:
-        halve = need.policy > need.shared and run.config.policy.dtype != "bfloat16"
+        halve = need.policy > need.shared and need.policy > need.agent and run.config.policy.dtype != "bfloat16"
         raise ConfigError(
             f"this run needs about {need.total / 2**30:.1f} GiB of memory ({need.shared / 2**30:.1f} of it shared, "
-            f"mostly replay, and {need.policy / 2**30:.1f} the policy's) and {available / 2**30:.1f} are available; "
-            f"lower {lower}{', or set policy.dtype to bfloat16' if halve else ''}"
+            f"mostly replay, {need.agent / 2**30:.1f} the agent's, and {need.policy / 2**30:.1f} the policy's) and "
+            f"{available / 2**30:.1f} are available; lower {what_to_lower(*parts, lower, learning)}"
+            f"{', or set policy.dtype to bfloat16' if halve else ''}"
         )

@@ -29,6 +29,9 @@ HORIZON = 10
         {"cameras": [1, 0], "image_pool": 1, "augmentation": "crop_colour"},
         {"image_pool": 1, "conv_channels": [16, 32], "conv_kernels": [4, 3], "conv_strides": [4, 2]},
         {"noise_layout": "per_slot", "actor_layer_norm": True, "critic_layer_norm": False, "state_latent_dim": 0},
+        {"num_q_heads": 200},
+        {"conv_padding": 100},
+        {"batch_size": 512, "image_latent_dim": 2000, "state_latent_dim": 2000, "hidden_dims": [2000]},
     ],
 )
 def test_memory_of_a_learner(sac: dict[str, Any]) -> None:
