@@ -51,10 +51,12 @@ HOUSE = {
     "run.learner": f"config sac {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints run.evaluation",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
+    # What a run has learned, for other programs.
+    "agent": f"{GROUND} {MACHINE} {RUN}",
     # The commands, and what lists them.
     "__main__": "config host",
     "launch": BELOW_COMMANDS,
-    "evaluate": BELOW_COMMANDS,
+    "evaluate": f"{BELOW_COMMANDS} agent",
     "report": BELOW_COMMANDS,
     "plan": BELOW_COMMANDS,
     "doctor": BELOW_COMMANDS,

@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
-from torch import Tensor
 
-from dsrl_async.config.settings import ConfigError
+from dsrl_async.agent import load_weights
 from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.progress import ProgressBar
 from dsrl_async.evaluate.resolve import Evaluation
@@ -22,7 +19,7 @@ from dsrl_async.evaluate.results import Outcome, ResultDirectory
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.signals import StopRequest
-from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run import preflight
 from dsrl_async.run.evaluation.episodes import Episode, Schedule
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer, notifier
@@ -133,21 +130,8 @@ def load_server(evaluation: Evaluation, run: CheckedRun, pool: WorkerPool) -> In
     policies = load_policies(config, run.spec, device, run.policy, Counters(pool.arena))
     server = InferenceServer(config, pool.arena, policies, notifier(pool.wake_fds), NoiseMode[evaluation.mode.upper()])
     if evaluation.checkpoint is not None:
-        load_actor(evaluation.checkpoint, server)
+        load_weights(policies.actor, evaluation.checkpoint, "--checkpoint")
     return server
-
-
-def load_actor(checkpoint: Path, server: InferenceServer) -> None:
-    """Put a checkpoint's actor weights into the server; raise ConfigError with one sentence if they do not fit."""
-    path = checkpoint / checkpoints.AGENT
-    with checkpoints.naming_an_older_one(checkpoint, "--checkpoint"):
-        checkpoints.check(checkpoint, [checkpoints.AGENT])
-    try:
-        with safe_open(path, framework="pt") as file:
-            flat: Tensor = file.get_tensor("actor.flat")
-        server.policies.actor.load_flat_(flat)
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from error
 
 
 class Dispatcher:

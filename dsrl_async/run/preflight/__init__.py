@@ -13,6 +13,7 @@ from dsrl_async.run.preflight.policy import (
     check_files,
     check_fit,
     check_graphics,
+    check_prompts,
     check_render_quality,
 )
 from dsrl_async.run.preflight.resume import check_resume
@@ -34,6 +35,7 @@ __all__ = [
     "check_graphics",
     "check_made_with",
     "check_memory",
+    "check_prompts",
     "check_render_quality",
     "check_resume",
     "check_run",
