@@ -272,7 +272,7 @@ class SacConfig(Section):
     image_range: Fixed[Literal["zero_one", "minus_one_one"]] = "zero_one"
     """Pixels are scaled to [0, 1] (official DSRL) or [-1, 1] (RLinf)."""
     state_dim: Fixed[int] = Field(8, gt=0)
-    """Width of the robot's state."""
+    """Width of the robot's state; left out, it is the environment's."""
     state_latent_dim: Fixed[int] = Field(64, ge=0)
     """Width of the encoded robot state; 0 means that the state is used as it is."""
     hidden_dims: Fixed[list[int]] = [128, 128, 128]
@@ -289,7 +289,7 @@ class SacConfig(Section):
     state's encoder and the actor's MLP (torch's default), and in the Q heads (Kaiming normal); `default`: torch's
     default everywhere. All have a small last layer."""
     noise_dim: Fixed[int] = Field(32, gt=0)
-    """Width of one noise vector: the policy's action width."""
+    """Width of one noise vector; left out, it is the policy's action width."""
     noise_layout: Fixed[Literal["repeat", "per_slot"]] = "repeat"
     """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
     action_magnitude: Fixed[float] = Field(0.4, gt=0)
@@ -380,6 +380,11 @@ class SacConfig(Section):
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of the image that the agent sees: [64, 64, 3 * cameras]."""
         return sac_image_shape(len(self.cameras))
+
+    def with_widths(self, state_dim: int, noise_dim: int) -> SacConfig:
+        """These settings with the widths of an environment and a policy, where none was given."""
+        widths = {"state_dim": state_dim, "noise_dim": noise_dim}
+        return self.model_copy(update={key: widths[key] for key in widths.keys() - self.model_fields_set})
 
     def noise_width(self, horizon: int) -> int:
         """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""

@@ -171,7 +171,8 @@ def check_policy(config: Config, options: Options) -> Iterator[Finding]:
         f"{parameter_count(files.config):,} parameters in {stored / 1e6:,.1f} MB of {kinds}, with tokenizer and "
         f"norm stats ({files.norm_stats_source})",
     )
-    preflight.check_fit(config, files.config, preflight.check_environment(config))
+    spec = preflight.check_environment(config)
+    preflight.check_fit(preflight.fit_agent(config, files.config, spec), files.config, spec)
     preflight.check_render_quality(config, files.maker)
     yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
 

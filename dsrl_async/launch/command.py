@@ -52,6 +52,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
             raise KeyboardInterrupt
 
     checked = preflight.check_run(config, meanwhile=heed_stop)
+    config = checked.config
     preflight.check_memory(checked)
     preflight.check_devices(config)
     preflight.check_gpu_memory(checked)

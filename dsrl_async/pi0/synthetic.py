@@ -1,7 +1,8 @@
-"""Writes a random policy checkpoint as openpi, RLinf or LeRobot would, for tests and to measure loading at full size.
+"""Writes a random policy checkpoint, as openpi, RLinf, LeRobot or this project would, for tests and trials.
 
     python -m dsrl_async.pi0.synthetic /tmp/pi0 --layout openpi
-    python -m dsrl_async.pi0.synthetic /tmp/small --layout lerobot --pi05 --sizes '{"depth": 2}'
+    python -m dsrl_async.pi0.synthetic /tmp/two --layout lerobot --pi05 --sizes '{"depth": 2}'
+    python -m dsrl_async.pi0.synthetic /tmp/small --small --sizes '{"cameras": 1, "robot_state_dim": 4}'
 
 Weights are bfloat16, depend only on the seed and openpi's name of the tensor, and are scaled so that activations stay
 finite. They are written as they are drawn, which takes little memory. The toy tokenizer treats characters as words.
@@ -13,6 +14,7 @@ import argparse
 import json
 import math
 import string
+import typing
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,13 @@ from dsrl_async.pi0.files import LIBERO_ASSET, NormStats, save_norm_stats
 from dsrl_async.pi0.names import EMBEDDING, TIED_EMBEDDING, Part
 from dsrl_async.pi0.tensors import LEROBOT_PREFIX, model_tensors, unused_tensors
 
-Layout = Literal["openpi", "rlinf", "lerobot"]
+Layout = Literal["openpi", "rlinf", "lerobot", "dsrl_async"]
+SMALL = {
+    **{"image_size": 64, "patch_size": 16, "vision_width": 32, "vision_depth": 1, "vision_heads": 2, "vision_mlp": 32},
+    **{"vlm_width": 32, "vlm_mlp": 32, "expert_width": 32, "expert_mlp": 32, "depth": 1, "heads": 2, "head_dim": 16},
+    **{"vocab_size": 128, "max_token_len": 48, "action_horizon": 10, "delta_action_dims": 0},
+}
+"""Sizes of a policy that takes hardly any time, and as many language slots as its tokenizer needs for most prompts."""
 RLINF_PARTS = [
     Part("actor_state_encoder.encoder.0.weight", (64, 8)),
     Part("critic_image_encoder.convs.0.weight", (32, 3, 3, 3)),
@@ -45,7 +53,7 @@ def pi0_config(pi05: bool, **sizes: Any) -> Pi0Config:
     if pi05:
         defaults: dict[str, Any] = {"max_token_len": 200, "action_horizon": 10}
         return Pi0Config(pi05=True, normalisation="quantile", **{**defaults, **sizes})
-    return Pi0Config(delta_action_dims=6, **sizes)
+    return Pi0Config(**{"delta_action_dims": 6, **sizes})
 
 
 def random_bfloat16(part: Part, seed: int) -> Iterator[NDArray[np.uint16]]:
@@ -104,11 +112,17 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_checkpoint(directory: Path, config: Pi0Config, layout: Layout, seed: int = 0) -> None:
-    """Writes a directory as openpi's converter, RLinf or LeRobot would, with the same weights in each."""
+    """Writes a directory as openpi's converter, RLinf, LeRobot or `save_policy` would, with the same weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    parts = [part for rows in model_tensors(config).values() for part in rows] + unused_tensors(config)
+    parts = [part for rows in model_tensors(config).values() for part in rows]
     stats = random_norm_stats(config, seed)
     write_tokenizer(directory / TOKENIZER)
+    if layout == "dsrl_async":
+        write_tensors(directory / WEIGHTS, parts, "", seed, {})
+        config.save(directory / CONFIG)
+        save_norm_stats(stats, directory / NORM_STATS)
+        return
+    parts += unused_tensors(config)
     if layout == "openpi":
         write_tensors(directory / WEIGHTS, parts, "", seed, {TIED_EMBEDDING: EMBEDDING})
         variants = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m", "precision": "bfloat16"}
@@ -161,9 +175,12 @@ def write_lerobot_files(directory: Path, config: Pi0Config, stats: NormStats) ->
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--layout", choices=["openpi", "rlinf", "lerobot"], default="openpi")
+    parser.add_argument("--layout", choices=typing.get_args(Layout))
+    parser.add_argument("--small", action="store_true", help="a tiny policy; in this project's layout unless told")
     parser.add_argument("--pi05", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sizes", type=json.loads, default={}, help="a JSON object with fields of Pi0Config")
     options = parser.parse_args()
-    write_checkpoint(options.directory, pi0_config(options.pi05, **options.sizes), options.layout, options.seed)
+    sizes = {**(SMALL if options.small else {}), **options.sizes}
+    layout: Layout = options.layout or ("dsrl_async" if options.small else "openpi")
+    write_checkpoint(options.directory, pi0_config(options.pi05, **sizes), layout, options.seed)

@@ -89,6 +89,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
         policy = (run.policy if run else preflight.check_checkpoint(config)).config
     # the policy's sizes and not the environment's own: a simulator need not be installed here
     spec = EnvironmentSpec(policy.cameras, policy.image_size, policy.robot_state_dim, policy.robot_action_dim, ("",))
+    config, planned = (preflight.fit_agent(each, policy, spec) for each in (config, planned))
     environment = environment_record(config.env.model_dump())
     preflight.check_effect(config)
     need = preflight.memory_needed(planned, environment, spec, policy)

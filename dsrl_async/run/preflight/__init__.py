@@ -15,6 +15,7 @@ from dsrl_async.run.preflight.policy import (
     check_graphics,
     check_prompts,
     check_render_quality,
+    fit_agent,
 )
 from dsrl_async.run.preflight.resume import check_resume
 from dsrl_async.run.preflight.run_directory import choose_run_directory, open_run_directory
@@ -42,6 +43,7 @@ __all__ = [
     "choose_run_directory",
     "describe",
     "fetch_policy",
+    "fit_agent",
     "made_with",
     "memory_needed",
     "open_run_directory",

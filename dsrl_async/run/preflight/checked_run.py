@@ -20,6 +20,7 @@ from dsrl_async.run.preflight.policy import (
     check_graphics,
     check_prompts,
     check_render_quality,
+    fit_agent,
 )
 
 
@@ -28,6 +29,7 @@ class CheckedRun:
     """What `check_run` has found out, so that nobody in this process asks or reads it again."""
 
     config: Config
+    """The settings, with the widths of environment and policy where the user gave none."""
     environment: EnvironmentRecord
     spec: EnvironmentSpec
     """The shapes of the environment."""
@@ -56,6 +58,7 @@ def check_run(config: Config, before: Config | None = None, meanwhile: Callable[
     spec = check_environment(config, before)
     config = fetch_policy(config, meanwhile)
     files = check_checkpoint(config)
+    config = fit_agent(config, files.config, spec)
     check_fit(config, files.config, spec)
     told = check_prompts(files, spec)
     check_render_quality(config, files.maker)

@@ -1,4 +1,4 @@
-"""What a run was made with beside its settings: the policy itself, and the simulator's version.
+"""What a run was made with beside its settings: the policy itself, the simulator's version, a user's environment.
 
 It stands in `<run>/made_with.json` from the first start on. Runs of earlier versions have none.
 """
@@ -14,7 +14,7 @@ from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.files import write_text
 from dsrl_async.pi0.identity import differences, identity
 from dsrl_async.run.preflight.checked_run import CheckedRun
-from dsrl_async.untrusted import read_json
+from dsrl_async.untrusted import read_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,10 @@ def made_with(run: CheckedRun) -> dict[str, Any]:
         policy = identity(run.policy, run.spec.prompts)
     except OSError as error:
         raise ConfigError(f"policy.checkpoint: {error.filename} cannot be read: {error.strerror}") from error
-    return {"policy": policy, "packages": run.environment.versions()}
+    found = {"policy": policy, "packages": run.environment.versions()}
+    if run.environment.file is not None:
+        found["environment"] = {"file": run.environment.file, "spec": run.spec._asdict()}
+    return found
 
 
 def record_made_with(run_dir: Path, found: dict[str, Any]) -> None:
@@ -65,4 +68,19 @@ def check_made_with(run_dir: Path, now: dict[str, Any], policy: Path) -> list[st
         )
     names = sorted(before["packages"].keys() | now["packages"].keys())
     versions = [(name, before["packages"].get(name), now["packages"].get(name)) for name in names]
+    versions += _check_environment(before.get("environment"), now.get("environment"))
     return [f"{name} {old or 'none'} -> {new or 'none'}" for name, old, new in versions if old != new]
+
+
+def _check_environment(before: Any, now: Any) -> list[tuple[str, str, str]]:
+    """What else is worth comparing of a user's environment; raises ConfigError if it has other shapes now."""
+    if not (isinstance(before, dict) and isinstance(before.get("spec"), dict) and isinstance(now, dict)):
+        return []  # nobody has noted it
+    for field, value in now["spec"].items():
+        old = before["spec"].get(field)
+        if old != (list(value) if isinstance(value, tuple) else value):
+            raise ConfigError(
+                f"env.name: the {field} of the environment in {now['file']} is {shown(value)}, and was {shown(old)} "
+                "when the resumed run was made; make it so again, or start a new run"
+            )
+    return [("environment", str(before.get("file")), now["file"])]

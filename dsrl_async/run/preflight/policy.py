@@ -99,6 +99,11 @@ def check_prompts(files: PolicyFiles, spec: EnvironmentSpec) -> tuple[str, ...]:
     )
 
 
+def fit_agent(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> Config:
+    """The settings with the agent's widths, where the user gave none: those of the environment and the policy."""
+    return config.model_copy(update={"sac": config.sac.with_widths(spec.state_dim, policy.action_dim)})
+
+
 def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None:
     """Raises ConfigError unless policy, environment and agent have the same shapes."""
     directory, record = policy_directory(config), environment_record(config.env.model_dump())
@@ -126,13 +131,16 @@ def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None
         )
     if config.sac.noise_dim != policy.action_dim:
         raise ConfigError(
-            f"sac.noise_dim: {config.sac.noise_dim} must be the policy's action width, {policy.action_dim}"
+            f"sac.noise_dim: {config.sac.noise_dim} must be the policy's action width, {policy.action_dim}; "
+            "leave it out"
         )
     if (camera := max(config.sac.cameras)) >= spec.cameras:
         there = ", ".join(map(str, range(spec.cameras)))
         raise ConfigError(f"sac.cameras: {record.name} has no camera {camera}; choose from {there}")
     if config.sac.state_dim != spec.state_dim:
-        raise ConfigError(f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}")
+        raise ConfigError(
+            f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}; leave it out"
+        )
 
 
 def trained_quality(directory: Path, maker: str) -> str | None:
