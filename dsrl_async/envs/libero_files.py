@@ -16,7 +16,7 @@ import stat
 import tempfile
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -356,14 +356,15 @@ def check_tasks(suite: str, tasks: Sequence[int], source: str | None = None) -> 
     lack a file, have a damaged one, or have objects that LIBERO has not. A suite that is not one of LIBERO's own must
     be whole, whichever tasks are chosen: an evaluation counts through all of them.
     """
-    check_places()
+    assets = check_places()["assets"]
     moved, broken = {}, {}
     for task in tasks if suite in SUITES else range(len(task_names(suite))):
         file = bddl_file(suite, task)
         try:
             if not os.path.exists(file):
                 raise ValueError(f"there is no {file}{INSTALL}")
-            _check_objects(file)
+            if suite not in SUITES:
+                _check_objects(file, assets)
             init_states(suite, task)
         except ValueError as error:
             broken[task] = error
@@ -406,7 +407,7 @@ def _language(file: Path) -> str:
     return _section(untrusted.read_text(file, LARGEST), "(:language").strip()
 
 
-def _check_objects(file: Path) -> None:
+def _check_objects(file: Path, assets: Path) -> None:
     """Raises ValueError if a BDDL file has a kind of object, or of scene, that the installed LIBERO has not."""
     text = re.sub(r";.*", "", untrusted.read_text(file, LARGEST)).lower()
     problem = re.search(r"\(problem ([^\s()]+)", text)
@@ -414,8 +415,14 @@ def _check_objects(file: Path) -> None:
     known = _known_kinds(root() / "envs")
     if known is None:
         return
-    if missing := sorted(kinds - known.objects):
-        raise ValueError(f"{file} has the object {untrusted.shown(missing[0])}, which the installed LIBERO has not")
+    for kind in sorted(kinds):
+        if kind not in known.objects:
+            raise ValueError(f"{file} has the object {untrusted.shown(kind)}, which the installed LIBERO has not")
+        models = known.objects[kind]
+        if models and not any(os.path.exists(assets / model) for model in models):
+            raise ValueError(
+                f"{file} has the object {untrusted.shown(kind)}, and there is no {sorted(models)[0]} in {assets}"
+            )
     if problem is not None and problem[1] not in known.problems:
         raise ValueError(f"{file} has the scene {untrusted.shown(problem[1])}, which the installed LIBERO has not")
 
@@ -427,26 +434,51 @@ def _section(bddl: str, name: str) -> str:
 class _Kinds(NamedTuple):
     """What BDDL files may name, in small letters."""
 
-    objects: frozenset[str]
-    problems: frozenset[str]
+    objects: dict[str, set[str]]
+    """Kind of object -> the files of its model in the assets, one of which has to be there; none if nobody knows."""
+    problems: set[str]
 
 
 @cache
 def _known_kinds(envs: Path) -> _Kinds | None:
     """The classes in the text of LIBERO's code, named as LIBERO does; None if there are none, or it cannot be read."""
-    objects: set[str] = set()
+    objects: dict[str, set[str]] = {}
     problems: set[str] = set()
     try:
         for file in envs.glob("objects/*.py"):
-            for name in re.findall(r"^class (\w+)", untrusted.read_text(file, LARGEST), re.MULTILINE):
-                objects.add("_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower())
+            for name, models in _models(untrusted.read_text(file, LARGEST)):
+                objects.setdefault("_".join(re.sub(r"([A-Z0-9])", r" \1", name).split()).lower(), set()).update(models)
         for file in envs.glob("problems/*.py"):
             text = untrusted.read_text(file, LARGEST)
             problems.update(name.lower() for name in re.findall(r"^class (\w+)", text, re.MULTILINE))
-            objects.update(re.findall(r"fixture_category == \"(\w+)\"", text))  # a table or floor: the scene itself
+            for kind in re.findall(r"fixture_category == \"(\w+)\"", text):
+                objects[kind] = set()  # a table or floor: the scene itself
     except ValueError:
         return None
-    return _Kinds(frozenset(objects), frozenset(problems)) if objects and problems else None
+    return _Kinds(objects, problems) if objects and problems else None
+
+
+def _models(code: str) -> Iterator[tuple[str, list[str]]]:
+    """The classes in a module of objects, and the files of their models as far as the text says it.
+
+    A class either names its file itself, as `"a" / "b" / "c.xml"`, or its `obj_name`, and its base class has a pattern
+    such as `f"a/{obj_name}.xml"`.
+    """
+    patterns: dict[str, str] = {}
+    for part in re.split(r"^class ", code, flags=re.MULTILINE)[1:]:
+        if (head := re.match(r"(\w+)(?:\((\w+)\))?", part)) is None:
+            continue
+        name, base = head.groups()
+        if pattern := re.search(r'f"([\w/]*\{obj_name\}[\w/{}]*\.xml)"', part):
+            patterns[name] = pattern[1]
+        own = re.search(r'"(\w+)" / "(\w+)" / "(\w+\.xml)"', part)
+        called = re.search(r'\bobj_name="(\w+)"', part)
+        if own is not None:
+            yield name, ["/".join(own.groups())]
+        elif called is not None and base in patterns:
+            yield name, [patterns[base].replace("{obj_name}", called[1])]
+        else:
+            yield name, []
 
 
 def has_furniture(suite: str, task: int) -> bool:

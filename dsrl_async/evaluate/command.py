@@ -104,8 +104,8 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console.width = 120
     options = build_parser().parse_args(list(argv))
-    parts = resolve_all(options)
-    for warning in dict.fromkeys(warning for part in parts for warning in part.evaluation.run.warnings):
+    parts, warnings = resolve_all(options)
+    for warning in warnings:
         console.print(warning)
     several = len(parts) > 1
     suites: dict[str, dict[str, Any]] = {}

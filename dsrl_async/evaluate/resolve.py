@@ -65,8 +65,10 @@ class Part(NamedTuple):
     evaluation: Evaluation
 
 
-def resolve_all(options: argparse.Namespace) -> list[Part]:
-    """Return the evaluations that the options ask for, those of a suite one after the other, the base policy first.
+def resolve_all(options: argparse.Namespace) -> tuple[list[Part], list[str]]:
+    """Return the evaluations that the options ask for, and warnings about them.
+
+    Those of a suite come one after the other, the base policy first.
 
     Raises ValueError (often a ConfigError) with one sentence if one of them cannot be played.
     """
@@ -75,32 +77,51 @@ def resolve_all(options: argparse.Namespace) -> list[Part]:
     if options.compare and options.base:
         raise ConfigError("--compare plays the base policy, too; leave out --base")
     parts = []
-    for suite in named_suites(options.suite):
+    suites, warnings = named_suites(options.suite)
+    for suite in suites:
         for base in (True, False) if options.compare else (options.base,):
             one = {"suite": None if suite is None else [suite], "base": base}
             evaluation = resolve(argparse.Namespace(**{**vars(options), **one}))
             policy: Literal["base", "steered"] = "base" if evaluation.checkpoint is None else "steered"
             parts.append(Part(evaluation.run.environment.name, policy, evaluation))
-    return parts
+            warnings += evaluation.run.warnings
+    return parts, list(dict.fromkeys(warnings))
 
 
-def named_suites(given: Sequence[str] | None) -> Sequence[str | None]:
-    """Return the suites that `--suite` names, each once, or only None if there is no such option.
+def named_suites(given: Sequence[str] | None) -> tuple[Sequence[str | None], list[str]]:
+    """Return the suites that `--suite` names, each once, or only None if there is no such option, and warnings.
 
-    A pattern, such as `libero_spatial*`, names all suites of the installed LIBERO that it fits. Raises ConfigError if
-    there are none, and ValueError if LIBERO is not installed.
+    A pattern, such as `libero_spatial*`, names all suites of the installed LIBERO that it fits and that can be played;
+    the warnings say which cannot. Raises ConfigError if there are none, and ValueError if LIBERO is not installed.
     """
     if given is None:
-        return [None]
+        return [None], []
     named: dict[str, None] = {}
+    left_out: dict[str, str] = {}
     for name in given:
-        found = [name] if not set("*?[") & set(name) else fnmatch.filter(libero_files.suites(), name)
-        if not found or not found[0].startswith(libero_files.PREFIX):
+        if set("*?[") & set(name):
+            fitting = fnmatch.filter(libero_files.suites(), name)
+            left_out |= {suite: reason for suite in fitting if (reason := why_not(suite))}
+            found = [suite for suite in fitting if suite not in left_out]
+        else:
+            fitting = found = [name] if name.startswith(libero_files.PREFIX) else []
+        if not fitting:
             raise ConfigError(
                 f"--suite: {name!r} names no suite of LIBERO; give the name of one, such as libero_spatial"
             )
+        if not found:
+            raise ConfigError(f"--suite: {name!r} names no suite that can be played: {left_out[fitting[0]]}")
         named |= dict.fromkeys(found)
-    return list(named)
+    return list(named), [f"{suite} is left out: {left_out[suite]}" for suite in left_out if suite not in named]
+
+
+def why_not(suite: str) -> str:
+    """Return why a suite cannot be played, or nothing."""
+    try:
+        libero_files.check_tasks(suite, libero_files.selected_tasks(suite, None))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def resolve(options: argparse.Namespace) -> Evaluation:

@@ -19,7 +19,14 @@ from dsrl_async.envs import libero_files, libero_init_states
 
 STATES = np.random.default_rng(0).normal(size=(3, 5))
 MAP = b"libero_task_map = {\n    'libero_goal': [\n        'open_it',\n        'close_it',\n    ],\n}\n"
-OBJECTS = b"@register_object\nclass Stove(Object):\n    pass\n"
+OBJECTS = b"""class Base(Object):
+    path = f"scenes/{obj_name}.xml"
+
+@register_object
+class Stove(Base):
+    def __init__(self, obj_name="stove"):
+        super().__init__(str(assets / "scenes" / "stove" / "stove.xml"))
+"""
 PROBLEMS = b'class X(Base):\n    if fixture_category == "table":\n        continue\n'
 BDDL = b"(define (problem x)\n  (:language Open it)\n  (:fixtures\n    table - table\n    stove - stove\n  )\n)\n"
 
@@ -41,6 +48,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for task in ("open_it", "close_it"):
             (inner / "bddl_files" / suite / f"{task}.bddl").write_bytes(BDDL)
             (inner / "init_files" / suite / f"{task}.pruned_init.npz").write_bytes(of_numpy(STATES))
+    (inner / "assets" / "scenes" / "stove").mkdir()
+    for model in ("scenes/stove.xml", "scenes/stove/stove.xml"):
+        (inner / "assets" / model).touch()
     for place, code in (("objects", OBJECTS), ("problems", PROBLEMS)):
         (inner / "envs" / place).mkdir(parents=True)
         (inner / "envs" / place / "code.py").write_bytes(code)
@@ -262,7 +272,19 @@ def test_bddl_files(package: Path, seed: int, suite: str) -> None:
         file.write_bytes(BDDL)
 
 
-CODE_WORDS = [b"class ", b"@register_object\n", b"\nclass " + b"A" * 5000, b"(", b":", b"\xff", b"\x00", b'"', b" == "]
+CODE_WORDS = [
+    b"class ",
+    b"@register_object\n",
+    b"\nclass " + b"A" * 5000,
+    b"(",
+    b":",
+    b"\xff",
+    b"\x00",
+    b'"',
+    b" == ",
+    b"../" * 3,
+    b"{obj_name}",
+]
 
 
 @given(seed=st.integers(0, 2**64), place=st.sampled_from(["objects", "problems"]))

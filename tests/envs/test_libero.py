@@ -362,7 +362,7 @@ def test_what_bddl_files_say_is_what_libero_reads_in_them() -> None:
             assert told == (named if info["language_instruction"] == named.lower() else info["language_instruction"])
     kinds = libero_files._known_kinds(libero_files.root() / "envs")
     assert kinds is not None
-    assert kinds.objects > get_object_dict().keys()
+    assert kinds.objects.keys() > get_object_dict().keys()
     assert kinds.problems >= TASK_MAPPING.keys()
 
 

@@ -554,29 +554,57 @@ def test_a_suite_that_is_not_whole_is_refused_by_name_whichever_tasks_are_chosen
         checked_suite("libero_goal_swap")
 
 
-def test_objects_and_scenes_that_libero_lacks_are_refused_by_name(variations: Path) -> None:
-    write_task(
-        variations, "libero_goal_swap", TASKS[2], "x", kinds="o_1 o_2 - Red2Stove ; old - gone\n stove_1 - stove"
-    )
+OBJECTS = """
+class Base(MujocoXMLObject):
+    def __init__(self, name, obj_name):
+        super().__init__(os.path.join(assets, f"scenes/{obj_name}/{obj_name}.xml"))
+
+@register_object
+class Stove(Base):
+    def __init__(self, name="stove", obj_name="flat_stove"):
+        super().__init__(name, obj_name)
+
+@register_visual_change_object
+@register_object
+class Red2Stove(Custom):
+    def __init__(self, name="red"):
+        super().__init__(path=str(assets / "custom_objects" / "red" / "red.xml"))
+"""
+
+
+def test_what_a_variation_needs_and_libero_has_not_is_refused_by_name(variations: Path) -> None:
+    """Kinds of objects, their models, and scenes. LIBERO's own suites are left alone."""
+    kinds = "o_1 o_2 - {} ; old - gone\n stove_1 - stove"
+    write_task(variations, "libero_goal_swap", TASKS[2], "x", kinds=kinds.format("Red_2_Stove"))
     checked_suite("libero_goal_swap")  # there is no code to compare with
-    for place in ("objects", "problems"):
-        (variations / "envs" / place).mkdir(parents=True)
-    (variations / "envs" / "objects" / "a.py").write_text("@register_object\nclass Stove(Base):\n    pass\n")
+    for place in ("envs/objects", "envs/problems", "assets/scenes/flat_stove", "assets/custom_objects/red"):
+        (variations / place).mkdir(parents=True)
+    (variations / "envs" / "objects" / "a.py").write_text(OBJECTS)
     problem = variations / "envs" / "problems" / "b.py"
     problem.write_text('class Libero_Table(Base):\n    if fixture_category == "table": ...\n')
-    libero_files._known_kinds.cache_clear()
-    with pytest.raises(ValueError, match=rf"of task 2: .*{TASKS[2]}\.bddl has the object 'red2stove', which the inst"):
-        checked_suite("libero_goal_swap")
-    (variations / "envs" / "objects" / "c.py").write_text("class Red2Stove(Stove): ...\n")
-    libero_files._known_kinds.cache_clear()
-    with pytest.raises(ValueError, match="has the object 'red2stove'"):  # LIBERO calls it red_2_stove
-        checked_suite("libero_goal_swap")
-    write_task(variations, "libero_goal_swap", TASKS[2], "x", kinds="o_1 o_2 - Red_2_Stove ; old - gone\n s - stove")
+    stove = variations / "assets" / "scenes" / "flat_stove" / "flat_stove.xml"
+    red = variations / "assets" / "custom_objects" / "red" / "red.xml"
+
+    def refused(words: str) -> None:
+        libero_files._known_kinds.cache_clear()
+        checked_suite("libero_goal")
+        with pytest.raises(ValueError, match=words) as caught:
+            checked_suite("libero_goal_swap")
+        assert str(caught.value).startswith("libero_goal_swap cannot be played, because of task ")
+        assert "\n" not in str(caught.value)
+
+    stove.touch()
+    refused(rf"{TASKS[2]}\.bddl has the object 'red_2_stove', and there is no custom_objects/red/red\.xml in .*assets")
+    (red.parent / "elsewhere.xml").touch()
+    stove.rename(red)
+    refused(rf"{TASKS[0]}\.bddl has the object 'stove', and there is no scenes/flat_stove/flat_stove\.xml in .*assets")
+    stove.touch()
     checked_suite("libero_goal_swap")
+    write_task(variations, "libero_goal_swap", TASKS[2], "x", kinds=kinds.format("Red2Stove"))
+    refused(rf"of task 2: .*{TASKS[2]}\.bddl has the object 'red2stove', which the installed LIBERO has not")
+    write_task(variations, "libero_goal_swap", TASKS[2], "x")
     problem.write_text('class Another(Base):\n    if fixture_category == "table": ...\n')
-    libero_files._known_kinds.cache_clear()
-    with pytest.raises(ValueError, match="has the scene 'libero_table', which the installed"):
-        checked_suite("libero_goal_swap")
+    refused("has the scene 'libero_table', which the installed LIBERO has not")
 
 
 @pytest.mark.parametrize(

@@ -621,22 +621,30 @@ def test_what_cannot_be_compared_is_refused(options: list[str], words: str, monk
 
 
 def test_suites_are_named_one_by_one_in_a_list_and_by_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
-    there_are = ("libero_spatial", "libero_goal", "libero_goal_lan", "libero_goal_swap", "libero_10")
+    there_are = ("libero_spatial", "libero_goal", "libero_goal_lan", "libero_goal_swap", "libero_10", "libero_10_lan")
+    reasons = {"libero_goal_lan": "it has no files", "libero_10_lan": "a mug is missing"}
     monkeypatch.setattr(libero_files, "suites", lambda: there_are)
+    monkeypatch.setattr(resolving, "why_not", lambda suite: reasons.get(suite, ""))
 
-    def named(*options: str) -> list[str | None]:
-        return list(named_suites(build_parser().parse_args(options).suite))
+    def named(*options: str) -> tuple[list[str | None], list[str]]:
+        suites, warnings = named_suites(build_parser().parse_args(options).suite)
+        return list(suites), warnings
 
-    assert named() == [None]
-    assert named("--suite", "libero_10, libero_goal", "--suite", "libero_10") == ["libero_10", "libero_goal"]
-    assert named("--suite", "libero_spatial,libero_goal*") == [*there_are[:1], *there_are[1:4]]
-    assert named("--suite", "libero_unknown") == ["libero_unknown"]  # which is refused where its files are looked for
+    left_out = ["libero_goal_lan is left out: it has no files"]
+    assert named() == ([None], [])
+    assert named("--suite", "libero_10, libero_goal", "--suite", "libero_10") == (["libero_10", "libero_goal"], [])
+    assert named("--suite", "libero_spatial,libero_goal*") == ([*there_are[:2], there_are[3]], left_out)
+    # What is named without a pattern is refused where its files are looked for.
+    assert named("--suite", "libero_goal*,libero_goal_lan")[0] == [there_are[1], there_are[3], there_are[2]]
+    assert named("--suite", "libero_unknown") == (["libero_unknown"], [])
+    with pytest.raises(ConfigError, match=r"'libero_10_\*' names no suite that can be played: a mug is missing"):
+        named("--suite", "libero_10_*")
 
 
 @needs_libero
 def test_several_suites_are_planned_before_any_is_played() -> None:
     options = ["--config", str(SMALL_LIBERO), "--policy.checkpoint", str(SMALL_LIBERO_POLICY), "--episodes", "20"]
-    parts = resolve_all(build_parser().parse_args([*options, "--suite", "libero_spatial,libero_goal"]))
+    parts, _ = resolve_all(build_parser().parse_args([*options, "--suite", "libero_spatial,libero_goal"]))
     assert [(part.suite, part.policy) for part in parts] == [("libero_spatial", "base"), ("libero_goal", "base")]
     for part, steps in zip(parts, (220, 300), strict=True):
         assert part.evaluation.run.environment.episode_steps == steps
