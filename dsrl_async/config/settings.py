@@ -157,7 +157,8 @@ class EnvConfig(Section):
     task_ids: Fixed[list[int] | None] = None
     """LIBERO: numbers of the suite's tasks to play; null means all."""
     init_states: Fixed[list[int] | None] = None
-    """LIBERO: which of a task's published initial states (0 to 49 in its own suites) to start from; null means all."""
+    """LIBERO: which of a task's published initial states (0 to 49 in its own suites) to start from; null means all.
+    RLinf's DSRL plays number 0 of task 0 alone (`configs/libero_spatial_pi0.yaml`)."""
     scene_order: Announced[Literal["sampled", "cycled"]] = "sampled"
     """LIBERO: an episode's task and initial state are drawn, or follow one another: all initial states of the first
     task, then those of the next."""

@@ -2,9 +2,9 @@
 
     python scripts/studies/compare_update_order.py
 
-Makes serial runs, which do not depend on the machine's speed or load: with `sac.critic_in_actor_loss` before and after,
+Makes serial runs, in which the machine's speed and load have no say: with `sac.critic_in_actor_loss` before and after,
 each number of `--actors`, and each seed from 0 on, until 90 % of the last 100 episodes are successes, or for
-`--max-minutes`. Prints decisions and seconds until then as a Markdown table: the median, and all seeds behind it.
+`--max-decisions`. Prints decisions and seconds until then as a Markdown table: the median, and behind it each seed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--success", type=float, default=0.9)
-    parser.add_argument("--max-minutes", type=float, default=10.0)
+    parser.add_argument("--max-decisions", type=int, default=4000)
     arguments = parser.parse_args()
     stop = StopRequest()
     print("| actors | critic in the actor's loss | decisions | seconds |\n|---|---|---|---|")
@@ -42,9 +43,12 @@ def main() -> None:
         decisions, seconds = [], []
         for seed in range(arguments.seeds):
             options = ["--actors", str(actors), "--sac.critic_in_actor_loss", order, "--log.console", "off"]
-            options += ["--max-minutes", str(arguments.max_minutes), "--stop-at-success", str(arguments.success)]
+            options += ["--max-decisions", str(arguments.max_decisions), "--stop-at-success", str(arguments.success)]
             with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
-                run = measure(SERIAL, options, seed, Path(directory, "run"), arguments.success, stop)
+                try:
+                    run = measure(SERIAL, options, seed, Path(directory, "run"), arguments.success, stop)
+                except ValueError as error:
+                    sys.exit(f"{parser.prog}: {error}")
             decisions.append(run["decisions_to_success"])
             seconds.append(run["seconds_to_success"])
         print(f"| {actors} | {order} | {described(decisions)} | {described(seconds)} |", flush=True)
