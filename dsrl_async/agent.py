@@ -21,7 +21,7 @@ from dsrl_async.envs.images import resize_with_pad, write_agent_image
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.graphs import graphs_of
-from dsrl_async.pi0.files import PolicyFiles
+from dsrl_async.policies import PolicyRecord
 from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.inference.policies import load_frozen_policy
@@ -55,7 +55,7 @@ class Agent:
     """
 
     def __init__(
-        self, checkpoint: Path, config: Config, spec: EnvironmentSpec, files: PolicyFiles, mode: Mode, seed: int
+        self, checkpoint: Path, config: Config, spec: EnvironmentSpec, policy: PolicyRecord, mode: Mode, seed: int
     ) -> None:
         self.checkpoint, self.config, self.mode = checkpoint, config, mode
         self.spec, self.prompts, self.chunk = spec, spec.prompts, config.env.chunk
@@ -63,7 +63,7 @@ class Agent:
         antialias = environment_record_settings(config).get("antialias")
         self._antialias = True if antialias is None else bool(antialias)
         self._device = resolve_device(config.device)
-        self._frozen = load_frozen_policy(config, files, self._device, spec.prompts, lambda: None)
+        self._frozen = load_frozen_policy(config, policy, self._device, spec.prompts, lambda: None)
         self.horizon = self._frozen.spec.action_horizon
         self._actor = Actor(config.sac, self.horizon, self._device)
         load_weights(self._actor, checkpoint)
@@ -146,7 +146,7 @@ class Agent:
             with graphs_of(self.config.policy.graphs, self._device, np.zeros(1, np.int64)) as graphs:
                 if self.config.policy.compile:
                     steered.run()
-                if graphs:
+                if graphs and self._frozen.capturable:
                     steered.capture()
             self._batches[count, length] = steered
         return self._batches[count, length]
@@ -268,18 +268,18 @@ def load_agent(
         if not prompts:
             raise ConfigError(f"{error}; or give load_agent `prompts`, with which it needs no environment") from error
         config = preflight.fetch_policy(config)
-        files = preflight.check_checkpoint(config)
-        sizes = files.config
+        policy = preflight.check_checkpoint(config, before)
+        sizes = policy.spec
         spec = EnvironmentSpec(sizes.cameras, sizes.image_size, sizes.robot_state_dim, sizes.robot_action_dim, ())
         logger.warning("%s is not asked about: %s", config.env.name, error)
     else:
         checked = preflight.check_run(config, before)
-        config, files = checked.config, checked.policy
-        preflight.check_made_with(run_dir, preflight.made_with(checked), files.directory)
+        config, policy = checked.config, checked.policy
+        preflight.check_made_with(run_dir, preflight.made_with(checked), policy.place)
     spec = spec._replace(prompts=tuple(dict.fromkeys((*spec.prompts, *prompts))))
-    for warning in preflight.check_prompts(files, spec):
+    for warning in preflight.check_prompts(policy, spec):
         logger.warning(warning)
-    return Agent(checkpoint, config, spec, files, mode or config.sac.evaluation_noise, seed)
+    return Agent(checkpoint, config, spec, policy, mode or config.sac.evaluation_noise, seed)
 
 
 def load_weights(actor: Actor, checkpoint: Path, option: str = "give") -> None:

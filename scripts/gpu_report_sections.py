@@ -781,7 +781,7 @@ def serving(options: Options, model: str, state_in_prompt: bool, results: Result
     loaded = LoadedPolicy(pi0, random_model(pi0, device, options.torch_dtype()), normaliser, tokenizer)
     arena = create_memory(config, spec, pi0.action_horizon)
     original = module.load_frozen_policy
-    module.load_frozen_policy = lambda config, files, device, prompts, progress: Pi0Policy(
+    module.load_frozen_policy = lambda config, record, device, prompts, progress: Pi0Policy(
         loaded, prompts, config.policy.denoise_steps, config.policy.compile
     )
     try:
@@ -993,6 +993,7 @@ def end_to_end(results: Results, options: Options) -> None:
     from dsrl_async.host.signals import StopRequest
     from dsrl_async.pi0.files import find_policy
     from dsrl_async.plan.simulation import EnvironmentTimes
+    from dsrl_async.policies.pi0 import pi0_record
     from dsrl_async.run.preflight import CheckedRun
     from dsrl_async.run.supervisor.child import Kind
     from dsrl_async.run.supervisor.session import Session
@@ -1032,7 +1033,7 @@ def end_to_end(results: Results, options: Options) -> None:
         )
         write_text(run_dir / "config.yaml", to_yaml(config))
         stop = StopRequest()
-        run = CheckedRun(config, environment_record(config.env.model_dump()), SPEC, find_policy(policy))
+        run = CheckedRun(config, environment_record(config.env.model_dump()), SPEC, pi0_record(find_policy(policy)))
         session = Session(run, run_dir, stop, NoDisplay())
         sleeping = Program("dsrl_async.bench.simulated.environment", {"times": dataclasses.asdict(times)})
         supervisor = Supervisor(session, {**PROGRAMS, Kind.WORKER: sleeping})

@@ -17,26 +17,27 @@ import pytest
 from support.paths import ROOT
 
 PACKAGE = "dsrl_async"
-GROUND = "untrusted config pi0 envs sac"
+GROUND = "untrusted users_code config pi0 policies envs sac"
 MACHINE = "shm host"
-SHARED = "run.frozen_policy run.replay_ratio run.channel run.weights run.checkpoints run.set_aside run.evaluation"
+SHARED = "run.replay_ratio run.channel run.weights run.checkpoints run.set_aside run.evaluation"
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
 HOUSE = {
     # On the ground: settings, the policy, environments, the small agent. None of them knows that there are processes.
     "untrusted": "",
+    "users_code": "untrusted",
     "config": "untrusted",
     "pi0": "untrusted",
-    "envs": "untrusted config",
+    "policies": "untrusted users_code config pi0",
+    "envs": "untrusted users_code config",
     "sac": "config",
     # What processes share, and what deals with the operating system and the device.
     "shm": "config envs",
-    "host": "untrusted config envs shm",
+    "host": "untrusted config envs policies shm",
     # What a run shows of itself.
     "telemetry": "untrusted config envs shm host",
-    # What the processes of a run have in common: the policy as a protocol, the ratio, the weights, the files.
-    "run.frozen_policy": "",
+    # What the processes of a run have in common: the ratio, the weights, the files.
     "run.replay_ratio": "",
     "run.channel": "",
     "run.weights": "run.channel",
@@ -44,10 +45,10 @@ HOUSE = {
     "run.set_aside": "host run.checkpoints",
     "run.evaluation": "untrusted config envs host run.checkpoints",
     # What is checked before anything starts.
-    "run.preflight": f"untrusted config pi0 envs {MACHINE} {SHARED}",
+    "run.preflight": f"untrusted config pi0 policies envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
-    "run.inference": f"{GROUND} {MACHINE} run.frozen_policy run.replay_ratio run.channel run.weights run.evaluation",
+    "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.channel run.weights run.evaluation",
     "run.learner": f"config sac {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints run.evaluation",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",

@@ -121,6 +121,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
+def prepare_options(value: Any) -> Any:
+    """Keyword arguments of a user's function; raises ValueError for what cannot be any, or would not be the same."""
+    value = {} if value is None else value  # all that stood in it is commented out
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a mapping, such as {{key: value}}, not {shown(value)}")
+    for key, item in value.items():
+        if not (isinstance(key, str) and key.isidentifier()):
+            raise ValueError(f"{shown(key)} cannot be the name of a keyword argument")
+        if not _is_plain(item):
+            raise ValueError(f"{key} must be made of text, finite numbers, true, false, null, lists and mappings")
+    return dict(value)
+
+
 def _number(text: str) -> int | float | None:
     for kind in (int, float):
         with contextlib.suppress(ValueError):
@@ -184,18 +197,7 @@ class EnvConfig(Section):
     """LIBERO: `exact`: LIBERO's own pixels; `fast`: without reflections and multisampling, with simpler meshes and
     smaller textures, which takes less than half the time where a CPU renders and differs visibly."""
 
-    @field_validator("options", mode="before")
-    @classmethod
-    def _prepare_options(cls, value: Any) -> Any:
-        value = {} if value is None else value  # all that stood in it is commented out
-        if not isinstance(value, Mapping):
-            raise ValueError(f"must be a mapping, such as {{key: value}}, not {shown(value)}")
-        for key, item in value.items():
-            if not (isinstance(key, str) and key.isidentifier()):
-                raise ValueError(f"{shown(key)} cannot be the name of a keyword argument")
-            if not _is_plain(item):
-                raise ValueError(f"{key} must be made of text, finite numbers, true, false, null, lists and mappings")
-        return dict(value)
+    _prepare_options = field_validator("options", mode="before")(prepare_options)
 
     @model_validator(mode="after")
     def _check(self) -> EnvConfig:
@@ -214,6 +216,11 @@ class EnvConfig(Section):
 class PolicyConfig(Section):
     """The frozen flow-matching policy."""
 
+    type: Announced[str | None] = None
+    """The class of a policy of your own, like `my_module:MyPolicy` (docs/your_policy.md); null means what the
+    checkpoint says that it is: a Pi0, or LeRobot's diffusion policy."""
+    options: Fixed[dict[str, Any]] = {}
+    """yours: keyword arguments of the policy's class."""
     checkpoint: Announced[str | None] = None
     """Directory with the policy's weights as safetensors, from openpi, RLinf, LeRobot or this project, or a model of
     the Hugging Face hub, `owner/name` or `owner/name@revision` (docs/pi0.md); null means the embedded tabletop
@@ -241,6 +248,8 @@ class PolicyConfig(Section):
     graphs: Announced[Literal["auto", "off"]] = "auto"
     """`auto`: on a GPU the policy is captured in CUDA graphs; `off`: every kernel is launched each time, which takes
     longer at small batches."""
+
+    _prepare_options = field_validator("options", mode="before")(prepare_options)
 
     def overrides(self) -> dict[str, Any]:
         """What the user says about the checkpoint itself, as keyword arguments of `pi0.files.find_policy`.

@@ -26,7 +26,6 @@ from dsrl_async.host import processes
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
 from dsrl_async.host.probe import Unanswered, ask
-from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.run import preflight
 from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.shm.arena import layout
@@ -161,19 +160,14 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def check_policy(config: Config, options: Options) -> Iterator[Finding]:
-    files = preflight.check_checkpoint(config)
-    stored = sum(tensor.bytes for tensor in files.tensors.values())
-    kinds = "/".join(sorted({tensor.dtype for tensor in files.tensors.values()}))
-    yield Finding(
-        "policy",
-        "ok",
-        f"{files.directory}: {'Pi0.5' if files.config.pi05 else 'Pi0'} as {files.maker} stores it, "
-        f"{parameter_count(files.config):,} parameters in {stored / 1e6:,.1f} MB of {kinds}, with tokenizer and "
-        f"norm stats ({files.norm_stats_source})",
-    )
+    policy = preflight.check_checkpoint(config)
+    where = "" if policy.directory is None else f"{policy.directory}: "
+    yield Finding("policy", "ok", f"{where}{policy.description}")
+    yield from (Finding("policy", "warning", warning) for warning in policy.warnings)
     spec = preflight.check_environment(config)
-    preflight.check_fit(preflight.fit_agent(config, files.config, spec), files.config, spec)
-    preflight.check_render_quality(config, files.maker)
+    preflight.check_fit(preflight.fit_agent(config, policy.spec, spec), policy.spec, spec)
+    preflight.check_prompts(policy, spec)
+    preflight.check_render_quality(config, policy.maker)
     yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
 
 
@@ -192,8 +186,8 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
             f"{'' if actors < available else '; lower actors'} (the policy's share is not known yet)",
         )
         return
-    need = preflight.memory_needed(config, run.environment, run.spec, run.policy.config)
-    fit = preflight.actors_that_fit(config, run.environment, run.spec, run.policy.config, available)
+    need = preflight.memory_needed(config, run.environment, run.spec, run.policy.needs)
+    fit = preflight.actors_that_fit(config, run.environment, run.spec, run.policy.needs, available)
     preflight.check_memory(run)
     yield Finding(
         "memory",
@@ -355,7 +349,7 @@ def check_run_directory(config: Config, options: Options) -> Iterator[Finding]:
         yield Finding("run directory", "ok", f"{run_dir} can be written, {free / GIB:.1f} GiB free")
         return
     if config.resume is not None:
-        preflight.check_made_with(run_dir, preflight.made_with(run), run.policy.directory)
+        preflight.check_made_with(run_dir, preflight.made_with(run), run.policy.place)
     checkpoint = layout(run_fields(config, run.spec, run.horizon))[1]
     copies = config.checkpoint.keep + 1  # the one that is being written
     status: Status = "ok" if free > copies * checkpoint else "warning" if free > checkpoint else "problem"

@@ -5,26 +5,19 @@ What `describe` returns is plain data, so that the processes which must not impo
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import inspect
 import json
 import math
 import operator
-import os
-import sys
-import sysconfig
-import traceback
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsrl_async import users_code
 from dsrl_async.config.strict_yaml import is_text
 from dsrl_async.envs.images import resize_with_pad, write_agent_image
 from dsrl_async.envs.libero_files import there_are
@@ -38,7 +31,8 @@ from dsrl_async.envs.protocol import (
     UserSimulation,
 )
 from dsrl_async.envs.shipped import IMPORTS_BYTES
-from dsrl_async.untrusted import in_one_line, shown
+from dsrl_async.untrusted import shown
+from dsrl_async.users_code import FAULTS, blamed
 
 GROUP = "dsrl_async.environments"
 """The entry points under which installed packages name their environments."""
@@ -50,8 +44,6 @@ ADAPTERS = {
 USER_SETTINGS = frozenset({"options"})
 METHODS = ("reset", "step_chunk", "observe", "close")
 NUMBERS = (int, float, np.integer, np.floating)
-FAULTS = (Exception, SystemExit)
-"""What a user's code may raise; Ctrl-C is not its own."""
 
 
 class Loaded(NamedTuple):
@@ -123,48 +115,21 @@ def answer(settings: Settings) -> dict[str, Any]:
 @functools.cache  # in a worker it is there already: the template has loaded it
 def _load(name: str, options: str) -> Loaded:
     target, distribution = _target(name)
-    module_name, _, path = target.partition(":")
-    module = _import(name, module_name)
-    try:
-        function = functools.reduce(getattr, path.split("."), module)
-    except AttributeError:
-        raise ValueError(f"env.name: {module.__file__} has no {path}, which {name} names") from None
-    if not callable(function):
-        raise ValueError(f"env.name: {path} in {module.__file__} is no function, but {shown(function)}")
-    arguments = json.loads(options)
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some that are written in C have none
-        pass
-    else:
-        try:
-            signature.bind(**arguments)
-        except TypeError as error:
-            raise ValueError(f"env.options: {error}; {name} is {path}{signature}") from None
-    try:
-        made = function(**arguments)
-    except FAULTS as error:
-        if name in ADAPTERS and isinstance(error, ValueError):
-            raise  # it names the option
-        raise ValueError(f"env.name: {blamed(error, module_name)}") from error
+    found = users_code.find("env.name", name, target)
+    made = users_code.call("env.name", name, found, (), json.loads(options), sentences=name in ADAPTERS)
     spec = _check(name, made)
     packages = tuple(dict.fromkeys([*([distribution] if distribution else []), *made.packages]))
-    return Loaded(made, spec, module_name, str(module.__file__), packages)
+    return Loaded(made, spec, found.module, found.file, packages)
 
 
 def _target(name: str) -> tuple[str, str | None]:
     """The `module:function` that a name stands for, and the distribution that says so; raises ValueError."""
     if ":" in name:
-        module, _, path = name.partition(":")
-        if module.endswith(".py") or "/" in module:
-            module = module.removesuffix(".py").strip("./").replace("/", ".")
-            raise ValueError(f"env.name: {name} names a file; name the module, like {module}:{path}")
-        if all(part.isidentifier() for part in (*module.split("."), *path.split("."))):
-            return name, None
-        raise ValueError(f"env.name: {shown(name)} is not like package.module:function")
+        users_code.check_path("env.name", name)
+        return name, None
     if name in ADAPTERS:
         return ADAPTERS[name], None
-    _see_working_directory()
+    users_code.see_working_directory()
     found = {point.value: point for point in entry_points(group=GROUP) if point.name == name}
     if len(found) > 1:
         raise ValueError(f"env.name: several packages have a {name}; choose one of {', '.join(sorted(found))}")
@@ -176,32 +141,6 @@ def _target(name: str) -> tuple[str, str | None]:
         f"env.name: there is no environment {shown(name)}; choose one of {names}, or one of your own, like "
         "package.module:function"
     )
-
-
-def _see_working_directory() -> None:
-    """Have modules found in the working directory, as `python -m` has: a console script has not."""
-    with contextlib.suppress(OSError):  # it was deleted
-        directory = os.getcwd()
-        if "" not in sys.path and directory not in sys.path:
-            sys.path.insert(0, directory)
-
-
-def _import(name: str, module_name: str) -> Any:
-    _see_working_directory()
-    try:
-        module = importlib.import_module(module_name)
-    except FAULTS as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            where = f"the working directory {os.getcwd()}" if os.path.isdir(os.curdir) else "the working directory"
-            raise ValueError(
-                f"env.name: there is no module {missing} for {name}, neither installed, nor on PYTHONPATH, nor in "
-                f"{where}; start from the directory that has it, or install it"
-            ) from None
-        raise ValueError(f"env.name: {blamed(error, module_name)}") from error
-    if getattr(module, "__file__", None) is None:
-        raise ValueError(f"env.name: {module_name} is a directory without a module's code; name a module in it")
-    return module
 
 
 # ---- what a function returns
@@ -391,55 +330,3 @@ class _Blaming:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, FAULTS):
             raise RuntimeError(f"the environment {self._name}: {blamed(error, self._module)}") from error
-
-
-# ---- whose line it was
-
-
-def blamed(error: BaseException, module: str) -> str:
-    """What a user's code has raised, and where: `my_env.py, line 12: ZeroDivisionError: division by zero`.
-
-    The line is the last one of the user's own code on the way to the error: of the package of `module`, or of whatever
-    is neither installed nor Python's.
-    """
-    kind, message = type(error).__name__, in_one_line(error)
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        return f"{_short(error.filename)}, line {error.lineno}: {kind}: {error.msg}"
-    said = f"{kind}: {message}" if message else kind
-    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, ValueError) and frames and _is_in(frames[-1][0], PACKAGE):
-        return message  # a sentence of this package
-    top = sys.modules.get(module.partition(".")[0])
-    own = getattr(top, "__file__", None)
-    own = os.path.dirname(own) if own is not None and hasattr(top, "__path__") else own
-    of_user = [frame for frame in frames if _is_users(frame[0], own)]
-    elsewhere = [frame for frame in frames if not _is_in(frame[0], PACKAGE) and not frame[0].startswith("<")]
-    for file, line in reversed(of_user or elsewhere):
-        return f"{_short(file)}, line {line}: {said}"
-    return said
-
-
-PACKAGE = str(Path(__file__).resolve().parent.parent)
-LIBRARIES = ("site-packages", "dist-packages")
-
-
-def _is_users(file: str, own: str | None) -> bool:
-    if file.startswith("<") or _is_in(file, PACKAGE):
-        return False
-    if own is not None and _is_in(file, own):
-        return True
-    return not (set(Path(file).parts) & set(LIBRARIES)) and not any(
-        _is_in(file, sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")
-    )
-
-
-def _is_in(file: str, place: str) -> bool:
-    return file == place or file.startswith(place + os.sep)
-
-
-def _short(file: str) -> str:
-    """A path as seen from the working directory, if it is in it."""
-    with contextlib.suppress(OSError):
-        if _is_in(file, os.getcwd()):
-            return os.path.relpath(file)
-    return file

@@ -244,7 +244,7 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
             **config.policy.model_dump(exclude={"graphs"}),
             "checkpoint": _name_of_policy(run),
             "dtype": str(resolve_dtype(config.policy.dtype, device)).removeprefix("torch."),
-            "files": identify_files(sorted({tensor.file for tensor in run.policy.tensors.values()})),
+            "files": identify_files(run.policy.files),
         },
         **steering,
         "device": device.type,
@@ -252,10 +252,12 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _name_of_policy(run: CheckedRun) -> str:
-    """A commit of the hub, or the absolute path of a directory."""
-    given = run.config.policy.checkpoint
-    return given if given is not None and hub_name(given) else str(run.policy.directory.absolute())
+def _name_of_policy(run: CheckedRun) -> str | None:
+    """A commit of the hub, or the absolute path of a checkpoint; None if the policy has none."""
+    given, directory = run.config.policy.checkpoint, run.policy.directory
+    if given is not None and hub_name(given):
+        return given
+    return None if directory is None else str(directory.absolute())
 
 
 def versions(simulator: Mapping[str, str]) -> dict[str, str]:

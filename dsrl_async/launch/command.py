@@ -92,7 +92,7 @@ def run(
         made_with, changes = preflight.made_with(checked), []
         if config.resume is not None:
             changes = preflight.check_resume(config, run_dir)
-            changes += preflight.check_made_with(run_dir, made_with, checked.policy.directory)
+            changes += preflight.check_made_with(run_dir, made_with, checked.policy.place)
         session = Session(checked, run_dir, stop, console)
         preflight.record_made_with(run_dir, made_with)
         write_text(run_dir / "config.yaml", to_yaml(config))

@@ -76,15 +76,17 @@ def find_policy(
     norm_stats: str | None = None,
     action_horizon: int | None = None,
     delta_action_dims: int | None = None,
+    content: Mapping[str, Any] | None = None,
 ) -> PolicyFiles:
-    """Reads a checkpoint except its weights. The arguments override what is found (`policy.*`).
+    """Reads a checkpoint except its weights. The arguments override what is found (`policy.*`); `content` is that of
+    its `config.json`, if it has been read.
 
     Raises ValueError naming the file, and the tensor if one is wrong; the message begins with the setting if an
     argument is to blame.
     """
     if directory.is_file():
         raise ValueError(f"{directory} is a file, give the directory that it is in")
-    content = read_content(directory)
+    content = read_content(directory) if content is None else content
     if "type" in content:
         lerobot.check_type(content, directory / CONFIG)
     tensors = find_tensors(directory)

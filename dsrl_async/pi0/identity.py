@@ -81,9 +81,15 @@ def _hash(content: bytes) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterable[str]:
-    """What two identities differ in, in words; a part that one of them does not have is not compared."""
+    """What two identities differ in, in words; a part that one of them does not have is not compared.
+
+    Those of policies of other types have the `type`, which a Pi0's has not.
+    """
+    if (kind := before.get("type", "pi0")) != now.get("type", "pi0"):
+        yield f"policy.type ({json.dumps(kind)} then, {json.dumps(now.get('type', 'pi0'))} now)"
+        return
     for part, words in (("weights", "weights"), ("norm_stats", "norm stats"), ("tokenizer", "tokenizer")):
-        if part in before and before[part] != now[part]:
+        if part in before and part in now and before[part] != now[part]:
             yield f"{words} (sha256 {str(before[part])[:12]} then, {now[part][:12]} now)"
     config, mine = before.get("config", {}), now["config"]
     for name in sorted(config.keys() & mine.keys()):

@@ -1,6 +1,6 @@
 """A Pi0 policy for given prompts: from observations in the robot's units to actions in the robot's units.
 
-`Pi0Policy` is what a run uses, by the protocol of `dsrl_async.run.frozen_policy`. Between its buffers and those of the
+`Pi0Policy` is what a run uses, by the protocol of `dsrl_async.policies.protocol`. Between its buffers and those of the
 `Sampler` lie the processing of images and states, the prompts' tokens, and the normalisation.
 """
 
@@ -29,6 +29,8 @@ class Pi0Policy:
         denoise_steps: Euler steps from noise to actions.
         compiled: whether torch.compile fuses the kernels, see `Sampler`.
     """
+
+    capturable = True
 
     def __init__(
         self, loaded: LoadedPolicy, prompts: Sequence[str], denoise_steps: int, compiled: bool = False

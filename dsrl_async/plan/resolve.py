@@ -23,6 +23,7 @@ from dsrl_async.plan.capacity import CapacityInputs, Payload
 from dsrl_async.plan.gpus import roofline
 from dsrl_async.plan.report import PICTURES
 from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.policies.pi0 import pi0_needs
 from dsrl_async.run import preflight
 from dsrl_async.run.inference.batching import batch_wait_s
 from dsrl_async.run.preflight import CheckedRun
@@ -83,13 +84,18 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     planned = config.model_copy(update={"device": "cuda"}) if own.gpu else config
     run = preflight.check_run(config) if own.measure else None
     if own.gpu:
-        policy = Pi0Config()
-        curve_s = roofline(own.gpu, policy, config.policy.denoise_steps, config.inference.buckets)
+        if config.policy.type is not None:
+            raise ConfigError(
+                f"--gpu is about Pi0, and policy.type is {config.policy.type}; give --device-ms, or --measure"
+            )
+        policy = pi0_needs(Pi0Config())
+        curve_s = roofline(own.gpu, Pi0Config(), config.policy.denoise_steps, config.inference.buckets)
     else:
-        policy = (run.policy if run else preflight.check_checkpoint(config)).config
+        policy = (run.policy if run else preflight.check_checkpoint(config)).needs
     # the policy's sizes and not the environment's own: a simulator need not be installed here
-    spec = EnvironmentSpec(policy.cameras, policy.image_size, policy.robot_state_dim, policy.robot_action_dim, ("",))
-    config, planned = (preflight.fit_agent(each, policy, spec) for each in (config, planned))
+    sizes = policy.spec
+    spec = EnvironmentSpec(sizes.cameras, sizes.image_size, sizes.robot_state_dim, sizes.robot_action_dim, ("",))
+    config, planned = (preflight.fit_agent(each, sizes, spec) for each in (config, planned))
     environment = environment_record(config.env.model_dump())
     preflight.check_effect(config)
     need = preflight.memory_needed(planned, environment, spec, policy)
@@ -126,7 +132,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
         replay_ratio=config.replay_ratio,
         most_actors=most_actors,
     )
-    return Question(config, inputs, payload_of(config, spec, policy.action_horizon))
+    return Question(config, inputs, payload_of(config, spec, sizes.action_horizon))
 
 
 def uses_gpu(config: Config) -> bool:

@@ -15,6 +15,7 @@ from dsrl_async.config.load import validate
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.plan.gpus import GPUS, SUSTAINED
+from dsrl_async.policies.pi0 import pi0_needs
 from dsrl_async.run.preflight.gpu_memory import GpuNeed, gpu_needs
 
 POLICIES = {
@@ -42,7 +43,7 @@ def need(policy: Pi0Config, dtype: str, workers: int, args: argparse.Namespace) 
         }
     )
     lengths = [args.prompt_tokens + 8 * number for number in range(args.prompt_lengths)]
-    (found,) = gpu_needs(config, policy, lengths).values()
+    (found,) = gpu_needs(config, pi0_needs(policy), lengths).values()
     return found
 
 

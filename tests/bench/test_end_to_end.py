@@ -27,6 +27,7 @@ from dsrl_async.host.device import resolve_device
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.replay_ratio import updates_due
 from dsrl_async.run.supervisor.serial import join
@@ -70,7 +71,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
     config.inference.buckets = [2]  # so that a round takes two batches
     arena = create_memory(config, spec, HORIZON)
     cpu = resolve_device("cpu")
-    policies = load_policies(config, spec, cpu, find_policy(EMBEDDED_POLICY), Counters(arena))
+    policies = load_policies(config, spec, cpu, pi0_record(find_policy(EMBEDDED_POLICY)), Counters(arena))
     server, learner = join(config, arena, policies, HORIZON, cpu, tmp_path, lambda lanes: None)
     counters = server.counters
     observation_ready, wake = events.create(), [events.create() for _ in range(3)]
@@ -110,7 +111,7 @@ def test_lock_step_waits_for_all_learns_answers_all(
 
 def test_nobody_is_woken_before_all_are_ready(small_config: Config, spec: EnvironmentSpec, memory: Arena) -> None:
     cpu = resolve_device("cpu")
-    policies = load_policies(small_config, spec, cpu, find_policy(EMBEDDED_POLICY), Counters(memory))
+    policies = load_policies(small_config, spec, cpu, pi0_record(find_policy(EMBEDDED_POLICY)), Counters(memory))
     server, _ = join(small_config, memory, policies, HORIZON, cpu, Path(), lambda lanes: None)
     observation_ready, wake = events.create(), [events.create(), events.create()]
     job = {"wake_fds": wake, "observation_ready_fd": observation_ready}

@@ -91,7 +91,7 @@ def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypat
     monkeypatch.chdir(CONFIGS.parent)
     config = load_config(["--config", "configs/libero_spatial_small.yaml"])
     run = preflight.check_run(config)
-    assert run.policy.config.image_size == run.spec.image_size == 96
+    assert run.policy.spec.image_size == run.spec.image_size == 96
     assert run.spec.prompts == ("pick up the black bowl from table center and place it on the plate",)
 
 

@@ -31,6 +31,7 @@ from dsrl_async.pi0.files import find_policy
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.policy import Pi0Batch
 from dsrl_async.pi0.tensors import EMBEDDING, TIED_EMBEDDING, find_tensors, parameter_count
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.inference.steering import SteeredPolicy
@@ -185,7 +186,8 @@ def test_weights_depend_on_seed_and_name_alone(tmp_path: Path) -> None:
 def test_settings_override_what_the_checkpoint_says(written: Path, tmp_path: Path) -> None:
     directory = written / "pi0" / "openpi"
     settings = {"checkpoint": str(directory), "action_horizon": 12, "delta_action_dims": 0}
-    policy = check_run(validate({"policy": settings})).policy.config
+    policy = check_run(validate({"policy": settings})).policy.spec
+    assert isinstance(policy, Pi0Config)
     assert (policy.action_horizon, policy.delta_action_dims) == (12, 0)
     stats = json.loads(next(directory.rglob("norm_stats.json")).read_text())
     stats["norm_stats"]["state"]["mean"] = [5.0] * 8
@@ -250,7 +252,7 @@ def test_the_setting_that_is_wrong_is_named(
 def test_what_others_write_about_a_model_is_left_alone(copy: Callable[..., Path], layout: str, content: dict) -> None:
     directory = copy(layout)
     (directory / "config.json").write_text(json.dumps(content))
-    policy = check_run(validate({"policy": {"checkpoint": str(directory)}})).policy.config
+    policy = check_run(validate({"policy": {"checkpoint": str(directory)}})).policy.spec
     assert policy == writer.pi0_config(False, **SIZES)
 
 
@@ -747,7 +749,7 @@ def test_prompts_that_hold_the_state_are_written_for_each_observation(
     directory = written / "pi05" / "lerobot"
     spec = environment_spec(small_config.env.model_dump())
     cpu = torch.device("cpu")
-    policies = load_policies(small_config, spec, cpu, find_policy(directory), Counters(memory))
+    policies = load_policies(small_config, spec, cpu, pi0_record(find_policy(directory)), Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, NoiseMode.BASE)
     policy, slots = load_policy(directory), server.slots
     slots.state[:] = np.random.default_rng(0).normal(size=slots.state.shape)

@@ -19,6 +19,7 @@ from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
 from dsrl_async.pi0.policy import Pi0Batch, Pi0Policy
 from dsrl_async.pi0.processing import Normaliser
+from dsrl_async.policies.pi0 import pi0_needs
 from dsrl_async.run import preflight
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.preflight.gpu_memory import policy_need
@@ -91,7 +92,7 @@ def test_memory_of_a_policy(config: Pi0Config, batch_size: int, language_length:
         validate({"policy": {"dtype": str(dtype).removeprefix("torch.")}}).model_copy(
             update={"inference": InferenceConfig(buckets=[batch_size]), "actors": batch_size}
         ),
-        config,
+        pi0_needs(config),
         [language_length],
     )
     of_weights, of_buffers, of_actor = kept_bytes(weights), kept_bytes(made, weights), actor.flat.nbytes
@@ -103,21 +104,21 @@ def test_memory_of_a_policy(config: Pi0Config, batch_size: int, language_length:
 
 def test_samplers_count_in_what_a_run_needs() -> None:
     """Those of all batch sizes up to the number of actors, and the activations of the largest; on a GPU, nothing."""
-    full = Pi0Config()
+    full, needs = Pi0Config(), pi0_needs(Pi0Config())
     settings = {"actors": 12, "device": "cpu", "inference": {"buckets": [2, 8, 16, 32]}}
     sizes = (full.max_token_len, 4)
     expected = sum(buffer_bytes(full, rows, *sizes) for rows in (2, 8, 16))
     expected += activation_bytes(full, 16, *sizes) + weight_bytes(full, 4)
-    assert policy_bytes(validate(settings), full) == expected
-    assert policy_bytes(validate(settings | {"actors": 40}), full) > expected + buffer_bytes(full, 32, *sizes)
-    assert policy_bytes(validate(settings | {"device": "cuda"}), full) == 0
+    assert policy_bytes(validate(settings), needs) == expected
+    assert policy_bytes(validate(settings | {"actors": 40}), needs) > expected + buffer_bytes(full, 32, *sizes)
+    assert policy_bytes(validate(settings | {"device": "cuda"}), needs) == 0
 
 
 def test_too_little_memory_for_the_policy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsrl_async.run.preflight.memory.available_memory", lambda: 15 << 30)
     config = validate({"device": "cpu", "policy": {"checkpoint": str(EMBEDDED_POLICY)}})
     run = preflight.check_run(config)
-    run = dataclasses.replace(run, policy=run.policy._replace(config=Pi0Config()))
+    run = dataclasses.replace(run, policy=dataclasses.replace(run.policy, needs=pi0_needs(Pi0Config())))
     with pytest.raises(
         ConfigError, match=r"needs about 1\d\.\d GiB .* 1\d\.\d the policy's\) .* policy\.dtype to bfloat16$"
     ):

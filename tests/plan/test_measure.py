@@ -12,6 +12,7 @@ from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.plan import measure
+from dsrl_async.policies.pi0 import pi0_needs
 from dsrl_async.run import preflight
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.preflight import host
@@ -41,7 +42,7 @@ def test_updates_are_captured_and_waited_for_on_a_gpu(
 def test_a_gpu_that_is_too_small_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts the batches that are measured, which are larger than those of the run's few workers."""
     run = preflight.check_run(validate({"device": "cuda", "actors": 1}))
-    run = dataclasses.replace(run, policy=run.policy._replace(config=Pi0Config()))
+    run = dataclasses.replace(run, policy=dataclasses.replace(run.policy, needs=pi0_needs(Pi0Config())))
     host.cuda_devices.cache_clear()
     monkeypatch.setattr("dsrl_async.host.probe.ask", lambda *_: found_gpus(12 << 30))
     assert preflight.check_gpu_memory(run)[0].need.total < 12 << 30

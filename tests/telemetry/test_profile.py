@@ -34,6 +34,7 @@ from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.host.stages import DeviceStages, no_stage, stages_of
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import SocketDirectory, make_ends
 from dsrl_async.run.inference import server as inference
@@ -888,7 +889,7 @@ def play_in_threads(config: Config, run_dir: Path, decisions: int) -> Diagnosis:
 
     def infer() -> None:
         stage = stages_of(arena, "inference", device)
-        files, counters = find_policy(EMBEDDED_POLICY), Counters(arena)
+        files, counters = pi0_record(find_policy(EMBEDDED_POLICY)), Counters(arena)
         policies = inference.load_policies(config, spec, device, files, counters, stage)
         server = inference.InferenceServer(config, arena, policies, inference.notifier(wake))
         inference.serve(server, ends.subscriber, observation_ready)

@@ -16,7 +16,7 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import stages_of
-from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.find import policy_record
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.learner.learner import Learner, learner_device
 from dsrl_async.run.supervisor.serial import join
@@ -40,9 +40,9 @@ def main(argument: str) -> None:
     arena = Arena.attach(job["arena"])
     device, learners_device = resolve_device(config.device), learner_device(config)
     spec, stage = EnvironmentSpec.of_plain(job["spec"]), stages_of(arena, "inference", device)
-    files = find_policy(Path(job["policy"]), **config.policy.overrides())
-    policies = load_policies(config, spec, device, files, Counters(arena), stage)
-    horizon = files.config.action_horizon
+    record = policy_record(config.policy)
+    policies = load_policies(config, spec, device, record, Counters(arena), stage)
+    horizon = record.spec.action_horizon
     server, learner = join(config, arena, policies, horizon, learners_device, run_dir, lambda lanes: None)
     serve_in_lock_step(server, job, lambda: learn_what_is_due(learner))
 

@@ -17,10 +17,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.stages import Stage, no_stage
-from dsrl_async.pi0.checkpoint import read_policy, resolve_dtype
-from dsrl_async.pi0.files import PolicyFiles
-from dsrl_async.pi0.policy import Pi0Policy
-from dsrl_async.run.frozen_policy import FrozenPolicy
+from dsrl_async.policies import FrozenPolicy, PolicyRecord
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.sac.networks import Actor
 from dsrl_async.shm.counters import Counters
@@ -59,25 +56,21 @@ class Policies:
 
 
 def load_frozen_policy(
-    config: Config, files: PolicyFiles, device: torch.device, prompts: Sequence[str], progress: Callable[[], None]
+    config: Config, record: PolicyRecord, device: torch.device, prompts: Sequence[str], progress: Callable[[], None]
 ) -> FrozenPolicy:
-    """Load the weights of a policy. This is the one place where a checkpoint becomes a policy; so far it is a Pi0.
-
-    `progress` is called after each tensor.
-    """
-    loaded = read_policy(files, device, resolve_dtype(config.policy.dtype, device), progress)
-    return Pi0Policy(loaded, prompts, config.policy.denoise_steps, config.policy.compile)
+    """Load the weights of a policy. `progress` is called as this proceeds."""
+    return record.load(config.policy, device, prompts, progress)
 
 
 def load_policies(
     config: Config,
     spec: EnvironmentSpec,
     device: torch.device,
-    files: PolicyFiles,
+    record: PolicyRecord,
     counters: Counters,
     stage: Stage = no_stage,
 ) -> Policies:
-    """Load the weights of the frozen policy of `files`, ready for every batch size and prompt length that can occur.
+    """Load the weights of the frozen policy of `record`, ready for every batch size and prompt length that can occur.
 
     The actor's weights are random until others are loaded. `counters` are told how far this is, and whether the policy
     is captured; `stage` times the policy. Raises CaptureError, see `graphs.capture`.
@@ -86,7 +79,7 @@ def load_policies(
     def progress() -> None:
         counters.inference_loading_ns[0] = time.monotonic_ns()
 
-    frozen = load_frozen_policy(config, files, device, spec.prompts, progress)
+    frozen = load_frozen_policy(config, record, device, spec.prompts, progress)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
     snapshot = Actor(config.sac, frozen.spec.action_horizon, device, config.seed) if config.evaluation.lanes else None
     steered = {
@@ -103,7 +96,7 @@ def load_policies(
             if config.policy.compile:
                 policy.run()  # compiles, now and not while workers wait
                 progress()
-            if graphs:
+            if graphs and frozen.capturable:
                 pool = policy.capture(pool)
                 progress()
             counters.inference_prepared[0] += 1

@@ -22,7 +22,7 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.processes import begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
-from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.find import policy_record
 from dsrl_async.run.channel import Channel, read_secret
 from dsrl_async.run.evaluation.files import snapshot_agent
 from dsrl_async.run.inference.batching import batch_wait_s, choose_batch
@@ -208,8 +208,7 @@ def main(argument: str) -> None:
     device = resolve_device(config.device)
     spec = EnvironmentSpec.of_plain(job["spec"])
     stage = stages_of(arena, "inference", device)
-    files = find_policy(Path(job["policy"]), **config.policy.overrides())
-    policies = load_policies(config, spec, device, files, Counters(arena), stage)
+    policies = load_policies(config, spec, device, policy_record(config.policy), Counters(arena), stage)
     server = InferenceServer(config, arena, policies, notifier(job["wake_fds"]), run_dir=Path(job["run_dir"]))
     serve(server, channel, job["observation_ready_fd"])
 

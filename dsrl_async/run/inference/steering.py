@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.host.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.host.stages import Stage, no_stage
-from dsrl_async.run.frozen_policy import PolicyBatch
+from dsrl_async.policies import PolicyBatch
 from dsrl_async.sac.networks import Actor, act, expand_noise
 from dsrl_async.shm.counters import NoiseMode
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.environments import environment_record
-from dsrl_async.pi0.files import PolicyFiles
+from dsrl_async.policies import PolicyRecord
 from dsrl_async.run.evaluation.episodes import held_out
 from dsrl_async.run.preflight.hub import do_nothing, fetch_policy
 from dsrl_async.run.preflight.policy import (
@@ -33,15 +33,15 @@ class CheckedRun:
     environment: EnvironmentRecord
     spec: EnvironmentSpec
     """The shapes of the environment."""
-    policy: PolicyFiles
-    """All that the policy's files hold but the weights."""
+    policy: PolicyRecord
+    """What is known of the policy."""
     warnings: tuple[str, ...] = ()
-    """What the user should know of the environment's files and prompts."""
+    """What the user should know of the environment's files and prompts, and of the policy."""
 
     @property
     def horizon(self) -> int:
         """Action slots of one sampled chunk."""
-        return self.policy.config.action_horizon
+        return self.policy.spec.action_horizon
 
     def with_actors(self, actors: int) -> CheckedRun:
         """The same with another number of environments, on which nothing depends that was checked."""
@@ -57,13 +57,13 @@ def check_run(config: Config, before: Config | None = None, meanwhile: Callable[
     """
     spec = check_environment(config, before)
     config = fetch_policy(config, meanwhile)
-    files = check_checkpoint(config)
-    config = fit_agent(config, files.config, spec)
-    check_fit(config, files.config, spec)
-    told = check_prompts(files, spec)
-    check_render_quality(config, files.maker)
+    policy = check_checkpoint(config, before)
+    config = fit_agent(config, policy.spec, spec)
+    check_fit(config, policy.spec, spec)
+    told = check_prompts(policy, spec)
+    check_render_quality(config, policy.maker)
     environment = environment_record(config.env.model_dump())
     check_graphics(environment)
     if config.evaluation.lanes:
         held_out(environment, config)
-    return CheckedRun(config, environment, spec, files, (*check_files(environment), *told))
+    return CheckedRun(config, environment, spec, policy, (*check_files(environment), *policy.warnings, *told))

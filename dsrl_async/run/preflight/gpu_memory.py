@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
-from dsrl_async.pi0.tokenizer import language_slots, make_encoder, prompt_ids
+from dsrl_async.policies import PolicyNeeds, PolicySizes
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.host import DEVICE_KEYS, cuda_devices, cuda_index
 from dsrl_async.run.preflight.learner_memory import (
@@ -55,25 +52,24 @@ class GpuNeed(NamedTuple):
         return sum(self)
 
 
-def steering_bytes(config: Config, policy: Pi0Config) -> int:
+def steering_bytes(config: Config, policy: PolicySizes) -> int:
     """What a `SteeredPolicy` has for a row beside the policy's own: image, standard normal noise, actor's noise."""
     standard_normal, width = policy.action_horizon * policy.action_dim, config.sac.noise_width(policy.action_horizon)
     return math.prod(config.sac.image_shape) + 1 + 4 * (standard_normal + width)
 
 
-def policy_need(config: Config, policy: Pi0Config, prompt_lengths: Sequence[int]) -> GpuNeed:
+def policy_need(config: Config, policy: PolicyNeeds, prompt_lengths: Sequence[int]) -> GpuNeed:
     """What the inference process takes, with prompts of these lengths (each once)."""
-    bytes_per_value = 4 if config.policy.dtype == "float32" else 2
     sizes = config.batch_sizes()
     pairs = [(size, length) for size in sorted(sizes, reverse=True) for length in sorted(prompt_lengths, reverse=True)]
-    activations = [activation_bytes(policy, *pair, bytes_per_value) for pair in pairs]
-    steps, actors = config.policy.denoise_steps, 1 + bool(config.evaluation.lanes)
-    buffers = sum(buffer_bytes(policy, *pair, bytes_per_value, steps) for pair in pairs)
-    buffers += sum(size for size, _ in pairs) * steering_bytes(config, policy)
+    batches = [policy.memory(config.policy, True, *pair) for pair in pairs]
+    buffers = sum(batch.buffers for batch in batches)
+    buffers += sum(size for size, _ in pairs) * steering_bytes(config, policy.spec)
+    actors = 1 + bool(config.evaluation.lanes)
     return GpuNeed(
-        weights=weight_bytes(policy, bytes_per_value),
-        buffers=buffers + actors * 4 * actor_parameters(config.sac, policy.action_horizon),
-        activations=sum(activations[: 1 if config.policy.graphs == "off" else 2]),
+        weights=batches[0].weights,
+        buffers=buffers + actors * 4 * actor_parameters(config.sac, policy.spec.action_horizon),
+        activations=sum(batch.activations for batch in batches[: 1 if config.policy.graphs == "off" else 2]),
     )
 
 
@@ -87,7 +83,7 @@ def learner_need(config: Config, horizon: int) -> GpuNeed:
 
 
 def gpu_needs(
-    config: Config, policy: Pi0Config, prompt_lengths: Sequence[int], keys: Sequence[str] = DEVICE_KEYS
+    config: Config, policy: PolicyNeeds, prompt_lengths: Sequence[int], keys: Sequence[str] = DEVICE_KEYS
 ) -> dict[int, GpuNeed]:
     """What a run takes of each GPU that it uses, by the number of the CUDA device.
 
@@ -98,7 +94,9 @@ def gpu_needs(
         if (device := cuda_index(config, key)) is not None:
             learner = key == "learner.device"
             need = (
-                learner_need(config, policy.action_horizon) if learner else policy_need(config, policy, prompt_lengths)
+                learner_need(config, policy.spec.action_horizon)
+                if learner
+                else policy_need(config, policy, prompt_lengths)
             )
             of_device.setdefault(device, []).append(need)
     needs = {}
@@ -111,8 +109,7 @@ def gpu_needs(
 
 def prompt_lengths(run: CheckedRun) -> list[int]:
     """The prompt lengths that the policy has buffers for, each once."""
-    policy, ids = run.policy.config, functools.partial(prompt_ids, make_encoder(run.policy.tokenizer))
-    return sorted(set(language_slots(policy, ids, run.spec.prompts)))
+    return sorted(set(run.policy.prompt_lengths(run.spec.prompts)))
 
 
 def _policy(**update: object) -> Callable[[Config], Config]:
@@ -189,7 +186,7 @@ def check_gpu_memory(run: CheckedRun, keys: Sequence[str] = DEVICE_KEYS) -> dict
 
     `check_devices` comes first: the GPUs have to be there. `keys` are as in `gpu_needs`.
     """
-    config, policy = run.config, run.policy.config
+    config, policy = run.config, run.policy.needs
     if all(cuda_index(config, key) is None for key in keys):
         return {}
     lengths, found, checked = prompt_lengths(run), cuda_devices(), {}

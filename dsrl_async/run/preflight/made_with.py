@@ -12,7 +12,7 @@ from typing import Any
 
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.files import write_text
-from dsrl_async.pi0.identity import differences, identity
+from dsrl_async.pi0.identity import differences
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.untrusted import read_json, shown
 
@@ -24,7 +24,7 @@ FILE = "made_with.json"
 def made_with(run: CheckedRun) -> dict[str, Any]:
     """The contents of the file for a run that starts now; raises ConfigError if the policy cannot be read any more."""
     try:
-        policy = identity(run.policy, run.spec.prompts)
+        policy = run.policy.identity(run.spec.prompts)
     except OSError as error:
         raise ConfigError(f"policy.checkpoint: {error.filename} cannot be read: {error.strerror}") from error
     found = {"policy": policy, "packages": run.environment.versions()}
@@ -38,7 +38,7 @@ def record_made_with(run_dir: Path, found: dict[str, Any]) -> None:
     write_text(run_dir / FILE, json.dumps(found, indent=2) + "\n")
 
 
-def check_made_with(run_dir: Path, now: dict[str, Any], policy: Path) -> list[str]:
+def check_made_with(run_dir: Path, now: dict[str, Any], policy: Path | str) -> list[str]:
     """Check that a run is resumed with its own policy; returns what else has changed, such as `mujoco 3.3.2 -> 3.17.0`.
 
     `policy` is the directory of the policy that `now` describes. That a run has no such file is logged.

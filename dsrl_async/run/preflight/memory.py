@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,8 +10,7 @@ from dsrl_async.config.load import get_key
 from dsrl_async.config.settings import MOST_ACTORS, Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.machine import available_memory
-from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
+from dsrl_async.policies import PolicyNeeds
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.gpu_memory import WORTH_SAYING
 from dsrl_async.run.preflight.host import cuda_index
@@ -26,20 +24,15 @@ MODEL_PROCESS_BYTES = 500 << 20
 summary has both as `memory_mb`: `python -m dsrl_async.launch --max-decisions 700`, where policy and agent are small."""
 
 
-def policy_bytes(config: Config, policy: Pi0Config) -> int:
+def policy_bytes(config: Config, policy: PolicyNeeds) -> int:
     """Memory of the machine that the policy takes: weights, buffers and activations; none on a GPU.
 
     One prompt length is counted, the longest; a run seldom has more than two.
     """
     if cuda_index(config, "device") is not None:
         return 0
-    bytes_per_value = 2 if config.policy.dtype == "bfloat16" else 4
-    sizes, of_batch = config.batch_sizes(), (policy.max_token_len, bytes_per_value)
-    return (
-        weight_bytes(policy, bytes_per_value)
-        + sum(buffer_bytes(policy, size, *of_batch, config.policy.denoise_steps) for size in sizes)
-        + activation_bytes(policy, sizes[-1], *of_batch)
-    )
+    batches = [policy.memory(config.policy, False, size, policy.longest_prompt) for size in config.batch_sizes()]
+    return batches[0].weights + sum(batch.buffers for batch in batches) + batches[-1].activations
 
 
 class MemoryNeed(NamedTuple):
@@ -79,14 +72,14 @@ def agent_bytes(config: Config, horizon: int, learning: bool) -> int:
 
 
 def memory_needed(
-    config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: Pi0Config, learning: bool = True
+    config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: PolicyNeeds, learning: bool = True
 ) -> MemoryNeed:
     """What a run needs with an environment of these shapes, which need not be installed; without `learning`, what an
     evaluation does."""
     return MemoryNeed(
-        shared=layout(run_fields(config, spec, policy.action_horizon))[1],
+        shared=layout(run_fields(config, spec, policy.spec.action_horizon))[1],
         policy=policy_bytes(config, policy),
-        agent=agent_bytes(config, policy.action_horizon, learning),
+        agent=agent_bytes(config, policy.spec.action_horizon, learning),
         template=environment.template_bytes,
         worker=environment.worker_bytes,
         workers=config.lanes,
@@ -94,7 +87,7 @@ def memory_needed(
 
 
 def actors_that_fit(
-    config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: Pi0Config, memory: float
+    config: Config, environment: EnvironmentRecord, spec: EnvironmentSpec, policy: PolicyNeeds, memory: float
 ) -> int:
     """The most environment workers with which the run needs no more than `memory` bytes; 0 if not even one fits."""
 
@@ -108,11 +101,13 @@ def _half(value: Any) -> Any:
     return [_half(item) for item in value] if isinstance(value, list) else max(1, value // 2)
 
 
-def _lowered(config: Config, policy: Pi0Config, key: str) -> Iterator[tuple[Config, Pi0Config]]:
+def _lowered(config: Config, policy: PolicyNeeds, key: str) -> Iterator[tuple[Config, PolicyNeeds]]:
     """Yield the same with half of a setting, and with its default; of `inference.buckets` with those up to half the
     largest that is used."""
     if key == "policy.action_horizon":
-        yield config, dataclasses.replace(policy, action_horizon=max(config.env.chunk, policy.action_horizon // 2))
+        if policy.with_horizon is not None:
+            policy = policy.with_horizon(max(config.env.chunk, policy.spec.action_horizon // 2))
+        yield config, policy
         return
     values: list[Any] = [get_key(DEFAULTS, key), _half(get_key(config, key))]
     if key == "inference.buckets":
@@ -143,14 +138,14 @@ def what_to_lower(
     config: Config,
     environment: EnvironmentRecord,
     spec: EnvironmentSpec,
-    policy: Pi0Config,
+    policy: PolicyNeeds,
     usual: str = "replay.capacity or actors",
     learning: bool = True,
 ) -> str:
     """The settings of which the default or half would spare the most memory, or the `usual` ones if those of the run
     do."""
 
-    def needed(config: Config, policy: Pi0Config) -> int:
+    def needed(config: Config, policy: PolicyNeeds) -> int:
         return memory_needed(config, environment, spec, policy, learning).total
 
     need = needed(config, policy)
@@ -172,10 +167,11 @@ def check_memory(run: CheckedRun, lower: str = "replay.capacity or actors", lear
         order.barrier()
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    parts = run.config, run.environment, run.spec, run.policy.config
+    parts = run.config, run.environment, run.spec, run.policy.needs
     need, available = memory_needed(*parts, learning), available_memory()
     if need.total > available:
-        halve = need.policy > need.shared and need.policy > need.agent and run.config.policy.dtype != "bfloat16"
+        can_halve = "dtype" in run.policy.own_settings and run.config.policy.dtype != "bfloat16"
+        halve = need.policy > need.shared and need.policy > need.agent and can_halve
         raise ConfigError(
             f"this run needs about {need.total / 2**30:.1f} GiB of memory ({need.shared / 2**30:.1f} of it shared, "
             f"mostly replay, {need.agent / 2**30:.1f} the agent's, and {need.policy / 2**30:.1f} the policy's) and "

@@ -7,20 +7,27 @@ from pathlib import Path
 
 from dsrl_async.config.hub import local_path
 from dsrl_async.config.load import read_run_settings, validate
-from dsrl_async.config.settings import Config, ConfigError, EnvConfig
+from dsrl_async.config.settings import Config, ConfigError, EnvConfig, PolicyConfig
 from dsrl_async.envs import OWN_SETTINGS, EnvironmentRecord, EnvironmentSpec, graphics
 from dsrl_async.host.environments import environment_record, environment_spec
+from dsrl_async.host.policies import policy_record
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
-from dsrl_async.pi0.files import PolicyFiles, find_policy
-from dsrl_async.pi0.tokenizer import check_prompt, unknown_words
-from dsrl_async.run.frozen_policy import PolicySpec
+from dsrl_async.policies import PolicyRecord, PolicySizes, find
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.untrusted import read_object, shown
 
 
-def policy_directory(config: Config) -> Path:
-    """Where the policy's files are, those of a model of the hub once `fetch_policy` has been called."""
-    return Path(local_path(config.policy.checkpoint)) if config.policy.checkpoint else EMBEDDED_POLICY
+def directory_of(config: Config) -> Path | None:
+    """Where the policy's files are, those of a model of the hub once `fetch_policy` has been called; None if they are
+    nowhere that a setting says."""
+    if config.policy.checkpoint is not None:
+        return Path(local_path(config.policy.checkpoint))
+    return EMBEDDED_POLICY if config.policy.type is None else None
+
+
+def place(config: Config) -> str:
+    """What to call the policy in a message."""
+    return str(directory_of(config) or config.policy.type)
 
 
 def check_environment(config: Config, before: Config | None = None) -> EnvironmentSpec:
@@ -40,13 +47,18 @@ def check_effect(config: Config, before: Config | None = None) -> None:
 
     `before` are settings that have been accepted already: those of a run. Of a run that is resumed they are read.
     """
-    if config.resume is not None and config.run_dir is not None:
-        before = validate(read_run_settings(Path(config.run_dir)))
-    record, accepted = environment_record(config.env.model_dump()), EnvConfig() if before is None else before.env
+    record, before = environment_record(config.env.model_dump()), _accepted(config, before)
+    accepted = EnvConfig() if before is None else before.env
     for key in sorted(OWN_SETTINGS - record.own_settings):
         value = getattr(config.env, key)
         if value not in (getattr(EnvConfig(), key), getattr(accepted, key)):
             raise ConfigError(f"env.{key}: it has no effect on {record.name}; leave it out")
+
+
+def _accepted(config: Config, before: Config | None) -> Config | None:
+    if config.resume is not None and config.run_dir is not None:
+        return validate(read_run_settings(Path(config.run_dir)))
+    return before
 
 
 def check_files(environment: EnvironmentRecord) -> tuple[str, ...]:
@@ -66,48 +78,44 @@ def check_graphics(environment: EnvironmentRecord) -> None:
         raise ConfigError(str(error)) from error
 
 
-def check_checkpoint(config: Config) -> PolicyFiles:
-    """What the policy's checkpoint holds; raises ConfigError when it is incomplete or contradicts itself.
+def check_checkpoint(config: Config, before: Config | None = None) -> PolicyRecord:
+    """What is known of the policy; raises ConfigError when there is none, it is incomplete or contradicts itself, or a
+    setting has no effect on it and another value than its default.
 
-    A policy of the hub is downloaded first, see `fetch_policy`.
+    `before` is as in `check_effect`. A policy of the hub is downloaded first, see `fetch_policy`.
     """
     config = fetch_policy(config)
     try:
-        return find_policy(policy_directory(config), **config.policy.overrides())
+        record = policy_record(config.policy)
     except ValueError as error:
         key = "" if str(error).startswith("policy.") else "policy.checkpoint: "
         raise ConfigError(f"{key}{error}") from error
+    before = _accepted(config, before)
+    accepted = PolicyConfig() if before is None else before.policy
+    for key in sorted(find.OWN_SETTINGS - record.own_settings):
+        value = getattr(config.policy, key)
+        if value not in (getattr(PolicyConfig(), key), getattr(accepted, key)):
+            raise ConfigError(f"policy.{key}: it has no effect on {record.type}; leave it out")
+    return record
 
 
-def check_prompts(files: PolicyFiles, spec: EnvironmentSpec) -> tuple[str, ...]:
-    """Check that the policy's tokenizer can encode the environment's prompts; returns warnings.
-
-    Raises ConfigError when it cannot encode one of them.
-    """
-    unknown: dict[str, None] = {}
-    for prompt in spec.prompts:
-        try:
-            check_prompt(files.tokenizer, files.config, prompt)
-            unknown |= dict.fromkeys(unknown_words(files.tokenizer, prompt))
-        except ValueError as error:
-            raise ConfigError(f"policy.tokenizer: {error}") from error
-    if not unknown:
-        return ()
-    words = ", ".join(map(shown, list(unknown)[:10])) + (", ..." if len(unknown) > 10 else "")
-    return (
-        f"the policy's tokenizer does not know {words} in the environment's prompts, and has one token for all such",
-    )
+def check_prompts(policy: PolicyRecord, spec: EnvironmentSpec) -> tuple[str, ...]:
+    """Check that the policy can be given the environment's prompts; returns warnings. Raises ConfigError if not."""
+    try:
+        return policy.check_prompts(spec.prompts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def fit_agent(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> Config:
+def fit_agent(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> Config:
     """The settings with the agent's widths, where the user gave none: those of the environment and the policy."""
     return config.model_copy(update={"sac": config.sac.with_widths(spec.state_dim, policy.action_dim)})
 
 
-def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None:
+def check_fit(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> None:
     """Raises ConfigError unless policy, environment and agent have the same shapes."""
-    directory, record = policy_directory(config), environment_record(config.env.model_dump())
-    if config.policy.checkpoint is None and not record.embedded_policy:
+    record = environment_record(config.env.model_dump())
+    if config.policy.type is None and config.policy.checkpoint is None and not record.embedded_policy:
         ours = f", or --config {record.example}" if record.example else ""
         raise ConfigError(
             f"policy.checkpoint: null means the tabletop's policy; for {record.name} give --policy.checkpoint DIR{ours}"
@@ -122,7 +130,7 @@ def check_fit(config: Config, policy: PolicySpec, spec: EnvironmentSpec) -> None
             settable = what == "image size" and "image_size" in record.own_settings
             remedy = f"; set env.image_size to {of_policy}" if settable else ""
             raise ConfigError(
-                f"policy.checkpoint: the {what} of {directory} is {of_policy}, "
+                f"policy.checkpoint: the {what} of {place(config)} is {of_policy}, "
                 f"that of the environment {record.name} is {of_env}{remedy}"
             )
     if config.env.chunk > policy.action_horizon:
@@ -155,7 +163,7 @@ def trained_quality(directory: Path, maker: str) -> str | None:
         if quality not in (None, "exact", "fast"):
             raise ValueError(f"{directory / TRAINING}: render_quality is {shown(quality)}, it must be exact or fast")
         return quality
-    return None if maker == "dsrl_async" else "exact"
+    return None if maker in ("dsrl_async", "yours") else "exact"
 
 
 def check_render_quality(config: Config, maker: str) -> None:
@@ -163,7 +171,9 @@ def check_render_quality(config: Config, maker: str) -> None:
     own_settings = environment_record(config.env.model_dump()).own_settings
     if "render_quality" not in own_settings or config.policy.ignore_render_quality:
         return
-    directory = policy_directory(config)
+    directory = directory_of(config)
+    if directory is None:
+        return
     try:
         trained = trained_quality(directory, maker)
     except ValueError as error:

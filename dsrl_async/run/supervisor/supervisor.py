@@ -158,7 +158,6 @@ class Supervisor:
 
     def _start_inference(self, child: Child) -> processes.Process:
         job = {
-            "policy": str(self.session.run.policy.directory),
             "spec": self.session.run.spec,
             "observation_ready_fd": self.observation_ready,
             "wake_fds": self.wake,

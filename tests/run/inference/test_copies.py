@@ -22,6 +22,7 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.stages import no_stage
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run.inference import copies
 from dsrl_async.run.inference.copies import BLOCKS, KERNEL, SOURCE, THREADS, Copies, Gather, Way, prepare_uploads
 from dsrl_async.run.inference.policies import Policies, load_policies
@@ -109,7 +110,7 @@ def test_the_kernel_compiles(architecture: str) -> None:
 
 
 def load(config: Config, spec: EnvironmentSpec, memory: Arena) -> Policies:
-    return load_policies(config, spec, CPU, find_policy(EMBEDDED_POLICY), Counters(memory))
+    return load_policies(config, spec, CPU, pi0_record(find_policy(EMBEDDED_POLICY)), Counters(memory))
 
 
 def fill_slots(memory: Arena) -> None:

@@ -13,6 +13,7 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.pi0 import checkpoint
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run.inference import policies
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.supervisor.supervisor import LOADING_S
@@ -45,7 +46,7 @@ class Loading:
         monkeypatch.setattr(policies, "graphs_of", lambda setting, device, state: contextlib.nullcontext(True))
         config.policy.compile, config.inference.buckets = True, [1, 2]
         spec = spec._replace(prompts=("put", "put the block on the red plate near the green one"))
-        policies.load_policies(config, spec, CPU, find_policy(EMBEDDED_POLICY), self.counters)
+        policies.load_policies(config, spec, CPU, pi0_record(find_policy(EMBEDDED_POLICY)), self.counters)
 
     def _work(self, what: str, pool: object = None) -> object:
         self._now += STEP_S

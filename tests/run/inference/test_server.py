@@ -14,6 +14,7 @@ from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import sample_actions
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run.inference.policies import load_frozen_policy, load_policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.run.inference.steering import SteeredPolicy
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 def make_server(config: Config, memory: Arena, mode: NoiseMode | None = None) -> InferenceServer:
     spec = environment_spec(config.env.model_dump())
-    policies = load_policies(config, spec, CPU, find_policy(EMBEDDED_POLICY), Counters(memory))
+    policies = load_policies(config, spec, CPU, pi0_record(find_policy(EMBEDDED_POLICY)), Counters(memory))
     return InferenceServer(config, memory, policies, lambda lanes: None, mode)
 
 
@@ -95,7 +96,7 @@ def test_prompts_of_different_lengths_share_batches(small_config: Config, memory
     )
     known = environment_spec(small_config.env.model_dump())
     spec = known._replace(prompts=prompts)
-    policies = load_policies(small_config, spec, CPU, find_policy(EMBEDDED_POLICY), Counters(memory))
+    policies = load_policies(small_config, spec, CPU, pi0_record(find_policy(EMBEDDED_POLICY)), Counters(memory))
     server = InferenceServer(small_config, memory, policies, lambda lanes: None, NoiseMode.BASE)
     assert sorted({length for _, length in policies.steered_batches}) == [8, 12]
     policy, slots = load_policy(EMBEDDED_POLICY), server.slots
@@ -224,7 +225,7 @@ def test_rows_of_every_mode_share_a_batch(spec: EnvironmentSpec, small_config: C
 
 def load_steered(config: Config, spec: EnvironmentSpec) -> SteeredPolicy:
     """A policy for one batch of as many rows as there are actors, with a second actor."""
-    files = find_policy(EMBEDDED_POLICY)
+    files = pi0_record(find_policy(EMBEDDED_POLICY))
     frozen = load_frozen_policy(config, files, CPU, spec.prompts, lambda: None)
     actors = [Actor(config.sac, 10, CPU, seed) for seed in (0, 1)]
     batch = frozen.batch(config.actors, int(frozen.prompt_lengths.max()))

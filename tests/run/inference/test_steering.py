@@ -13,7 +13,8 @@ from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
-from dsrl_async.run.frozen_policy import FrozenPolicy
+from dsrl_async.policies import FrozenPolicy
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run.inference import policies
 from dsrl_async.run.inference.server import InferenceServer
 from dsrl_async.shm.arena import Arena
@@ -49,6 +50,7 @@ class ReflexBatch:
 
 class Reflex:
     prompt_lengths = np.zeros(1, np.int64)
+    capturable = True
 
     def __init__(self, environment: EnvironmentSpec) -> None:
         self.environment = environment
@@ -71,7 +73,7 @@ def test_another_policy_is_steered(
 ) -> None:
     reflex: FrozenPolicy = Reflex(spec)
     monkeypatch.setattr(policies, "load_frozen_policy", lambda *arguments: reflex)
-    files = find_policy(EMBEDDED_POLICY)
+    files = pi0_record(find_policy(EMBEDDED_POLICY))
     loaded = policies.load_policies(small_config, spec, CPU, files, Counters(memory))
     server = InferenceServer(small_config, memory, loaded, lambda lanes: None, NoiseMode.DETERMINISTIC)
     slots, rng = server.slots, np.random.default_rng(0)

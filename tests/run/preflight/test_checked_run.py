@@ -17,6 +17,7 @@ from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.probe import Unanswered
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
+from dsrl_async.policies.pi0 import pi0_record
 from dsrl_async.run import preflight
 from dsrl_async.run.preflight.policy import check_prompts
 
@@ -66,7 +67,7 @@ def test_an_evaluation_reads_them_once_and_then_the_weights(policy: Path) -> Non
 
 
 def test_words_that_the_tokenizer_does_not_know_are_warned_of_once() -> None:
-    files = find_policy(EMBEDDED_POLICY)
+    files = pi0_record(find_policy(EMBEDDED_POLICY))
     known = preflight.check_run(validate({})).spec
     assert check_prompts(files, known) == ()
     strange = known._replace(prompts=(*known.prompts, f"purple {known.prompts[0]}", "purple magenta"))

@@ -14,6 +14,7 @@ from dsrl_async.doctor import checks
 from dsrl_async.host.probe import Unanswered
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.policy import language_lengths
+from dsrl_async.policies.pi0 import pi0_needs
 from dsrl_async.run import preflight
 from dsrl_async.run.preflight import gpu_memory, host
 from dsrl_async.run.preflight.checked_run import CheckedRun
@@ -37,7 +38,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *free_gib: float) -> list[object]:
 
 def full_size(**settings: Any) -> CheckedRun:
     run = preflight.check_run(validate(settings))
-    return dataclasses.replace(run, policy=run.policy._replace(config=Pi0Config()))
+    return dataclasses.replace(run, policy=dataclasses.replace(run.policy, needs=pi0_needs(Pi0Config())))
 
 
 def test_a_run_that_does_not_fit_is_told_what_helps_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +86,7 @@ def test_the_host_needs_nothing_for_a_policy_on_a_gpu_that_will_be_used(monkeypa
     run = full_size()
 
     def of_policy(run: CheckedRun) -> int:
-        return preflight.memory_needed(run.config, run.environment, run.spec, run.policy.config).policy
+        return preflight.memory_needed(run.config, run.environment, run.spec, run.policy.needs).policy
 
     asked = gpus(monkeypatch, 80)
     assert of_policy(run) == of_policy(run) == 0

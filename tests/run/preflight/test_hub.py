@@ -18,7 +18,7 @@ from dsrl_async.config.command_line import make_paths_absolute
 from dsrl_async.config.hub import HubName, hub_name, local_path
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.pi0.config import EMBEDDED_POLICY
+from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.run import preflight
 from dsrl_async.run.preflight.download import complete, download
 from dsrl_async.run.preflight.hub import fetch_policy
@@ -130,7 +130,9 @@ def test_a_tokenizer_comes_from_the_hub_too(hub: FakeHub) -> None:
     config = fetch_policy(validate({"policy": {"tokenizer": "lab/words"}}))
     assert config.policy.tokenizer == f"lab/words@{COMMIT}"
     assert [path.name for path in HubName("lab/words", COMMIT).directory.iterdir()] == ["tokenizer.json"]
-    assert preflight.check_run(config).policy.config.vocab_size == 48
+    spec = preflight.check_run(config).policy.spec
+    assert isinstance(spec, Pi0Config)
+    assert spec.vocab_size == 48
     assert not complete(HubName("lab/words", COMMIT), "checkpoint")
 
 

@@ -171,8 +171,8 @@ class Environment:
 
 
 def patch_policies(module: ModuleType) -> None:
-    def load_frozen_policy(config: Any, files: Any, device: Any, prompts: Any, progress: Any) -> Any:
-        return Policy(files.config)
+    def load_frozen_policy(config: Any, record: Any, device: Any, prompts: Any, progress: Any) -> Any:
+        return Policy(record.spec)
 
     module.load_frozen_policy = load_frozen_policy  # type: ignore[attr-defined]
 
@@ -183,7 +183,7 @@ class Policy:
     def __init__(self, spec: Any) -> None:
         import numpy as np
 
-        self.spec, self.prompt_lengths = spec, np.zeros(1, np.int64)
+        self.spec, self.prompt_lengths, self.capturable = spec, np.zeros(1, np.int64), True
 
     def batch(self, batch_size: int, prompt_length: int) -> Any:
         return PolicyBatch(self.spec, batch_size)

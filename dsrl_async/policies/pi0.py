@@ -1,0 +1,96 @@
+"""Pi0 as a frozen policy: what is known of it before it is loaded. `dsrl_async.pi0` knows nothing of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dsrl_async.config.settings import PolicyConfig
+from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.files import PolicyFiles
+from dsrl_async.pi0.identity import identity
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
+from dsrl_async.pi0.tensors import parameter_count
+from dsrl_async.pi0.tokenizer import check_prompt, language_slots, make_encoder, prompt_ids, unknown_words
+from dsrl_async.policies.protocol import FrozenPolicy, PolicyMemory, PolicyNeeds, PolicyRecord
+from dsrl_async.untrusted import shown
+
+if TYPE_CHECKING:
+    import torch
+
+PI0_SETTINGS = frozenset(
+    {
+        *("tokenizer", "norm_stats", "action_horizon", "delta_action_dims"),
+        *("dtype", "denoise_steps", "compile", "ignore_render_quality"),
+    }
+)
+
+
+def pi0_needs(config: Pi0Config) -> PolicyNeeds:
+    """What a run needs for a Pi0 of these sizes."""
+
+    def memory(settings: PolicyConfig, on_gpu: bool, batch_size: int, prompt_length: int) -> PolicyMemory:
+        half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+        bytes_per_value = 2 if half else 4
+        return PolicyMemory(
+            weight_bytes(config, bytes_per_value),
+            buffer_bytes(config, batch_size, prompt_length, bytes_per_value, settings.denoise_steps),
+            activation_bytes(config, batch_size, prompt_length, bytes_per_value),
+        )
+
+    def with_horizon(horizon: int) -> PolicyNeeds:
+        return pi0_needs(dataclasses.replace(config, action_horizon=horizon))
+
+    return PolicyNeeds(config, config.max_token_len, memory, with_horizon)
+
+
+def pi0_record(files: PolicyFiles) -> PolicyRecord:
+    """What is known of a Pi0 by its files."""
+    config, tensors = files.config, files.tensors
+
+    def prompt_lengths(prompts: Sequence[str]) -> list[int]:
+        return language_slots(config, functools.partial(prompt_ids, make_encoder(files.tokenizer)), prompts)
+
+    def check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
+        unknown: dict[str, None] = {}
+        for prompt in prompts:
+            try:
+                check_prompt(files.tokenizer, config, prompt)
+                unknown |= dict.fromkeys(unknown_words(files.tokenizer, prompt))
+            except ValueError as error:
+                raise ValueError(f"policy.tokenizer: {error}") from error
+        if not unknown:
+            return ()
+        words = ", ".join(map(shown, list(unknown)[:10])) + (", ..." if len(unknown) > 10 else "")
+        return (
+            f"the policy's tokenizer does not know {words} in the environment's prompts, and has one token for all "
+            "such",
+        )
+
+    def load(
+        settings: PolicyConfig, device: torch.device, prompts: Sequence[str], progress: Callable[[], None]
+    ) -> FrozenPolicy:
+        from dsrl_async.pi0.checkpoint import read_policy, resolve_dtype
+        from dsrl_async.pi0.policy import Pi0Policy
+
+        loaded = read_policy(files, device, resolve_dtype(settings.dtype, device), progress)
+        return Pi0Policy(loaded, prompts, settings.denoise_steps, settings.compile)
+
+    kinds = "/".join(sorted({tensor.dtype for tensor in tensors.values()}))
+    stored = sum(tensor.bytes for tensor in tensors.values())
+    return PolicyRecord(
+        type="pi0",
+        description=f"{'Pi0.5' if config.pi05 else 'Pi0'} as {files.maker} stores it, {parameter_count(config):,} "
+        f"parameters in {stored / 1e6:,.1f} MB of {kinds}, with tokenizer and norm stats ({files.norm_stats_source})",
+        maker=files.maker,
+        directory=files.directory,
+        needs=pi0_needs(config),
+        own_settings=PI0_SETTINGS,
+        files=tuple(sorted({tensor.file for tensor in tensors.values()})),
+        prompt_lengths=prompt_lengths,
+        check_prompts=check_prompts,
+        identity=functools.partial(identity, files),
+        load=load,
+    )
