@@ -22,7 +22,7 @@ from dsrl_async.envs import graphics, observations, options
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.inspection import ask_in_a_child
 from dsrl_async.envs.protocol import ChunkOutcome, EnvironmentSpec, UserEnvironment, check_chunk
-from dsrl_async.untrusted import shown
+from dsrl_async.untrusted import in_one_line, shown
 
 ACTIONS = ("unchanged", "clip", "rescale")
 NO_LIMIT = 1_000_000_000
@@ -52,6 +52,7 @@ class Options:
     episode_steps: int | None
     rate_hz: int | None
     image_size: int
+    rotate_images: bool
 
 
 def make_environment(
@@ -69,6 +70,7 @@ def make_environment(
     episode_steps: int | None = None,
     rate_hz: int | None = None,
     image_size: int = 224,
+    rotate_images: bool = False,
     worker_mb: int = WORKER_BYTES >> 20,
 ) -> UserEnvironment:
     """What is known of a `gymnasium.Env`, from `env.options`.
@@ -96,6 +98,7 @@ def make_environment(
         episode_steps: environment steps of an episode; null: the `max_episode_steps` that it is registered with.
         rate_hz: environment steps per second; null: `metadata["render_fps"]`, or else 10.
         image_size: height and width of the policy's images, padded with black where a camera is not square.
+        rotate_images: turn the images by 180 degrees, for cameras that hang upside down.
         worker_mb: upper estimate of a worker's private memory in MiB.
 
     Raises ValueError, which names the option, if one is wrong or does not fit the environment.
@@ -126,6 +129,7 @@ def make_environment(
         episode_steps=None if episode_steps is None else options.whole("episode_steps", episode_steps),
         rate_hz=None if rate_hz is None else options.whole("rate_hz", rate_hz),
         image_size=options.whole("image_size", image_size),
+        rotate_images=options.flag("rotate_images", rotate_images),
     )
     if len(chosen.prompts) > 1 and chosen.task is None:
         raise ValueError("env.options: several prompts need task, the key that says which one is an episode's")
@@ -192,7 +196,11 @@ def _make(chosen: Options) -> Any:
     kwargs = chosen.kwargs
     if not chosen.cameras and "render_mode" not in kwargs:
         kwargs = {**kwargs, "render_mode": "rgb_array"}
-    env = gymnasium.make(chosen.id, max_episode_steps=NO_LIMIT, disable_env_checker=True, **kwargs)
+    try:
+        env = gymnasium.make(chosen.id, max_episode_steps=NO_LIMIT, disable_env_checker=True, **kwargs)
+    except gymnasium.error.UnregisteredEnv as error:
+        hint = "" if ":" in chosen.id else "; if a package registers it, write that in front, like my_package:MyTask-v0"
+        raise ValueError(f"env.options: id: {in_one_line(error).rstrip('.?')}{hint}") from error
     _check_kind(env, chosen.id)
     return env
 
@@ -460,6 +468,8 @@ class GymnasiumEnvironment:
                 ]
             else:
                 self._pictures = [observations.image(self.env.render(), "what render() returns")]
+            if self._chosen.rotate_images:
+                self._pictures = [np.ascontiguousarray(picture[::-1, ::-1]) for picture in self._pictures]
         return self._pictures
 
     @contextlib.contextmanager

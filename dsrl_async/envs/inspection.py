@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from dsrl_async.envs.user import blamed
 from dsrl_async.untrusted import in_one_line
 
 PR_SET_PDEATHSIG = 1
@@ -58,7 +59,7 @@ def _answer(function: Callable[[], Any], problem: str, writing: int) -> None:
         except (Exception, SystemExit) as error:
             said = in_one_line(error)
             known = isinstance(error, ValueError) and said.startswith("env.options: ")
-            answer = {"refused": said if known else f"{problem}: {type(error).__name__}: {said}"}
+            answer = {"refused": said if known else f"{problem}: {blamed(error, __name__)}"}
             if not known:
                 traceback.print_exception(error)
         with os.fdopen(writing, "w") as file:

@@ -123,10 +123,14 @@ def test_a_function_may_make_the_environment() -> None:
         ({"id": None}, "give either id, such as CartPole-v1, or make"),
         ({"make": "support.gymnasium_envs:nothing"}, "give either id, such as CartPole-v1, or make"),
         ({"id": 3}, "id must be a text, not 3"),
-        ({"id": "Nowhere-v0"}, "Nowhere-v0 cannot be made: NameNotFound: "),
-        ({"id": "nowhere:Nowhere-v0"}, "nowhere:Nowhere-v0 cannot be made: ModuleNotFoundError: No module named"),
+        (
+            {"id": "Nowhere-v0"},
+            "id: Environment `Nowhere` doesn't exist; if a package registers it, write that in front",
+        ),
+        ({"id": "support.gymnasium_envs:Nowhere-v0"}, "id: Environment `Nowhere` doesn't exist$"),
+        ({"id": "nowhere:Nowhere-v0"}, "nowhere:Nowhere-v0 cannot be made: .*ModuleNotFoundError: No module named"),
         ({"kwargs": [1]}, r"kwargs must be a mapping, such as \{key: value\}, not \[1\]"),
-        ({"kwargs": {"speed": 1}}, f"{ID} cannot be made: TypeError: .*speed"),
+        ({"kwargs": {"speed": 1}}, f"{ID} cannot be made: .*TypeError: .*speed"),
         ({"kwargs": {"max_episode_steps": 1}}, "kwargs may not have max_episode_steps, write episode_steps beside"),
         ({"cameras": []}, r"cameras must be a text or a list of texts, not \[\]"),
         (
@@ -150,6 +154,7 @@ def test_a_function_may_make_the_environment() -> None:
         ({"action_transform": "support.gymnasium_envs:GOAL"}, "action_transform must be a function, not 6.0"),
         ({"episode_steps": 0}, "episode_steps must be a whole number of at least 1, not 0"),
         ({"rate_hz": True}, "rate_hz must be a whole number of at least 1, not True"),
+        ({"rotate_images": 1}, "rotate_images must be true or false, not 1"),
         ({"image_size": 2.5}, "image_size must be a whole number of at least 1, not 2.5"),
         ({"id": "support.gymnasium_envs:EndlessCorridor-v0"}, "episode_steps is needed, since the environment is"),
     ],
@@ -164,7 +169,10 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, Any], sentence: st
     ("function", "sentence"),
     [
         ("nothing", "support.gymnasium_envs:nothing makes no gymnasium.Env, but a builtins.NoneType"),
-        ("broken", "support.gymnasium_envs:broken cannot be made: RuntimeError: no licence for this"),
+        (
+            "broken",
+            r"support.*:broken cannot be made: .*gymnasium_envs.py, line \d+: RuntimeError: no licence for this",
+        ),
         (
             "Old",
             "support.gymnasium_envs:Old is an environment of the old package gym, not of gymnasium; let a",
@@ -274,6 +282,15 @@ def test_the_seed_determines_an_episode() -> None:
         environment.reset(seed)
         states.append(observe(environment)[1][0])
     assert states[0] == states[2] != states[1]
+
+
+def test_cameras_that_hang_upside_down_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    monkeypatch.setattr(Corridor, "render", lambda self: picture)
+    for turned, expected in ((False, picture), (True, np.rot90(picture, 2))):
+        environment = made(rotate_images=turned)
+        environment.reset(0)
+        assert (observe(environment)[0][0] == expected).all()
 
 
 def test_images_of_the_observation_are_taken_as_they_are() -> None:
