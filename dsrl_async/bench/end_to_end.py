@@ -8,6 +8,7 @@ and seed. The systems take turns, with a new seed (0, 1, ...) for each repeat:
                  when the last one is ready (resets are inside this barrier), one other process does the updates that
                  are due and answers all environments in one batch, and only then do they step again. Workers, memory,
                  policy, learner and supervisor are the run's own; only the order differs
+  evaluating     asynchronous, with an evaluation going on all the time (only if --system names it)
 Policy and learner have as many threads as `inference.threads` and `learner.threads` say (null: a quarter of the cores,
 at least one). Lock step uses the former for both, serial the latter for everything; --threads sets both. A worker has
 one thread.
@@ -21,7 +22,8 @@ A run ends when --success of its last 100 episodes were successes, or after --ma
   start_to_success         wall seconds from starting the program
   decisions_to_success     decisions until then, which shows what the order of acting and learning means for learning
   reached                  number of repeats that succeeded in time
-to within `log.interval_s`, and the ratios of asynchronous to the others. In a median, repeats that did not succeed
+to within `log.interval_s`, and the ratios of asynchronous to the others, and of
+evaluating to asynchronous. In a median, repeats that did not succeed
 count as longer than all others. If the median is one of them, the line is left out, and stderr says so.
 
 Not measured: how good the policy is on separate episodes (`python -m dsrl_async.evaluate`). Serial runs use no GPU.
@@ -51,11 +53,12 @@ from dsrl_async.host.tether import PR_SET_PDEATHSIG
 from dsrl_async.run.preflight import check_run
 from dsrl_async.shm.counters import SUCCESS_EPISODES
 
-ASYNCHRONOUS, SERIAL, LOCK_STEP = "asynchronous", "serial", "lock step"
+ASYNCHRONOUS, SERIAL, LOCK_STEP, EVALUATING = "asynchronous", "serial", "lock step", "evaluating"
 PROGRAMS = {
     ASYNCHRONOUS: ["dsrl_async.launch", "--serial", "false"],
     SERIAL: ["dsrl_async.launch", "--serial", "true"],
     LOCK_STEP: ["dsrl_async.bench.systems.lock_step", "--serial", "false"],
+    EVALUATING: ["dsrl_async.launch", "--serial", "false", "--evaluation.every-decisions", "1"],
 }
 """System -> module and options that override the configuration."""
 UNITS = {
@@ -73,7 +76,7 @@ WATCH_INTERVAL_S = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="as for `launch` (default: the embedded task)")
-    parser.add_argument("--system", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS))
+    parser.add_argument("--system", nargs="+", choices=list(PROGRAMS), default=[ASYNCHRONOUS, SERIAL, LOCK_STEP])
     parser.add_argument("--actors", type=int, help="(default: the configuration's)")
     parser.add_argument("--threads", type=int, help="threads of policy and learner (default: the configuration's)")
     parser.add_argument("--success", type=float, default=0.9, help="success rate that ends a run (default: 0.9)")
@@ -165,12 +168,12 @@ def summarise(samples: dict[str, list[Metrics]]) -> Iterator[Figure]:
         for metric, unit in UNITS.items():
             yield Figure(system, metric, values[system][metric], unit)
         yield Figure(system, "reached", sum(math.isfinite(each["seconds_to_success"]) for each in runs), "runs")
-    for other in (SERIAL, LOCK_STEP):
-        if {ASYNCHRONOUS, other} <= values.keys():
+    for system, other in ((ASYNCHRONOUS, SERIAL), (ASYNCHRONOUS, LOCK_STEP), (EVALUATING, ASYNCHRONOUS)):
+        if {system, other} <= values.keys():
             for metric in COMPARED:
-                ours, theirs = values[ASYNCHRONOUS][metric], values[other][metric]
+                ours, theirs = values[system][metric], values[other][metric]
                 ratio = ours / theirs if math.isfinite(theirs) else math.inf
-                yield Figure(f"{ASYNCHRONOUS}/{other}", metric, ratio, "ratio")
+                yield Figure(f"{system}/{other}", metric, ratio, "ratio")
 
 
 def name_of(config: Config) -> str:

@@ -13,10 +13,13 @@ latency curve says. The figures for a number of environments (--actors) are the 
                             not near 0, the machine was too busy to measure on
 of these systems, which take turns with the same draws:
   dsrl_async            the processes of a run, batching by readiness
+  evaluating            the same with --evaluation-actors workers more, whose evaluation goes on all the time (only if
+                        --system names it); what is counted is the training's, and the times are of all rows
   lock step             the same processes with one barrier per decision, resets inside it
   ideal                 a simulation of batching by readiness with every batch size, no wait and no overhead
   ideal lock step       a simulation of the barrier
-and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions).
+and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions),
+and of evaluating to dsrl_async.
 
 Not measured: policies, learning, simulation, rendering; the times of environments and devices are settings.
 """
@@ -45,6 +48,7 @@ from dsrl_async.plan.simulation import EnvironmentTimes, Throughput, simulate, s
 
 OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP = "dsrl_async", "lock step", "ideal", "ideal lock step"
 SYSTEMS = (OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP)
+EVALUATING = "evaluating"
 SEED = 0
 MODEL_DECISIONS = 20_000
 """Number of decisions of a simulation, after half as many that are not measured."""
@@ -64,7 +68,7 @@ DEVICES: dict[str, Callable[[int], float]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--system", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--system", nargs="+", choices=[*SYSTEMS, EVALUATING], default=list(SYSTEMS))
     parser.add_argument(
         "--device",
         nargs="+",
@@ -73,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"h100: full-size Pi0 at {ABOVE_BOUND} x its bound (default); launches: 20 ms + 4.8 ms a row; flat: 50 ms",
     )
     parser.add_argument("--actors", nargs="+", type=int, default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--evaluation-actors", type=int, default=2, help="of the system `evaluating` (default: 2)")
     parser.add_argument("--chunk-ms", type=float, default=60.0, help="mean time of a chunk (default: 60)")
     parser.add_argument("--sigma", type=float, default=0.3, help="standard deviation of its logarithm (default: 0.3)")
     parser.add_argument("--reset-ms", type=float, default=600.0, help="(default: 600)")
@@ -109,12 +114,15 @@ def measured(
     actors: int,
     times: EnvironmentTimes,
     service: dict[int, float],
-    lock_step: bool,
+    system: str,
     arguments: argparse.Namespace,
 ) -> Metrics:
     from dsrl_async.bench.simulated.run import Simulation, measure
 
-    simulation = Simulation(actors, times, service, arguments.batch_wait_ms, lock_step)
+    evaluators = arguments.evaluation_actors if system == EVALUATING else 0
+    simulation = Simulation(
+        actors, times, service, arguments.batch_wait_ms, lock_step=system == LOCK_STEP, evaluators=evaluators
+    )
     run = measure(simulation, arguments.warm_seconds, arguments.seconds)
     return {
         "decisions_per_s": run.decisions / run.seconds,
@@ -152,13 +160,14 @@ def summarise(samples: dict[str, list[Metrics]]) -> Iterator[Figure]:
             yield Figure(system, metric, value, UNITS[metric])
         rate[system] = values["decisions_per_s"]
     pairs = [(OWN, IDEAL), (OWN, LOCK_STEP), (OWN, IDEAL_LOCK_STEP), (LOCK_STEP, IDEAL_LOCK_STEP)]
+    pairs.append((EVALUATING, OWN))
     for system, against in pairs:
         if {system, against} <= rate.keys():
             yield Figure(f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    require_positive(arguments, "actors", "buckets", "repeats", "chunk_ms", "seconds")
+    require_positive(arguments, "actors", "evaluation_actors", "buckets", "repeats", "chunk_ms", "seconds")
     if arguments.buckets != sorted(set(arguments.buckets)):
         raise ValueError("--buckets must be increasing")
     if arguments.episode_decisions <= 1:
@@ -166,7 +175,7 @@ def run(arguments: argparse.Namespace) -> None:
     times = EnvironmentTimes(
         arguments.chunk_ms / 1e3, arguments.sigma, arguments.reset_ms / 1e3, 1 / arguments.episode_decisions
     )
-    real = [system for system in (OWN, LOCK_STEP) if system in arguments.system]
+    real = [system for system in (OWN, EVALUATING, LOCK_STEP) if system in arguments.system]
     lines = JsonLines("pipeline", arguments)
     every_size = range(1, arguments.buckets[-1] + 1)
     for device in arguments.device:
@@ -175,9 +184,7 @@ def run(arguments: argparse.Namespace) -> None:
         exact = {size: curve(size) for size in every_size}
         for actors in arguments.actors:
             lines.case(f"{device} {actors} actors chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms")
-            runs = {
-                system: partial(measured, actors, times, buckets, system == LOCK_STEP, arguments) for system in real
-            }
+            runs = {system: partial(measured, actors, times, buckets, system, arguments) for system in real}
             samples = take_turns(runs, arguments.repeats)
             if IDEAL in arguments.system:
                 draws = [times.totals(SEED, lane) for lane in range(actors)]

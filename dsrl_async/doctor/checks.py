@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 from dsrl_async.config.files import how_to_install
-from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError
+from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError, EvaluationConfig
 from dsrl_async.doctor.probes import cuda, egl_devices, render
 from dsrl_async.envs import graphics, libero_files
 from dsrl_async.host import processes
@@ -171,6 +171,11 @@ def check_policy(config: Config, options: Options) -> Iterator[Finding]:
     yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
 
 
+def workers_of(config: Config) -> str:
+    evaluation = config.evaluation.lanes
+    return f"{config.actors} actors" + (f" and {evaluation} of the evaluation" if evaluation else "")
+
+
 def check_memory(config: Config, options: Options) -> Iterator[Finding]:
     available = available_memory()
     os.close(os.memfd_create("dsrl_async-doctor"))  # what shared memory is made of; some sandboxes forbid it
@@ -178,11 +183,11 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         run = preflight.check_run(config)
     except ConfigError:
         record = environment_record(config.env.model_dump())
-        actors = record.template_bytes + config.actors * record.worker_bytes
+        actors = record.template_bytes + config.lanes * record.worker_bytes
         yield Finding(
             "memory",
             "ok" if actors < available else "problem",
-            f"{available / GIB:.1f} GiB available, about {actors / GIB:.1f} needed by {config.actors} actors"
+            f"{available / GIB:.1f} GiB available, about {actors / GIB:.1f} needed by {workers_of(config)}"
             f"{'' if actors < available else '; lower actors'} (the policy's share is not known yet)",
         )
         return
@@ -212,7 +217,7 @@ def check_gpu_memory(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_descriptors(config: Config, options: Options) -> Iterator[Finding]:
     preflight.check_descriptors(config)
-    yield Finding("open files", "ok", f"enough for {config.actors} actors")
+    yield Finding("open files", "ok", f"enough for {workers_of(config)}")
 
 
 def check_channel(config: Config, options: Options) -> Iterator[Finding]:
@@ -227,7 +232,7 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
         return
     spec = preflight.check_environment(config)
     replay = config.replay.model_copy(update={"capacity": MIN_LANE_ROWS})
-    config = config.model_copy(update={"actors": 1, "replay": replay})
+    config = config.model_copy(update={"actors": 1, "replay": replay, "evaluation": EvaluationConfig()})
     fields = run_fields(config, spec, config.env.chunk)
     begin = time.monotonic()
     try:
@@ -261,7 +266,7 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
     yield Finding(
         "cpus",
         "ok",
-        f"{cpus} of the machine's {os.cpu_count()} may be used; {config.actors} actors of one thread; "
+        f"{cpus} of the machine's {os.cpu_count()} may be used; {workers_of(config)} of one thread; "
         f"threads of inference: {inference}, of the learner: {learner}",
     )
     if inference + learner > max(2, cpus):
@@ -271,11 +276,11 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
             f"inference.threads and learner.threads are {inference + learner} together on {cpus} cores, which slows "
             "both down; lower them, or leave them null",
         )
-    if environment_record(config.env.model_dump()).needs_opengl and config.actors > ACTORS_PER_CPU * cpus:
+    if environment_record(config.env.model_dump()).needs_opengl and config.lanes > ACTORS_PER_CPU * cpus:
         yield Finding(
             "cpus",
             "warning",
-            f"{config.actors} actors of LIBERO on {cpus} cores wait for one another and fill the memory; lower "
+            f"{workers_of(config)} of LIBERO on {cpus} cores wait for one another and fill the memory; lower "
             f"actors to {ACTORS_PER_CPU * cpus} or fewer",
         )
     for name in processes.THREAD_VARIABLES:

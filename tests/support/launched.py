@@ -58,14 +58,16 @@ class Launched:
         self.seen: dict[int, psutil.Process] = {}
 
     def children(self, kind: str | None = None) -> list[psutil.Process]:
-        """Living children, all or those of a kind: those of `MODULES` and `worker`, which is forked from a template."""
+        """Living children, all or those of a kind: those of `MODULES`, and `worker` and `evaluation`, which are forked
+        from a template."""
         found = []
         for child in self.process.children():
             try:
-                line, actor = " ".join(child.cmdline()[:3]), child.name().startswith("actor-")
+                line, name = " ".join(child.cmdline()[:3]), child.name().partition("-")[0]
             except psutil.Error:
                 continue
-            runs = "worker" if actor else MODULES.get(line.rpartition("-m dsrl_async.")[2])
+            forked = {"actor": "worker", "evaluation": "evaluation"}.get(name)
+            runs = forked or MODULES.get(line.rpartition("-m dsrl_async.")[2])
             if child.status() != psutil.STATUS_ZOMBIE and "-m dsrl_async." in line and kind in (None, runs):
                 found.append(child)
                 self.seen[child.pid] = child

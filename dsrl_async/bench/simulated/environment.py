@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dsrl_async.envs import ChunkOutcome, EnvironmentSpec
 from dsrl_async.plan.simulation import EnvironmentTimes
-from dsrl_async.run.worker.worker import Lane, play
+from dsrl_async.run.worker.worker import Lane, play, take_part_in_evaluation
 from dsrl_async.shm.arena import Arena
 
 SPEC = EnvironmentSpec(cameras=2, image_size=224, state_dim=8, action_dim=7, prompts=("put the block on the plate",))
@@ -78,4 +78,5 @@ def main(job: Mapping[str, Any], prepared: None) -> None:
     arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
     number, seed = job["number"], job["seed"]
     lane = Lane(number, job["incarnation"], seed, job["env"], arena, SleepingEnvironment(times, seed, number))
+    take_part_in_evaluation(lane, job)
     play(lane, job["wake_fd"], job["notify_fds"])

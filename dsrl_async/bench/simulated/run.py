@@ -34,6 +34,8 @@ from dsrl_async.telemetry.usage import MEMORY_WORKERS
 WARMUP_DECISIONS = 16
 LANE_ROWS = 64  # replay rows of a lane: the ring is small, so that all its memory is soon in use
 FAR_AHEAD = 2**32  # gradient updates, so that no environment waits for the learner, which does not exist
+ENDLESS_EPISODES = 10_000
+"""Episodes of each worker of an evaluation: more than it can play."""
 MEASURED = "measured"
 START_LIMIT_S = 600.0
 
@@ -50,6 +52,8 @@ class Simulation:
     lock_step: bool = False
     gather: bool = True
     """Whether images are copied into the batch."""
+    evaluators: int = 0
+    """Number of further workers, whose evaluation goes on all the time."""
     record: bool = True
     """Whether the times at which each request is made and answered are noted."""
 
@@ -91,6 +95,10 @@ class Measurement:
 
 
 def run_config(simulation: Simulation) -> Config:
+    evaluation = {}
+    if simulation.evaluators:  # the first evaluation, which does not end
+        episodes = simulation.evaluators * ENDLESS_EPISODES
+        evaluation = {"every_minutes": 1.0, "episodes": episodes, "actors": simulation.evaluators}
     settings = {
         "actors": simulation.workers,
         "env": {"chunk": CHUNK},
@@ -100,6 +108,7 @@ def run_config(simulation: Simulation) -> Config:
             "warmup_decisions": WARMUP_DECISIONS,
         },
         "sac": {"batch_size": WARMUP_DECISIONS},
+        "evaluation": evaluation,
         "inference": {
             "buckets": sorted(simulation.service_s),
             "batch_wait_ms": simulation.batch_wait_ms,

@@ -120,6 +120,7 @@ def _lowered(config: Config, policy: PolicyNeeds, key: str) -> Iterator[tuple[Co
 
 
 DEFAULTS = Config()
+USUAL = "replay.capacity or actors"
 OF_THE_RUN = ("replay.capacity", "actors")
 OF_BATCHES = ("inference.buckets", "policy.action_horizon")
 OF_THE_AGENT = (
@@ -139,7 +140,7 @@ def what_to_lower(
     environment: EnvironmentRecord,
     spec: EnvironmentSpec,
     policy: PolicyNeeds,
-    usual: str = "replay.capacity or actors",
+    usual: str = USUAL,
     learning: bool = True,
 ) -> str:
     """The settings of which the default or half would spare the most memory, or the `usual` ones if those of the run
@@ -157,7 +158,7 @@ def what_to_lower(
     return " or ".join(key for key in sorted(keys, key=lambda key: -spared[key]) if spared[key] > 0.9 * most)
 
 
-def check_memory(run: CheckedRun, lower: str = "replay.capacity or actors", learning: bool = True) -> None:
+def check_memory(run: CheckedRun, lower: str = USUAL, learning: bool = True) -> None:
     """Raises ConfigError where processes cannot share memory, or where less of it is available than is needed.
 
     It advises to `lower` something, unless a setting of the agent or of batches takes the most. `learning` is as in
@@ -170,6 +171,8 @@ def check_memory(run: CheckedRun, lower: str = "replay.capacity or actors", lear
     parts = run.config, run.environment, run.spec, run.policy.needs
     need, available = memory_needed(*parts, learning), available_memory()
     if need.total > available:
+        if lower == USUAL and run.config.evaluation.lanes:
+            lower = "replay.capacity, actors or evaluation.actors"
         can_halve = "dtype" in run.policy.own_settings and run.config.policy.dtype != "bfloat16"
         halve = need.policy > need.shared and need.policy > need.agent and can_halve
         raise ConfigError(

@@ -96,7 +96,7 @@ class Lane:
         self.reward_rule = env_config["reward_rule"]
         self.use_step_penalty = env_config["use_step_penalty"]
         self.own_rewards, self.step_discount = env_config["reward"] == "environment", step_discount
-        self.slots, self.ring = Slots(arena), ReplayRing(arena)
+        self.arena, self.slots, self.ring = arena, Slots(arena), ReplayRing(arena)
         self.counters, self.row = counters_of(arena, number)
         self.of_training = self.row == number
         if self.of_training:
@@ -210,11 +210,17 @@ def main(job: Mapping[str, Any], environment: Environment | None) -> None:
     counters.actor_heartbeat_ns[row] = time.monotonic_ns()
     of_agent = job["step_discount"], job["agent_cameras"]
     lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment, *of_agent)
-    if (evaluation := job["evaluation"]) is not None and number >= evaluation["from_lane"]:
-        assignments = Assignments(arena, counters)
-        lane.evaluation = assignments.take(row, wake, job["notify_fds"], job["incarnation"])
-        prepare_evaluation(lane, assignments, evaluation)
+    take_part_in_evaluation(lane, job)
     play(lane, wake, job["notify_fds"])
+
+
+def take_part_in_evaluation(lane: Lane, job: Mapping[str, Any]) -> None:
+    """Have a lane play the episodes that it is given, if it is one of those, see `template.Template`."""
+    evaluation = job["evaluation"]
+    if evaluation is not None and lane.number >= evaluation["from_lane"]:
+        assignments = Assignments(lane.arena, lane.counters)
+        lane.evaluation = assignments.take(lane.row, job["wake_fd"], job["notify_fds"], job["incarnation"])
+        prepare_evaluation(lane, assignments, evaluation)
 
 
 def prepare_evaluation(lane: Lane, assignments: Assignments, evaluation: Mapping[str, Any]) -> None:
