@@ -58,9 +58,10 @@ PROGRAMS = {
     ASYNCHRONOUS: ["dsrl_async.launch", "--serial", "false"],
     SERIAL: ["dsrl_async.launch", "--serial", "true"],
     LOCK_STEP: ["dsrl_async.bench.systems.lock_step", "--serial", "false"],
-    EVALUATING: ["dsrl_async.launch", "--serial", "false", "--evaluation.every-decisions", "1"],
 }
 """System -> module and options that override the configuration."""
+ON_REQUEST = {EVALUATING: [*PROGRAMS[ASYNCHRONOUS], "--evaluation.every-decisions", "1"]}
+"""The same for those that are measured only if they are named."""
 UNITS = {
     "env_steps_per_s": "env steps/s",
     "decisions_per_s": "decisions/s",
@@ -76,7 +77,7 @@ WATCH_INTERVAL_S = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="as for `launch` (default: the embedded task)")
-    parser.add_argument("--system", nargs="+", choices=list(PROGRAMS), default=[ASYNCHRONOUS, SERIAL, LOCK_STEP])
+    parser.add_argument("--system", nargs="+", choices=[*PROGRAMS, *ON_REQUEST], default=list(PROGRAMS))
     parser.add_argument("--actors", type=int, help="(default: the configuration's)")
     parser.add_argument("--threads", type=int, help="threads of policy and learner (default: the configuration's)")
     parser.add_argument("--success", type=float, default=0.9, help="success rate that ends a run (default: 0.9)")
@@ -144,7 +145,7 @@ def measure(system: str, options: list[str], seed: int, run_dir: Path, success: 
         ValueError: the run failed.
         KeyboardInterrupt: a stop was requested, and the run has ended.
     """
-    module, *own_options = PROGRAMS[system]
+    module, *own_options = (PROGRAMS | ON_REQUEST)[system]
     command = [sys.executable, "-m", module, *own_options, *options, "--seed", str(seed), "--run-dir", str(run_dir)]
     started = time.time()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent)

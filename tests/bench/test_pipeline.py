@@ -43,6 +43,13 @@ def test_a_run_is_measured_and_leaves_nothing_behind() -> None:
     assert run.left_over == 0
 
 
+def test_an_evaluation_shares_the_device_and_counts_in_nothing() -> None:
+    run = measure(Simulation(2, TIMES, SERVICE, evaluators=2), warm_s=0.3, seconds=0.5, decisions=20)
+    assert run.rows > 1.5 * run.decisions  # two more workers, each as quick as those of the training
+    assert run.killed == 0
+    assert run.left_over == 0
+
+
 def test_lock_step_serves_all_actors_in_each_round() -> None:
     run = measure(Simulation(4, TIMES, SERVICE, lock_step=True), warm_s=0.3, seconds=0.3, decisions=12)
     assert run.rows == pytest.approx(4 * run.batches, abs=4)  # the two are not read at the same moment
