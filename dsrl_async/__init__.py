@@ -5,7 +5,10 @@ package imports nothing else: what is public comes with its first use.
 """
 
 __version__ = "0.1.0"
-__all__ = ["Agent", "load_agent"]
+__all__ = [
+    "Agent",
+    "load_agent",
+]
 
 
 def __getattr__(name: str) -> object:
