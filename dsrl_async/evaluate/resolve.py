@@ -112,7 +112,7 @@ def named_suites(given: Sequence[str] | None) -> tuple[Sequence[str | None], lis
         if not found:
             raise ConfigError(f"--suite: {name!r} names no suite that can be played: {left_out[fitting[0]]}")
         named |= dict.fromkeys(found)
-    return list(named), [f"{suite} is left out: {left_out[suite]}" for suite in left_out if suite not in named]
+    return list(named), [f"left out: {left_out[suite]}" for suite in left_out if suite not in named]
 
 
 def why_not(suite: str) -> str:
