@@ -24,8 +24,8 @@ from support.paths import CONFIGS, SCRIPTS
 
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.load import get_key, leaf_fields, to_yaml, validate
-from dsrl_async.config.settings import Config, ConfigError
-from dsrl_async.envs import environment_record, gymnasium_adapter, options
+from dsrl_async.config.settings import Config, ConfigError, EnvConfig
+from dsrl_async.envs import EnvironmentSpec, environment_record, gymnasium_adapter, options
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.run import checkpoints, preflight
@@ -84,6 +84,22 @@ def test_rlinfs_recipe_plays_one_initial_state_and_is_that_of_the_suite_otherwis
     assert (one["env"].pop("task_ids"), one["env"].pop("init_states")) == ([0], [0])
     assert (suite["env"].pop("task_ids"), suite["env"].pop("init_states")) == (None, None)
     assert one == suite
+
+
+def test_what_to_do_about_sizes_that_differ_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = replace(environment_record(EnvConfig().model_dump()), name="mine", own_settings=frozenset({"options"}))
+    monkeypatch.setattr(preflight.policy, "environment_record", lambda env: record)
+    config = Config.model_validate({"policy": {"checkpoint": str(tmp_path)}})
+    spec = EnvironmentSpec(cameras=2, image_size=96, state_dim=14, action_dim=7, prompts=("go",))
+    with pytest.raises(ConfigError, match=r"that of the environment mine is 96; make it 224 if env\.options can$"):
+        preflight.check_fit(config, Pi0Config(), spec)
+    widths = r"the robot state of .* is 8, that of the environment mine is 14"
+    spec = spec._replace(image_size=224)
+    with pytest.raises(ConfigError, match=widths + r"; its files do not say it, .* docs/adapters\.md has a config"):
+        preflight.check_fit(config, Pi0Config(), spec)
+    Pi0Config().save(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=widths + "$"):
+        preflight.check_fit(config, Pi0Config(), spec)
 
 
 @needs_libero

@@ -12,6 +12,7 @@ from dsrl_async.envs import OWN_SETTINGS, EnvironmentRecord, EnvironmentSpec, gr
 from dsrl_async.host.environments import environment_record, environment_spec
 from dsrl_async.host.policies import policy_record
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
+from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.policies import PolicyRecord, PolicySizes, find
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.untrusted import read_object, shown
@@ -127,11 +128,9 @@ def check_fit(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> Non
         ("robot action", policy.robot_action_dim, spec.action_dim),
     ):
         if of_policy != of_env:
-            settable = what == "image size" and "image_size" in record.own_settings
-            remedy = f"; set env.image_size to {of_policy}" if settable else ""
             raise ConfigError(
                 f"policy.checkpoint: the {what} of {place(config)} is {of_policy}, "
-                f"that of the environment {record.name} is {of_env}{remedy}"
+                f"that of the environment {record.name} is {of_env}{_remedy(config, record, what, of_policy)}"
             )
     if config.env.chunk > policy.action_horizon:
         raise ConfigError(
@@ -149,6 +148,21 @@ def check_fit(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> Non
         raise ConfigError(
             f"sac.state_dim: {config.sac.state_dim} must be the robot state's width, {spec.state_dim}; leave it out"
         )
+
+
+def _remedy(config: Config, record: EnvironmentRecord, what: str, of_policy: int) -> str:
+    """What to do about a size in which a policy and an environment differ, if anything, for the end of a message."""
+    has_options = "options" in record.own_settings
+    if what == "image size":
+        if "image_size" in record.own_settings:
+            return f"; set env.image_size to {of_policy}"
+        return f"; make it {of_policy} if env.options can" if has_options else ""
+    directory = directory_of(config)
+    if config.policy.type is not None or directory is None or not has_options:
+        return ""
+    if maker_of(read_content(directory)) != "openpi or RLinf":
+        return ""
+    return "; its files do not say it, and LIBERO's is taken: docs/adapters.md has a config.json that does"
 
 
 def trained_quality(directory: Path, maker: str) -> str | None:
