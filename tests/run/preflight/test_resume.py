@@ -47,6 +47,8 @@ OTHER: dict[str, Any] = {
     "learner.device": "cpu",
     "learner.threads": 3,
     "seed": 5,
+    "policy.type": "my_policy:MyPolicy",
+    "policy.options": {"size": 3},
     "policy.checkpoint": "elsewhere",
     "policy.tokenizer": "elsewhere",
     "policy.norm_stats": "elsewhere",
