@@ -24,6 +24,7 @@ from dsrl_async.host.output import say
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run import checkpoints, preflight
+from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.child import Kind
@@ -131,3 +132,5 @@ def say_how_to_go_on(run_dir: Path, summary: dict[str, Any]) -> None:
         logger.info("to go on: %s --resume %s%s", program("launch"), run_dir, more)
         if summary.get("updates"):
             logger.info("to see how good it is: %s --checkpoint %s", program("evaluate"), run_dir)
+        if find_best(run_dir) is not None:
+            logger.info("to see how good the best is: %s --checkpoint %s --best", program("evaluate"), run_dir)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.pi0_models import fill, make_model, make_sampler, norm_stats, small_config
 from tokenizers import Tokenizer, models
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
@@ -30,15 +30,17 @@ from dsrl_async.sac.networks import Actor
 CPU = torch.device("cpu")
 
 
-def make_steered(model: Pi0, batch: int, device: torch.device = CPU) -> SteeredPolicy:
+def make_steered(model: Pi0, batch: int, device: torch.device = CPU, evaluating: bool = False) -> SteeredPolicy:
     config = Config()
     with device:  # the meta device cannot take over what was made elsewhere
-        actor = Actor(config.sac, model.config.action_horizon, device, seed=0)
+        actor, other = (Actor(config.sac, model.config.action_horizon, device, seed) for seed in (0, 1))
     normaliser = Normaliser(model.config, norm_stats()).to(device)
     tokenizer = PromptTokenizer(Tokenizer(models.WordLevel({"<bos>": 0})), model.config.max_token_len)
     loaded = LoadedPolicy(model.config, model, normaliser, tokenizer)
     policy = Pi0Policy(loaded, [], config.policy.denoise_steps)
-    return SteeredPolicy(policy.batch(batch, model.config.max_token_len), actor, config.sac)
+    return SteeredPolicy(
+        policy.batch(batch, model.config.max_token_len), actor, config.sac, other if evaluating else None
+    )
 
 
 def frozen(steered: SteeredPolicy) -> Pi0Batch:
@@ -68,6 +70,7 @@ def static_storages(steered: SteeredPolicy) -> dict[int, str]:
         **dict(policy.sampler.model.named_parameters()),
         **dict(policy.normaliser.named_buffers()),
         **vars(steered.actor),
+        **{f"snapshot {name}": value for name, value in vars(steered.snapshot or nn.Module()).items()},
     }
     for name, value in owners.items():
         for leaf in tree_leaves(value):
@@ -98,9 +101,9 @@ def plant(model: Pi0, method: str, violation: Callable[[Tensor], object]) -> Non
     object.__setattr__(model, method, planted)
 
 
-@pytest.mark.parametrize("pi05", [False, True])
-def test_no_sync_no_creation_and_the_same_trace_for_any_input(pi05: bool) -> None:
-    steered = make_steered(make_model(small_config(pi05))[0], batch=2)
+@pytest.mark.parametrize(("pi05", "evaluating"), [(False, False), (True, False), (False, True)])
+def test_no_sync_no_creation_and_the_same_trace_for_any_input(pi05: bool, evaluating: bool) -> None:
+    steered = make_steered(make_model(small_config(pi05))[0], batch=2, evaluating=evaluating)
     fill_steered(steered, seed=1)
     first = watched(steered)
     fill_steered(steered, seed=2)
