@@ -36,8 +36,9 @@ WITHOUT_EFFECT = ("rename_observations_processor", "to_batch_processor", "device
 
 
 class Scaling(NamedTuple):
-    """x * scale + offset; float32 of a shape that goes with x."""
+    """(x - origin) * scale + offset; float32 of a shape that goes with x."""
 
+    origin: NDArray[np.float32]
     scale: NDArray[np.float32]
     offset: NDArray[np.float32]
 
@@ -139,10 +140,8 @@ class DiffusionPolicy(Policy):
 
     def encode(self, images: Tensor, state: Tensor, prompts: Tensor) -> Tensor:
         """What the U-Net is conditioned on, float32 [B, width]."""
-        scale, offset = self.tensors["pixels"]
-        pictures = images.permute(0, 1, 4, 2, 3).float().div(255) * scale + offset
-        scale, offset = self.tensors["states"]
-        batch = {"observation.images": pictures[:, None], STATE: (state * scale + offset)[:, None]}
+        pictures = scaled(images.permute(0, 1, 4, 2, 3).float() / 255, *self.tensors["pixels"])
+        batch = {"observation.images": pictures[:, None], STATE: scaled(state, *self.tensors["states"])[:, None]}
         encoded: Tensor = self.network._prepare_global_conditioning(batch)
         return encoded
 
@@ -157,8 +156,7 @@ class DiffusionPolicy(Policy):
             if config.clip_sample:
                 clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
             x = step.signal_before * clean + step.noise_before * direction
-        scale, offset = self.tensors["actions"]
-        return x * scale + offset
+        return scaled(x, *self.tensors["actions"])
 
 
 _NOT = "which the network that config.json describes does otherwise; LeRobot 0.4 and later write such checkpoints"
@@ -275,28 +273,36 @@ def _two(
     return values
 
 
+def scaled(x: Tensor, origin: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """See `Scaling`."""
+    return (x - origin) * scale + offset
+
+
 def scaling(stats: Mapping[str, Mapping[str, list[float]]], name: str, mode: str, width: int, path: Path) -> Scaling:
     """What normalises a feature, each [width]. Raises ValueError, naming the file, for what is missing."""
     values = _two(stats, name, mode, width, path)
+    none, one = np.zeros(width), np.ones(width)
     if mode == "IDENTITY":
-        return Scaling(np.ones(width, np.float32), np.zeros(width, np.float32))
+        return _float32(none, one, none)
     if mode == "MEAN_STD":
-        mean, spread = values[0], values[1] + EPSILON
-        return _float32(1 / spread, -mean / spread)
-    low, spread = values[0], np.where(values[1] == values[0], EPSILON, values[1] - values[0])
-    return _float32(2 / spread, -2 * low / spread - 1)
+        return _float32(values[0], 1 / (values[1] + EPSILON), none)
+    return _float32(values[0], 2 / _range(*values), -one)
 
 
 def inverse(stats: Mapping[str, Mapping[str, list[float]]], mode: str, width: int, path: Path) -> Scaling:
     """What makes the robot's actions of normalised ones, each [width]."""
     values = _two(stats, ACTION, mode, width, path)
+    none, one = np.zeros(width), np.ones(width)
     if mode == "IDENTITY":
-        return Scaling(np.ones(width, np.float32), np.zeros(width, np.float32))
+        return _float32(none, one, none)
     if mode == "MEAN_STD":
-        return _float32(values[1], values[0])
-    low, spread = values[0], np.where(values[1] == values[0], EPSILON, values[1] - values[0])
-    return _float32(spread / 2, low + spread / 2)
+        return _float32(none, values[1], values[0])
+    return _float32(-one, _range(*values) / 2, values[0])
 
 
-def _float32(scale: NDArray[np.float64], offset: NDArray[np.float64]) -> Scaling:
-    return Scaling(scale.astype(np.float32), offset.astype(np.float32))
+def _range(low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(high == low, EPSILON, high - low)
+
+
+def _float32(*parts: NDArray[np.float64]) -> Scaling:
+    return Scaling(*(part.astype(np.float32) for part in parts))
