@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsrl_async.host import output
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 
@@ -73,4 +75,6 @@ def chaos(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    output.open_missing()
+    output.detach_stderr()
+    sys.exit(main(sys.argv[1:]))  # without `guard`, which ignores signals, and so would the runs

@@ -28,6 +28,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dsrl_async.host.command import guard
+
 PROGRAM = Path(__file__).resolve().with_name("gpu_report_sections.py")
 MISSING = 3
 """Exit status of a section that needs a package which is not installed."""
@@ -347,4 +349,4 @@ def cuda_is_there() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

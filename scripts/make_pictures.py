@@ -42,6 +42,8 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.text import Text
 
+from dsrl_async.host.command import guard
+
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS, LINES = 82, 50
 """Size of the terminal in which the live display is recorded."""
@@ -315,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

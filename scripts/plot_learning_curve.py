@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from dsrl_async.host.command import guard
 
 MIN_EPISODES = 20  # a success rate of fewer episodes is noise and is not drawn
 AXES = (("wall_s", 1 / 60, "minutes"), ("env_steps", 1.0, "environment steps"))
@@ -138,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

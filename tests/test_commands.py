@@ -261,6 +261,37 @@ def test_the_package_says_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys:
         overview.main()
 
 
+OF_THEIR_OWN = {
+    "dsrl_async/host/tether.py",  # processes that a command starts, with pipes and logs for their output
+    "dsrl_async/host/probe.py",
+    "dsrl_async/run/preflight/download.py",
+    "dsrl_async/run/inference/server.py",
+    "dsrl_async/run/learner/learner.py",
+    "dsrl_async/run/worker/template.py",
+    "dsrl_async/bench/env.py",
+    "dsrl_async/bench/simulated/device.py",
+    "dsrl_async/bench/systems/transport_process.py",
+    "dsrl_async/bench/systems/policy.py",
+    "dsrl_async/bench/systems/lock_step_process.py",
+    "scripts/gpu_report_sections.py",
+    "dsrl_async/pi0/roofline.py",  # for developers: below `host`, or without anything that is printed
+    "dsrl_async/pi0/synthetic.py",
+    "scripts/chaos.py",
+    "scripts/make_aloha_checkpoint.py",
+    "scripts/write_configuration_table.py",
+}
+
+
+def test_every_program_has_the_frame_of_a_command() -> None:
+    """So that it hangs at no pipe, ends in no traceback because of one, and has its standard descriptors."""
+    files = [*(ROOT / "dsrl_async").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in files}
+    programs = {name for name, text in texts.items() if '\nif __name__ == "__main__":' in text}
+    framed = {name for name in programs if "guard(" in texts[name] or "partial(run_command, " in texts[name]}
+    assert len(framed) > 12
+    assert programs - framed == OF_THEIR_OWN
+
+
 def test_a_pipe_that_is_closed_leaves_no_traceback() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from dsrl_async.host.output import detach_stderr, open_missing
+from dsrl_async.host.output import LAST_WORDS_S, detach_stderr, detach_stdout, finish_stdout, open_missing
 from dsrl_async.host.signals import survive_warnings
 
 
@@ -45,22 +45,28 @@ def note_interrupts() -> list[int]:
     return noted
 
 
-def guard(command: Callable[[], int]) -> int:
+def guard(command: Callable[[], int | None]) -> int:
     """Call `command`; returns its exit code, or the one of an exception, about which a sentence goes to stderr.
 
     ValueError means that what the user gave cannot be used (2), OSError and RuntimeError that something failed (1), and
     KeyboardInterrupt that the user has had enough (130). Python's development mode, `python -X dev`, keeps the
     tracebacks of errors.
 
-    Standard descriptors that are missing are opened, stderr makes nobody wait, and the warnings of a batch system end
-    no command, whether it answers them or not.
+    Standard descriptors that are missing are opened. stderr makes nobody wait, stdout does so only in the end, and not
+    for ever. The warnings of a batch system end no command, whether it answers them or not.
     """
     open_missing()
+    detach_stdout()
     detach_stderr()
     survive_warnings()
     try:
-        code = command()
-        sys.stdout.flush()  # if nobody reads it any more, that is an error like others
+        try:
+            code = command() or 0
+        except BaseException:  # help ends a command with SystemExit
+            with contextlib.suppress(OSError):
+                finish_stdout(LAST_WORDS_S)
+            raise
+        finish_stdout()  # if nobody reads it any more, that is an error like others
         return code
     except (Exception, KeyboardInterrupt) as error:
         if is_interrupt(error):

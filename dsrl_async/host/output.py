@@ -21,6 +21,11 @@ MOST_WAITING = 1 << 16
 """So many bytes may wait to be written; what is said beyond that is dropped."""
 LAST_WORDS_S = 2.0
 """How long a process that ends waits for a reader of stderr."""
+MOST_RESULTS = 1 << 24
+"""So many bytes of results may wait."""
+PATIENCE_S = 30.0
+"""How long a command that is done waits for a reader of its results who takes none of them. A person who has stopped a
+terminal, with Ctrl-S, has twenty times as long."""
 
 
 def open_missing() -> None:
@@ -49,11 +54,46 @@ def detach_stderr() -> None:
             sys.stderr = detached
 
 
+def detach_stdout() -> None:
+    """Let sys.stdout, for the rest of this process, be one that makes nobody wait before `finish_stdout`."""
+    stream = sys.stdout
+    with contextlib.suppress(io.UnsupportedOperation, AttributeError, OSError):
+        if not isinstance(stream, DetachedOutput):
+            stream.flush()
+            sys.stdout = DetachedOutput(stream, MOST_RESULTS)
+
+
+def finish_stdout(patience_s: float | None = None) -> None:
+    """Wait until what was printed is taken, and put back what `detach_stdout` has replaced.
+
+    Raises OSError, BrokenPipeError for one, if it is not taken.
+    """
+    output = sys.stdout
+    if not isinstance(output, DetachedOutput):
+        output.flush()
+        return
+    sys.stdout = output.stream
+    if not output.finish(patience_s or PATIENCE_S * (20 if output.isatty() else 1), patience_s is None):
+        raise output.error or TimeoutError("nobody has read what was printed")
+
+
+def _attach_again() -> None:
+    """In a forked process, whose threads are gone: write to the descriptors themselves."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, DetachedOutput):
+            setattr(sys, name, stream.stream)
+
+
+os.register_at_fork(after_in_child=_attach_again)
+
+
 def say(text: str, patience_s: float = 10.0) -> bool:
     """Print a line, such as a result, to stdout; False if nobody took it within `patience_s` seconds."""
     try:
-        sys.stdout.flush()
-        output = DetachedOutput(sys.stdout)
+        stream = sys.stdout.stream if isinstance(sys.stdout, DetachedOutput) else sys.stdout
+        stream.flush()
+        output = DetachedOutput(stream)
     except (io.UnsupportedOperation, AttributeError):
         print(text)
         return True
@@ -69,23 +109,24 @@ class DetachedOutput(io.TextIOBase):
     Not even `flush` waits; `finish` does, for a while. Raises io.UnsupportedOperation if `stream` has no descriptor.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._descriptor = stream, stream.fileno()
+    def __init__(self, stream: TextIO, most_waiting: int = MOST_WAITING) -> None:
+        self.stream, self._descriptor, self._most_waiting = stream, stream.fileno(), most_waiting
+        self.error: OSError | None = None
         self._waiting: deque[bytes] = deque()
-        self._bytes = 0
-        self._lost = self._finished = False
+        self._bytes = self._written = 0
+        self._lost = self._finished = self._dropping = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # which io declares as a variable
-        return self._stream.encoding
+        return self.stream.encoding
 
     def fileno(self) -> int:
         return self._descriptor
 
     def isatty(self) -> bool:
-        return self._stream.isatty()
+        return self.stream.isatty()
 
     def writable(self) -> bool:
         return True
@@ -93,7 +134,10 @@ class DetachedOutput(io.TextIOBase):
     def write(self, text: str) -> int:
         data = text.encode(self.encoding, "backslashreplace")
         with self._changed:
-            if self._finished or (self._waiting and self._bytes + len(data) > MOST_WAITING):
+            too_much = self._bytes >= self._most_waiting
+            # What comes after something that was dropped would be read as if it went on from there.
+            self._dropping = bool(self._waiting) and (self._dropping or too_much)
+            if self._finished or self._dropping:
                 self._lost = True
             else:
                 self._waiting.append(data)
@@ -104,12 +148,18 @@ class DetachedOutput(io.TextIOBase):
                     self._thread.start()
         return len(text)
 
-    def finish(self, patience_s: float) -> bool:
-        """Wait at most so long until all is written, and write nothing from then on; whether nothing was lost."""
+    def finish(self, patience_s: float, as_long_as_it_takes: bool = False) -> bool:
+        """Wait at most so long until all is written, and write nothing from then on; whether nothing was lost.
+
+        Optionally the time counts anew whenever something is written.
+        """
         deadline = time.monotonic() + patience_s
         with self._changed:
             while self._waiting and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
+                written = self._written
+                self._changed.wait(min(left, 1.0))
+                if as_long_as_it_takes and self._written != written:
+                    deadline = time.monotonic() + patience_s
             self._finished = True
             return not self._waiting and not self._lost
 
@@ -119,13 +169,17 @@ class DetachedOutput(io.TextIOBase):
                 while not self._waiting:
                     self._changed.wait()
                 data = self._waiting[0]
+            size = len(data)
             try:
                 while data:
-                    data = data[self._write_some(data) :]
-            except OSError:  # nobody reads any more, or a disk is full
-                self._lost = True
+                    written = self._write_some(data)
+                    self._written += written
+                    data = data[written:]
+            except OSError as error:  # nobody reads any more, or a disk is full
+                self._lost, self.error = True, self.error or error
             with self._changed:
-                self._bytes -= len(self._waiting.popleft())
+                self._bytes -= size
+                self._waiting.popleft()
                 self._changed.notify_all()
 
     def _write_some(self, data: bytes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dsrl_async.config.load import validate
 from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.envs.libero import LiberoEnvironment
 from dsrl_async.envs.shipped import libero_versions
+from dsrl_async.host.command import guard
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pretraining.libero_demonstrations import spread
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situation
@@ -98,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

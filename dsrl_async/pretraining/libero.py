@@ -37,6 +37,7 @@ from torch import Tensor
 
 from dsrl_async import __version__, untrusted
 from dsrl_async.envs.images import libero_image
+from dsrl_async.host.command import guard
 from dsrl_async.host.files import replacing
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
 from dsrl_async.pi0.config import TRAINING, Pi0Config, libero_small_config
@@ -382,4 +383,4 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from dsrl_async.envs import libero_files
+from dsrl_async.host.command import guard
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.libero_demonstrations import Request, make_demonstrations
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
+from dsrl_async.host.command import guard
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
 
@@ -23,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 
 from dsrl_async.config.settings import EnvConfig
 from dsrl_async.envs import environment_record, libero_files, make_environment
+from dsrl_async.host.command import guard
 from dsrl_async.pi0.files import find_policy
 from dsrl_async.pi0.tokenizer import unknown_words
 
@@ -92,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

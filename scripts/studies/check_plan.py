@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from dsrl_async.bench.pipeline import DEVICES, OWN
 from dsrl_async.config.settings import InferenceConfig
+from dsrl_async.host.command import guard
 from dsrl_async.plan.capacity import CapacityInputs, predict
 from dsrl_async.plan.simulation import EnvironmentTimes
 
@@ -93,4 +94,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guard(lambda: main(sys.argv[1:])))

@@ -7,10 +7,12 @@ environments are ready.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 from dsrl_async.bench.pipeline import DEVICES, SEED
 from dsrl_async.config.settings import InferenceConfig
+from dsrl_async.host.command import guard
 from dsrl_async.plan.simulation import EnvironmentTimes, simulate
 from dsrl_async.run.inference.batching import choose_batch
 
@@ -55,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -28,6 +28,7 @@ from typing import Any
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.load import to_yaml
 from dsrl_async.host import processes
+from dsrl_async.host.command import guard
 from dsrl_async.host.cpu_time import usage
 from dsrl_async.host.machine import available_cpus
 from dsrl_async.host.signals import StopRequest
@@ -140,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from dsrl_async.bench.end_to_end import SERIAL, measure
+from dsrl_async.host.command import guard
 from dsrl_async.host.signals import StopRequest
 
 ORDERS = ("before", "after")
@@ -55,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

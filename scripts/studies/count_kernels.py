@@ -15,10 +15,12 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 
 import torch
 from torch._inductor.utils import run_and_get_code
 
+from dsrl_async.host.command import guard
 from dsrl_async.host.tracing import OperationTrace
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import Pi0
@@ -82,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

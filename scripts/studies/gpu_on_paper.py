@@ -10,8 +10,10 @@ with the data sheets of `dsrl_async.plan.gpus`).
 from __future__ import annotations
 
 import argparse
+import sys
 
 from dsrl_async.config.load import validate
+from dsrl_async.host.command import guard
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.plan.gpus import GPUS, SUSTAINED
@@ -89,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +37,7 @@ from dsrl_async.bench.simulated.device import PROMPT_LENGTH, SimulatedPolicy
 from dsrl_async.bench.simulated.environment import HORIZON, SPEC
 from dsrl_async.bench.simulated.run import FAR_AHEAD, WARMUP_DECISIONS, Simulation, run_config
 from dsrl_async.config.settings import InferenceConfig
+from dsrl_async.host.command import guard
 from dsrl_async.plan.simulation import EnvironmentTimes, Host, simulate
 from dsrl_async.run.inference import server as inference
 from dsrl_async.sac.networks import Actor
@@ -157,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

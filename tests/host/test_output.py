@@ -94,6 +94,66 @@ def test_a_result_that_nobody_will_read_is_no_error(pipe: tuple[int, io.TextIOWr
         assert not say("result")
 
 
+PRINTS = """
+import os, sys
+from dsrl_async.host import output
+from dsrl_async.host.command import guard
+output.PATIENCE_S = output.LAST_WORDS_S = 0.3
+def command():
+    for number in range(int(sys.argv[1])):
+        print("line", number)
+    if sys.argv[2] == "forks":
+        if not os.fork():
+            print("child")
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+    if sys.argv[2] == "helps":
+        sys.exit(0)
+    if sys.argv[2] == "fails":
+        raise ValueError("wrong")
+sys.exit(guard(command))
+"""
+
+
+def prints(lines: int, what: str, stdout: int) -> tuple[int, str]:
+    """Exit code and stderr of a command that prints so many lines."""
+    called = [sys.executable, "-c", PRINTS, str(lines), what]
+    done = subprocess.run(called, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=30)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [("ends", 1, "error: nobody has read what was printed\n"), ("helps", 0, ""), ("fails", 2, "error: wrong\n")],
+)
+def test_a_command_ends_though_nobody_reads_what_it_prints(
+    what: str, code: int, words: str, pipe: tuple[int, io.TextIOWrapper]
+) -> None:
+    assert prints(10_000, what, pipe[1].fileno()) == (code, words)
+
+
+@pytest.mark.parametrize(("what", "code", "words"), [("ends", 1, "error: [Errno 32] Broken pipe\n"), ("helps", 0, "")])
+def test_a_command_whose_reader_is_gone_says_so_in_one_sentence(
+    what: str, code: int, words: str, pipe: tuple[int, io.TextIOWrapper]
+) -> None:
+    os.close(pipe[0])
+    assert prints(10_000, what, pipe[1].fileno()) == (code, words)
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        assert prints(1, "ends", full.fileno()) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_all_arrives_what_a_command_prints_and_forks_print(tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w") as file:
+        assert prints(20_000, "forks", file.fileno()) == (0, "")
+    text = (tmp_path / "out").read_text()
+    assert text.count("child\n") == 1  # somewhere
+    assert text.replace("child\n", "") == "".join(f"line {number}\n" for number in range(20_000))
+
+
 MISSING = [closed for count in (1, 2, 3) for closed in itertools.combinations(range(3), count)]
 SHOW = """
 import os, sys
