@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +161,37 @@ def test_the_ring_soaks_without_a_torn_row_and_a_blind_reader_is_found() -> None
     assert result.written >= 20_000
     assert result.drawn >= 20_000
     assert soak.soak(rows=1e9, drawn=1e9, lanes=2, seed=1, limit_s=20, blind=True).bad > 0
+
+
+def test_a_harness_that_was_killed_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With runs that are no processes; what the killed one has left are its log, half a line, and a process."""
+
+    class Run:
+        def __init__(self, harness: harness.Harness, number: int, long_run: bool) -> None:
+            self.harness, self.number = harness, number
+
+        def play(self) -> None:
+            numbers.append(self.number)
+            self.harness.fault(self.number, "SIGKILL", "learner", 0.0, "running")
+
+    numbers: list[int] = []
+    monkeypatch.setattr(harness, "Run", Run)
+    options = harness.Options(tmp_path / "out", faults=3, seed=1, minutes=1.0)
+    assert harness.run(options) == 0
+    log = tmp_path / "out" / "log.jsonl"
+    with log.open("a") as file:
+        file.write('{"type": "finding", "time": 1.5, "run": 3, "kind": "hang", "after": 3}\n{"type": "fault", "ti')
+    marker = {"DSRL_CHAOS_OUT": str((tmp_path / "out").resolve())}
+    with subprocess.Popen(["sleep", "60"], env=os.environ | marker) as left:
+        while b"sleep" not in Path(f"/proc/{left.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        assert harness.run(dataclasses.replace(options, faults=5)) == 1  # what was found before counts, too
+        assert left.wait(timeout=10) == -signal.SIGKILL
+    assert numbers == [1, 2, 3, 4, 5]
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["number"] for entry in entries if entry["type"] == "fault"] == [1, 2, 3, 4, 5]
+    assert harness.run(dataclasses.replace(options, faults=5)) == 1
+    assert numbers == [1, 2, 3, 4, 5]
 
 
 def test_runs_under_faults_keep_every_promise(tmp_path: Path) -> None:

@@ -69,7 +69,11 @@ class Log:
         self.path, self._lock = path, threading.Lock()
         self.entries: list[dict[str, Any]] = []
         if path.is_file():
-            self.entries = [json.loads(line) for line in path.read_text().splitlines()]
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]  # a harness that is killed may leave half a line
+            self.entries = [json.loads(line) for line in whole.splitlines()]
+            if whole != text:
+                path.write_text(whole)
         self._file = path.open("a")
 
     def add(self, entry_type: str, **details: Any) -> None:
