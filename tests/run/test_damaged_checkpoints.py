@@ -282,8 +282,8 @@ def test_a_state_with_anything_in_it_is_taken_or_refused_in_one_sentence(
         state = put(state, data.draw(st.sampled_from(places(state))), data.draw(st.just(...) | VALUES))
     if data.draw(st.booleans()) and isinstance(state, dict) and "sha256" in state:
         state["sha256"] = checkpoints._digest(state)  # by somebody who means harm
-    counters = Counters(create_memory(config, environment_spec(config.env.model_dump()), HORIZON))
-    sentence = ""
+    arena = create_memory(config, environment_spec(config.env.model_dump()), HORIZON)
+    counters, sentence = Counters(arena), ""
     try:
         path.write_text(json.dumps(state))
         checkpoints.complete(checkpoint.parent)
@@ -296,6 +296,7 @@ def test_a_state_with_anything_in_it_is_taken_or_refused_in_one_sentence(
     assert len(sentence) < 1000
     assert counters.decisions() >= 0
     assert np.isfinite(counters.control_wall_s).all()
+    arena.close()  # or tens of thousands of examples run out of descriptors
 
 
 def test_a_state_with_any_byte_changed_or_cut_off_there_is_refused(mutants: list[Path]) -> None:
