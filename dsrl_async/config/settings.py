@@ -487,6 +487,10 @@ class LogConfig(Section):
 
     interval_s: Free[float] = Field(1.0, gt=0)
     """Seconds between two refreshes of the console and of TensorBoard."""
+    loggers: Free[list[Literal["tensorboard", "wandb", "trackio"]]] = ["tensorboard"]
+    """Where the curves go: TensorBoard's files in the run directory, Weights & Biases, Trackio (docs/start.md)."""
+    project: Free[str] = "dsrl_async"
+    """wandb, trackio: the project that the run belongs to."""
     console: Free[Literal["auto", "live", "plain", "off"]] = "auto"
     """A live display, plain lines or nothing; `auto` takes the live display where there is a terminal."""
 

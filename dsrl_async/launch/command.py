@@ -32,6 +32,7 @@ from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.supervisor.supervisor import PROGRAMS, Supervisor
 from dsrl_async.shm import order
 from dsrl_async.telemetry.console import make_console
+from dsrl_async.telemetry.loggers import check_loggers
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
         if stop.reason:
             raise KeyboardInterrupt
 
+    check_loggers(config)
     checked = preflight.check_run(config, meanwhile=heed_stop)
     config = checked.config
     preflight.check_memory(checked)

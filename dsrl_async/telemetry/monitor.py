@@ -1,4 +1,4 @@
-"""Turns the shared counters into TensorBoard, `metrics.jsonl`, the run's summary and a `View` to show.
+"""Turns the shared counters into the loggers' curves, `metrics.jsonl`, the run's summary and a `View` to show.
 
 The supervisor does this about once a second on a snapshot of the counters, so the hot path knows nothing of it.
 """
@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
 
+from dsrl_async.config.load import get_key, leaf_fields
 from dsrl_async.config.settings import Config
 from dsrl_async.host.files import open_to_append
 from dsrl_async.shm.counters import (
@@ -35,7 +34,7 @@ from dsrl_async.shm.counters import (
 )
 from dsrl_async.shm.episodes import FinishedEpisode, Snapshot, finished_episodes
 from dsrl_async.telemetry.curves import last_step
-from dsrl_async.telemetry.event_file import EventFile
+from dsrl_async.telemetry.loggers import Facts, Logger, open_loggers
 from dsrl_async.telemetry.usage import Pids, ProcessUsage
 
 logger = logging.getLogger(__name__)
@@ -117,8 +116,8 @@ class View:
 class RunMonitor:
     """Follows a run. Call `tick` about every `config.log.interval_s`, and once at the end before `summary`.
 
-    It writes `run_dir/tensorboard/` (x axis: env steps) and `run_dir/metrics.jsonl` (a line per tick), both with
-    recent rates. `env/*` are means over the episodes that finished since the previous tick.
+    It gives the run's loggers their curves (x axis: env steps), and writes `run_dir/metrics.jsonl` (a line per tick),
+    both with recent rates. `env/*` are means over the episodes that finished since the previous tick.
 
     A resumed run goes on with both, and with the success rate, as if it had never stopped: it begins with the episodes
     that had not been seen when its checkpoint was written. What TensorBoard was given after that is hidden by an event
@@ -133,11 +132,12 @@ class RunMonitor:
         metric_names: tuple[str, ...],
         resumed_wall_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
-        """`start` is the snapshot at launch; `metric_names` name the elements of `learner_metrics`."""
+        """`start` is the snapshot at launch; `metric_names` name the elements of `learner_metrics`; `texts` are
+        shown beside the curves, by their titles. Raises ConfigError if a logger cannot be had."""
         self.config, self.metric_names, self.resumed_wall_s = config, metric_names, resumed_wall_s
         self._clock = clock
-        self._writer = EventFile(run_dir / "tensorboard")
         self._drawn_step = last_step(run_dir)  # where a resumed run's curves have their last points
         self._lines = os.fdopen(open_to_append(run_dir / "metrics.jsonl"), "a", buffering=1)
         self._start_time = clock()
@@ -150,7 +150,7 @@ class RunMonitor:
         self._successes = deque((outcomes[outcomes > 0] - 1).tolist(), maxlen=SUCCESS_EPISODES)
         self._history = History(start["control_history"], int(start["control_history_length"][0]))
         self._usage = ProcessUsage()
-        self._write_failed = False
+        self._failed: set[str] = set()
         self.evaluation: EvaluationView | None = None
         """What the next views say of evaluations."""
         self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
@@ -158,9 +158,9 @@ class RunMonitor:
         self._first_step = self._view.env_steps
         # What was written at this very step is as it was, unless there were episodes after it.
         unseen = bool((start["actor_episodes"] > self._episodes_seen).any())
-        restart = SessionLog(status=SessionLog.START)
-        first_undone = self._first_step + (not unseen)
-        self._writer.add_event(Event(wall_time=time.time(), step=first_undone, session_log=restart))
+        settings = {key: get_key(config, key) for key, _ in leaf_fields()}
+        facts = Facts(settings, dict(texts or {}), self._first_step + (not unseen))
+        self._loggers: dict[str, Logger] = open_loggers(config, run_dir, facts)
 
     def tick(self, snapshot: Snapshot, pids: Pids, more: Mapping[str, float] | None = None) -> View:
         """Take in a snapshot of the counters and the processes.
@@ -179,12 +179,7 @@ class RunMonitor:
         new_metrics = self._read_metrics(snapshot)
         self._usage.measure(pids, now)
         self._view = self._make_view(snapshot, now)
-        try:
-            self._write(scalars(self._view), episode_scalars(episodes) | new_metrics, dict(more or {}))
-        except OSError as error:  # a full disk is no reason to end the run
-            if not self._write_failed:
-                logger.warning("TensorBoard data and metrics.jsonl are incomplete from here on: %s", error)
-            self._write_failed = True
+        self._write(scalars(self._view), episode_scalars(episodes) | new_metrics, dict(more or {}))
         return self._view
 
     def summary(self) -> dict[str, Any]:
@@ -222,23 +217,34 @@ class RunMonitor:
 
     def draw_evaluation(self, values: Mapping[str, float], env_steps: int) -> None:
         """Add the point of an evaluation that began after so many environment steps."""
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        with contextlib.suppress(OSError):
-            self._writer.add_event(Event(wall_time=time.time(), step=env_steps, summary=summary))
+        self._log(lambda place: place.scalars(values, env_steps))
 
     def write_image(self, tag: str, file: bytes, width: int, height: int, env_steps: int | None = None) -> None:
-        """Add a picture, the contents of a PNG file or animated GIF, to TensorBoard, by default at this moment."""
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=file)
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        with contextlib.suppress(OSError):
-            step = self._view.env_steps if env_steps is None else env_steps
-            self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        """Add a picture, the contents of a PNG file or animated GIF, to the loggers, by default at this moment."""
+        step = self._view.env_steps if env_steps is None else env_steps
+        self._log(lambda place: place.image(tag, file, width, height, step))
 
     def close(self) -> None:
         """Flush and close the files. A second call does nothing."""
-        for file in (self._writer, self._lines):
+        while self._loggers:
+            _, place = self._loggers.popitem()
             with contextlib.suppress(OSError):
-                file.close()
+                place.close()
+        with contextlib.suppress(OSError):
+            self._lines.close()
+
+    def _log(self, what: Callable[[Logger], None]) -> None:
+        """Have every logger do something. What cannot be written is no reason to end the run: a disk may be full."""
+        for name, place in self._loggers.items():
+            try:
+                what(place)
+            except OSError as error:
+                self._complain("TensorBoard data" if name == "tensorboard" else name, error)
+
+    def _complain(self, what: str, error: OSError) -> None:
+        if what not in self._failed:
+            logger.warning("%s has gaps from here on: %s", what, error)
+        self._failed.add(what)
 
     def _read_metrics(self, snapshot: Snapshot) -> dict[str, float]:
         """The agent's metrics if they are new, except those that its first updates do not compute."""
@@ -305,15 +311,16 @@ class RunMonitor:
     def _write(self, values: dict[str, float], news: dict[str, float], more: dict[str, float]) -> None:
         view, now = self._view, time.time()
         if news or not 0 < view.env_steps == self._drawn_step:  # a resumed run that is still loading adds no points
-            tags = values | news | more
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()])
-            self._writer.add_event(Event(wall_time=now, step=view.env_steps, summary=summary))
+            self._log(lambda place: place.scalars(values | news | more, view.env_steps))
             if view.env_steps == self._first_step:
                 self._drawn_step = self._first_step
         line = {"time": now} | asdict(view) | asdict(view.recent)
         for name in ("recent", "overall", "success_history", *(["evaluation"] if view.evaluation is None else [])):
             del line[name]
-        self._lines.write(json.dumps(json_safe(line)) + "\n")
+        try:
+            self._lines.write(json.dumps(json_safe(line)) + "\n")
+        except OSError as error:
+            self._complain("metrics.jsonl", error)
 
 
 def ratio(numerator: Any, denominator: Any) -> float:
@@ -353,29 +360,34 @@ def totals(snapshot: Snapshot) -> Snapshot:
 
 
 def scalars(view: View) -> dict[str, float]:
-    """TensorBoard values of a tick, without episodes and the agent's metrics."""
-    recent, memory = view.recent, view.memory_mb
-    values = {
+    """The curves' values of a tick, without episodes and the agent's metrics. What has no data yet is not there."""
+    recent, memory = view.recent, {kind: megabytes for kind, megabytes in view.memory_mb.items() if megabytes > 0}
+    values: dict[str, float] = {
         "train/replay_buffer/size": view.replay_size,
         "train/replay_buffer/utilization": view.replay_utilization,
-        "async/policy_lag": recent.policy_lag,
-        "async/batch_size": recent.batch_size,
-        "async/batch_fill": recent.batch_fill,
-        "async/queue_wait_ms": recent.queue_wait_ms,
-        "async/replay_ratio": view.replay_ratio,
         "system/cpu_percent/total": sum(view.cpu_percent.values()),
         "system/memory_mb/total": sum(memory.values())
-        + memory["actor_mean"] * (view.processes.get("actor", 1) - 1)
+        + memory.get("actor_mean", 0.0) * (view.processes.get("actor", 1) - 1)
         + memory.get("evaluation", 0.0) * (view.processes.get("evaluation", 1) - 1),
     }
+    if recent.decisions_per_s > 0 and view.updates > 0:
+        values["async/policy_lag"] = recent.policy_lag
+    if recent.batch_size > 0:
+        for name in ("batch_size", "batch_fill", "queue_wait_ms"):
+            values[f"async/{name}"] = getattr(recent, name)
+    if view.updates > 0:
+        values["async/replay_ratio"] = view.replay_ratio
     if view.success_rate is not None:
         values["async/success_rate"] = view.success_rate
     on_gpu = {name: state for name, state in view.cuda_graphs.items() if state != "none"}
     values |= {f"system/cuda_graphs/{name}": float(state == "captured") for name, state in on_gpu.items()}
-    for rate in ("env_steps_per_s", "decisions_per_s", "updates_per_s"):
-        values[f"time/{rate}"] = getattr(recent, rate)
+    begun = {"env_steps_per_s": view.env_steps, "decisions_per_s": view.decisions, "updates_per_s": view.updates}
+    for rate, count in begun.items():
+        if count > 0:
+            values[f"time/{rate}"] = getattr(recent, rate)
     for kind, phases in recent.phases.items():
-        values |= {f"time/{kind}/{phase}": share for phase, share in phases.items()}
+        if any(phases.values()):
+            values |= {f"time/{kind}/{phase}": share for phase, share in phases.items()}
     values |= {f"system/cpu_percent/{kind}": percent for kind, percent in view.cpu_percent.items()}
     return values | {f"system/memory_mb/{kind}": megabytes for kind, megabytes in memory.items()}
 

@@ -38,13 +38,20 @@ class FakeRun:
         self.shared = cast(Counters, SimpleNamespace(**self.counters))
         self.now = self.begin = 100.0
         self.run_dir, self.resumed_wall_s = run_dir, resumed_wall_s
+        self.texts: dict[str, str] = {}
 
     def start(self, unseen: bool = False) -> FakeRun:
         """Begin; the episodes that the counters have already count as seen, unless a checkpoint said which are not."""
         if not unseen:
             self.counters["control_episodes_seen"][:] = self.counters["actor_episodes"]
         self.monitor = RunMonitor(
-            self.config, self.run_dir, self.snapshot(), METRIC_NAMES, self.resumed_wall_s, lambda: self.now
+            self.config,
+            self.run_dir,
+            self.snapshot(),
+            METRIC_NAMES,
+            self.resumed_wall_s,
+            lambda: self.now,
+            self.texts,
         )
         return self
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from dsrl_async.telemetry.event_file import EventFile
+from dsrl_async.telemetry.loggers.event_file import EventFile
 
 
 def event(step: int) -> Event:

@@ -23,6 +23,7 @@ from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.telemetry.console import Display
 from dsrl_async.telemetry.curves import take_back
+from dsrl_async.telemetry.loggers.texts import texts
 from dsrl_async.telemetry.monitor import RunMonitor, View, gif_size, json_safe
 from dsrl_async.telemetry.profile.profiler import Profiler
 from dsrl_async.telemetry.usage import Pids
@@ -47,7 +48,7 @@ class Session:
         self.evaluations: Evaluations | None = None
         if config.evaluation.lanes:
             self.evaluations = Evaluations(run, run_dir, self.arena)
-        self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before)
+        self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before, texts=texts(config))
         self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
         self._warnings = self._saves = 0
         self._report_due = False
