@@ -47,6 +47,7 @@ def configure(**more: object) -> Config:
             "replay": {"capacity": 200, "warmup_decisions": WARMUP},
             "sac": {"batch_size": 16, "hidden_dims": [4], "num_q_heads": 1, "conv_channels": [1]},
             "evaluation": {"every_decisions": 10, "actors": EVALUATORS},
+            "inference": {"buckets": list(range(1, 9))},
             **more,
         }
     )
@@ -105,7 +106,7 @@ def test_what_is_answered_and_counted(
     assert server.handed_out() == handed_out + len(of_training)
     waiting = {lane for lane in ready if lane >= ACTORS}
     assert of_evaluation == (waiting if mode is not None else set())  # whoever of the training has to wait
-    assert len(of_training) == allowed  # there is a batch size for every number here
+    assert len(of_training) == allowed  # there is a batch size for every number
     if answered:
         expected = NoiseMode.WARM_UP if handed_out < WARMUP else NoiseMode.STOCHASTIC
         modes = notes[0].tolist()
