@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -32,6 +33,12 @@ LARGEST_SMALL_FILE = 64 * MEGABYTE
 """Of a file that holds no weights; larger ones are not needed and not fetched."""
 UNREACHABLE = {"ConnectionError", "ConnectError", "TimeoutException", "Timeout", "TransportError", "TimeoutError"}
 """Names of the exceptions of any HTTP library for a server that does not answer; the hub's versions use several."""
+
+
+BROKEN_OFF = {"ChunkedEncodingError", "RemoteProtocolError", "ReadError", "ReadTimeout", "ProtocolError"}
+"""Likewise, for an answer that ended too early. Some versions of the hub's library then go on by themselves, others do
+when they are asked again."""
+TRIES, PAUSE_S = 5, 1.0
 
 
 class ListedFile(NamedTuple):
@@ -68,13 +75,33 @@ def download(name: HubName, setting: str) -> HubName:
     missing = _missing(pinned, wanted)
     for path in missing:
         with _explaining(name, setting, errors):
-            fetched = huggingface_hub.hf_hub_download(
-                pinned.repository, path, revision=pinned.revision, cache_dir=str(cache()), endpoint=endpoint()
-            )
+            fetched = _fetch(huggingface_hub.hf_hub_download, pinned, path)
         assert Path(fetched) == pinned.directory / path, f"the cache has {path} at {fetched}"
         _check(pinned, path, wanted[path])
     write_record(pinned, setting, {path: listed.bytes for path, listed in wanted.items()})
     return pinned
+
+
+def _fetch(fetch_file: Callable[..., str], name: HubName, path: str) -> str:
+    """Fetch a file into the cache, in several attempts if the connection breaks; returns where it is."""
+    for _ in range(TRIES - 1):
+        try:
+            return fetch_file(name.repository, path, **_where(name))
+        except Exception as error:
+            if not _kinds(error) & BROKEN_OFF:
+                raise
+            time.sleep(PAUSE_S)
+    return fetch_file(name.repository, path, **_where(name))
+
+
+def _where(name: HubName) -> dict[str, Any]:
+    return {"revision": name.revision, "cache_dir": str(cache()), "endpoint": endpoint()}
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """The names of the classes of an exception and of its cause."""
+    reasons = [error] if error.__cause__ is None else [error, error.__cause__]
+    return {kind.__name__ for reason in reasons for kind in type(reason).__mro__}
 
 
 @contextlib.contextmanager
@@ -95,9 +122,9 @@ def _explaining(name: HubName, setting: str, errors: Any) -> Iterator[None]:
                 f"there is neither a directory {name.repository} here nor a model of that name on {endpoint()}, "
                 "unless it is a private one: then log in with `hf auth login` or set HF_TOKEN"
             ) from None
-        reasons = [error] if error.__cause__ is None else [error, error.__cause__]
-        words = in_one_line(f"{type(reasons[-1]).__name__}: {reasons[-1]}")
-        if any(kind.__name__ in UNREACHABLE for reason in reasons for kind in type(reason).__mro__):
+        reason = error.__cause__ or error
+        words, kinds = in_one_line(f"{type(reason).__name__}: {reason}"), _kinds(error)
+        if kinds & UNREACHABLE and not kinds & BROKEN_OFF:
             raise ValueError(_unreachable(name, setting, words)) from None
         raise ValueError(f"{name} cannot be downloaded from {endpoint()}: {words}; try again") from None
 

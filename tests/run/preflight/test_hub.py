@@ -28,6 +28,11 @@ PINNED = f"lab/policy@{COMMIT}"
 FETCHED = {"config.json", "model.safetensors", "norm_stats.json", "tokenizer.json"}
 
 
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsrl_async.run.preflight.download.PAUSE_S", 0.0)
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The embedded policy, with what must not be fetched beside it; the working directory is empty."""
