@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from support.launched import FinishedRun
 
 import dsrl_async
 from dsrl_async.agent import Agent, Mode
+from dsrl_async.envs import make_environment
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.tabletop import TabletopEnvironment
 from dsrl_async.run.worker.worker import EVALUATION, episode_seed
@@ -38,7 +40,7 @@ def agent(finished_run: FinishedRun) -> Agent:
     return dsrl_async.load_agent(finished_run.run_dir, device="cpu")
 
 
-def evaluated(run_dir: Path, noise: list[str]) -> Chunks:
+def evaluated(run_dir: Path, noise: list[str], episodes: int = EPISODES) -> Chunks:
     """The action chunks of an evaluation by one worker, in order."""
     chunks: Chunks = []
     answer = Slots.answer
@@ -47,10 +49,10 @@ def evaluated(run_dir: Path, noise: list[str]) -> Chunks:
         chunks.extend(np.array(action_chunk))
         return answer(slots, lanes, numbers, action_chunk, *more)
 
-    limits = ["--episodes", str(EPISODES), "--seed", str(SEED), "--env.max-episode-steps", str(STEPS)]
+    limits = ["--episodes", str(episodes), "--seed", str(SEED), "--env.max-episode-steps", str(STEPS)]
     with patch.object(Slots, "answer", record):
         done = call("evaluate", "--checkpoint", str(run_dir), "--processes", "1", *limits, *noise)
-    assert done.result["episodes"] == EPISODES
+    assert done.result["episodes"] == episodes
     return chunks
 
 
@@ -79,6 +81,40 @@ def test_it_acts_as_its_evaluation_bit_for_bit(finished_run: FinishedRun, agent:
     assert len(of_agent) == EPISODES * STEPS // agent.chunk
     assert np.array_equal(np.stack(of_agent), np.stack(of_evaluation))
     assert np.ptp(np.stack(of_agent), axis=0).max() > 0.01
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libero") is None or find_spec("robosuite") is None, reason="pip install -e '.[libero]'")
+def test_in_libero_it_acts_as_its_evaluation_bit_for_bit(tmp_path: Path) -> None:
+    """It is given what LIBERO renders, of which both the policy's pictures and the agent's are made."""
+    from dsrl_async.envs.libero import LiberoEnvironment
+
+    limits = ["--serial", "--actors", "1", "--max-decisions", "3", "--replay.warmup-decisions", "1"]
+    given = ["--config", "libero_spatial_small", "--env.task-ids", "[2]", "--sac.batch-size", "1", *limits]
+    done = call("launch", *given, "--run-dir", str(tmp_path / "run"), "--log.console", "off")
+    if "render" in done.stderr and done.code:
+        pytest.skip(done.stderr)
+    assert done.code == 0, done.stderr
+    scene = ["--tasks", "2", "--init-states", "0", "--noise", "deterministic"]
+    of_evaluation = evaluated(tmp_path / "run", scene, episodes=1)
+    agent = dsrl_async.load_agent(tmp_path / "run", device="cpu")
+    changes: dict[str, Any] = {"max_episode_steps": STEPS, "task_ids": None, "scene_order": "cycled"}
+    env = make_environment(agent.config.env.model_copy(update=changes).model_dump())
+    assert isinstance(env, LiberoEnvironment)
+    env.number_scenes()
+    state, size, of_agent, ended = np.zeros(8, np.float32), agent.spec.image_size, [], False
+    number = 2 * 50
+    env.reset(episode_seed(SEED, EVALUATION, 0, number), number)
+    while not ended:
+        env.observe(np.zeros((2, size, size, 3), np.uint8), np.zeros((64, 64, 3), np.uint8), state)
+        rendered = [np.array(env._frame(camera)) for camera in (0, 1)]
+        assert rendered[0].shape[0] > size
+        of_agent.append(agent.act({"images": rendered, "state": state}, steps=agent.horizon))
+        outcome = env.step_chunk(of_agent[-1][: agent.chunk])
+        ended = outcome.terminated or outcome.truncated
+    env.close()
+    assert np.array_equal(np.stack(of_agent), np.stack(of_evaluation))
 
 
 def observations(count: int) -> dict[str, Any]:

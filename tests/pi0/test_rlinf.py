@@ -23,7 +23,7 @@ from dsrl_async.pi0.tensors import read_header
 
 SIZES: dict[str, Any] = {
     **{"image_size": 64, "patch_size": 16, "vision_depth": 1, "vision_mlp": 24, "vlm_width": 40, "vlm_mlp": 48},
-    **{"expert_width": 32, "expert_mlp": 56, "depth": 2, "vocab_size": 120},
+    **{"expert_width": 32, "expert_mlp": 56, "depth": 2, "vocab_size": 120, "action_horizon": 8},
 }
 """No two widths of a matrix are the same, so that one that is not transposed has another shape."""
 NORM = "llm.layers.0.pre_attention_norms.1.scale"
