@@ -138,7 +138,8 @@ def _unreachable(name: HubName, setting: str, why: str) -> str:
     cached = [HubName(name.repository, path.name[:40]) for path in sorted(records)]
     there = [str(other) for other in cached if complete(other, setting)]
     mend = f"the cache has {there[-1]}: give that" if there else "download it elsewhere, and give the directory"
-    return f"{name} is neither in {cache()} nor can {endpoint()} be asked for it ({why}); {mend}"
+    here = "no directory here, " if name.revision is None else ""
+    return f"{name} is {here}not in {cache()}, and {endpoint()} cannot be asked for it ({why}); {mend}"
 
 
 def _list(name: HubName, entries: Sequence[Any]) -> dict[str, ListedFile]:
