@@ -230,6 +230,8 @@ def _advice(kind: str, phase: str, profile: RunProfile, config: Config) -> tuple
         return "", "ask `python -m dsrl_async.doctor` why observations go up row by row"
     if spare:
         return "inference.threads", f"raise inference.threads (now {cpu_threads(config.inference.threads)})"
+    if config.policy.type is not None:  # it reads none of the settings below
+        return "device", "give it a faster device"
     if phase == "denoise":
         return "policy.denoise_steps", f"lower policy.denoise_steps (now {config.policy.denoise_steps})"
     if not config.policy.compile:
