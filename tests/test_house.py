@@ -234,6 +234,37 @@ def test_an_import_of_what_is_not_the_rooms_is_found(module: str, line: str) -> 
     assert [found.module for found in foreign(with_line(module, line))] == [module]
 
 
+IMPORTS_USERS_MODULES = {
+    "run.worker.worker": "environment workers and their template",
+    "host.environments": "a child process is asked",
+}
+"""Modules of a run that may make an environment, or ask what is known of one; all others ask `host.environments`."""
+ASKS_ITSELF = {"environment_record", "environment_spec", "make_environment", "describe"}
+
+
+def asking_here(sources: Mapping[str, str]) -> list[str]:
+    """Modules of a run and its commands that would import a user's module into their own process."""
+    return [
+        module
+        for module, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom)
+        and node.module == f"{PACKAGE}.envs"
+        and ASKS_ITSELF & {alias.name for alias in node.names}
+        and module not in IMPORTS_USERS_MODULES
+        and room_of(module) not in ("pretraining", "bench")  # LIBERO's environments, in processes of their own
+    ]
+
+
+def test_only_workers_import_a_users_module() -> None:
+    assert asking_here(read_sources()) == []
+
+
+def test_an_import_of_a_users_module_is_found() -> None:
+    planted = with_line("run.preflight.policy", "from dsrl_async.envs import environment_record")
+    assert asking_here(planted) == ["run.preflight.policy"]
+
+
 def test_no_modules_import_one_another_in_a_circle() -> None:
     assert circle(read_sources()) == []
 

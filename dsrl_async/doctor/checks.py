@@ -129,7 +129,12 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
     if record.suite is None:
         found = record.versions() | {"numpy": version("numpy")}
         on = ", ".join(f"{name} {number}" for name, number in found.items())
-        yield Finding("environment", "ok", f"{record.name} on {on}")
+        shapes = (
+            f"{spec.cameras} cameras of {spec.image_size} pixels, a state of {spec.state_dim} and actions of "
+            f"{spec.action_dim} numbers, {len(spec.prompts)} prompts, {record.episode_steps} steps"
+        )
+        where = f" in {record.file}" if record.file is not None else ""
+        yield Finding("environment", "ok", f"{record.name}{where} on {on}: {shapes}")
         return
     providers = sorted(set(packages_distributions().get("libero", ())))
     names = ", ".join(f"{name} {version(name)}" for name in providers) or f"a source checkout at {libero_files.root()}"
