@@ -152,4 +152,16 @@ def _unknown(key: str) -> str:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as the text of a YAML file, without what it resumes."""
-    return yaml.safe_dump(config.model_dump(mode="json") | {"resume": None}, sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json") | {"resume": None}, Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts in quotes that `strict_yaml.guess` would else take for something else, such as `1e5`."""
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if strict_yaml.guess(text) == text else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)

@@ -118,7 +118,9 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, str):
         return is_text(value)
-    return value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def prepare_options(value: Any) -> Any:
