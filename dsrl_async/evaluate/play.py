@@ -30,6 +30,7 @@ from dsrl_async.shm import events
 from dsrl_async.shm.assignments import NONE_LEFT, Assignments, assignment_fields
 from dsrl_async.shm.counters import EPISODE_LOG, Counters, NoiseMode
 from dsrl_async.shm.memory import run_fields
+from dsrl_async.shm.slots import Slots
 
 IDLE_S = 0.1
 """Upper limit on the seconds for which nobody looks whether the workers still live."""
@@ -145,6 +146,7 @@ class Dispatcher:
         self._seed, self._films, self._wake_fds = seed, films, pool.wake_fds
         self._schedule = Schedule(episodes)
         self._assignments, self._counters = Assignments(pool.arena), Counters(pool.arena)
+        self._task_index = Slots(pool.arena).task_index
         self.playing: dict[int, tuple[Episode, float]] = {}
 
     def give(self, lane: int) -> None:
@@ -172,6 +174,8 @@ class Dispatcher:
             steps=int(self._counters.actor_episode_len[lane, entry]),
             wall_s=round(time.monotonic() - given, 3),
         )
+        if episode.init_state is None:  # what an episode's number does not say, its reset has
+            outcome = outcome._replace(task=int(self._task_index[lane]))
         if self._films is not None and self._assignments.film[lane]:
             self._films.add(outcome.number, outcome.success)
         return outcome
