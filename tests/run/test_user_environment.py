@@ -103,7 +103,8 @@ def test_it_is_not_found_where_it_is_not(trained: Trained, tmp_path: Path, monke
         assert done.code == 2
         assert re.fullmatch(
             r"error: env\.name: there is no module my_own_env for my_own_env:make, neither installed, nor on "
-            rf"PYTHONPATH, nor in the working directory {tmp_path}; start from the directory that has it, or install it\n",
+            rf"PYTHONPATH, nor in the working directory {tmp_path}; start from the directory that has it, or install "
+            r"it\n",
             done.stderr,
         )
 
