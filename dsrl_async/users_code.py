@@ -73,8 +73,8 @@ def call(
         try:
             signature.bind(*arguments, **options)
         except TypeError as error:
-            section = key.partition(".")[0]
-            raise ValueError(f"{section}.options: {error}; {name} is {found.path}{signature}") from None
+            section, takes = key.partition(".")[0], ", ".join(list(signature.parameters)[len(arguments) :])
+            raise ValueError(f"{section}.options: {error}; {name} takes {takes or 'no options'}") from None
     try:
         return found.function(*arguments, **options)
     except FAULTS as error:

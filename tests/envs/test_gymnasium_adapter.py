@@ -400,7 +400,9 @@ def test_a_run_says_what_is_wrong_with_an_option_and_nothing_else() -> None:
     settings = EnvConfig.model_validate({"name": "gymnasium", "options": {**OPTIONS, "state": "x"}}).model_dump()
     with pytest.raises(ValueError, match=r"^env\.options: state: the observation space has no 'x', it has agent/place"):
         environment_record(settings)
-    with pytest.raises(ValueError, match=r"^env\.options: .* unexpected keyword argument 'colour'; gymnasium is make"):
+    with pytest.raises(
+        ValueError, match=r"^env\.options: .* unexpected keyword argument 'colour'; gymnasium takes id, make,"
+    ):
         environment_record({**settings, "options": {"colour": "red"}})
 
 

@@ -52,7 +52,11 @@ def test_an_entry_point_is_an_environment_and_its_package_is_known() -> None:
         ("reaching.no:make", {}, r"env\.name: there is no module reaching\.no for"),
         ("reaching:make", {}, r"env\.name: .*reaching/__init__\.py has no make, which"),
         ("reaching:WORDS", {}, r"env\.name: WORDS in .* is no function, but \('reach"),
-        ("reaching", {"reech": 1}, r"env\.options: got an unexpected keyword argument 'reech'; reaching is .*reach:"),
+        (
+            "reaching",
+            {"reech": 1},
+            r"env\.options: got an unexpected keyword argument 'reech'; reaching takes fault, reach$",
+        ),
     ],
 )
 def test_a_name_or_an_option_that_cannot_be_is_one_sentence(name: str, options: dict[str, Any], words: str) -> None:
