@@ -419,10 +419,10 @@ class InferenceConfig(Section):
     buckets: Announced[list[int]] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
     """Available batch sizes, in increasing order. A batch is padded to the next one if that fills 90 % of it, and else
     made smaller (docs/throughput.md)."""
-    batch_wait_ms: Announced[float | None] = Field(None, ge=0)
+    batch_wait_ms: Announced[float | None] = Field(None, ge=0, le=60_000)
     """How long to wait for more observations when not all are ready; null means not at all on a GPU, and 1 ms on a
     CPU, whose cores the workers need to become ready."""
-    threads: Announced[int | None] = Field(None, gt=0)
+    threads: Announced[int | None] = Field(None, gt=0, le=1024)
     """CPU threads of the inference process; null means a quarter of the cores, but at least one."""
 
     @model_validator(mode="after")
@@ -437,7 +437,7 @@ class LearnerConfig(Section):
 
     device: Announced[str | None] = Field(None, pattern=r"^(cpu|cuda(:\d+)?)$")
     """Device of the learner: `cpu`, `cuda` or one GPU of several, such as `cuda:1`; null means the policy's."""
-    threads: Announced[int | None] = Field(None, gt=0)
+    threads: Announced[int | None] = Field(None, gt=0, le=1024)
     """CPU threads of the learner process; null means a quarter of the cores, but at least one."""
     precision: Announced[Literal["ieee", "tf32", "bf16"]] = "ieee"
     """What an update's convolutions and matrix products round their inputs to: `ieee`: float32, nothing is rounded;

@@ -34,6 +34,8 @@ Mode = Literal["stochastic", "deterministic", "base"]
 SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
 """Settings, or prefixes of their names, that an evaluation uses."""
 
+MOST_EPISODES = 1_000_000
+"""Upper limit on `--episodes`."""
 MAX_PROCESSES = 16
 """Upper limit on the number of environment workers unless `--processes` says otherwise."""
 DIGEST_BYTES = 2 << 30
@@ -134,6 +136,8 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     for name in ("episodes", "processes", "videos"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
+        if (getattr(options, name) or 0) > MOST_EPISODES:
+            raise ConfigError(f"--{name} must be at most {MOST_EPISODES}, whose outcomes are all kept in memory")
     if not 0 <= options.seed < 2**63:
         raise ConfigError("--seed must be in [0, 2^63)")
     settings, checkpoint = base_settings(options)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentRecord, libero_files
+from dsrl_async.untrusted import shown
 
 
 class Episode(NamedTuple):
@@ -21,6 +22,10 @@ class Episode(NamedTuple):
     """The number of the task's published initial state; None for the tabletop."""
 
 
+MOST_DIGITS = 6
+"""Of the number of a task or of an initial state."""
+
+
 def parse_numbers(option: str, text: str) -> list[int]:
     """Return the numbers that a text such as `0,3`, `40-49` or `0-4,7` names, in increasing order.
 
@@ -31,6 +36,8 @@ def parse_numbers(option: str, text: str) -> list[int]:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ConfigError(f"{option}: {text!r} is not a list of numbers; write it like 0,3 or 40-49")
+        if len(first) > MOST_DIGITS or len(last) > MOST_DIGITS:
+            raise ConfigError(f"{option}: {shown(part)} is too large; there are no such numbers")
         numbers.update(range(int(first), int(last or first) + 1))
     if not numbers:
         raise ConfigError(f"{option}: {text!r} names no number; write a range upwards, like 40-49")
