@@ -130,7 +130,7 @@ def build_parser(all_settings: bool = False) -> Parser:
     )
     add_help_all(parser, lambda: build_parser(all_settings=True))
     parser.add_argument(
-        "--config", metavar="YAML", help="a file with settings, which options override, or the name of a shipped one"
+        "--config", metavar="YAML", help="settings that options override: a file, or the name of a shipped one"
     )
     fields = dict(leaf_fields())
     add_settings(parser.add_argument_group("settings that most runs use"), {key: fields.pop(key) for key in COMMON})

@@ -458,7 +458,7 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation while the run goes on, by environment workers of its own (docs/evaluation.md)."""
+    """Evaluation while the run goes on (docs/evaluation.md)."""
 
     every_decisions: Announced[int | None] = Field(None, gt=0)
     """Decisions from one evaluation to the next; null, here and in `every_minutes`, means that there is none."""
