@@ -129,9 +129,7 @@ def build_parser(all_settings: bool = False) -> Parser:
         epilog=None if all_settings else "--help-all shows the other settings, such as those of the SAC agent.",
     )
     add_help_all(parser, lambda: build_parser(all_settings=True))
-    parser.add_argument(
-        "--config", metavar="YAML", help="settings that options override: a file, or the name of a shipped one"
-    )
+    parser.add_argument("--config", metavar="YAML", help="settings: a file, or the name of one that is shipped")
     fields = dict(leaf_fields())
     add_settings(parser.add_argument_group("settings that most runs use"), {key: fields.pop(key) for key in COMMON})
     add_sections(parser, fields, shown=all_settings)
