@@ -60,6 +60,7 @@ def console_script(directory: Path, name: str) -> Path:
             "'0-99999999999' is too large",
         ),
         ("launch", ["--learner.threads", "100000"], "learner.threads: input should be less than or equal to 1024"),
+        ("launch", ["--evaluation.episodes", "1000000000000"], "evaluation.episodes: input should be less than"),
         ("launch", ["--inference.batch-wait-ms", "1e300"], "inference.batch_wait_ms: input should be less than"),
         ("evaluate", ["--episodes", "0"], "--episodes must be at least 1"),
         ("plan", [], "--env-ms is missing"),

@@ -464,7 +464,7 @@ class EvaluationConfig(Section):
     """Decisions from one evaluation to the next; null, here and in `every_minutes`, means that there is none."""
     every_minutes: Announced[float | None] = Field(None, gt=0)
     """Minutes from one evaluation to the next, instead of decisions."""
-    episodes: Announced[int] = Field(50, gt=0)
+    episodes: Announced[int] = Field(50, gt=0, le=1_000_000)
     """Held-out episodes of an evaluation, the same each time; those of LIBERO are spread evenly over the tasks."""
     actors: Announced[int] = Field(2, gt=0, le=MOST_ACTORS)
     """How many environment workers play them, beside those of the training."""

@@ -1,1 +1,1 @@
-"""Makes one self-contained page of what runs have left behind: curves, tables, bottleneck, films, settings."""
+"""Makes one page of what runs have left behind: curves, tables, bottleneck, films, settings."""
