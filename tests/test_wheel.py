@@ -110,7 +110,8 @@ def declared(requirements: Iterable[str]) -> set[str]:
 
 def distribution_of(module: str) -> str:
     known = packages_distributions()
-    return OTHER_NAMES.get(module) or (known[module][0] if module in known else module).lower()
+    name = OTHER_NAMES.get(module) or (known[module][0] if module in known else module)
+    return re.sub("[-_.]+", "-", name).lower()
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round(installed: Path) -> None:

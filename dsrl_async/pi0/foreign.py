@@ -76,7 +76,7 @@ def without_weights(directory: Path, names: Sequence[str]) -> str:
         place = nested[-1].parent
         place = place.parent if place.name == "params" else place
         return f"{here} holds JAX checkpoints, such as {place}: convert one, as docs/pi0.md says"
-    if any(name in names for name in TOKENIZERS):
+    if any(name in names for name in TOKENIZERS) and CONFIG not in names:
         return f"{here} has a tokenizer and no weights: it is for policy.tokenizer"
     return f"{here} has no model.safetensors (nor other safetensors files), but {_listed(names)}"
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from dsrl_async import untrusted
 from dsrl_async.envs.tabletop_spec import TABLETOP
+from dsrl_async.host.command import guard
 from dsrl_async.host.files import replacing
 from dsrl_async.pretraining.training import LossLog, Optimiser, StageSettings, action_chunks, progress_bar
 
@@ -295,12 +296,10 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
     console.print(f"checkpoint: {args.out}")
 
 
-def main() -> None:
-    try:
-        pretrain(parse(), Console())
-    except ValueError as error:
-        sys.exit(f"dsrl_async.pretraining.diffusion: {error}")
+def main() -> int:
+    pretrain(parse(), Console())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

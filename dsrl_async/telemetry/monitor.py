@@ -140,10 +140,16 @@ class RunMonitor:
         self._clock = clock
         self._drawn_step = last_step(run_dir)  # where a resumed run's curves have their last points
         self._lines = os.fdopen(open_to_append(run_dir / "metrics.jsonl"), "a", buffering=1)
-        self._start_time = clock()
         self._start = totals(start)
-        self._ticks = deque([(self._start_time, self._start)])
+        self._first_step = int(self._start["actor_env_steps"])
         self._episodes_seen = start["control_episodes_seen"].copy()
+        # What was written at this very step is as it was, unless there were episodes after it.
+        unseen = bool((start["actor_episodes"] > self._episodes_seen).any())
+        settings = {key: get_key(config, key) for key, _ in leaf_fields()}
+        facts = Facts(settings, dict(texts or {}), self._first_step + (not unseen))
+        self._loggers: dict[str, Logger] = open_loggers(config, run_dir, facts)
+        self._start_time = clock()  # behind what takes long: the session's own clock starts with it
+        self._ticks = deque([(self._start_time, self._start)])
         self._metrics_update = int(start["learner_metrics_update"][0])
         self._metrics: dict[str, float] = {}
         outcomes = start["control_outcomes"]
@@ -155,12 +161,6 @@ class RunMonitor:
         """What the next views say of evaluations."""
         self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
         self._view = self._make_view(start, self._start_time)
-        self._first_step = self._view.env_steps
-        # What was written at this very step is as it was, unless there were episodes after it.
-        unseen = bool((start["actor_episodes"] > self._episodes_seen).any())
-        settings = {key: get_key(config, key) for key, _ in leaf_fields()}
-        facts = Facts(settings, dict(texts or {}), self._first_step + (not unseen))
-        self._loggers: dict[str, Logger] = open_loggers(config, run_dir, facts)
 
     def tick(self, snapshot: Snapshot, pids: Pids, more: Mapping[str, float] | None = None) -> View:
         """Take in a snapshot of the counters and the processes.

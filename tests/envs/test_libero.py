@@ -128,7 +128,7 @@ def test_success_inside_a_chunk_is_liberos(
         environment.step_chunk(np.zeros((5, 7), np.float32))
     environment.reset(0)
     outcome = environment.step_chunk(np.zeros((30, 7), np.float32))
-    assert outcome == (len(expected.success), len(expected.success) - 1, True, False)
+    assert outcome[:4] == (len(expected.success), len(expected.success) - 1, True, False)
 
 
 def forget_the_gripper(environment: LiberoEnvironment, patch: pytest.MonkeyPatch) -> None:
@@ -270,8 +270,8 @@ def test_an_episode_is_truncated_at_its_limit(environment: LiberoEnvironment, mo
     monkeypatch.setattr(environment, "max_episode_steps", 7)
     monkeypatch.setattr(environment, "settling_steps", 0)
     environment.reset(0)
-    assert environment.step_chunk(np.zeros((5, 7), np.float32)) == (5, -1, False, False)
-    assert environment.step_chunk(np.zeros((5, 7), np.float32)) == (2, -1, False, True)
+    assert environment.step_chunk(np.zeros((5, 7), np.float32))[:4] == (5, -1, False, False)
+    assert environment.step_chunk(np.zeros((5, 7), np.float32))[:4] == (2, -1, False, True)
 
 
 @pytest.mark.parametrize("chunk", [np.zeros((5, 6), np.float32), np.full((5, 7), np.nan, np.float32)])

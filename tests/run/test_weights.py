@@ -268,4 +268,4 @@ def test_a_check_that_is_missing_is_found(fault: str, monkeypatch: pytest.Monkey
         assert set(fuzz(planted, 100)[1].values()) != {1}
         return
     with pytest.raises((AssertionError, struct.error, ValueError)):
-        fuzz(planted, 1500)
+        fuzz(planted, 6000)

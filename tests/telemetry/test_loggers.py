@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import metadata as hparams
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.sac import METRIC_NAMES
-from dsrl_async.telemetry.loggers import check_loggers
+from dsrl_async.telemetry.loggers import Logger, check_loggers
 from dsrl_async.telemetry.loggers.tensorboard_logger import STORY
 from dsrl_async.telemetry.loggers.texts import commit, texts
 
@@ -136,3 +136,15 @@ print(json.dumps([len(psutil.Process().children()), "torch" in sys.modules]))
     runs = [path.name.rpartition("-")[2] for path in (tmp_path / "run/wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert set(runs) == {(tmp_path / "run/wandb-id.txt").read_text().strip()}
+
+
+def test_time_that_loggers_take_to_open_is_none_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's time is by the session's clock, which begins behind them; a resume compares the two."""
+    run = FakeRun(tmp_path / "run")
+
+    def slow(*_: object) -> dict[str, Logger]:
+        run.now += 5.0
+        return {}
+
+    monkeypatch.setattr("dsrl_async.telemetry.monitor.open_loggers", slow)
+    assert run.start().tick(1.0).wall_s == 1.0

@@ -18,6 +18,8 @@ from dsrl_async.shm.counters import HISTORY_POINTS
 
 OTHER: dict[str, Any] = {
     "run_dir": "elsewhere",
+    "log.loggers": [],
+    "log.project": "another",
     "resume": "elsewhere",
     "serial": True,
     "max_minutes": 3.0,
