@@ -23,12 +23,18 @@ from dsrl_async.config.shapes import SAC_IMAGE_SIZE, sac_image_shape
 from dsrl_async.config.strict_yaml import Quoted, is_text
 from dsrl_async.untrusted import shown
 
+LONGEST_MESSAGE = 1200
+"""Characters of a message; of a longer one the middle is left out."""
+
 
 class ConfigError(ValueError):
     """A setting is wrong; the message is one sentence that says which, and how to mend it."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # it may quote a path, or what a user wrote
+        message = " ".join(message.splitlines())  # it may quote a path, or what a user wrote, of any length
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 3 :]}"
+        super().__init__(message)
 
 
 MOST_ACTORS = 4096

@@ -234,6 +234,13 @@ def test_an_option_overrides_an_empty_section(file: Path) -> None:
     assert load_config(["--config", str(file), "--sac.gamma", "0.9"]).sac.gamma == 0.9
 
 
+def test_a_message_that_quotes_what_is_long_keeps_its_ends() -> None:
+    said = command_line_refusal("--resume", "a" * 5000)
+    assert said.startswith("--resume aaa")
+    assert said.endswith("checkpoints/UPDATES-DECISIONS")
+    assert len(said) < 1300
+
+
 def test_what_is_not_a_regular_file_is_not_opened(file: Path) -> None:
     os.mkfifo(file)
     for path in (file, Path("/dev/zero"), file.parent):
