@@ -11,11 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from dsrl_async.report.records import RunRecord
-
-WAIT_COLOUR = "#d9d9d9"
-LABELLED_SHARE = 0.06
-"""From this share on, a bar has room for its name."""
-EVALUATED = "eval/success_rate"
+from dsrl_async.telemetry.profile.report import draw_phases
 
 
 def as_svg(figure: Figure) -> str:
@@ -34,15 +30,19 @@ def curve(run: RunRecord, x: str, y: str, factor: float = 1.0) -> tuple[list[flo
 
 
 def learning(runs: Sequence[RunRecord]) -> str:
-    """Success rate of the last episodes, and evaluated success, over decisions and over minutes."""
+    """Success of the last episodes, and evaluated success with its 95 % interval, over decisions and over minutes."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     by_decisions, by_minutes = figure.subplots(1, 2, sharey=True)
     for axes, key, factor in ((by_decisions, "decisions", 1.0), (by_minutes, "wall_s", 1 / 60)):
         for number, run in enumerate(runs):
             axes.plot(*curve(run, key, "success_rate", factor), color=f"C{number}", label=run.name)
-            x, y = curve(run, key, EVALUATED, factor)
-            if x:
-                axes.plot(x, y, "o--", color=f"C{number}", label=f"{run.name}, evaluated")
+            if run.evaluations:
+                x = [point[key] * factor for point in run.evaluations]
+                y = [point["success_rate"] for point in run.evaluations]
+                below = [point["success_rate"] - point["ci95_low"] for point in run.evaluations]
+                above = [point["ci95_high"] - point["success_rate"] for point in run.evaluations]
+                style = {"fmt": "o--", "capsize": 3, "color": f"C{number}", "label": f"{run.name}, evaluated"}
+                axes.errorbar(x, y, (below, above), **style)
         axes.grid(alpha=0.3)
     by_decisions.set(xlabel="decisions", ylabel="success rate", ylim=(-0.02, 1.02))
     by_minutes.set(xlabel="minutes")
@@ -71,19 +71,6 @@ def phases(figures: Mapping[str, Any]) -> str:
         return ""
     figure = Figure(figsize=(11, 0.6 + 0.6 * len(of_kind)), layout="constrained")
     axes = figure.subplots()
-    for row, shares in enumerate(of_kind.values()):
-        left = 0.0
-        for index, (name, share) in enumerate(shares.items()):
-            axes.barh(
-                row, share, left=left, color=WAIT_COLOUR if name.startswith("wait_") else f"C{index}", edgecolor="white"
-            )
-            if share >= LABELLED_SHARE:
-                words = f"{name.replace('_', ' ')}\n{share:.0%}"
-                axes.text(left + share / 2, row, words, ha="center", va="center", fontsize=8)
-            left += share
-    names = ["environment workers" if kind == "actor" else kind for kind in of_kind]
-    axes.set_yticks(range(len(of_kind)), names)
-    axes.set(xlim=(0, 1), xlabel="share of a process's time; grey is waiting")
-    axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    draw_phases(axes, {"environment workers" if kind == "actor" else kind: of_kind[kind] for kind in of_kind})
+    axes.set(xlabel="share of a process's time; grey is waiting")
     return as_svg(figure)

@@ -14,6 +14,8 @@ import yaml
 from dsrl_async import untrusted
 from dsrl_async.config.load import get_key, leaf_fields, read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.run.evaluation.files import RESULT
+from dsrl_async.run.evaluation.files import evaluations as files_of_evaluations
 
 MOST_POINTS = 400
 """Points of a curve; more than this a page cannot show."""
@@ -38,6 +40,8 @@ class RunRecord:
     made_with: dict[str, Any] | None
     profile: dict[str, Any] | None
     """`profile/report.json`; None without `--profile`."""
+    evaluations: list[dict[str, float]]
+    """Those during training: `decisions` and `wall_s` at the beginning, `success_rate`, `ci95_low`, `ci95_high`."""
     films: dict[str, str]
     """Name -> the film as a data URI."""
     notes: list[str] = field(default_factory=list)
@@ -94,6 +98,7 @@ def read_run(directory: Path, films: int) -> RunRecord:
         optional("summary.json"),
         optional("made_with.json"),
         optional("profile/report.json"),
+        list(read_evaluations(directory, notes)),
         dict(read_films(directory, films, notes)),
         notes,
     )
@@ -136,6 +141,19 @@ def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most `MOST_POINTS` of the lines, evenly spread, with the last one."""
     step = -(-len(lines) // MOST_POINTS) or 1
     return lines[::-1][::step][::-1]
+
+
+def read_evaluations(directory: Path, notes: list[str]) -> Iterator[dict[str, float]]:
+    """The finished evaluations during a run's training, see `RunRecord`; what is damaged adds to `notes`."""
+    for files in files_of_evaluations(directory):
+        if files.finished:
+            try:
+                result = files.result()
+                figures = {name: float(result[name]) for name in ("success_rate", "ci95_low", "ci95_high")}
+            except (ValueError, KeyError, TypeError) as error:
+                notes.append(f"{files.directory / RESULT} is damaged: {untrusted.in_one_line(error)}")
+            else:
+                yield {"decisions": files.planned.decisions, "wall_s": files.planned.wall_s, **figures}
 
 
 def read_films(directory: Path, most: int, notes: list[str]) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support.commands import call
 
+from dsrl_async.report.records import read_run
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
@@ -126,6 +128,25 @@ def test_runs_of_one_name_are_called_by_their_paths(run: Path, tmp_path: Path) -
     shutil.copytree(run, other)
     call("report", str(run), str(other), "--out", str(tmp_path / "page.html"))
     assert read(tmp_path / "page.html").tables["figures"][0][1:] == [str(run), str(other)]
+
+
+def test_evaluations_during_training_are_a_curve_with_intervals(run: Path, tmp_path: Path) -> None:
+    planned = {"policy": "agent", "noise": "deterministic", "seed": 0, "numbers": [0], "env_steps": 10, "wall_s": 60.0}
+    for decisions in (100, 200, 300):
+        directory = run / "evaluation" / f"{decisions:08d}"
+        directory.mkdir(parents=True)
+        (directory / "evaluation.json").write_text(json.dumps(planned | {"decisions": decisions}))
+    for decisions, rate in ((100, 0.25), (200, "high")):  # the third one goes on
+        result = json.dumps({"success_rate": rate, "ci95_low": 0.2, "ci95_high": 0.3})
+        (run / "evaluation" / f"{decisions:08d}" / "result.json").write_text(result)
+    record = read_run(run, 0)
+    assert record.evaluations == [
+        {"decisions": 100, "wall_s": 60.0, "success_rate": 0.25, "ci95_low": 0.2, "ci95_high": 0.3}
+    ]
+    done = call("report", str(run), "--out", str(tmp_path / "page.html"))
+    (note,) = done.result["notes"]
+    assert "00000200/result.json is damaged" in note
+    assert ", evaluated" in (tmp_path / "page.html").read_text()
 
 
 def test_films_are_in_the_page_and_large_ones_are_told(run: Path, tmp_path: Path) -> None:

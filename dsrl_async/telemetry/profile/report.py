@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -96,6 +96,23 @@ def scalars(profile: RunProfile) -> dict[str, float]:
     return values
 
 
+def draw_phases(axes: Any, phases: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a bar for each kind of process, by its title: what share of its time each phase took, with waits in grey."""
+    for row, shares in enumerate(phases.values()):
+        left = 0.0
+        for index, (name, share) in enumerate(shares.items()):
+            colour = WAIT_COLOUR if name.startswith("wait_") else f"C{index}"
+            axes.barh(row, share, left=left, color=colour, edgecolor="white")
+            if share >= LABELLED_SHARE:
+                words = f"{name.replace('_', ' ')}\n{share:.0%}"
+                axes.text(left + share / 2, row, words, ha="center", va="center", fontsize=8)
+            left += share
+    axes.set_yticks(range(len(phases)), list(phases))
+    axes.set(xlim=(0, 1))
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
 def picture(profile: RunProfile, diagnosis: Diagnosis) -> tuple[bytes, int, int]:
     """A PNG file, its width and its height in pixels: a bar per kind of process, with waits in grey, and the cores.
 
@@ -106,19 +123,8 @@ def picture(profile: RunProfile, diagnosis: Diagnosis) -> tuple[bytes, int, int]
     kinds = {kind: process for kind, process in profile.processes.items() if process.phases}
     figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     above, below = figure.subplots(2, height_ratios=[3, 1.2])
-    for row, process in enumerate(kinds.values()):
-        left = 0.0
-        for index, (name, share) in enumerate(process.phases.items()):
-            colour = WAIT_COLOUR if name.startswith("wait_") else f"C{index}"
-            above.barh(row, share, left=left, color=colour, edgecolor="white")
-            if share >= LABELLED_SHARE:
-                words = f"{name.replace('_', ' ')}\n{share:.0%}"
-                above.text(left + share / 2, row, words, ha="center", va="center", fontsize=8)
-            left += share
-    above.set_yticks(range(len(kinds)), [_title(kind, process.count) for kind, process in kinds.items()])
-    above.set(xlim=(0, 1), title="share of a process's time")
-    above.invert_yaxis()
-    above.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    draw_phases(above, {_title(kind, process.count): process.phases for kind, process in kinds.items()})
+    above.set(title="share of a process's time")
     left = 0.0
     used = {kind: process.cores for kind, process in profile.system_processes.items()}
     for index, (kind, cores) in enumerate({**used, "other programs": profile.cores_of_others}.items()):
