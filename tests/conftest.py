@@ -18,7 +18,7 @@ from support.paths import ROOT
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.host import environments, policies
+from dsrl_async.host import probe
 from dsrl_async.host.signals import SIGNALS, WARNINGS
 from dsrl_async.run.preflight.host import cuda_devices
 from dsrl_async.shm.arena import Arena
@@ -76,11 +76,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.fixture(autouse=True)
 def ask_anew() -> Iterator[None]:
     """What a test says of CUDA's devices and of users' environments and policies is not kept for the next one."""
-    for asked in (cuda_devices, environments.ask, policies.ask):
-        asked.cache_clear()
+    for forget in (cuda_devices.cache_clear, probe.ask_anew):
+        forget()
     yield
-    for asked in (cuda_devices, environments.ask, policies.ask):
-        asked.cache_clear()
+    for forget in (cuda_devices.cache_clear, probe.ask_anew):
+        forget()
 
 
 @pytest.fixture

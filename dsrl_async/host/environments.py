@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from typing import Any
-
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec, shipped_record, user
 from dsrl_async.envs.protocol import Settings
@@ -23,7 +19,9 @@ def environment_record(settings: Settings) -> EnvironmentRecord:
     """
     if (shipped := shipped_record(settings)) is not None:
         return shipped
-    asked = ask(json.dumps({"name": settings["name"], "options": settings["options"]}), TIME_LIMIT_S)
+    question = {"name": settings["name"], "options": settings["options"]}
+    silence = f"env.name: the process that was to say what {settings['name']} is did not answer"
+    asked = probe.ask_once(user.answer, question, TIME_LIMIT_S, silence)
     if "refused" in asked:
         raise ConfigError(asked["refused"])
     return user.user_record(settings, asked["described"])
@@ -32,13 +30,3 @@ def environment_record(settings: Settings) -> EnvironmentRecord:
 def environment_spec(settings: Settings) -> EnvironmentSpec:
     """The shapes of the environment; raises ValueError as `environment_record` and its `spec` do."""
     return environment_record(settings).spec()
-
-
-@functools.cache
-def ask(settings: str, time_limit_s: float) -> dict[str, Any]:
-    """What `user.answer` says of settings in JSON."""
-    content = json.loads(settings)
-    try:
-        return probe.ask(user.answer, time_limit_s, argument=content)
-    except probe.Unanswered as error:
-        return {"refused": f"env.name: the process that was to say what {content['name']} is did not answer: {error}"}

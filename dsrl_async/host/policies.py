@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,16 +19,5 @@ def policy_record(settings: PolicyConfig) -> PolicyRecord:
 
 
 def _asked(question: Mapping[str, Any]) -> dict[str, Any]:
-    return ask(json.dumps(question), TIME_LIMIT_S)
-
-
-@functools.cache
-def ask(question: str, time_limit_s: float) -> dict[str, Any]:
-    """What `user.answer` says of a question in JSON. A child is asked once for each, whatever comes of it."""
-    content = json.loads(question)
-    try:
-        return probe.ask(user.answer, time_limit_s, argument=content)
-    except probe.Unanswered as error:
-        return {
-            "refused": f"policy.type: the process that was to say what {content['type']} is did not answer: {error}"
-        }
+    silence = f"policy.type: the process that was to say what {question['type']} is did not answer"
+    return probe.ask_once(user.answer, question, TIME_LIMIT_S, silence)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsrl_async.host import processes
@@ -64,6 +65,31 @@ def ask(
     if "error" in answer:
         raise Unanswered(answer["error"])
     return answer
+
+
+def ask_once(
+    function: Callable[..., dict[str, Any]], question: Mapping[str, Any], time_limit_s: float, silence: str
+) -> dict[str, Any]:
+    """`ask` with a question that is JSON-ready; a child is asked once for each, whatever comes of it.
+
+    Where it does not answer, the answer is `refused`: a sentence that begins with `silence` and says why.
+    """
+    answer = _ask_once(function, json.dumps(question), time_limit_s)
+    return {"refused": f"{silence}: {answer}"} if isinstance(answer, str) else answer
+
+
+@functools.cache
+def _ask_once(function: Callable[..., dict[str, Any]], question: str, time_limit_s: float) -> dict[str, Any] | str:
+    """The answer, or why there is none."""
+    try:
+        return ask(function, time_limit_s, argument=json.loads(question))
+    except Unanswered as error:
+        return str(error)
+
+
+def ask_anew() -> None:
+    """Forget what `ask_once` was told."""
+    _ask_once.cache_clear()
 
 
 def cuda_devices() -> dict[str, Any]:

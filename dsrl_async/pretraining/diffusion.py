@@ -33,6 +33,7 @@ from dsrl_async import untrusted
 from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.host.command import guard
 from dsrl_async.host.files import replacing
+from dsrl_async.pretraining import tabletop_demonstrations
 from dsrl_async.pretraining.training import LossLog, Optimiser, StageSettings, action_chunks, progress_bar
 
 HORIZON = 8
@@ -234,13 +235,7 @@ def read_state(path: Path, settings: dict[str, Any]) -> tuple[str, dict[str, Ten
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tabletop_diffusion"), help="checkpoint to write")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data/tabletop_demonstrations.safetensors"),
-        help="demonstrations, recorded if the file does not exist",
-    )
-    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to record")
+    tabletop_demonstrations.add_options(parser)
     parser.add_argument("--resume", action="store_true", help="continue the interrupted training in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for training; more gain little")
@@ -259,11 +254,7 @@ def pretrain(args: argparse.Namespace, console: Console) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     policy = make_policy()
-    if not args.data.is_file():
-        from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
-
-        console.print(f"recording {args.episodes} demonstrations: {args.data}")
-        make_demonstrations(args.data, args.episodes, args.seed, args.threads)
+    tabletop_demonstrations.provide(args, console)
     data = Demonstrations(args.data)
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     path = args.out / RESUME

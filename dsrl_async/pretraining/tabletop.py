@@ -28,6 +28,7 @@ from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.files import NormStats
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
+from dsrl_async.pretraining import tabletop_demonstrations
 from dsrl_async.pretraining.training import (
     Demonstrations,
     Expert,
@@ -66,13 +67,7 @@ def read_demonstrations(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tabletop_pi0"), help="checkpoint directory to write")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("data/tabletop_demonstrations.safetensors"),
-        help="demonstrations, recorded if the file does not exist",
-    )
-    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to record")
+    tabletop_demonstrations.add_options(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training")
     parser.add_argument("--joint-steps", type=int, default=2000, help="updates of the first stage")
@@ -89,12 +84,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     console = Console()
     start = time.monotonic()
-    if not args.data.is_file():
-        from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
-
-        console.print(f"recording {args.episodes} demonstrations: {args.data}")
-        args.data.parent.mkdir(parents=True, exist_ok=True)
-        make_demonstrations(args.data, args.episodes, args.seed, args.threads)
+    tabletop_demonstrations.provide(args, console)
     made = time.monotonic()
     torch.manual_seed(args.seed)
     config = tabletop_config()

