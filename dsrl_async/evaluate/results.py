@@ -15,7 +15,7 @@ from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.evaluate.resolve import SETTINGS, Evaluation
 from dsrl_async.host.files import open_to_append, temporary_path, write_text
-from dsrl_async.run.evaluation.results import wilson_interval
+from dsrl_async.run.evaluation.results import count_successes
 
 BEFORE_SETTINGS = ("episodes.jsonl", temporary_path(Path("settings.json")).name)
 """Files that an evaluation leaves which is killed just after its start."""
@@ -38,15 +38,10 @@ class Outcome(NamedTuple):
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Count episodes and successes; add the success rate, its interval, and the mean length in environment steps."""
-    episodes, successes = len(outcomes), sum(outcome.success for outcome in outcomes)
-    low, high = wilson_interval(successes, episodes)
+    counted = count_successes([outcome.success for outcome in outcomes])
     return {
-        "episodes": episodes,
-        "successes": successes,
-        "success_rate": round(successes / episodes, 4),
-        "ci95_low": round(low, 4),
-        "ci95_high": round(high, 4),
-        "mean_episode_len": round(sum(outcome.steps for outcome in outcomes) / episodes, 2),
+        **{name: round(value, 4) for name, value in counted.items()},
+        "mean_episode_len": round(sum(outcome.steps for outcome in outcomes) / len(outcomes), 2),
     }
 
 

@@ -54,11 +54,11 @@ from dsrl_async.evaluate.results import (
     summarise,
     summarise_tasks,
     table,
-    wilson_interval,
 )
 from dsrl_async.pi0 import synthetic
 from dsrl_async.run import checkpoints
 from dsrl_async.run.evaluation.episodes import Episode, Schedule, across_tasks, parse_numbers, plan_episodes
+from dsrl_async.run.evaluation.results import wilson_interval
 
 needs_libero = pytest.mark.skipif(
     find_spec("libero") is None or find_spec("robosuite") is None, reason="pip install -e '.[libero]'"

@@ -16,16 +16,23 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def summarise(played: Sequence[Played]) -> dict[str, Any]:
-    """The figures of some episodes: counts, success rate with its interval, mean return and length (env steps)."""
-    episodes, successes = len(played), sum(episode.success for episode in played)
-    low, high = wilson_interval(successes, episodes)
+def count_successes(successes: Sequence[bool]) -> dict[str, float]:
+    """How many episodes there were, how many succeeded, and the success rate with its 95 % interval."""
+    low, high = wilson_interval(sum(successes), len(successes))
     return {
-        "episodes": episodes,
-        "successes": successes,
-        "success_rate": successes / episodes,
+        "episodes": len(successes),
+        "successes": sum(successes),
+        "success_rate": sum(successes) / len(successes),
         "ci95_low": low,
         "ci95_high": high,
+    }
+
+
+def summarise(played: Sequence[Played]) -> dict[str, Any]:
+    """The figures of some episodes: counts, success rate with its interval, mean return and length (env steps)."""
+    episodes = len(played)
+    return {
+        **count_successes([episode.success for episode in played]),
         "return": sum(episode.episode_return for episode in played) / episodes,
         "episode_len": sum(episode.steps for episode in played) / episodes,
     }
