@@ -104,7 +104,7 @@ def command():
         print("line", number)
     if sys.argv[2] == "forks":
         if not os.fork():
-            print("child")
+            sys.stdout.write("child\\n")  # at once: what a print writes in two parts the parent may come between
             sys.stdout.flush()
             os._exit(0)
         os.wait()
