@@ -1,10 +1,11 @@
-"""Makes the pictures of the documentation: docs/pictures/steering.gif, display.svg, trace.png and tensorboard.png.
+"""Makes the pictures of the documentation: steering.gif, display.svg, trace.png, tensorboard.png and report.png in
+docs/pictures.
 
     python scripts/make_pictures.py --minutes 5
 
 It steers the embedded task for --minutes with `--profile` in a terminal of its own, films the base policy and the
 steered one in the same episodes, and draws. It keeps what the working directory (`--work`) already holds. It needs
-matplotlib, and Chromium for the picture of TensorBoard, which is left out otherwise.
+the extra `report`, and Chromium for the pictures of TensorBoard and of the report, which are left out otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import imageio.v2 as imageio
 import matplotlib
@@ -57,9 +57,8 @@ NOISE, STILL = 13, 5
 FRAME, GAP, CAPTION = 256, 12, 34  # pixels of the GIF
 COLOURS_OF_GIF = 160
 HOLD = 12  # frames for which an episode's end is shown
-TAGS = "async/success_rate|env/episode_len"
 PATIENCE_S = 20.0  # for TensorBoard's page
-SHOT = (1240, 600)
+BOARD, REPORT = (1240, 900), (1080, 1500)  # pixels of the pictures of pages
 WORKERS_SHOWN, TRACE_S = 6, 1.0
 COLOURS = {
     "physics": "#2f9150",
@@ -106,7 +105,7 @@ def film(work: Path, name: str, *options: str) -> dict[int, Path]:
     directory = work / name
     if not directory.is_dir():
         command = [sys.executable, "-m", "dsrl_async.evaluate", "--episodes", str(EPISODES), "--seed", str(FILM_SEED)]
-        command += ["--video", str(directory), "--videos", str(EPISODES), *options]
+        command += ["--video", str(directory), "--videos", str(EPISODES), "--out", f"{directory}-episodes", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return {int(path.name.split("-")[1]): path for path in sorted(directory.glob("*.mp4"))}
 
@@ -237,20 +236,41 @@ def clearest(spans: list[dict[str, Any]], names: dict[int, str]) -> float:
 
 
 def draw_tensorboard(work: Path, out: Path) -> None:
-    """TensorBoard in a browser, without its settings pane."""
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        print("no Chromium: the picture of TensorBoard is left out", file=sys.stderr)
-        return
+    """The first page that TensorBoard opens for a run: the run at a glance."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    board = f"http://localhost:{port}/?darkMode=false&smoothing=0.6&tagFilter={quote(TAGS, safe='')}#timeseries"
-    frame = f'<iframe src="{board}" style="border:0;width:1500px;height:{SHOT[1]}px"></iframe>'
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(work / "run"), "--port", str(port)]
+    server = subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(PATIENCE_S)  # until the server has read the run
+        take(f"http://localhost:{port}/?darkMode=false&smoothing=0.6#custom_scalars", BOARD, out)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def draw_report(work: Path, out: Path) -> None:
+    """The top of a run's report, with evaluations of the base policy and of the steered one."""
+    film(work, "base"), film(work, "steered", "--checkpoint", str(work / "run"))
+    page = work / "report.html"
+    command = [sys.executable, "-m", "dsrl_async.report", str(work / "run"), "--out", str(page)]
+    command += [part for name in ("base", "steered") for part in ("--evaluation", f"{work / name}-episodes")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    take(page.resolve().as_uri(), REPORT, out)
+
+
+def take(address: str, size: tuple[int, int], out: Path) -> None:
+    """A picture of a page in a browser, `size` pixels wide and high."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        print(f"no Chromium: {out.name} is left out", file=sys.stderr)
+        return
+    frame = f'<iframe src="{address}" style="border:0;width:{size[0]}px;height:{size[1]}px"></iframe>'
     page = f'<body style="margin:0;overflow:hidden">{frame}<img src="/late" style="display:none">'
 
     class Page(http.server.BaseHTTPRequestHandler):
-        """A page that counts as loaded only when TensorBoard, inside it, has had time to draw."""
+        """A page that counts as loaded only when the one inside it has had time to draw."""
 
         def do_GET(self) -> None:
             if self.path == "/late":
@@ -263,34 +283,18 @@ def draw_tensorboard(work: Path, out: Path) -> None:
         def log_message(self, format: str, *arguments: object) -> None:
             pass
 
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(work / "run"), "--port", str(port)]
-    server = subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.DEVNULL)
     outer = http.server.ThreadingHTTPServer(("localhost", 0), Page)
     threading.Thread(target=outer.serve_forever, daemon=True).start()
+    shown = address if address.startswith("file:") else f"http://localhost:{outer.server_port}/"
+    options = "--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --hide-scrollbars --no-first-run "
+    options += "--disable-background-networking --disable-component-update --disable-sync --disable-quic"
     try:
         with tempfile.TemporaryDirectory() as profile:
-            time.sleep(PATIENCE_S)  # until the server has read the run
-            options = (
-                "--headless --no-sandbox --disable-gpu --enable-unsafe-swiftshader --hide-scrollbars --no-first-run "
-            )
-            options += "--disable-background-networking --disable-component-update --disable-sync --disable-quic"
-            subprocess.run(
-                [
-                    browser,
-                    *options.split(),
-                    f"--user-data-dir={profile}",
-                    f"--window-size={SHOT[0]},{SHOT[1]}",
-                    f"--screenshot={out}",
-                    f"http://localhost:{outer.server_port}/",
-                ],
-                check=True,
-                stderr=subprocess.DEVNULL,
-                timeout=10 * PATIENCE_S,
-            )
+            where = [f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}", f"--screenshot={out}", shown]
+            command = [browser, *options.split(), *where]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL, timeout=10 * PATIENCE_S)
     finally:
         outer.shutdown()
-        server.terminate()
-        server.wait()
 
 
 PICTURES = {
@@ -298,6 +302,7 @@ PICTURES = {
     "display.svg": draw_display,
     "trace.png": draw_trace,
     "tensorboard.png": draw_tensorboard,
+    "report.png": draw_report,
 }
 
 
