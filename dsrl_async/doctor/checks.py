@@ -33,7 +33,8 @@ from dsrl_async.shm.counters import ACTOR_PHASES, Counters, Uploads
 from dsrl_async.shm.memory import run_fields
 from dsrl_async.telemetry.usage import template_bytes
 
-Status = Literal["ok", "warning", "problem"]
+Status = Literal["ok", "warning", "problem", "skipped"]
+"""`skipped`: nothing can be said before a problem is solved that another check has named."""
 SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
 ACTORS_PER_CPU = 2
 """More environment workers than this on a core wait for one another; LIBERO's simulate nearly all of the time."""
@@ -285,8 +286,8 @@ def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
         yield Finding(
             "cpus",
             "warning",
-            f"{workers_of(config)} of LIBERO on {cpus} cores wait for one another and fill the memory; lower "
-            f"actors to {ACTORS_PER_CPU * cpus} or fewer",
+            f"{workers_of(config)} of {config.env.name} on {cpus} cores wait for one another and fill the memory; "
+            f"lower actors to {ACTORS_PER_CPU * cpus} or fewer",
         )
     for name in processes.THREAD_VARIABLES:
         threads = os.environ.get(name, "")
@@ -387,13 +388,21 @@ CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
 
 
 def examine(config: Config, options: Options) -> Iterator[Finding]:
-    """All findings in the order of `CHECKS`; one that cannot go on ends with a problem, and the next one follows."""
+    """All findings in the order of `CHECKS`; one that cannot go on ends with a problem, and the next one follows.
+
+    A problem that ends several checks is told by the first of them.
+    """
+    told: dict[str, str] = {}
     with contextlib.suppress(ConfigError):  # else the check of the policy says why
         config = preflight.fetch_policy(config)
     for name, check in CHECKS.items():
         try:
             yield from check(config, options)
         except (ConfigError, Unanswered) as error:
-            yield Finding(name, "problem", str(error))
+            first = told.setdefault(str(error), name)
+            if first == name:
+                yield Finding(name, "problem", str(error))
+            else:
+                yield Finding(name, "skipped", f"see {first}: the problem there comes first")
         except Exception as error:  # whatever it is, the other checks are wanted all the more
             yield Finding(name, "problem", f"the check failed: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -20,7 +20,7 @@ from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor.checks import Finding, Options, examine
 
-COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
+COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 
 
 def build_parser(all_settings: bool = False) -> Parser:

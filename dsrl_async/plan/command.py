@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the prediction; returns 0. Raises ValueError, of which ConfigError is one, for what cannot be used."""
     own, rest = build_parser().parse_known_args(list(argv))
     try:
-        config, inputs, payload = read(own, rest)
+        config, inputs, payload, policy_settings = read(own, rest)
         points = curve(inputs)
         verdict = judge(inputs, points)
         link = own.network_gbit * GIGABIT
@@ -110,5 +110,5 @@ def main(argv: Sequence[str]) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    show(console, inputs, payload, points, verdict, network)
+    show(console, inputs, payload, points, verdict, network, policy_settings)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dsrl_async.config.settings import MOST_ACTORS
 from dsrl_async.plan.capacity import BUSY, Bound, CapacityInputs, Machines, Payload, Prediction, Verdict
+from dsrl_async.policies.pi0 import PI0_SETTINGS
 
 BAR = 24
 """Columns of the longest bar."""
@@ -18,17 +19,22 @@ PICTURES = (".pdf", ".png", ".svg")
 """Endings of the files that `plot` can write."""
 
 MORE: dict[Bound, str] = {
-    "device": "a faster device, fewer policy.denoise_steps or policy.compile would give more; more actors would not",
+    "device": "a faster device{or_less} would give more; more actors would not",
     "cores": "more cores would give more; more actors would not",
     "learner": "a lower replay_ratio or a quicker update would give more; more actors would not",
     "actors": "more machines would give more",
     "memory": "more memory or a smaller replay.capacity would allow more actors, and they would give more",
 }
 """What would help, for each bound."""
+LESS = {
+    "denoise_steps": ", fewer policy.denoise_steps or policy.compile",
+    "options": ", or a policy whose policy.options let it do less,",
+}
+"""What else helps where the device is the bound, by a key of `policy` that the policy reads."""
 
 
-def sentence(inputs: CapacityInputs, verdict: Verdict) -> str:
-    """The verdict in words."""
+def sentence(inputs: CapacityInputs, verdict: Verdict, policy_settings: Set[str] = PI0_SETTINGS) -> str:
+    """The verdict in words. `policy_settings` are the keys of `policy` that the policy reads."""
     at, bound = verdict
     actors, saturate, reach = f"{at.actors} actors", "saturate", "reach"
     if at.actors == 1:
@@ -36,7 +42,8 @@ def sentence(inputs: CapacityInputs, verdict: Verdict) -> str:
     rates = f"{at.decisions_per_s:,.4g} decisions/s ({at.env_steps_per_s:,.4g} env steps/s, "
     rates += f"{at.updates_per_s:,.4g} updates/s), {BUSY:.0%} of the most that is possible here"
     if bound == "device":
-        return f"{actors} {saturate} the device: {rates}. The device is the bound: {MORE[bound]}."
+        more = MORE[bound].format(or_less="".join(words for key, words in LESS.items() if key in policy_settings))
+        return f"{actors} {saturate} the device: {rates}. The device is the bound: {more}."
     what = {
         "cores": f"The {inputs.cores:g} CPU cores are the bound",
         "learner": f"The learner is the bound, at a replay ratio of {inputs.replay_ratio:g}",
@@ -64,6 +71,7 @@ def show(
     points: Sequence[Prediction],
     verdict: Verdict,
     network: Sequence[Machines],
+    policy_settings: Set[str] = PI0_SETTINGS,
 ) -> None:
     """Print what is known, the curve, the verdict and what many machines would do."""
     times = inputs.environment
@@ -95,7 +103,7 @@ def show(
         for point in points
     ]
     console.print(table_of(["actors", "decisions/s", "", "env steps/s", "updates/s", "device", "cores", "bound"], rows))
-    console.print(f"\n{sentence(inputs, verdict)}")
+    console.print(f"\n{sentence(inputs, verdict, policy_settings)}")
 
     each = network[0].actors // network[0].nodes
     console.print(

@@ -23,7 +23,7 @@ from dsrl_async.plan.capacity import CapacityInputs, Payload
 from dsrl_async.plan.gpus import roofline
 from dsrl_async.plan.report import PICTURES
 from dsrl_async.plan.simulation import EnvironmentTimes
-from dsrl_async.policies.pi0 import pi0_needs
+from dsrl_async.policies.pi0 import PI0_SETTINGS, pi0_needs
 from dsrl_async.run import preflight
 from dsrl_async.run.inference.batching import batch_wait_s
 from dsrl_async.run.preflight import CheckedRun
@@ -38,6 +38,8 @@ class Question(NamedTuple):
     config: Config
     inputs: CapacityInputs
     payload: Payload
+    policy_settings: frozenset[str]
+    """The keys of `policy` that the policy reads."""
 
 
 def check_options(own: argparse.Namespace) -> None:
@@ -88,10 +90,11 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
             raise ConfigError(
                 f"--gpu is about Pi0, and policy.type is {config.policy.type}; give --device-ms, or --measure"
             )
-        policy = pi0_needs(Pi0Config())
+        policy, policy_settings = pi0_needs(Pi0Config()), PI0_SETTINGS
         curve_s = roofline(own.gpu, Pi0Config(), config.policy.denoise_steps, config.inference.buckets)
     else:
-        policy = (run.policy if run else preflight.check_checkpoint(config)).needs
+        record = run.policy if run else preflight.check_checkpoint(config)
+        policy, policy_settings = record.needs, record.own_settings
     # the policy's sizes and not the environment's own: a simulator need not be installed here
     sizes = policy.spec
     spec = EnvironmentSpec(sizes.cameras, sizes.image_size, sizes.robot_state_dim, sizes.robot_action_dim, ("",))
@@ -132,7 +135,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
         replay_ratio=config.replay_ratio,
         most_actors=most_actors,
     )
-    return Question(config, inputs, payload_of(config, spec, sizes.action_horizon))
+    return Question(config, inputs, payload_of(config, spec, sizes.action_horizon), policy_settings)
 
 
 def uses_gpu(config: Config) -> bool:

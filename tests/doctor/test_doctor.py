@@ -92,6 +92,31 @@ def test_check_that_breaks_does_not_stop_the_others(monkeypatch: pytest.MonkeyPa
     assert second.status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "first", "others"),
+    [
+        (["--env.name", "nowhere"], "environment", ["graphics", "policy", "cpus", "memory"]),
+        (["--env.task-ids", "[3]"], "environment", ["policy"]),
+        (["--device", "cuda"], "cuda", ["memory"]),
+    ],
+)
+def test_a_problem_that_ends_several_checks_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], first: str, others: list[str]
+) -> None:
+    none = {"torch": "2.13", "built_for": None, **found_gpus()}
+    monkeypatch.setattr(checks, "ask", lambda *_: none)
+    monkeypatch.setattr(preflight.host, "cuda_devices", lambda: none)
+    done = call("doctor", "--json", *arguments)
+    report = json.loads(done.stdout)
+    (problem,) = [finding for finding in report["findings"] if finding["status"] == "problem"]
+    assert problem["check"] == first
+    assert done.stdout.count(json.dumps(problem["message"])) == 1
+    skipped = {finding["check"]: finding["message"] for finding in report["findings"] if finding["status"] == "skipped"}
+    assert list(skipped) == others
+    assert all(message.startswith(f"see {first}") for message in skipped.values())
+    assert report["verdict"] == "This run cannot start before a problem is solved."
+
+
 # Graphics
 
 

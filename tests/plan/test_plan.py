@@ -17,10 +17,13 @@ import pytest
 from support.commands import call
 
 from dsrl_async.bench.pipeline import DEVICES
+from dsrl_async.config.load import validate
 from dsrl_async.config.settings import InferenceConfig
 from dsrl_async.plan.capacity import CapacityInputs, Payload, curve, judge, machines, predict
 from dsrl_async.plan.report import sentence
 from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.policies.user import USER_SETTINGS
+from dsrl_async.run import preflight
 
 GIVEN = ["--env-ms", "60", "--reset-s", "0.6", "--device-ms", "1:7", "32:153", "--cores", "64", "--memory-gib", "64"]
 SMALL = [
@@ -163,6 +166,17 @@ def test_one_actor_can_be_enough() -> None:
     slow = figures(update_s=10.0)
     enough, bound = judge(slow, curve(slow))
     assert (enough.actors, bound) == (1, "learner")
+
+
+def test_what_would_help_is_a_setting_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--env-ms", "60", "--device-ms", "8:40", "--cores", "64", "--memory-gib", "64"]
+    assert "fewer policy.denoise_steps or policy.compile would give more" in run(*arguments)
+    record = preflight.check_checkpoint(validate({}))
+    other = replace(record, own_settings=USER_SETTINGS)
+    monkeypatch.setattr(preflight, "check_checkpoint", lambda *_: other)
+    printed = " ".join(run(*arguments).split())
+    assert "The device is the bound: a faster device, or a policy whose policy.options let it do less, would" in printed
+    assert "denoise_steps" not in printed
 
 
 # ---- many machines

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -34,7 +36,8 @@ from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.host.stages import DeviceStages, no_stage, stages_of
 from dsrl_async.pi0.config import EMBEDDED_POLICY
 from dsrl_async.pi0.files import find_policy
-from dsrl_async.policies.pi0 import pi0_record
+from dsrl_async.policies.pi0 import PI0_SETTINGS, pi0_record
+from dsrl_async.policies.user import USER_SETTINGS
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import SocketDirectory, make_ends
 from dsrl_async.run.inference import server as inference
@@ -42,6 +45,7 @@ from dsrl_async.run.inference.copies import Copies
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.run.learner import learner
 from dsrl_async.run.learner.updates import Updates
+from dsrl_async.run.supervisor.session import Session
 from dsrl_async.run.weights import WeightPublisher
 from dsrl_async.run.worker import worker
 from dsrl_async.sac.networks import Actor as SacActor
@@ -52,6 +56,7 @@ from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import ACTOR_SPANS, STAGES, TRACKS, Spans, newest_spans, phases_of, profiled
+from dsrl_async.telemetry.console import NoDisplay
 from dsrl_async.telemetry.profile import report
 from dsrl_async.telemetry.profile.bottleneck import OWNERS, WORK, Diagnosis, ProcessProfile, RunProfile, diagnose
 from dsrl_async.telemetry.profile.hardware import CpuWatch, Gpu, Gpus
@@ -395,6 +400,29 @@ def test_diagnosis(case: str) -> None:
     assert words in result.sentence
     keys = set(Config.model_fields)
     assert not result.setting or result.setting.split(".")[0] in keys
+
+
+@pytest.mark.parametrize("phase", ["prefix", "denoise", "compute"])
+@pytest.mark.parametrize("case", ["a GPU", "one core"])
+def test_another_policy_is_not_told_of_pi0_s_settings(
+    small_config: Config, spec: EnvironmentSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, phase: str
+) -> None:
+    """A policy that is no Pi0, whether `policy.type` says so or its checkpoint."""
+    phases = {"inference": {"prefix": 0.0, "denoise": 0.0, "compute": 0.0, phase: 0.85, "wait_request": 0.05}}
+    known: dict[str, Any] = {"a GPU": {"on_gpu": {"inference": True}}, "one core": {"cpus": 1}}[case]
+    monkeypatch.setattr(Profiler, "profile", lambda *_: figures(phases, **known))
+    sentences = {}
+    for name, own_settings in (("Pi0", PI0_SETTINGS), ("another", USER_SETTINGS)):
+        run_dir = tmp_path / name
+        run_dir.mkdir()
+        config = small_config.model_copy(update={"profile": True})
+        policy = SimpleNamespace(own_settings=own_settings)
+        run: Any = SimpleNamespace(config=config, spec=spec, horizon=10, policy=policy)
+        session = Session(run, run_dir, cast(Any, SimpleNamespace(reason=None, warnings=0)), NoDisplay())
+        assert session._profiler is not None
+        sentences[name] = session._profiler.write({})[0].sentence
+    assert re.findall(r"policy\.\w+", sentences["Pi0"])
+    assert set(re.findall(r"policy\.(\w+)", sentences["another"])) <= USER_SETTINGS
 
 
 # ---- stages

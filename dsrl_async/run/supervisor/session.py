@@ -49,7 +49,9 @@ class Session:
         if config.evaluation.lanes:
             self.evaluations = Evaluations(run, run_dir, self.arena)
         self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before, texts=texts(config))
-        self._profiler = Profiler(config, run_dir, self.arena, start) if config.profile else None
+        self._profiler = None
+        if config.profile:
+            self._profiler = Profiler(config, run_dir, self.arena, start, run.policy.own_settings)
         self._warnings = self._saves = 0
         self._report_due = False
         self._begin = time.monotonic()

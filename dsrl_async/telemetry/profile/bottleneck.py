@@ -6,12 +6,14 @@ holds up the others, which wait for it. If there is none, either the cores are u
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dsrl_async.config.settings import Config
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import cpu_threads
+from dsrl_async.policies.pi0 import PI0_SETTINGS
 from dsrl_async.telemetry.profile.hardware import Gpu
 
 SATURATED = 0.75
@@ -133,29 +135,33 @@ class Diagnosis(NamedTuple):
     sentence: str
 
 
-def diagnose(profile: RunProfile, config: Config) -> Diagnosis:
-    """Find what limits the run's throughput."""
+def diagnose(profile: RunProfile, config: Config, policy_settings: Set[str] = PI0_SETTINGS) -> Diagnosis:
+    """Find what limits the run's throughput.
+
+    `policy_settings` are the keys of `policy` that the run's own policy reads: `PolicyRecord.own_settings`.
+    """
     kinds = {kind: profile.processes[kind] for kind in OWNERS}
     starved = max(kinds, key=lambda kind: kinds[kind].queued)
     if profile.decisions < FEWEST_DECISIONS or profile.seconds < FEWEST_SECONDS:
         others_have_cores = profile.cores_of_others > profile.cores and kinds[starved].queued >= STARVED
         if profile.seconds >= FEWEST_SECONDS and others_have_cores:  # which is why there are so few decisions
-            return _of_cpu(starved, profile, config)
+            return _of_cpu(starved, profile, config, policy_settings)
         few = f"only {profile.decisions} decisions in {profile.seconds:.1f} s were seen"
         return Diagnosis("nothing", "", "", f"It is too early to name a bottleneck: {few}.")
     busiest = max(kinds, key=lambda kind: kinds[kind].busy)
     busy, queued = kinds[busiest].busy, kinds[busiest].queued
     if config.serial:  # one process does everything, so the largest phase limits it
         busiest = max(kinds, key=lambda kind: kinds[kind].phases[kinds[kind].largest])
-        return _of_stage(busiest, profile, config)
+        return _of_stage(busiest, profile, config, policy_settings)
     if busy >= SATURATED:
-        return _of_cpu(busiest, profile, config) if queued >= CONTENDED * busy else _of_stage(busiest, profile, config)
+        of_work = _of_cpu if queued >= CONTENDED * busy else _of_stage
+        return of_work(busiest, profile, config, policy_settings)
     # Busy cores alone prove nothing: programs of a lower priority give way to the run.
     if profile.free_cores < (1 - CORES_FULL) * profile.cpus and kinds[starved].queued >= NOTICEABLE:
-        return _of_cpu(starved, profile, config)
+        return _of_cpu(starved, profile, config, policy_settings)
     waits = kinds["inference"].phases
     if waits.get("wait_learner", 0.0) >= NOTICEABLE:
-        return _of_stage("learner", profile, config)
+        return _of_stage("learner", profile, config, policy_settings)
     if (share := waits.get("wait_batch", 0.0)) >= NOTICEABLE:
         advice = f"lower inference.batch_wait_ms ({_batch_wait(config)})"
         wait = f"the wait for fuller batches, {share:.0%} of the inference process's time"
@@ -170,17 +176,17 @@ def diagnose(profile: RunProfile, config: Config) -> Diagnosis:
     return Diagnosis("turns", "wait_action", setting, sentence)
 
 
-def _of_stage(kind: str, profile: RunProfile, config: Config) -> Diagnosis:
+def _of_stage(kind: str, profile: RunProfile, config: Config, policy_settings: Set[str]) -> Diagnosis:
     """Diagnosis when the work of a kind of process is the bottleneck."""
     process = profile.processes[kind]
     phase = process.largest
-    setting, advice = _advice(kind, phase, profile, config)
+    setting, advice = _advice(kind, phase, profile, config, policy_settings)
     owner = "the run's" if config.serial else OWNERS[kind]
     sentence = f"The bottleneck is {WORK[kind, phase]}, {process.phases[phase]:.0%} of {owner} time; {advice}."
     return Diagnosis(kind, phase, setting, sentence)
 
 
-def _of_cpu(waiting: str, profile: RunProfile, config: Config) -> Diagnosis:
+def _of_cpu(waiting: str, profile: RunProfile, config: Config, policy_settings: Set[str]) -> Diagnosis:
     """Diagnosis when the cores are the bottleneck; `waiting` is the kind of process that waits for them longest."""
     others, queued = profile.cores_of_others, profile.processes[waiting].queued
     waits = f"{OWNERS[waiting]} work waits for a core {queued:.0%} of the time"
@@ -192,7 +198,7 @@ def _of_cpu(waiting: str, profile: RunProfile, config: Config) -> Diagnosis:
         return Diagnosis("other_programs", "", "", sentence)
     user = max(OWNERS, key=lambda kind: profile.processes[kind].cores)
     process = profile.processes[user]
-    setting, advice = _advice(user, process.largest, profile, config)
+    setting, advice = _advice(user, process.largest, profile, config, policy_settings)
     work = f"{OWNERS[user]} work ({process.cores:.1f} cores), above all {WORK[user, process.largest]}"
     sentence = (
         f"The bottleneck is the CPU: the run uses {profile.cores:.1f} of {profile.cpus} cores, {waits}, and most of "
@@ -201,7 +207,7 @@ def _of_cpu(waiting: str, profile: RunProfile, config: Config) -> Diagnosis:
     return Diagnosis("cpu", f"{user}/{process.largest}", setting, sentence)
 
 
-def _advice(kind: str, phase: str, profile: RunProfile, config: Config) -> tuple[str, str]:
+def _advice(kind: str, phase: str, profile: RunProfile, config: Config, policy_settings: Set[str]) -> tuple[str, str]:
     """The setting to change when a phase is the bottleneck, and what to do with it in words."""
     on_cpu = not profile.on_gpu.get(kind, False)
     spare = on_cpu and profile.free_cores >= 1
@@ -230,12 +236,12 @@ def _advice(kind: str, phase: str, profile: RunProfile, config: Config) -> tuple
         return "", "ask `python -m dsrl_async.doctor` why observations go up row by row"
     if spare:
         return "inference.threads", f"raise inference.threads (now {cpu_threads(config.inference.threads)})"
-    if config.policy.type is not None:  # it reads none of the settings below
-        return "device", "give it a faster device"
-    if phase == "denoise":
+    if phase == "denoise" and "denoise_steps" in policy_settings:
         return "policy.denoise_steps", f"lower policy.denoise_steps (now {config.policy.denoise_steps})"
-    if not config.policy.compile:
+    if "compile" in policy_settings and not config.policy.compile:
         return "policy.compile", "set policy.compile, which fuses its kernels"
+    if "options" in policy_settings:
+        return "device", "give it a faster device, or let it do less where its policy.options can"
     return "device", "give it a faster device"
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections import deque
+from collections.abc import Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import available_cpus
+from dsrl_async.policies.pi0 import PI0_SETTINGS
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Uploads
 from dsrl_async.shm.spans import STAGES
@@ -53,8 +55,10 @@ class Moment(NamedTuple):
 class Profiler:
     """Call `tick` about once a second, and `write` at the end and whenever a report is wanted."""
 
-    def __init__(self, config: Config, run_dir: Path, arena: Arena, start: Snapshot) -> None:
-        self.config, self.directory = config, run_dir / "profile"
+    def __init__(
+        self, config: Config, run_dir: Path, arena: Arena, start: Snapshot, policy_settings: Set[str] = PI0_SETTINGS
+    ) -> None:
+        self.config, self.directory, self._policy_settings = config, run_dir / "profile", policy_settings
         self._arena = arena
         self._start = start
         self._cpu, self._gpus, self._cpus = CpuWatch(), Gpus(), available_cpus()
@@ -164,7 +168,7 @@ class Profiler:
         """
         self._memory_mb = memory_mb
         profile = self.profile(self._base)
-        diagnosis = diagnose(profile, self.config)
+        diagnosis = diagnose(profile, self.config, self._policy_settings)
         drawn = None
         words = report.text(profile, diagnosis)
         logger.info("profile:\n%s", words)
