@@ -409,7 +409,7 @@ def test_another_policy_is_not_told_of_pi0_s_settings(
 ) -> None:
     """A policy that is no Pi0, whether `policy.type` says so or its checkpoint."""
     phases = {"inference": {"prefix": 0.0, "denoise": 0.0, "compute": 0.0, phase: 0.85, "wait_request": 0.05}}
-    known: dict[str, Any] = {"a GPU": {"on_gpu": {"inference": True}}, "one core": {"cpus": 1}}[case]
+    known: dict[str, Any] = {"on_gpu": {"inference": True}} if case == "a GPU" else {"cpus": 1}
     monkeypatch.setattr(Profiler, "profile", lambda *_: figures(phases, **known))
     sentences = {}
     for name, own_settings in (("Pi0", PI0_SETTINGS), ("another", USER_SETTINGS)):

@@ -10,10 +10,9 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dsrl_async.config.settings import Config
+from dsrl_async.config.settings import Config, PolicyConfig
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import cpu_threads
-from dsrl_async.policies.pi0 import PI0_SETTINGS
 from dsrl_async.telemetry.profile.hardware import Gpu
 
 SATURATED = 0.75
@@ -28,6 +27,9 @@ NOTICEABLE = 0.25
 """From this share on, a wait is worth naming."""
 FEWEST_DECISIONS, FEWEST_SECONDS = 20, 1.0
 """Less than this is too little for a diagnosis."""
+
+ALL_SETTINGS = frozenset(PolicyConfig.model_fields)
+"""The keys of `policy`."""
 
 WORK = {
     ("actor", "physics"): "physics",
@@ -135,10 +137,10 @@ class Diagnosis(NamedTuple):
     sentence: str
 
 
-def diagnose(profile: RunProfile, config: Config, policy_settings: Set[str] = PI0_SETTINGS) -> Diagnosis:
+def diagnose(profile: RunProfile, config: Config, policy_settings: Set[str] = ALL_SETTINGS) -> Diagnosis:
     """Find what limits the run's throughput.
 
-    `policy_settings` are the keys of `policy` that the run's own policy reads: `PolicyRecord.own_settings`.
+    `policy_settings` are the keys of `policy` that the run's own policy reads (`PolicyRecord.own_settings`).
     """
     kinds = {kind: profile.processes[kind] for kind in OWNERS}
     starved = max(kinds, key=lambda kind: kinds[kind].queued)

@@ -20,13 +20,19 @@ import numpy as np
 from dsrl_async.config.files import how_to_install
 from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import available_cpus
-from dsrl_async.policies.pi0 import PI0_SETTINGS
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Uploads
 from dsrl_async.shm.spans import STAGES
 from dsrl_async.telemetry.monitor import RATE_WINDOW_S, Snapshot, activity, ratio, totals
 from dsrl_async.telemetry.profile import report
-from dsrl_async.telemetry.profile.bottleneck import SERIAL, Diagnosis, ProcessProfile, RunProfile, diagnose
+from dsrl_async.telemetry.profile.bottleneck import (
+    ALL_SETTINGS,
+    SERIAL,
+    Diagnosis,
+    ProcessProfile,
+    RunProfile,
+    diagnose,
+)
 from dsrl_async.telemetry.profile.hardware import CpuTime, CpuWatch, Gpu, Gpus
 from dsrl_async.telemetry.profile.trace import LONGEST_S, chrome_trace
 from dsrl_async.telemetry.usage import Pids
@@ -56,7 +62,7 @@ class Profiler:
     """Call `tick` about once a second, and `write` at the end and whenever a report is wanted."""
 
     def __init__(
-        self, config: Config, run_dir: Path, arena: Arena, start: Snapshot, policy_settings: Set[str] = PI0_SETTINGS
+        self, config: Config, run_dir: Path, arena: Arena, start: Snapshot, policy_settings: Set[str] = ALL_SETTINGS
     ) -> None:
         self.config, self.directory, self._policy_settings = config, run_dir / "profile", policy_settings
         self._arena = arena
