@@ -5,7 +5,7 @@ docs/pictures.
 
 It steers the embedded task for --minutes with `--profile` in a terminal of its own, films the base policy and the
 steered one in the same episodes, and draws. It keeps what the working directory (`--work`) already holds. It needs
-the extra `report`, and Chromium for the pictures of TensorBoard and of the report, which are left out otherwise.
+the extras `report` and `video`, and Chromium for the pictures of TensorBoard and of the report, which are left out otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
+import av
 import matplotlib
 
 matplotlib.use("Agg")
@@ -115,7 +115,8 @@ def read_film(path: Path) -> list[np.ndarray]:
 
     What differs from the frame before only by the film's compression is taken from there, so that the GIF is small.
     """
-    frames = [np.array(frame)[:, :256] for frame in imageio.mimread(path, memtest=False)]
+    with av.open(str(path)) as film:
+        frames = [frame.to_ndarray(format="rgb24")[:, :256] for frame in film.decode(video=0)]
     for before, frame in itertools.pairwise(frames):
         still = np.abs(frame.astype(int) - before).max(-1, keepdims=True) < NOISE
         np.copyto(frame, before, where=still)

@@ -31,6 +31,7 @@ from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.counters import ACTOR_PHASES, Counters, Uploads
 from dsrl_async.shm.memory import run_fields
+from dsrl_async.telemetry.loggers import check_loggers
 from dsrl_async.telemetry.usage import template_bytes
 
 Status = Literal["ok", "warning", "problem", "skipped"]
@@ -175,6 +176,16 @@ def check_policy(config: Config, options: Options) -> Iterator[Finding]:
     preflight.check_prompts(policy, spec)
     preflight.check_render_quality(config, policy.maker)
     yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
+
+
+def check_extras(config: Config, options: Options) -> Iterator[Finding]:
+    """The libraries of an environment and of a policy are looked for with these."""
+    check_loggers(config)
+    preflight.check_films(config)
+    films = " and films" if config.evaluation.lanes and config.evaluation.films else ""
+    yield Finding(
+        "extras", "ok", f"the libraries for {', '.join(config.log.loggers) or 'no logs'}{films} are installed"
+    )
 
 
 def workers_of(config: Config) -> str:
@@ -377,6 +388,7 @@ CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
     "environment": check_environment,
     "graphics": check_graphics,
     "policy": check_policy,
+    "extras": check_extras,
     "cuda": check_cuda,
     "cpus": check_cpus,
     "memory": check_memory,

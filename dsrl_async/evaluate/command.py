@@ -23,7 +23,7 @@ from rich.console import Console
 
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
-from dsrl_async.evaluate.films import Films
+from dsrl_async.evaluate.films import Films, check_films
 from dsrl_async.evaluate.play import evaluate
 from dsrl_async.evaluate.resolve import SETTINGS, Evaluation, Part, identity, resolve_all
 from dsrl_async.evaluate.results import ResultDirectory, check_parent, comparison, result_of, table, write_result
@@ -91,7 +91,11 @@ def build_parser(all_settings: bool = False) -> Parser:
         help="write episodes.jsonl and result.json to this directory, with several suites to SUITE/POLICY in it; the "
         "same command again goes on where it ended",
     )
-    add("--video", metavar="DIR", help="write films (mp4) of some successes and some failures to this directory")
+    add(
+        "--video",
+        metavar="DIR",
+        help="write films (mp4) of some successes and some failures to this directory; needs the extra video",
+    )
     add("--videos", type=int, default=4, metavar="N", help="number of films (default 4)")
     add_sections(parser, {key: field for key, field in leaf_fields() if key.startswith(SETTINGS)}, shown=all_settings)
     return parser
@@ -104,6 +108,8 @@ def main(argv: Sequence[str]) -> int:
     if not console.is_terminal:
         console.width = 120
     options = build_parser().parse_args(list(argv))
+    if options.video:
+        check_films(options.videos)
     parts, warnings = resolve_all(options)
     for warning in warnings:
         console.print(warning)

@@ -8,11 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.envs.recording import unsorted_film
+from dsrl_async.envs.recording import unsorted_film, why_no_films
 from dsrl_async.evaluate.results import Outcome
 
 FILMED_PER_VIDEO = 4
 """Upper limit on the episodes that are filmed for each film that is kept, in search of successes and failures."""
+
+
+def check_films(videos: int) -> None:
+    """Raises ConfigError if no films can be made here, or if `videos`, the number asked for, is not positive."""
+    if videos < 1:
+        raise ConfigError(f"--videos: {videos} films are none; leave out --video instead")
+    if (reason := why_no_films()) is not None:
+        raise ConfigError(f"--video: {reason}")
 
 
 class Films:

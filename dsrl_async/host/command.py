@@ -25,6 +25,8 @@ def run_command(name: str) -> int:
         module = importlib.import_module(f"dsrl_async.{name}.command")
         if interrupted:
             raise KeyboardInterrupt
+        title = {"launch": "supervisor", "evaluate": "evaluation"}.get(name, name)
+        importlib.import_module("dsrl_async.host.processes").name_process(title, title)
         code: int = module.main(sys.argv[1:])
         return code
 

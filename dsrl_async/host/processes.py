@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import io
 import json
@@ -16,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
+import setproctitle
+
 from dsrl_async.host import logs, tether
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -24,6 +27,7 @@ WAIT_POLICY = {"OMP_WAIT_POLICY": "PASSIVE"}
 other processes want the cores, too (docs/measurements/threads.md)."""
 LAST_BYTES, LONGEST_MESSAGE = 1 << 16, 2000
 """How much of a log is read for its last line, and how long that may be."""
+PR_SET_NAME = 15
 REAP_S = 5.0
 """A killed process that is still there after this many seconds is stuck in the kernel, and left to it."""
 
@@ -77,10 +81,11 @@ def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threa
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def begin_child(argument: str) -> dict[str, Any]:
-    """Prepare a child process that `start` has started, and its log; returns its job."""
+def begin_child(argument: str, name: str) -> dict[str, Any]:
+    """Prepare a child process that `start` has started, its name and its log; returns its job."""
     job: dict[str, Any] = json.loads(argument)
     prepare_child(job["parent"])
+    name_process(name, name)
     logs.set_up()
     return job
 
@@ -95,6 +100,16 @@ def prepare_child(parent: int) -> None:
     faulthandler.enable()  # what crashes in C code leaves the Python lines that led there
     tether.tie_to(parent)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def name_process(name: str, title: str) -> None:
+    """Call this process `name`, of at most 15 letters, in `top`, and `dsrl_async: TITLE` in `ps`, `htop` and
+    `nvidia-smi`, which show how a process was started otherwise: "python" is no help to who looks for the busy one.
+    """
+    # The title takes the place of the arguments, and not of the environment as well, which batch systems may look at.
+    os.environ.setdefault("SPT_NOENV", "1")
+    setproctitle.setproctitle(f"dsrl_async: {title}")
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())  # which setproctitle has set to the title's beginning
 
 
 def raise_descriptor_limit() -> int:

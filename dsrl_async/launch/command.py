@@ -54,6 +54,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
             raise KeyboardInterrupt
 
     check_loggers(config)
+    preflight.check_films(config)
     checked = preflight.check_run(config, meanwhile=heed_stop)
     config = checked.config
     preflight.check_memory(checked)

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -34,7 +35,7 @@ from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs import ChunkOutcome, libero_files
 from dsrl_async.envs.recording import RecordingEnvironment, unsorted_film
 from dsrl_async.evaluate import resolve as resolving
-from dsrl_async.evaluate.command import build_parser
+from dsrl_async.evaluate.command import build_parser, main
 from dsrl_async.evaluate.films import FILMED_PER_VIDEO, Films, choose_films
 from dsrl_async.evaluate.resolve import (
     Evaluation,
@@ -373,8 +374,6 @@ class CountingEnvironment:
 
 
 def test_films_show_every_step_of_all_cameras_in_real_time_and_change_nothing(tmp_path: Path) -> None:
-    import imageio.v2 as imageio
-
     chunks = np.zeros((2, 5, 7), np.float32)
     wanted = iter([False, True])
     environment = RecordingEnvironment(CountingEnvironment(), lambda: next(wanted), tmp_path, rate_hz=20)
@@ -384,12 +383,39 @@ def test_films_show_every_step_of_all_cameras_in_real_time_and_change_nothing(tm
         outcomes.append([environment.step_chunk(chunk) for chunk in chunks])
     assert outcomes[0] == outcomes[1]
     assert [path.name for path in (tmp_path / ".unsorted").iterdir()] == ["12.mp4"]
-    film = imageio.get_reader(unsorted_film(tmp_path, 12), "ffmpeg")
-    frames = [np.asarray(frame) for frame in film.iter_data()]
-    assert film.get_meta_data()["fps"] == 20
+    content = unsorted_film(tmp_path, 12).read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")  # a browser shows it before all of it is there
+    with av.open(unsorted_film(tmp_path, 12)) as film:
+        (stream,) = film.streams
+        assert isinstance(stream, av.VideoStream)
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 20)
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(stream)]
     assert frames[0].shape == (256, 512, 3)
     brightness = [float(frame[:, :256].mean()) / 30 for frame in frames]
     assert np.abs(np.array(brightness) - [*range(8), *[7] * 10]).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "words"),
+    [
+        ("av", [], r"--video: films need PyAV, which is not installed; pip install .*\[video\]"),
+        ("av.codec", [], r"--video: films need PyAV, which cannot be loaded \(.*av.codec.*\); pip install .*\[video\]"),
+        (None, [], "--video: films need PyAV with the encoder none-such, which this one lacks"),
+        ("av", ["--videos", "0"], "--videos: 0 films are none"),
+    ],
+)
+def test_films_that_cannot_be_made_are_refused_at_once(
+    hidden: str | None, options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "av"] if hidden else ():
+        monkeypatch.delitem(sys.modules, name)
+    if hidden:
+        monkeypatch.setitem(sys.modules, hidden, None)
+    else:
+        monkeypatch.setattr("dsrl_async.envs.recording.ENCODER", "none-such")
+    with pytest.raises(ConfigError, match=f"^{words}"):  # before it has noticed that there is no such run
+        main(["--checkpoint", str(tmp_path / "missing"), "--video", str(tmp_path / "films"), *options])
+    assert not (tmp_path / "films").exists()
 
 
 # The command
@@ -399,7 +425,7 @@ def test_no_command_needs_an_extra() -> None:
     """The modules that only extras bring are hidden."""
     code = """
 import importlib, sys
-extras = "fast_simplification scipy h5py robosuite bddl gymnasium cupy matplotlib sentencepiece"
+extras = "av fast_simplification scipy h5py robosuite bddl gymnasium cupy matplotlib sentencepiece"
 sys.modules.update(dict.fromkeys(extras.split()))
 for name in ("launch", "evaluate", "doctor", "plan", "bench"):
     importlib.import_module(f"dsrl_async.{name}.command")

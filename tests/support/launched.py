@@ -26,7 +26,10 @@ SMALL = [
 ]
 """Arguments of a run that starts and learns within seconds."""
 MODULES = {"run.inference.server": "inference", "run.learner.learner": "learner", "run.worker.template": "template"}
-"""Module of a child process -> its kind."""
+"""Module of a child process -> its kind, as long as it has not named itself."""
+NAMES = {"inference": "inference", "learner": "learner", "template": "template", "actor": "worker"}
+NAMES |= {"evaluation": "evaluation"}
+"""The first part of a child process's name -> its kind."""
 
 
 class Launched:
@@ -66,9 +69,9 @@ class Launched:
                 line, name = " ".join(child.cmdline()[:3]), child.name().partition("-")[0]
             except psutil.Error:
                 continue
-            forked = {"actor": "worker", "evaluation": "evaluation"}.get(name)
-            runs = forked or MODULES.get(line.rpartition("-m dsrl_async.")[2])
-            if child.status() != psutil.STATUS_ZOMBIE and "-m dsrl_async." in line and kind in (None, runs):
+            runs = NAMES.get(name) or MODULES.get(line.rpartition("-m dsrl_async.")[2])
+            ours = "-m dsrl_async." in line or line.startswith("dsrl_async: ")
+            if child.status() != psutil.STATUS_ZOMBIE and ours and kind in (None, runs):
                 found.append(child)
                 self.seen[child.pid] = child
         return found

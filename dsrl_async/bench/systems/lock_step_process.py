@@ -32,7 +32,7 @@ def learn_what_is_due(learner: Learner) -> None:
 
 def main(argument: str) -> None:
     """`argument` is the job of `run.inference.server.main`."""
-    job = begin_child(argument)
+    job = begin_child(argument, "lock_step")
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))

@@ -201,7 +201,7 @@ class InferenceServer:
 
 def main(argument: str) -> None:
     """Run the inference process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
-    job = begin_child(argument)
+    job = begin_child(argument, "inference")
     torch.set_num_threads(job["threads"])
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     arena, channel = Arena.attach(job["arena"]), read_secret(job["channel_fd"])

@@ -289,7 +289,7 @@ def load_agent(agent: SacAgent, path: Path) -> None:
 
 def main(argument: str) -> None:
     """Run the learner as a process; `argument` is the JSON that `supervisor.Supervisor` wrote."""
-    job = begin_child(argument)
+    job = begin_child(argument, "learner")
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))

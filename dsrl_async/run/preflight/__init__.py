@@ -2,7 +2,7 @@
 
 from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
-from dsrl_async.run.preflight.host import check_channel, check_descriptors, check_device, check_devices
+from dsrl_async.run.preflight.host import check_channel, check_descriptors, check_device, check_devices, check_films
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed, what_to_lower
@@ -31,6 +31,7 @@ __all__ = [
     "check_effect",
     "check_environment",
     "check_files",
+    "check_films",
     "check_fit",
     "check_gpu_memory",
     "check_graphics",

@@ -1,4 +1,4 @@
-"""Whether the machine has the devices, the open files and the channel that a run needs."""
+"""Whether the machine has the devices, the open files, the channel and the library of films that a run needs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from dsrl_async.config.command_line import program
 from dsrl_async.config.load import get_key
 from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.envs.recording import why_no_films
 from dsrl_async.host import probe, processes
 from dsrl_async.run import channel
 
@@ -114,3 +115,9 @@ def check_channel() -> None:
         channel.check_channel()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_films(config: Config) -> None:
+    """Raises ConfigError if the evaluations are to be filmed, and no films can be made here."""
+    if config.evaluation.lanes and config.evaluation.films and (reason := why_no_films()) is not None:
+        raise ConfigError(f"evaluation.films: {reason}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsrl_async.config.settings import Config
+from dsrl_async.envs.recording import preview_of, unsorted_film
 from dsrl_async.run.evaluation.episodes import Episode, Schedule, across_tasks, held_out
 from dsrl_async.run.evaluation.files import (
     EvaluationFiles,
@@ -248,8 +249,6 @@ class Evaluations:
 
     def _name_film(self, files: EvaluationFiles, played: Played) -> None:
         """Move the film of an episode to where it stays, named by what came of it."""
-        from dsrl_async.envs.recording import preview_of, unsorted_film
-
         film = unsorted_film(evaluation_root(self._run_dir), played.number)
         if film.is_file():  # not every environment can be filmed
             task = f"task-{played.task}-" if len(self._tasks) > 1 else ""

@@ -34,12 +34,13 @@ from dsrl_async.host.processes import Program
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 
-PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 15, 36
+PR_SET_CHILD_SUBREAPER = 36
 FORK_S = 30.0  # until a forked worker has told its process number; one that died before that never will
 BEAT_S = 1.0
 WAIT_POLL_S, FORK_POLL_S = 0.005, 0.05
 CLOSE_S = 1.0  # a template that waits for requests answers and ends at once
 REQUEST_BYTES = 1 << 16
+TITLES = {"actor": "environment worker", "evaluation": "environment worker of the evaluation"}
 WORKER = Program("dsrl_async.run.worker.worker")
 """What an environment worker runs, unless a benchmark says otherwise."""
 
@@ -225,6 +226,7 @@ def main(argument: str) -> None:
     """Run the template as a process; `argument` is the JSON that `Template` wrote."""
     job = json.loads(argument)
     processes.prepare_child(job["parent"])
+    processes.name_process("template", "template of the environment workers")
     counters = Counters(Arena.attach(job["arena"]))
     counters.template_heartbeat_ns[0] = time.monotonic_ns()  # so that a scene which hangs is noticed
     program = importlib.import_module(job["program"])
@@ -275,7 +277,8 @@ def _be_worker(
         while os.getppid() == between:
             time.sleep(0.001)
         processes.prepare_child(job["parent"])
-        ctypes.CDLL(None).prctl(PR_SET_NAME, job["name"].encode())
+        kind, _, number = job["name"].partition("-")
+        processes.name_process(job["name"], f"{TITLES[kind]} {number}")
         connection.send(str(os.getpid()).encode())  # before anything that may fail, and by the only one who knows
         connection.close()
         output = open_log(Path(job["log"]))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image, ImageSequence
 from support.fake_run import FakeRun
 from support.played import PlayedRun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -370,8 +371,9 @@ def test_a_film_has_a_preview_that_tensorboard_can_show(tmp_path: Path) -> None:
     assert outcome.truncated
     assert unsorted_film(tmp_path, 7).is_file()
     gif = preview_of(unsorted_film(tmp_path, 7)).read_bytes()
-    frames = imageio.mimread(gif, memtest=False)
-    brightness = [float(np.mean(frame[..., :3])) for frame in frames]
+    with Image.open(io.BytesIO(gif)) as image:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+    brightness = [float(np.mean(frame)) for frame in frames]
     assert len(frames) >= 10
     assert brightness == sorted(brightness)
     assert brightness[-1] - brightness[0] > 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from support.gpus import found_gpus
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.probe import cuda_devices
+from dsrl_async.launch import command as launch
 from dsrl_async.run import preflight
 from dsrl_async.run.preflight import host
 
@@ -128,3 +130,14 @@ def test_what_torch_warns_of_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert cuda_devices() == {**found_gpus(), "reason": TOO_OLD}
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cuda_devices()["reason"] == f"torch {torch.__version__} is built without CUDA"
+
+
+def test_a_run_that_is_to_be_filmed_needs_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    filmed = ["--evaluation.films", "2", "--policy.checkpoint", "missing"]
+    preflight.check_films(validate({"evaluation": {"films": 2, "every_decisions": 100}}))
+    monkeypatch.setitem(sys.modules, "av", None)
+    reason = r"^evaluation.films: films need PyAV, which is not installed; pip install .*\[video\]"
+    with pytest.raises(ConfigError, match=reason):
+        launch.main([*filmed, "--evaluation.every-decisions", "100"])
+    with pytest.raises(ConfigError, match=r"^policy.checkpoint"):  # there is no evaluation that could be filmed
+        launch.main(filmed)

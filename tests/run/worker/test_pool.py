@@ -80,9 +80,11 @@ def open_files() -> list[str]:
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
-    """All processes, whosever children they are, that were started with `mark` in their arguments."""
+    """All other processes, whosever children they are, that were started with `mark` in their environment's path."""
     return [
-        found for found in psutil.process_iter(["cmdline"]) if any(mark in word for word in found.info["cmdline"] or ())
+        found
+        for found in psutil.process_iter(["environ"])
+        if mark in (found.info["environ"] or {}).get("PYTHONPATH", "") and found.pid != os.getpid()
     ]
 
 
@@ -124,12 +126,16 @@ def start(pool: WorkerPool) -> None:
     pool.await_observations()
 
 
-def test_workers_start_play_and_end(pool_of: Callable[..., WorkerPool]) -> None:
+def test_workers_start_play_and_end(pool_of: Callable[..., WorkerPool], tmp_path: Path) -> None:
     looks: list[float] = []
     with pool_of(meanwhile=lambda: looks.append(time.monotonic())) as pool:
         start(pool)
-        names = [psutil.Process(pid).name() for pid in pool.pids[1:]]
-        assert names == ["actor-000", "actor-001", "actor-002"]
+        found = [psutil.Process(pid) for pid in pool.pids]
+        assert len(processes_of(str(tmp_path))) == 4
+        assert [process.name() for process in found] == ["template", "actor-000", "actor-001", "actor-002"]
+        titles = [process.cmdline()[0] for process in found]
+        of_workers = [f"dsrl_async: environment worker {number}" for number in ("000", "001", "002")]
+        assert titles == ["dsrl_async: template of the environment workers", *of_workers]
         pool.end_template()
         assert not psutil.pid_exists(pool.pids[0])
         for lane in range(3):

@@ -65,8 +65,8 @@ def kind_of(pid: int) -> str | None:
     """The name that the product gives the child process: inference, learner, template, actor-000; None: another."""
     with contextlib.suppress(OSError):
         name = (PROC / str(pid) / "comm").read_text().strip()
-        if name.startswith("actor-"):
-            return name
+        if name.startswith("actor-") or name in ("inference", "learner", "template"):
+            return name  # else it has not named itself yet
         command = " ".join(os.fsdecode((PROC / str(pid) / "cmdline").read_bytes()).split("\0")[:3])
         for kind in ("inference", "learner", "template"):
             if f"run.{kind}" in command or f"worker.{kind}" in command:
