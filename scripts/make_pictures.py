@@ -5,7 +5,8 @@ docs/pictures.
 
 It steers the embedded task for --minutes with `--profile` in a terminal of its own, films the base policy and the
 steered one in the same episodes, and draws. It keeps what the working directory (`--work`) already holds. It needs
-the extras `report` and `video`, and Chromium for the pictures of TensorBoard and of the report, which are left out otherwise.
+the extras `report` and `video`, and Chromium for the pictures of TensorBoard and of the report, which are left out
+otherwise.
 """
 
 from __future__ import annotations
