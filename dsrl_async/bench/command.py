@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dsrl_async.bench import denoise, end_to_end, env, learner, pipeline, scale, transport
+from dsrl_async.bench import denoise, end_to_end, env, learner, paper, pipeline, scale, transport
 from dsrl_async.config.command_line import HelpFormatter, Parser, program
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "end_to_end": end_to_end,
     "env": env,
     "learner": learner,
+    "paper": paper,
     "pipeline": pipeline,
     "scale": scale,
     "transport": transport,

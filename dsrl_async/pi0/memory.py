@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from dsrl_async.pi0.config import Pi0Config
@@ -17,6 +18,7 @@ KEPT = ("vision.patch.", "vision.position")
 """What stays in float32 of them, beside the norms of the two Gemma stacks (`Pi0.set_dtype`)."""
 
 
+@functools.cache  # asked for once per size of a batch and length of a prompt
 def weight_bytes(config: Pi0Config, bytes_per_value: int) -> int:
     """Memory of the weights of a loaded policy."""
     from dsrl_async.pi0.tensors import model_tensors  # which needs safetensors, as nothing else here does

@@ -10,6 +10,7 @@ with the data sheets of `dsrl_async.plan.gpus`).
 from __future__ import annotations
 
 import argparse
+import bisect
 import sys
 
 from dsrl_async.config.load import validate
@@ -73,9 +74,9 @@ def main() -> None:
             print(f"| {name} | {workers} | {' | '.join(cells)} |")
         for card in CARDS:
             room = card * 1e9 - CONTEXT_BYTES
-            totals = (need(policy, dtype, workers, args).total for workers in range(1, MOST + 1))
-            most = sum(total <= room for total in totals)
-            fits.setdefault(name, {})[card] = most
+            fits.setdefault(name, {})[card] = bisect.bisect_right(
+                range(1, MOST + 1), room, key=lambda workers: need(policy, dtype, workers, args).total
+            )  # no worker makes the need smaller
     print(f"\n| workers that fit | {' | '.join(f'{card} GB' for card in CARDS)} |")
     print("|---|" + "---|" * len(CARDS))
     for name, most_of in fits.items():
