@@ -249,7 +249,8 @@ def run(arguments: argparse.Namespace) -> None:
         if not 1 <= arguments.prompt_tokens <= config.max_token_len:
             raise ValueError(f"--prompt-tokens must be from 1 to {config.max_token_len} for {model}")
         for batch in arguments.batch:
-            case = f"{model} {arguments.size} bfloat16 batch {batch} steps {arguments.steps} prompt {arguments.prompt_tokens}"
+            details = f"batch {batch} steps {arguments.steps} prompt {arguments.prompt_tokens}"
+            case = f"{model} {arguments.size} bfloat16 {details}"
             launches = count_sample(config, batch, arguments.prompt_tokens, arguments.steps)
             bounds = bounds_ms(config, batch, arguments.prompt_tokens, arguments.steps)
             if arguments.tables:
