@@ -28,6 +28,9 @@ EVALUATION_LANES = "evaluation/"  # before the names of its lanes' counters
 LANES = -1  # in the shape of a counter: the number of lanes
 Count = Annotated[np.ndarray, "int64", 1]
 LaneCounts = Annotated[np.ndarray, "int64", LANES]
+StartStep = Annotated[np.ndarray, "int64", 2]
+"""What a process does in its start, a value of `Start`, and since when; what an earlier incarnation said is older than
+its successor."""
 
 
 class Stop(IntEnum):
@@ -81,6 +84,19 @@ class NoiseMode(IntEnum):
     SNAPSHOT_DETERMINISTIC = 5
 
 
+class Start(IntEnum):
+    """What a process does on its way to its work, which it says itself as it begins with it."""
+
+    BEGUN = 0
+    """Python starts, and imports."""
+    LOADING = 1
+    """Inference loads the policy; the learner makes or restores the agent; the template imports what the environment
+    needs; a worker makes its environment."""
+    PREPARING = 2
+    """Inference makes the policy ready for its batch sizes; the learner captures its updates; the template makes an
+    environment; a worker is in its first reset."""
+
+
 class Counters:
     """Views of the counters, each annotated with its dtype and shape: `counters.actor_decisions[lane] += 1`."""
 
@@ -116,6 +132,7 @@ class Counters:
     """When the template last gave a sign of life, as all heartbeats by `time.monotonic_ns`."""
     template_prepared: Count
     """The incarnation that is ready to fork environment workers."""
+    template_start: StartStep
 
     actor_decisions: LaneCounts
     """Decisions that were executed to their end."""
@@ -127,6 +144,8 @@ class Counters:
     actor_policy_lag: LaneCounts
     """Age of the policy that took a decision, in gradient updates when it ended; summed over the decisions."""
     actor_heartbeat_ns: LaneCounts
+    actor_start: Annotated[np.ndarray, "int64", LANES, 2]
+    """For each lane as `StartStep`."""
     actor_phase_s: Annotated[np.ndarray, "float64", LANES, len(ACTOR_PHASES)]
     """Seconds in each of `ACTOR_PHASES`."""
     actor_episode_return: Annotated[np.ndarray, "float64", LANES, EPISODE_LOG]
@@ -156,6 +175,7 @@ class Counters:
     inference_uploads: Count
     """A value of `Uploads`."""
     inference_heartbeat_ns: Count
+    inference_start: StartStep
     inference_phase_s: Annotated[np.ndarray, "float64", len(INFERENCE_PHASES)]
     """Seconds in each of `INFERENCE_PHASES`."""
 
@@ -173,6 +193,7 @@ class Counters:
     learner_graphs: Count
     """A value of `Graphs`."""
     learner_heartbeat_ns: Count
+    learner_start: StartStep
     learner_phase_s: Annotated[np.ndarray, "float64", len(LEARNER_PHASES)]
     """Seconds in each of `LEARNER_PHASES`."""
     learner_metrics: Annotated[np.ndarray, "float32", LEARNER_METRICS]
@@ -199,6 +220,12 @@ class Counters:
 
     def decisions(self) -> int:
         return int(self.actor_decisions.sum())
+
+    def note_start(self, step: Start, of: np.ndarray) -> None:
+        """Say that this process begins with a step of its start; `of` is its `StartStep`."""
+        of[1] = time.monotonic_ns()
+        order.barrier()
+        of[0] = step
 
     def end_episode(self, lane: int, episode_return: float, length: int, success: bool) -> None:
         """Note the outcome of a lane's episode, then count it."""

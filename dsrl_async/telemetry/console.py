@@ -11,22 +11,16 @@ import logging
 import sys
 from typing import Protocol
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from dsrl_async.config.settings import Config
 from dsrl_async.telemetry.monitor import View
+from dsrl_async.telemetry.screen import Screen, duration, evaluation_of, graphs_of, loading_of, ratio_of, warm_up
 
-PLAIN_INTERVAL_S = 5.0  # shortest time between two plain lines
-SPARKS = "▁▂▃▄▅▆▇█"
-PHASE_CELLS = 16  # width of the bar of phases
-LEGEND_CELLS = 30  # width of the legend beside it
-COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "white")
+PLAIN_INTERVAL_S = 5.0  # shortest time between two plain lines of figures
+WAITING_INTERVAL_S = 30.0  # and between two that say that the same is still waited for
 
 
 class Display(Protocol):
@@ -67,7 +61,10 @@ class NoDisplay:
 
 
 class PlainDisplay:
-    """Prints a line every PLAIN_INTERVAL_S or `log.interval_s`, whichever is longer, and one for the last view."""
+    """Prints a line every PLAIN_INTERVAL_S or `log.interval_s`, whichever is longer, and one for the last view.
+
+    Before the first decision of a launch it prints one whenever a process goes on to another step of its start.
+    """
 
     def __init__(self, config: Config) -> None:
         self.handler: logging.Handler = logging.StreamHandler(sys.stderr)
@@ -75,13 +72,16 @@ class PlainDisplay:
         self._config = config
         self._due_s = 0.0
         self._waiting: View | None = None
+        self._steps: list[tuple[str, str]] | None = None  # what was waited for in the last view
 
     def update(self, view: View) -> None:
         self._waiting = view
-        if view.wall_s >= self._due_s:
+        steps = [(wait.who, wait.doing) for wait in view.waits] if is_starting(view) else None
+        if view.wall_s >= self._due_s or steps != self._steps:
             # Ticks come a little early or late; half an interval of grace keeps every fifth one of 1 s.
-            interval = max(PLAIN_INTERVAL_S, self._config.log.interval_s)
+            interval = max(PLAIN_INTERVAL_S if steps is None else WAITING_INTERVAL_S, self._config.log.interval_s)
             self._due_s = view.wall_s + interval - self._config.log.interval_s / 2
+            self._steps = steps
             self._print()
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class LiveDisplay:
 
     def update(self, view: View) -> None:
         with contextlib.suppress(OSError):  # the run goes on when the terminal is closed
-            self._live.update(render(self._config, view), refresh=True)
+            self._live.update(Screen(self._config, view), refresh=True)
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -116,191 +116,42 @@ class LiveDisplay:
             self._live.stop()
 
 
+def is_starting(view: View) -> bool:
+    """Whether this launch has taken no decision yet, and it is known what it waits for."""
+    return bool(view.waits) and view.overall.decisions_per_s == 0
+
+
 def plain_line(config: Config, view: View) -> str:
-    """The main figures in one line, with recent rates."""
-    recent = view.recent
-    parts = [
-        f"[{_duration(view.wall_s)}] success {_percent(view.success_rate)} of last {view.success_episodes}",
-        f"episodes {view.episodes:,}",
-        f"env steps {view.env_steps:,} ({recent.env_steps_per_s:,.1f}/s)",
-        f"decisions {view.decisions:,} ({recent.decisions_per_s:,.1f}/s)",
-        f"updates {view.updates:,} ({recent.updates_per_s:,.1f}/s)",
-        f"ratio {_ratio(config, view, '/')}",
-        f"lag {recent.policy_lag:.1f}",
-        f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}",
-    ]
-    if evaluation := _evaluation(view):
+    """The main figures in one line, with recent rates; what has no data yet is not there."""
+    recent, waits = view.recent, [str(wait) for wait in view.waits]
+    begin = f"[{duration(view.wall_s)}] "
+    if is_starting(view):
+        return f"{begin}starting: {'; '.join(waits)}"
+    parts = []
+    if view.success_rate is not None:
+        parts.append(f"success {view.success_rate:.1%} of last {view.success_episodes}")
+    for name, count, rate in (
+        ("episodes", view.episodes, None),
+        ("env steps", view.env_steps, recent.env_steps_per_s),
+        ("decisions", view.decisions, recent.decisions_per_s),
+        ("updates", view.updates, recent.updates_per_s),
+    ):
+        if count > 0:
+            parts.append(f"{name} {count:,}" + ("" if rate is None else f" ({rate:,.1f}/s)"))
+    if view.warming_up is not None:
+        parts.append(f"warm-up {warm_up(view)} before the first update")
+    elif view.updates > 0:
+        parts += [f"ratio {ratio_of(config, view, '/')}", f"lag {recent.policy_lag:.1f}"]
+    if recent.batch_size > 0:
+        parts.append(f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}")
+    if evaluation := evaluation_of(view):
         parts.append(f"evaluation {evaluation}")
-    if loading := _loading(view):
+    if loading := loading_of(view):
         parts.append(f"policy {loading}")
-    if graphs := _graphs(view):
+    if graphs := graphs_of(view):
         parts.append(f"CUDA graphs: {graphs}")
     if view.remaining_s is not None:
-        parts.append(f"left {_duration(view.remaining_s)}")
-    return " | ".join(parts)
-
-
-def render(config: Config, view: View) -> RenderableType:
-    """The live display, for terminals of at least 80 columns."""
-    title = f"[bold]dsrl_async[/]  {config.env.name}, {config.actors} actor{'s' * (config.actors > 1)}"
-    body = Group(_progress(view), Text(), _figures(config, view), Text(), _processes(view))
-    return Panel(body, title=title, title_align="left", border_style="bright_black", width=80)
-
-
-def _progress(view: View) -> RenderableType:
-    elapsed = Text.assemble((_duration(view.wall_s), "bold"), " elapsed")
-    if view.progress is None:
-        return elapsed
-    row = Table.grid(padding=(0, 2))
-    left = "" if view.remaining_s is None else f"{_duration(view.remaining_s)} left"
-    row.add_row(elapsed, ProgressBar(total=1.0, completed=view.progress, width=32), _percent(view.progress), left)
-    return row
-
-
-def _figures(config: Config, view: View) -> Table:
-    recent, overall, metrics = view.recent, view.overall, view.metrics
-    table = Table.grid(padding=(0, 1))
-    table.add_column(style="bright_black", min_width=10)
-    table.add_column(no_wrap=True)
-
-    def counted(count: int, rate: float, mean: float, more: str = "") -> Text:
-        return Text.assemble(
-            (f"{count:>12,}", "bold"), f"{rate:>11,.1f}/s", (f"   mean {mean:,.1f}/s{more}", "bright_black")
-        )
-
-    goal = "" if config.stop_at_success is None else f", goal {config.stop_at_success:.0%}"
-    table.add_row(
-        "success",
-        Text.assemble(
-            (f"{_percent(view.success_rate):>6}", "bold green"),
-            (f" of the last {view.success_episodes}{goal}  ", "bright_black"),
-            (sparkline(view.success_history, 24 if goal else 32), "green"),
-        ),
-    )
-    table.add_row("episodes", Text(f"{view.episodes:>12,}", "bold"))
-    table.add_row("env steps", counted(view.env_steps, recent.env_steps_per_s, overall.env_steps_per_s))
-    table.add_row("decisions", counted(view.decisions, recent.decisions_per_s, overall.decisions_per_s))
-    table.add_row("updates", counted(view.updates, recent.updates_per_s, overall.updates_per_s))
-    table.add_row(
-        "ratio",
-        f"{_ratio(config, view, ' of ')}   policy lag {recent.policy_lag:.1f} updates",
-    )
-    table.add_row(
-        "batches",
-        f"{recent.batch_size:.1f} rows, {recent.batch_fill:.0%} full, waited {recent.queue_wait_ms:.1f} ms",
-    )
-    table.add_row("replay", f"{view.replay_size:,} rows, {view.replay_utilization:.0%} of the ring")
-    if evaluation := _evaluation(view):
-        table.add_row("evaluation", evaluation)
-    if loading := _loading(view):
-        table.add_row("policy", loading)
-    if graphs := _graphs(view):
-        table.add_row("graphs", Text(graphs, "bold red" if "failed" in view.cuda_graphs.values() else ""))
-    if metrics:
-        names = ("train/sac/critic_loss", "train/actor/entropy", "train/sac/alpha")
-        parts = [f"{name.split('/')[-1].replace('_', ' ')} {metrics[name]:.4g}" for name in names if name in metrics]
-        table.add_row("agent", "   ".join(parts))
-    return table
-
-
-def _processes(view: View) -> Table:
-    table = Table.grid(padding=(0, 1))
-    table.show_header, table.header_style = True, "bright_black"
-    table.add_column(no_wrap=True)
-    table.add_column("CPU", justify="right", no_wrap=True)
-    table.add_column("memory", justify="right", no_wrap=True)
-    table.add_column("time", no_wrap=True)
-    table.add_column(no_wrap=True)
-    kinds = ["actor", "inference", "learner", "supervisor"]
-    if "template" in view.processes:
-        kinds.insert(1, "template")
-    if "evaluation" in view.processes:
-        kinds.insert(1, "evaluation")
-    for kind in kinds:
-        count = view.processes.get(kind, 0)
-        megabytes = view.memory_mb["actor_mean" if kind == "actor" else kind]
-        bar, legend = phase_bar(view.recent.phases.get(kind, {}))
-        table.add_row(
-            Text(f"{kind} ×{count}" if kind in ("actor", "evaluation") else kind),
-            f"{view.cpu_percent[kind]:.0f}%" if kind in view.cpu_percent else "–",
-            _memory(megabytes),
-            bar,
-            legend,
-        )
-    return table
-
-
-def phase_bar(phases: dict[str, float]) -> tuple[Text, Text]:
-    """A stacked bar of PHASE_CELLS, in which waits are shaded, and a legend of the largest shares in LEGEND_CELLS."""
-    bar, legend = Text(), Text()
-    scale = PHASE_CELLS / max(1.0, sum(phases.values()))
-    styles = {}
-    edge = 0.0
-    for (name, share), colour in zip(phases.items(), COLOURS, strict=False):
-        waiting = name.startswith("wait")
-        styles[name] = "bright_black" if waiting else colour
-        cells = round(edge + share * scale) - round(edge)
-        bar.append(("░" if waiting else "█") * cells, styles[name])
-        edge += share * scale
-    for name, share in sorted(phases.items(), key=lambda item: -item[1]):
-        words = f"{name.replace('_', ' ')} {share:.0%}"
-        gap = "  " if legend else ""
-        if share < 0.005 or len(legend) + len(gap) + len(words) > LEGEND_CELLS:
-            break  # a smaller phase must not take its place
-        legend.append(gap).append(words, styles[name])
-    return bar, legend
-
-
-def sparkline(values: tuple[float, ...], width: int) -> str:
-    """At most `width` block characters for evenly spaced values in [0, 1], of which the last is always shown."""
-    step = max(1, -(-len(values) // width))
-    return "".join(SPARKS[min(int(value * len(SPARKS)), len(SPARKS) - 1)] for value in values[::-1][::step][::-1])
-
-
-def _ratio(config: Config, view: View, of: str) -> str:
-    """The replay ratio and its target, or the progress of the warm-up before the first update."""
-    if view.updates == 0 and view.decisions <= config.replay.warmup_decisions:
-        return f"warm-up {view.decisions:,}{of}{config.replay.warmup_decisions:,} decisions"
-    return f"{view.replay_ratio:.3f}{of}{config.replay_ratio:g}"
-
-
-def _evaluation(view: View) -> str:
-    """The last evaluation, the best, and how far the one is that is going on; empty without evaluation."""
-    if (shown := view.evaluation) is None:
-        return ""
-    parts = []
-    if shown.success_rate is not None:
-        parts.append(f"{_percent(shown.success_rate)} at {shown.decisions:,}")
-    if shown.best_success_rate is not None:
-        parts.append(f"best {_percent(shown.best_success_rate)} at {shown.best_decisions:,}")
-    if shown.played is not None:
-        parts.append(f"now {shown.played}/{shown.episodes}")
-    return ", ".join(parts) or f"of {shown.episodes} episodes"
-
-
-def _loading(view: View) -> str:
-    """How far the policy is loaded; empty once it is, and before it is known."""
-    if view.policies_ready == view.policies:
-        return ""
-    return f"ready for {view.policies_ready} of {view.policies} batch sizes and prompt lengths"
-
-
-def _graphs(view: View) -> str:
-    """How policy and learner run on a GPU; empty on the CPU."""
-    return ", ".join(f"{name} {state}" for name, state in view.cuda_graphs.items() if state != "none")
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
-def _memory(megabytes: float) -> str:
-    """Megabytes in at most eight characters."""
-    if megabytes >= 10_000:
-        return f"{megabytes / 1000:,.1f} GB"
-    return f"{megabytes:,.0f} MB" if megabytes else "–"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
+        parts.append(f"left {duration(view.remaining_s)}")
+    if waits:
+        parts.append(f"starting: {'; '.join(waits)}")
+    return begin + " | ".join(parts)

@@ -85,6 +85,23 @@ class EvaluationView:
 
 
 @dataclass(frozen=True)
+class Wait:
+    """What the run waits for while one process, or those of a kind, cannot work yet."""
+
+    who: str
+    doing: str
+    """Changes with each step of a start."""
+    seconds: float
+    """How long it has done that."""
+    detail: str = ""
+    """Changes oftener, such as how many workers are ready."""
+
+    def __str__(self) -> str:
+        more = f", {self.detail}" if self.detail else ""
+        return f"{self.who}: {self.doing}{more}, {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
 class View:
     """The state of the run at one tick. Counts and `wall_s` include a resumed run's earlier sessions."""
 
@@ -111,6 +128,8 @@ class View:
     policies: int  # how many there are; 0 before that is known
     cuda_graphs: dict[str, str]  # policy or learner -> a name of `Graphs`, in lower case
     evaluation: EvaluationView | None = None  # None without evaluation
+    waits: tuple[Wait, ...] = ()  # what starts; empty once all processes work
+    warming_up: tuple[int, int] | None = None  # decisions of the warm-up so far, and how many it has; None after it
 
 
 class RunMonitor:
@@ -159,6 +178,8 @@ class RunMonitor:
         self._failed: set[str] = set()
         self.evaluation: EvaluationView | None = None
         """What the next views say of evaluations."""
+        self.waits: tuple[Wait, ...] = ()
+        """What the next views say of processes that start."""
         self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
         self._view = self._make_view(start, self._start_time)
 
@@ -294,7 +315,15 @@ class RunMonitor:
                 for name, kind in (("policy", "inference"), ("learner", "learner"))
             },
             evaluation=self.evaluation,
+            waits=self.waits,
+            warming_up=self._warming_up(decisions, int(snapshot["control_warmup_end"][0])),
         )
+
+    def _warming_up(self, decisions: int, again_until: int) -> tuple[int, int] | None:
+        """Where the run is in its warm-up, which ends at `again_until` decisions if it is not the first one."""
+        length = self.config.replay.warmup_decisions
+        end = max(length, again_until)
+        return (decisions - end + length, length) if decisions < end else None
 
     def _remaining(self, elapsed: float, decisions: int, pace: float) -> tuple[float | None, float | None]:
         """Seconds left and share done of the limit that comes first. Minutes count from this launch."""
@@ -315,7 +344,8 @@ class RunMonitor:
             if view.env_steps == self._first_step:
                 self._drawn_step = self._first_step
         line = {"time": now} | asdict(view) | asdict(view.recent)
-        for name in ("recent", "overall", "success_history", *(["evaluation"] if view.evaluation is None else [])):
+        of_the_display = ("recent", "overall", "success_history", "waits", "warming_up")
+        for name in (*of_the_display, *(["evaluation"] if view.evaluation is None else [])):
             del line[name]
         try:
             self._lines.write(json.dumps(json_safe(line)) + "\n")

@@ -28,8 +28,9 @@ from dsrl_async.shm.counters import (
     Graphs,
 )
 from dsrl_async.shm.episodes import finished_episodes
-from dsrl_async.telemetry.console import LiveDisplay, make_console, phase_bar, plain_line, render, sparkline
+from dsrl_async.telemetry.console import LiveDisplay, make_console, plain_line
 from dsrl_async.telemetry.monitor import View, scalars
+from dsrl_async.telemetry.screen import Screen, phase_bar, sparkline
 from dsrl_async.telemetry.usage import ProcessUsage
 
 DOCUMENTED = {
@@ -326,11 +327,13 @@ def huge(run: FakeRun) -> View:
 def test_live_display_fits_80_columns(tmp_path: Path, actors: int, make: Callable[[FakeRun], View]) -> None:
     capacity = {"capacity": 200_000}
     run = FakeRun(tmp_path / "run", actors, replay=capacity, max_minutes=600, stop_at_success=0.9).start()
+    run.counters["actor_decisions"][0] = run.counters["learner_updates"][0] = 1000
     for _ in range(100):
         run.finish_episode(0, 0, 1, True)
+        run.counters["inference_phase_s"] += 10.0
         run.tick(100)
     console = Console(file=io.StringIO(), width=80, record=True, force_terminal=True)
-    console.print(render(run.config, make(run)))
+    console.print(Screen(run.config, make(run)))
     text = console.export_text()
     assert max(map(len, text.splitlines())) == 80
     for word in ("goal 90%", "decisions", "policy lag", "inference"):
@@ -348,7 +351,7 @@ def test_a_smaller_share_is_not_named_in_the_place_of_a_larger_one() -> None:
 def test_live_display_shows_the_figures(run: FakeRun) -> None:
     busy(run)
     console = Console(file=io.StringIO(), width=80, record=True, force_terminal=True)
-    console.print(render(run.config, run.tick()))
+    console.print(Screen(run.config, run.tick()))
     text = console.export_text()
     for words in (
         "50.0% of the last 2",
@@ -442,12 +445,18 @@ def test_a_run_says_how_far_its_policy_is_loaded(run: FakeRun) -> None:
 def shown(run: FakeRun, view: View) -> str:
     """The live display as text."""
     console = Console(file=io.StringIO(), width=80, record=True)
-    console.print(render(run.config, view))
+    console.print(Screen(run.config, view))
     return console.export_text()
 
 
-def test_plain_line_names_unknowns(run: FakeRun) -> None:
-    assert "success – of last 0" in plain_line(run.config, run.tick())
+def test_plain_line_leaves_out_what_has_no_data_yet(run: FakeRun) -> None:
+    line = "[0:00:01] warm-up 0 of 400 decisions before the first update"
+    assert plain_line(run.config, run.tick()) == line
+    run.counters["actor_decisions"][0] = 40
+    assert re.fullmatch(
+        r"\[0:00:02\] decisions 40 \(.*/s\) \| warm-up 40 of 400 decisions before the first update",
+        plain_line(run.config, run.tick()),
+    )
 
 
 def test_sparkline_spans_the_scale_and_keeps_the_last_value() -> None:

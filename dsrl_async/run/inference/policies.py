@@ -20,7 +20,7 @@ from dsrl_async.host.stages import Stage, no_stage
 from dsrl_async.policies import FrozenPolicy, PolicyRecord
 from dsrl_async.run.inference.steering import SteeredPolicy
 from dsrl_async.sac.networks import Actor
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, Start
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def load_policies(
     def progress() -> None:
         counters.inference_loading_ns[0] = time.monotonic_ns()
 
+    counters.note_start(Start.LOADING, counters.inference_start)
     frozen = load_frozen_policy(config, record, device, spec.prompts, progress)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
     snapshot = Actor(config.sac, frozen.spec.action_horizon, device, config.seed) if config.evaluation.lanes else None
@@ -90,6 +91,7 @@ def load_policies(
     if device.type != "cuda":
         logger.info("no CUDA graphs: the policy runs on %s", device)
     pool = None
+    counters.note_start(Start.PREPARING, counters.inference_start)
     counters.inference_prepared[:] = 0, len(steered)
     with graphs_of(config.policy.graphs, device, counters.inference_graphs) as graphs:
         for policy in steered.values():

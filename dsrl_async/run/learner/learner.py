@@ -38,7 +38,7 @@ from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters, Stop
+from dsrl_async.shm.counters import Counters, Start, Stop
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.spans import phases_of
 
@@ -78,6 +78,7 @@ class Learner:
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
         self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
         self.stage = stages_of(arena, "learner", device)
+        self.counters.note_start(Start.LOADING, self.counters.learner_start)
         self.agent = make_agent(config, horizon, device)
         self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
         self._metrics_read = -math.inf
@@ -88,6 +89,7 @@ class Learner:
         self._restore()
         with graphs_of(config.learner.graphs, device, self.counters.learner_graphs) as graphs:
             if graphs:
+                self.counters.note_start(Start.PREPARING, self.counters.learner_start)
                 self.updates.capture()
         self.publish()
 

@@ -24,7 +24,7 @@ from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.telemetry.console import Display
 from dsrl_async.telemetry.curves import take_back
 from dsrl_async.telemetry.loggers.texts import texts
-from dsrl_async.telemetry.monitor import RunMonitor, View, gif_size, json_safe
+from dsrl_async.telemetry.monitor import RunMonitor, View, Wait, gif_size, json_safe
 from dsrl_async.telemetry.profile.profiler import Profiler
 from dsrl_async.telemetry.usage import Pids
 
@@ -105,8 +105,8 @@ class Session:
             for name, gif in finished.previews.items():
                 self.monitor.write_image(f"eval/{name}", gif, *gif_size(gif), env_steps)
 
-    def tick(self, pids: Pids) -> None:
-        """Write and show the figures of this moment."""
+    def tick(self, pids: Pids, waits: tuple[Wait, ...] = ()) -> None:
+        """Write and show the figures of this moment, and what is waited for."""
         now = time.monotonic()
         self._next_tick = max(self._next_tick + self.config.log.interval_s, now)
         self.counters.control_wall_s[0] = self._wall_s()
@@ -115,6 +115,7 @@ class Session:
         profile = self._profiler.tick(snapshot, pids) if self._profiler is not None else {}
         if self.evaluations is not None:
             self.monitor.evaluation = self.evaluations.view
+        self.monitor.waits = waits
         self._view = self.monitor.tick(snapshot, pids, profile)
         self.monitor.keep(self.counters)
         self._console.update(self._view)

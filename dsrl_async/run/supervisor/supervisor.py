@@ -17,10 +17,12 @@ from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_se
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
+from dsrl_async.run.supervisor.starting import wait_of
 from dsrl_async.run.supervisor.workers import Workers
 from dsrl_async.run.worker.template import WORKER
 from dsrl_async.shm import events
 from dsrl_async.shm.counters import EVALUATION_LANES, Counters, Graphs, Stop
+from dsrl_async.telemetry.monitor import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +143,20 @@ class Supervisor:
             self.session.answer_warnings()
             self.session.evaluate(self._wake)
             if self.session.tick_due():
-                self.session.tick(self.pids())
+                self.session.tick(self.pids(), self._waits())
             time.sleep(WATCH_INTERVAL_S)
+
+    def _waits(self) -> tuple[Wait, ...]:
+        """What is waited for: the processes that have not begun with their work."""
+        waits = []
+        counters = self.counters
+        for child, said in ((self.inference, counters.inference_start), (self.learner, counters.learner_start)):
+            if child is None or self._last_beat(child) is not None:
+                continue
+            ready, sizes = counters.inference_prepared.tolist()
+            detail = f"{ready} of {sizes} sizes" if child is self.inference and ready < sizes else ""
+            waits.append(wait_of(child, said, LOADING_S, QUICK_FAILURES, detail))
+        return (*waits, *self.workers.waits(self.config.heartbeat_timeout_s, QUICK_FAILURES))
 
     def _wake(self, lane: int) -> None:
         events.notify(self.wake[lane])

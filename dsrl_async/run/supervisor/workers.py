@@ -12,10 +12,12 @@ from dsrl_async.host.machine import available_cpus
 from dsrl_async.run.evaluation.files import evaluation_root
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
+from dsrl_async.run.supervisor.starting import wait_of, wait_of_workers
 from dsrl_async.run.worker.template import Template
 from dsrl_async.shm.assignments import Assignments
 from dsrl_async.shm.counters import EVALUATION_LANES, Counters
 from dsrl_async.shm.slots import Slots
+from dsrl_async.telemetry.monitor import Wait
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +45,12 @@ class Workers:
         config = session.config
         self.by_lane = [Child(Kind.WORKER, logs, lane) for lane in range(config.actors)]
         self.by_lane += [Child(Kind.EVALUATION, logs, number) for number in range(config.evaluation.lanes)]
+        self._starts = {Kind.WORKER: session.counters.actor_start}
         self._assignments: Assignments | None = None
         if config.evaluation.lanes:
-            self._assignments = Assignments(session.arena, Counters(session.arena, EVALUATION_LANES))
+            evaluation = Counters(session.arena, EVALUATION_LANES)
+            self._assignments = Assignments(session.arena, evaluation)
+            self._starts[Kind.EVALUATION] = evaluation.actor_start
         self._session, self._wake_fds, self._notify_fds, self._program = session, wake_fds, notify_fds, program
         self._slots, self._episodes = Slots(session.arena), session.counters.actor_episodes
         self._episodes_before = self._episodes.copy()  # of each lane, when its worker's incarnation began
@@ -112,6 +117,21 @@ class Workers:
         if worker.kind is Kind.EVALUATION:
             return not self._takes_episodes(worker)
         return self._slots.incarnation(worker.number) != worker.incarnation
+
+    def waits(self, patience_s: float, tries: int) -> list[Wait]:
+        """What is waited for: the template, and the workers that are not ready.
+
+        `patience_s` is how long one may be silent, and `tries` how often it may fail in a row.
+        """
+        template, counters = self._forker, self._session.counters
+        waits: list[Wait | None] = []
+        if template is not None and not template.prepared:
+            waits.append(wait_of(self.template, counters.template_start, patience_s, tries))
+        for kind, start in self._starts.items():
+            workers = [worker for worker in self.by_lane if worker.kind is kind]
+            coming = [worker for worker in workers if self._coming_up(worker)]
+            waits.append(wait_of_workers(workers, coming, start, self.template.started, patience_s, tries))
+        return [wait for wait in waits if wait is not None]
 
     def _takes_episodes(self, worker: Child) -> bool:
         return self._assignments is not None and int(self._assignments.taker[worker.number]) == worker.incarnation

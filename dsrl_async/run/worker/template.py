@@ -32,7 +32,7 @@ from dsrl_async.host import processes
 from dsrl_async.host.logs import open_log
 from dsrl_async.host.processes import Program
 from dsrl_async.shm.arena import Arena
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, Start
 
 PR_SET_CHILD_SUBREAPER = 36
 FORK_S = 30.0  # until a forked worker has told its process number; one that died before that never will
@@ -229,7 +229,9 @@ def main(argument: str) -> None:
     processes.name_process("template", "template of the environment workers")
     counters = Counters(Arena.attach(job["arena"]))
     counters.template_heartbeat_ns[0] = time.monotonic_ns()  # so that a scene which hangs is noticed
+    counters.note_start(Start.LOADING, counters.template_start)
     program = importlib.import_module(job["program"])
+    counters.note_start(Start.PREPARING, counters.template_start)
     prepared = None
     try:
         prepared = program.prepare(job)

@@ -18,7 +18,7 @@ from dsrl_async.envs import ChunkOutcome, Environment, NumberedScenes, environme
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
-from dsrl_async.shm.counters import ACTOR_PHASES, Phases, Stop, counters_of
+from dsrl_async.shm.counters import ACTOR_PHASES, Phases, Start, Stop, counters_of
 from dsrl_async.shm.replay import ReplayRing
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
@@ -208,6 +208,7 @@ def main(job: Mapping[str, Any], environment: Environment | None) -> None:
     # From here on a simulator or an OpenGL driver that hangs while the scene is made is noticed like any other.
     counters, row = counters_of(arena, number)
     counters.actor_heartbeat_ns[row] = time.monotonic_ns()
+    counters.note_start(Start.LOADING, counters.actor_start[row])
     of_agent = job["step_discount"], job["agent_cameras"]
     lane = Lane(number, job["incarnation"], job["seed"], job["env"], arena, environment, *of_agent)
     take_part_in_evaluation(lane, job)
@@ -252,6 +253,7 @@ def play(lane: Lane, wake_fd: int, notify_fds: Sequence[int]) -> None:
         beat()
 
     try:
+        counters.note_start(Start.PREPARING, counters.actor_start[lane.row])
         lane.start()
         announce()
         while counters.stop < Stop.WORKERS and not lane.finished:

@@ -6,7 +6,7 @@ holds up the others, which wait for it. If there is none, either the cores are u
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -126,6 +126,14 @@ class RunProfile:
         return max(0.0, min(self.cpus - self.cores, len(self.core_shares) - self.cores - self.cores_of_others))
 
 
+class Glance(NamedTuple):
+    who: str
+    """`CPU`, `workers`, `inference` or `learner`."""
+    busy: float
+    """Its busy share."""
+    why: str
+
+
 class Diagnosis(NamedTuple):
     process: str
     """The bottleneck: actor, inference or learner; `cpu` or `other_programs`; `turns` if no process is always busy;
@@ -135,6 +143,33 @@ class Diagnosis(NamedTuple):
     setting: str
     """The configuration key to change, or an empty string."""
     sentence: str
+
+
+def at_a_glance(
+    phases: Mapping[str, Mapping[str, float]], cpu_percent: Mapping[str, float], cpus: int, serial: bool
+) -> Glance | None:
+    """What seems to hold a run up, by what is known of it without `profile`.
+
+    `phases` are shares of time by kind of process, as in `Activity`; `cpu_percent` is by kind, in percent of one core.
+    None if nobody is always busy: the processes take turns.
+    """
+    used = sum(cpu_percent.values()) / 100
+    if used >= CORES_FULL * cpus and not serial:
+        return Glance("CPU", min(1.0, used / cpus), f"{used:.1f} of {cpus} cores are busy")
+    work = {
+        (kind, name): share
+        for kind in OWNERS
+        for name, share in phases.get(kind, {}).items()
+        if not name.startswith("wait_")
+    }
+    busy = {kind: min(1.0, sum(share for (of, _), share in work.items() if of == kind)) for kind in OWNERS}
+    busiest = max(busy, key=busy.__getitem__)
+    if busy[busiest] < SATURATED and not serial:
+        return None
+    phase = max((one for one in work if one[0] == busiest), key=work.__getitem__)
+    owner = "the run's" if serial else OWNERS[busiest]
+    name = {"actor": "workers"}.get(busiest, busiest)
+    return Glance(name, busy[busiest], f"{WORK[phase]}, {work[phase]:.0%} of {owner} time")
 
 
 def diagnose(profile: RunProfile, config: Config, policy_settings: Set[str] = ALL_SETTINGS) -> Diagnosis:

@@ -20,9 +20,10 @@ from dsrl_async.host.processes import Program
 from dsrl_async.run.channel import Channel
 from dsrl_async.run.supervisor import workers
 from dsrl_async.run.supervisor.child import Child, Kind
+from dsrl_async.run.supervisor.starting import wait_of
 from dsrl_async.run.supervisor.supervisor import LOADING_S, PROGRAMS, Supervisor
 from dsrl_async.run.supervisor.workers import Workers
-from dsrl_async.shm.counters import Counters
+from dsrl_async.shm.counters import Counters, Start
 from dsrl_async.shm.memory import create_memory
 
 
@@ -266,3 +267,76 @@ def test_silence_is_measured_by_the_heartbeat_of_ones_own_kind(session: Any, mon
         assert gone == [silent]
         beats[silent][0] = round(now[0] * 1e9)
         late = now[0] + session.config.heartbeat_timeout_s + 1.0
+
+
+# ---- what is waited for
+
+
+def started(session: Any, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+    """A supervisor whose model processes are started, and pretended."""
+    monkeypatch.setattr(processes, "start", lambda *arguments: PretendedProcess(1))
+    session.run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10, spec=None)
+    run = Supervisor(session)
+    run._start_missing()
+    return run
+
+
+def as_words(run: Supervisor) -> dict[str, str]:
+    return {wait.who: ", ".join(filter(None, (wait.doing, wait.detail))) for wait in run._waits()}
+
+
+def test_what_is_waited_for_is_what_the_processes_say(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PretendedTemplate, "answers", False)
+    run, counters = started(session, monkeypatch), session.counters
+    template: Any = run.workers._forker
+    template.prepared = False
+    assert as_words(run) == {
+        "inference": "importing PyTorch",
+        "learner": "importing PyTorch",
+        "template": "starting Python",
+        "workers": "waiting for the template, 0 of 5 ready",
+    }
+    counters.note_start(Start.LOADING, counters.inference_start)
+    counters.note_start(Start.PREPARING, counters.template_start)
+    counters.learner_heartbeat_ns[0] = time.monotonic_ns()  # which is at work
+    assert as_words(run) == {
+        "inference": "loading the policy",
+        "template": "making the environment, compiling its scene",
+        "workers": "waiting for the template, 0 of 5 ready",
+    }
+    counters.note_start(Start.PREPARING, counters.inference_start)
+    counters.inference_prepared[:] = 3, 20
+    template.prepared = True
+    monkeypatch.setattr(PretendedTemplate, "answers", True)
+    run._start_missing()
+    counters.note_start(Start.PREPARING, counters.actor_start[0])
+    assert as_words(run) == {
+        "inference": "compiling or capturing the policy, 3 of 20 sizes",
+        "workers": "first reset, 0 of 5 ready",
+    }
+    counters.inference_heartbeat_ns[0] = time.monotonic_ns()
+    for lane in range(4):
+        run._start_missing()
+        run.workers._slots.request(lane, run.workers.by_lane[lane].incarnation, 1)
+    assert as_words(run) == {"workers": "starting, 4 of 5 ready"}
+    run.workers._slots.request(4, run.workers.by_lane[4].incarnation, 1)
+    assert as_words(run) == {}
+
+
+def test_a_successor_does_not_take_over_what_its_predecessor_did(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, counters = started(session, monkeypatch), session.counters
+    counters.note_start(Start.LOADING, counters.learner_start)
+    assert as_words(run)["learner"] == "making the agent"
+    assert run.learner is not None
+    run.learner.popen = PretendedProcess(1, returncode=-9)
+    run._give_up_dead()
+    run._start_missing()
+    assert as_words(run)["learner"] == "importing PyTorch, try 2 of 3"
+
+
+def test_a_start_that_takes_long_says_when_it_is_given_up(session: Any) -> None:
+    child = Child(Kind.TEMPLATE, session.run_dir)
+    child.started = time.monotonic() - 50
+    wait = wait_of(child, session.counters.template_start, 120.0, 3)
+    assert (round(wait.seconds), wait.detail) == (50, "taken for dead after 120 s")
+    assert wait_of(child, session.counters.template_start, 1000.0, 3).detail == ""
