@@ -133,7 +133,7 @@ def test_the_display_follows_the_terminal_when_that_is_resized(runs: dict[str, t
     console = Console(file=out, force_terminal=True, width=150, height=40)
     display = LiveDisplay(run.config, console)
     display.update(view)
-    console.size = (30, 12)  # type: ignore[assignment]  # which takes any pair
+    console.size = (30, 12)
     start = out.tell()
     display.update(view)
     display.close()
