@@ -5,7 +5,9 @@
 # see are evaluated again, five times each with other places of the fixtures. Interrupted runs continue, finished ones
 # stay.
 # Usage: bash scripts/reproduce_libero.sh [OUT [TASK [SEEDS...]]]
-source "$(dirname "$0")/setup.sh" libero,plot
+source "$(dirname "$0")/setup.sh"
+no_options "$@"
+set_up libero,plot
 out=${1:-runs/reproduce_libero} task=${2:-2}
 seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0 1)

@@ -2,7 +2,9 @@
 # Reproduces the README's results of the embedded task: the base policy's success and, for each seed, a run of MINUTES,
 # its evaluation on 200 fresh episodes, and the picture.
 # Usage: bash scripts/reproduce_tabletop.sh [OUT [MINUTES [SEEDS...]]]
-source "$(dirname "$0")/setup.sh" plot
+source "$(dirname "$0")/setup.sh"
+no_options "$@"
+set_up plot
 out=${1:-runs/reproduce} minutes=${2:-5}
 seeds=("${@:3}")
 [ ${#seeds[@]} -gt 0 ] || seeds=(0 1 2)

@@ -4,7 +4,9 @@
 # of the checkpoint are filmed. It shows that everything fits together, and takes minutes; the policy cannot
 # succeed.
 # Usage: bash scripts/run_aloha_sim.sh [OUT]
-source "$(dirname "$0")/setup.sh" aloha,video .venv-aloha
+source "$(dirname "$0")/setup.sh"
+no_options "$@"
+set_up aloha,video .venv-aloha
 out=${1:-runs/aloha_sim}
 [ ! -e "$out" ] || { echo "error: $out is there already" >&2; exit 2; }
 "$python" "$root/scripts/make_aloha_checkpoint.py" "$out/policy"

@@ -11,6 +11,9 @@ base=${PYTHON:-python3.11}
 if [ $# = 0 ]; then
     sed -n 's/^# Usage: /usage: /p' "${BASH_SOURCE[0]}" >&2
     exit 2
+elif [ "$1" = -h ] || [ "$1" = --help ]; then
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
 fi
 if ! "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
     echo "error: the references need Python 3.11; install it, or set PYTHON to one" >&2
@@ -49,6 +52,7 @@ for name in "$@"; do
     elif [ -e "$environment/complete" ]; then
         echo "$environment exists already; remove it to make it anew" >&2
     else
+        echo "installing $environment; this takes a few minutes" >&2
         "$base" -m venv --clear "$environment"
         "install_$name"
         touch "$environment/complete"
