@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes the environments of the programs that this project is compared with, each in .reference/NAME.
-# Usage: bash scripts/references/setup.sh openpi|lerobot|gymnasium|torchrl ...
+# Usage: bash scripts/references/setup.sh openpi|lerobot|gymnasium|torchrl|jaxrl2 ...
 #
-# openpi and lerobot are the published implementations of Pi0; gymnasium and torchrl are peers of `bench transport`.
+# openpi and lerobot are the published implementations of Pi0; gymnasium and torchrl are peers of `bench transport`;
+# jaxrl2 is what official DSRL needs (compare_learner.py).
 # Each has an environment of its own because some need different versions of the same library. They need Python 3.11;
 # set PYTHON if it is not found as python3.11. Everything comes from PyPI, nothing from a hub.
 set -euo pipefail
@@ -42,12 +43,16 @@ install_lerobot() { # declares Python 3.12, yet the Pi0 modules themselves run o
 
 install_gymnasium() { install "numpy>=2,<3" psutil gymnasium==1.4.0; }
 
+install_jaxrl2() { # what jaxrl2 imports for its update; its own code is not on PyPI
+    install jax==0.5.0 flax==0.10.2 optax==0.2.4 distrax==0.1.5 matplotlib gym==0.26.2 wandb
+}
+
 install_torchrl() { install "numpy>=2,<3" psutil torch==2.13.0 torchrl==0.14.1; }
 
 for name in "$@"; do
     environment=$root/.reference/$name
     if ! declare -F "install_$name" >/dev/null || [ "$name" = model_libraries ]; then
-        echo "error: unknown reference '$name'; it is openpi, lerobot, gymnasium or torchrl" >&2
+        echo "error: unknown reference '$name'; it is openpi, lerobot, gymnasium, torchrl or jaxrl2" >&2
         exit 2
     elif [ -e "$environment/complete" ]; then
         echo "$environment exists already; remove it to make it anew" >&2
