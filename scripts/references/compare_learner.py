@@ -17,6 +17,7 @@ CPU time, and ratios (above 1: ours is faster), the lowest and the highest of a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -120,7 +121,7 @@ def measure(sac: SacConfig, file: Path, threads: int, rounds: int, updates: int)
     cells = []
     for clock in ("times", "cpu_times"):
         ours, theirs = results[OWN][clock], results[OFFICIAL][clock]
-        medians = [statistics.median(sum(samples, [])) for samples in (ours, theirs)]
+        medians = [statistics.median(itertools.chain.from_iterable(samples)) for samples in (ours, theirs)]
         each = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
         cells += [f"{medians[0]:.1f}", f"{medians[1]:.1f}"]
         cells.append(f"{medians[1] / medians[0]:.2f} ({min(each):.2f} to {max(each):.2f})")

@@ -47,10 +47,8 @@ def dense(weights: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 def actor_parameters(weights: dict[str, np.ndarray], convolutions: int, hidden: int) -> dict[str, Any]:
     """jaxrl2's parameters from those of this project's actor, by name."""
     output = dense(weights, "output")
-    halves = [
-        {name: part for name, part in zip(output, parts, strict=True)}
-        for parts in zip(*(np.split(tensor, 2, axis=-1) for tensor in output.values()), strict=True)
-    ]
+    tensors = [np.split(tensor, 2, axis=-1) for tensor in output.values()]
+    halves = [dict(zip(output, parts, strict=True)) for parts in zip(*tensors, strict=True)]
     network = {f"Dense_{number}": half for number, half in enumerate(halves)}
     network["MLP_0"] = {f"Dense_{number}": dense(weights, f"hidden.{number}") for number in range(hidden)}
     return {**encoder(weights, convolutions), "network": network}
