@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import dsrl_async.pi0
 from dsrl_async.host.tracing import copies_first, is_kernel
-from dsrl_async.pi0.launch_costs import LAUNCH_COSTS, LaunchCost
+from dsrl_async.pi0.launch_costs import LAUNCH_COSTS, LaunchCost, Matrices
 
 Kind = Literal["product", "attention", "other"]
 POLICY = str(Path(dsrl_async.pi0.__file__).parent)
@@ -28,15 +28,6 @@ OVERWRITTEN = frozenset({"copy_", "fill_", "zero_"})
 """Operations in place that do not read what they change."""
 ROWS_READ = frozenset({"embedding", "index_select", "index", "gather"})
 """Operations that read as much of their first tensor as they return."""
-
-
-class Matrices(NamedTuple):
-    """The matrix products of a kernel: `products` of them, [rows, inner] by [inner, columns]."""
-
-    products: int
-    rows: int
-    columns: int
-    inner: int
 
 
 @dataclass(frozen=True)
@@ -58,7 +49,8 @@ class Launch:
     """Whether it is attention with a mask."""
     single: bool = False
     """Whether it multiplies matrices in float32."""
-    declared_flops: float = 0.0
+    tile: tuple[int, int] | None = None
+    """`LaunchCost.tile` of a kernel of our own that multiplies matrices."""
 
     @property
     def bytes(self) -> int:
@@ -68,7 +60,7 @@ class Launch:
     def flops(self) -> float:
         """Of matrix products; a multiply-add counts as two. Attention has two products."""
         if self.matrices is None:
-            return self.declared_flops
+            return 0.0
         return (4.0 if self.kind == "attention" else 2.0) * math.prod(self.matrices)
 
 
@@ -118,9 +110,12 @@ class LaunchCount(TorchDispatchMode):
         name = func.overloadpacket.__name__
         declared = LAUNCH_COSTS.get(name)
         cost = declared(*args, **kwargs) if declared else LaunchCost(*traffic(func, args, kwargs, out))
-        for number in range(cost.kernels):  # the first one has the bytes
-            read, written, flops = (cost.read, cost.written, cost.flops) if number == 0 else (0, 0, 0.0)
-            self.add(name, cost.kind, read, written, declared_flops=flops)
+        for number in range(cost.kernels):  # the first one has the work
+            if number == 0:
+                tile = cost.tile if cost.matrices else None
+                self.add(name, cost.kind, cost.read, cost.written, matrices=cost.matrices, tile=tile)
+            else:
+                self.add(name, cost.kind, 0, 0)
 
 
 class _OneAttention(TorchFunctionMode):

@@ -45,6 +45,7 @@ UNITS = {
     "teraflops": "TFLOP/s",
     "processors": "multiprocessors",
     "queries": "queries",
+    "share": "share of the rate",
 }
 """Unit of a constant, by the last word of its name."""
 
@@ -78,6 +79,9 @@ class H100:
     tiles: tuple[tuple[int, int, float], ...] = ((128, 128, 1.0), (64, 128, 0.75))
     """Rows and columns of a product's tiles, and the share of the rate that they reach; the better one is taken. A
     half tile loads 1.5 times as much for each product that it computes."""
+    own_share: float = 0.8
+    """Share of the library's rate that products in Triton kernels of our own are taken to reach with tiles of 128 by
+    128. They are not split along their inner dimension."""
     single_teraflops: float = 50.0
     """Rate of float32 products without TF32: 0.75 of the data sheet's 67."""
     flash_teraflops: float = 250.0
@@ -100,21 +104,28 @@ class H100:
         return launch.bytes / (1e12 * (self.cache_terabytes if cached else self.terabytes))
 
     def _matrices_s(self, launch: Launch) -> float:
-        flops_per_s = 1e12 * (self.single_teraflops if launch.single else self.product_teraflops)
-        if launch.kind == "attention" and not launch.single:
-            flops_per_s = 1e12 * (self.masked_teraflops if launch.masked else self.flash_teraflops)
         if launch.matrices is None:
-            return launch.flops / flops_per_s
-        count, rows, columns, inner = launch.matrices
+            return 0.0
+        flops_per_s = 1e12 * (self.single_teraflops if launch.single else self.product_teraflops)
+        products, rows, columns, inner = launch.matrices
         if launch.kind == "product":
+            of_library = launch.tile is None
             return min(
-                self._rounds(count * math.ceil(rows / high) * math.ceil(columns / wide), split=True)
+                self._rounds(products * math.ceil(rows / high) * math.ceil(columns / wide), split=of_library)
                 * (2 * high * wide * inner * self.processors / (share * flops_per_s))
-                for high, wide, share in self.tiles
+                for high, wide, share in (self.tiles if launch.tile is None else [self._own_tile(*launch.tile)])
             )
         queries = self.masked_queries if launch.masked else self.flash_queries
-        rounds = self._rounds(count * math.ceil(rows / queries), split=False)
+        if launch.tile is not None:
+            queries = launch.tile[0]
+        if not launch.single:
+            flops_per_s = 1e12 * (self.masked_teraflops if launch.masked else self.flash_teraflops)
+        rounds = self._rounds(products * math.ceil(rows / queries), split=False)
         return rounds * 4 * queries * columns * inner * self.processors / flops_per_s
+
+    def _own_tile(self, high: int, wide: int) -> tuple[int, int, float]:
+        """A tile of a kernel of our own as one of `tiles`: its share falls with what it loads for each product."""
+        return high, wide, self.own_share * min(1.0, 2 * high * wide / (high + wide) / 128)
 
     def _rounds(self, tiles: int, split: bool) -> float:
         """Time of so many tiles, in that of one."""

@@ -14,6 +14,15 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 
+class Matrices(NamedTuple):
+    """The matrix products of a kernel: `products` of them, [rows, inner] by [inner, columns]."""
+
+    products: int
+    rows: int
+    columns: int
+    inner: int
+
+
 class LaunchCost(NamedTuple):
     """The work of one call."""
 
@@ -21,10 +30,12 @@ class LaunchCost(NamedTuple):
     """Bytes."""
     written: int
     """Bytes."""
-    flops: float = 0.0
-    """Operations of matrix products, if there are any; a multiply-add counts as two."""
     kind: Literal["product", "attention", "other"] = "other"
-    """What the operations are part of, which decides about their rate."""
+    """What its matrices are part of, which decides about their rate."""
+    matrices: Matrices | None = None
+    """Those that it multiplies. Of attention: the queries by the keys, with `inner` channels."""
+    tile: tuple[int, int] = (128, 128)
+    """Rows and columns of the products that one program computes; of attention, queries and keys."""
     kernels: int = 1
 
 

@@ -15,12 +15,12 @@ from support.paths import DOCS
 from torch import Tensor, nn
 
 from dsrl_async.bench import paper
-from dsrl_async.bench.launches import Launch, LaunchCount, Matrices
+from dsrl_async.bench.launches import Launch, LaunchCount
 from dsrl_async.bench.paper import H100, STAGES, count_sample
 from dsrl_async.host.tracing import OperationTrace
 from dsrl_async.pi0.checkpoint import empty_model
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
-from dsrl_async.pi0.launch_costs import LAUNCH_COSTS, LaunchCost, launch_cost
+from dsrl_async.pi0.launch_costs import LAUNCH_COSTS, LaunchCost, Matrices, launch_cost
 from dsrl_async.pi0.model import GemmaLayer
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.pi0.sampler import Sampler
@@ -124,14 +124,19 @@ def test_a_kernel_of_our_own_is_one_kernel(operations: Any) -> None:
 
 
 def test_a_kernel_may_declare_what_it_costs(operations: Any) -> None:
-    launch_cost("test_store_")(lambda buffer, rows: LaunchCost(rows.nbytes, rows.nbytes, 1e9, "attention", kernels=2))
+    matrices = Matrices(1, 64 * 132, 500, 32)
+
+    @launch_cost("test_store_")
+    def _(buffer: Tensor, rows: Tensor) -> LaunchCost:
+        return LaunchCost(rows.nbytes, rows.nbytes, "attention", matrices, tile=(64, 32), kernels=2)
+
     try:
         first, second = launches_of(lambda: operations.test_store_(meta(100, 5), meta(3, 5)))
     finally:
         del LAUNCH_COSTS["test_store_"]
-    assert (first.read, first.written, first.flops, first.kind) == (30, 30, 1e9, "attention")
+    assert (first.read, first.written, first.matrices, first.kind) == (30, 30, matrices, "attention")
     assert (second.bytes, second.flops) == (0, 0)
-    assert H100().seconds(first) == pytest.approx(1e9 / 250e12 + 1.5e-6)
+    assert H100().seconds(first) == pytest.approx(first.flops / 250e12 + 1.5e-6)
     assert H100().seconds(second) == 1.5e-6
 
 
@@ -159,9 +164,17 @@ def test_time_of_a_kernel() -> None:
     assert more == pytest.approx(min(2.0, 3 / 2 / 0.75) * seconds(full))
     assert seconds(product(1, 128 * 66, 128, 700)) == pytest.approx(seconds(full) / 2)  # split along the inner axis
     assert seconds(dataclasses.replace(full, single=True)) == pytest.approx(full.flops / 50e12)
+    own = dataclasses.replace(full, tile=(128, 128))
+    assert seconds(own) == pytest.approx(seconds(full) / 0.8)
+    small = Matrices(1, 64 * 66, 64, 700)
+    assert seconds(dataclasses.replace(own, matrices=small, tile=(64, 64))) == pytest.approx(
+        2 * 64 * 64 * 132 * 700 / (700e12 * 0.8 * 0.5)
+    )  # half of the processors are idle, and half tiles load twice as much
     masked = Launch("", "", "", "attention", 0, 0, Matrices(1, 32 * 132, 600, 256), masked=True)
     assert seconds(masked) == pytest.approx(masked.flops / 120e12)
     assert seconds(dataclasses.replace(masked, matrices=Matrices(1, 32, 600, 256))) == pytest.approx(seconds(masked))
+    own = dataclasses.replace(masked, masked=False, tile=(16, 64), matrices=Matrices(1, 16 * 66, 600, 256))
+    assert seconds(own) == pytest.approx(2 * own.flops / 250e12)
     flash = Launch("", "", "", "attention", 0, 0, Matrices(132, 64, 256, 72))
     assert seconds(flash) == pytest.approx(flash.flops / 250e12)
 
