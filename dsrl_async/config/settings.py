@@ -253,11 +253,20 @@ class PolicyConfig(Section):
     compile: Announced[bool] = False
     """Let torch.compile fuse the policy's kernels: half as many to launch, after a minute or more at the start for each
     batch size and prompt length."""
+    kernels: Announced[Literal["auto", "torch", "triton"]] = "auto"
+    """Which kernels compute what lies between a Pi0's matrix products: `torch`: torch's own; `triton`: fused ones for a
+    GPU, which have not run on one yet (docs/gpu.md); `auto` is `torch` until they have. Not with `compile`."""
     graphs: Announced[Literal["auto", "off"]] = "auto"
     """`auto`: on a GPU the policy is captured in CUDA graphs; `off`: every kernel is launched each time, which takes
     longer at small batches."""
 
     _prepare_options = field_validator("options", mode="before")(prepare_options)
+
+    @model_validator(mode="after")
+    def _check(self) -> PolicyConfig:
+        if self.compile and self.kernels == "triton":
+            raise ValueError("compile and kernels: triton both replace torch's kernels; leave one of them out")
+        return self
 
     def overrides(self) -> dict[str, Any]:
         """What the user says about the checkpoint itself, as keyword arguments of `pi0.files.find_policy`.

@@ -328,6 +328,7 @@ def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
             )
         else:
             yield Finding("cuda", "ok", f"{build}, device {config.device}: the run uses the CPU")
+        preflight.check_kernels(config)
         return
     devices = {"policy": config.device, "learner": config.learner.device or config.device}
     users = [user for user, device in devices.items() if device != "cpu"]
@@ -339,6 +340,7 @@ def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
         return
     free = found["free_bytes"][0] / GIB
     yield Finding("cuda", "ok", f"{build}: {found['device']}, {free:.1f} GiB free{driver}, {used}")
+    preflight.check_kernels(config)
     if devices["policy"] != "cpu":
         if found["uploads"] == Uploads.GATHERED:
             yield Finding("cuda", "ok", "observations go to the GPU in one launch, from page-locked memory")

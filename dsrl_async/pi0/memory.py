@@ -58,6 +58,13 @@ def buffer_bytes(
     return rows + tables
 
 
+def offset_bytes(config: Pi0Config, denoise_steps: int) -> int:
+    """Memory of what `policy.kernels: triton` keeps besides: pi0.5's shifts behind the projections, for every step."""
+    c = config
+    layer = (c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.expert_mlp
+    return 4 * denoise_steps * (c.depth * layer + c.action_dim) if c.pi05 else 0
+
+
 def activation_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
     """Memory that a `Sampler` takes temporarily while it runs.
 

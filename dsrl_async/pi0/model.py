@@ -43,25 +43,32 @@ is not among them, though torch prefers it on sm90 and sm100: whether it takes h
 version to version, so that two installations would compute differently.
 """
 
-Extend = Callable[[int, Tensor], Tensor]
-"""(layer, new keys and values [B, 2, G, T, D]) -> keys and values [B, 2, G, S, D] to attend to."""
+LayerExtend = Callable[[Tensor], Tensor]
+"""A layer's new keys and values [B, 2, G, T, D] -> keys and values [B, 2, G, S, D] to attend to."""
+Extend = Callable[[int], LayerExtend]
+"""Number of a layer -> what takes its keys and values."""
 
 
 class Modulation(NamedTuple):
     """One RMSNorm: its scale times sqrt(width), sqrt(width * epsilon), and in pi0.5 its shift and the gate of the
-    sublayer behind it. The factors are such that the norm is x * scale / hypot(|x|, floor) + shift."""
+    sublayer behind it. The factors are such that the norm is x * scale / hypot(|x|, floor) + shift.
+
+    `offset` float32 [N] is what a kernel adds that multiplies the norm without its shift by a weight [N, width]: the
+    shift times the weight, and the bias (see `dsrl_async.pi0.kernels`). It may be a table as the others are.
+    """
 
     scale: Tensor
     floor: Tensor
     shift: Tensor | None = None
     gate: Tensor | None = None
+    offset: Tensor | None = None
 
     def rows(self, index: tuple[slice | None, ...] | int) -> Modulation:
         """Indexes what has a row per time, and keeps what has not."""
-        scale, floor, shift, gate = (v[index] if v is not None and v.ndim == 2 else v for v in self)
+        scale, floor, *rest = (v[index] if v is not None and v.ndim == 2 else v for v in self)
         assert scale is not None
         assert floor is not None
-        return Modulation(scale, floor, shift, gate)
+        return Modulation(scale, floor, *rest)
 
 
 class Step(NamedTuple):
@@ -211,11 +218,16 @@ class VisionLayer(nn.Module):
         self.fc1 = nn.Linear(width, mlp)
         self.fc2 = nn.Linear(mlp, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+    def attend(self, normed: Tensor) -> Tensor:
+        """What attention adds to the residual, for its norm."""
+        qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attention = F.scaled_dot_product_attention(query, key, value)
-        x = x + self.out(attention.transpose(1, 2).flatten(2))
+        added: Tensor = self.out(attention.transpose(1, 2).flatten(2))
+        return added
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.attention_norm(x))
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
 
 
@@ -227,20 +239,29 @@ class VisionTower(nn.Module):
         width = config.vision_width
         self.patch = nn.Conv2d(3, width, config.patch_size, config.patch_size)
         self.position = nn.Parameter(torch.randn(config.image_tokens, width) * 0.02)
-        self.layers = nn.ModuleList(
-            VisionLayer(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_depth)
-        )
+        self.blocks = [VisionLayer(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_depth)]
+        self.layers = nn.ModuleList(self.blocks)
         self.norm = nn.LayerNorm(width, EPSILON)
         self.projector = nn.Linear(width, config.vlm_width)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, run_layers: VisionLayers | None = None) -> Tensor:
         """float32 images [N, 3, size, size] in [-1, 1] -> [N, tokens, vlm_width]."""
         x = self.patch(images).flatten(2).transpose(1, 2) + self.position
         x = x.to(self.projector.weight.dtype)
-        for layer in self.layers:
-            x = layer(x)
-        projected: Tensor = self.projector(self.norm(x))
+        projected: Tensor = self.projector((run_layers or vision_layers)(self, x))
         return projected
+
+
+VisionLayers = Callable[[VisionTower, Tensor], Tensor]
+"""A tower and its patches [N, tokens, width] -> the final norm of what its layers make of them."""
+
+
+def vision_layers(tower: VisionTower, x: Tensor) -> Tensor:
+    """`VisionLayers` in torch's operations."""
+    for layer in tower.layers:
+        x = layer(x)
+    normed: Tensor = tower.norm(x)
+    return normed
 
 
 class GemmaNorm(nn.Module):
@@ -283,12 +304,10 @@ class GemmaLayer(nn.Module):
     def norms(self) -> list[GemmaNorm]:
         return [self.attention_norm, self.mlp_norm] if hasattr(self, "mlp_norm") else [self.attention_norm]
 
-    def keys_values(self, x: Tensor, norm: Modulation, rope: Rope, scratch: Tensor | None = None) -> Tensor:
-        """Keys and values [B, 2, kv_heads, T, head_dim] only."""
+    def project_keys_values(self, normed: Tensor) -> Tensor:
+        """Keys and values before rotation, [B, T, 2 kv_heads, head_dim]."""
         weight = self.qkv.weight[-2 * self.kv_heads * self.head_dim :]
-        projected = F.linear(rms_norm(x, norm, scratch), weight).unflatten(-1, (2 * self.kv_heads, self.head_dim))
-        rotate_(projected[:, :, : self.kv_heads], rope)
-        return projected.unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4)
+        return F.linear(normed, weight).unflatten(-1, (2 * self.kv_heads, self.head_dim))
 
     def forward(
         self,
@@ -297,22 +316,61 @@ class GemmaLayer(nn.Module):
         mlp_norm: Modulation,
         rope: Rope,
         mask: Tensor | None,
-        extend: Callable[[Tensor], Tensor],
-        scratch: Tensor | None = None,
+        extend: LayerExtend,
+        scratch: Tensor | None,
+        kernels: LayerKernels,
     ) -> Tensor:
         """x [B, T, width] -> the same.
 
         `scratch`, of the same shape and dtype, is for intermediate results; with it x is overwritten.
         """
-        qkv = self.qkv(rms_norm(x, attention_norm, scratch)).unflatten(-1, (-1, self.head_dim))
-        query = rotate_apart_(qkv[:, :, : self.heads + self.kv_heads], rope, self.heads)
-        keys_values = extend(qkv[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
+        query, keys_values = kernels.heads(self, x, attention_norm, rope, extend, scratch)
         attention = attend(query, keys_values, mask)
         del query  # its memory is the MLP's
         x = add_projected(x, attention, self.out, attention_norm.gate, in_place=scratch is not None)
-        gate, up = self.gate_up(rms_norm(x, mlp_norm, scratch)).chunk(2, dim=-1)
-        update = F.gelu(gate, approximate="tanh") * up
+        update = kernels.gated(self, x, mlp_norm, scratch)
         return add_projected(x, update, self.down, mlp_norm.gate, in_place=scratch is not None)
+
+
+class LayerKernels(NamedTuple):
+    """How the layers of a Gemma stack compute what is neither attention nor the sum with a residual.
+
+    Each takes a layer, x [B, T, width], the norm in front, and `scratch` as in `GemmaLayer.forward`.
+    """
+
+    heads: Callable[[GemmaLayer, Tensor, Modulation, Rope, LayerExtend, Tensor | None], tuple[Tensor, Tensor]]
+    """-> rotated queries [B, T, heads, D], and the keys and values [B, 2, G, S, D] to attend to."""
+    keys_values: Callable[[GemmaLayer, Tensor, Modulation, Rope, LayerExtend, Tensor | None], None]
+    """Keys and values only."""
+    gated: Callable[[GemmaLayer, Tensor, Modulation, Tensor | None], Tensor]
+    """-> gelu(gate) * up [B, T, mlp], which is to be projected down."""
+
+
+def project_heads(
+    layer: GemmaLayer, x: Tensor, norm: Modulation, rope: Rope, extend: LayerExtend, scratch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`LayerKernels.heads` in torch's operations."""
+    qkv = layer.qkv(rms_norm(x, norm, scratch)).unflatten(-1, (-1, layer.head_dim))
+    query = rotate_apart_(qkv[:, :, : layer.heads + layer.kv_heads], rope, layer.heads)
+    return query, extend(qkv[:, :, layer.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
+
+
+def project_keys_values(
+    layer: GemmaLayer, x: Tensor, norm: Modulation, rope: Rope, extend: LayerExtend, scratch: Tensor | None
+) -> None:
+    """`LayerKernels.keys_values` in torch's operations."""
+    projected = layer.project_keys_values(rms_norm(x, norm, scratch))
+    rotate_(projected[:, :, : layer.kv_heads], rope)
+    extend(projected.unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
+
+
+def project_gated(layer: GemmaLayer, x: Tensor, norm: Modulation, scratch: Tensor | None) -> Tensor:
+    """`LayerKernels.gated` in torch's operations."""
+    gate, up = layer.gate_up(rms_norm(x, norm, scratch)).chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+TORCH_LAYER = LayerKernels(project_heads, project_keys_values, project_gated)
 
 
 class GemmaStack(nn.Module):
@@ -340,6 +398,7 @@ class GemmaStack(nn.Module):
         extend: Extend,
         scratch: Tensor | None = None,
         last_keys_only: bool = False,
+        kernels: LayerKernels = TORCH_LAYER,
     ) -> Tensor:
         """The hidden state behind the last layer, or before it when that is to give keys and values only.
 
@@ -348,10 +407,10 @@ class GemmaStack(nn.Module):
         """
         blocks = self.blocks[:-1] if last_keys_only else self.blocks
         for i, block in enumerate(blocks):
-            x = block(x, norms[2 * i], norms[2 * i + 1], rope, mask, partial(extend, i), scratch)
+            x = block(x, norms[2 * i], norms[2 * i + 1], rope, mask, extend(i), scratch, kernels)
         if last_keys_only:
             last = len(blocks)
-            extend(last, self.blocks[last].keys_values(x, norms[2 * last], rope, scratch))
+            kernels.keys_values(self.blocks[last], x, norms[2 * last], rope, extend(last), scratch)
         return x
 
 
@@ -450,6 +509,7 @@ class Pi0(nn.Module):
         norms: tuple[Modulation, ...],
         extend: Extend,
         scratch: Tensor | None = None,
+        kernels: Kernels | None = None,
     ) -> Tensor:
         """Encodes cameras and prompt; every layer's keys and values go to `extend`.
 
@@ -457,11 +517,13 @@ class Pi0(nn.Module):
         all P positions; norms are `vlm_norms()`. Returns the hidden state [B, P, vlm_width] that enters the last
         layer; `scratch` has its shape and dtype.
         """
-        batch = images.shape[0]
-        image_tokens = self.vision(images.flatten(0, 1)).to(self.dtype).unflatten(0, (batch, -1)).flatten(1, 2)
+        batch, kernels = images.shape[0], kernels or TORCH
+        image_tokens = (
+            self.vision(images.flatten(0, 1), kernels.vision).to(self.dtype).unflatten(0, (batch, -1)).flatten(1, 2)
+        )
         language = self.embedding(tokens) * self.config.vlm_width**0.5
         x = torch.cat([image_tokens, language], dim=1)
-        hidden: Tensor = self.vlm(x, norms, rope, mask, extend, scratch, last_keys_only=True)
+        hidden: Tensor = self.vlm(x, norms, rope, mask, extend, scratch, last_keys_only=True, kernels=kernels.vlm)
         return hidden
 
     def run_state(
@@ -472,6 +534,7 @@ class Pi0(nn.Module):
         norms: tuple[Modulation, ...],
         extend: Extend,
         scratch: Tensor | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         """Sends the state token's keys and values of every expert layer to `extend` (pi0 only).
 
@@ -479,37 +542,40 @@ class Pi0(nn.Module):
         norms are those of any `Step`; scratch [B, 1, expert_width] in the model's dtype.
         """
         x = self.state_in(state)[:, None].to(self.dtype)
-        self.expert(x, norms, rope, mask, extend, scratch, last_keys_only=True)
+        kernels = kernels or TORCH
+        self.expert(x, norms, rope, mask, extend, scratch, last_keys_only=True, kernels=kernels.expert)
 
     def run_actions(
-        self, x_t: Tensor, step: Step, rope: Rope, mask: Tensor, extend: Extend, scratch: Tensor | None = None
+        self,
+        x_t: Tensor,
+        step: Step,
+        rope: Rope,
+        mask: Tensor,
+        extend: Extend,
+        scratch: Tensor | None = None,
+        kernels: Kernels | None = None,
     ) -> Tensor:
         """Velocity float32 [B, H, action_dim] at x_t float32 [B, H, action_dim].
 
         scratch [B, H, expert_width] in the model's dtype.
         """
-        if step.input_bias.ndim == 1:  # one time for all rows
-            x = F.linear(x_t, step.input_weight, step.input_bias)
-        else:
-            x = F.linear(x_t, step.input_weight) + step.input_bias
-        if not self.config.pi05:
-            x = self.time_out(F.silu(x))
-        x = self.expert(x.to(self.dtype), step.norms, rope, mask, extend, scratch)
-        velocity: Tensor = self.action_out(rms_norm(x, step.norms[-1], dtype=torch.float32))
-        return velocity
+        kernels = kernels or TORCH
+        x = kernels.embed_actions(self, x_t, step)
+        x = self.expert(x, step.norms, rope, mask, extend, scratch, kernels=kernels.expert)
+        return kernels.velocity(self, x, step.norms[-1])
 
     def encode_images(self, images: Tensor, tokens: Tensor, token_mask: Tensor) -> Prefix:
         """Keys and values of cameras and prompt (shapes as in `run_prefix`); differentiable."""
         layers: list[Tensor] = []
 
-        def extend(_: int, keys_values: Tensor) -> Tensor:
+        def keep(keys_values: Tensor) -> Tensor:
             layers.append(keys_values)
             return keys_values
 
         before = self.config.cameras * self.config.image_tokens
         mask = key_mask(token_mask, before, 0, self.dtype)
         rope = Rope.at(prefix_position(token_mask, before), self.rope_table())
-        hidden = self.run_prefix(images, tokens, mask, rope, self.vlm_norms(), extend)
+        hidden = self.run_prefix(images, tokens, mask, rope, self.vlm_norms(), lambda _: keep)
         return Prefix(layers, mask, before + token_mask.sum(1), hidden)
 
     def append_state(self, prefix: Prefix, state: Tensor) -> Prefix:
@@ -519,9 +585,12 @@ class Pi0(nn.Module):
         mask = F.pad(prefix.mask, (0, 1))
         grown: list[Tensor] = []
 
-        def extend(layer: int, keys_values: Tensor) -> Tensor:
-            grown.append(_behind(prefix, layer, keys_values))
-            return grown[-1]
+        def extend(layer: int) -> LayerExtend:
+            def grow(keys_values: Tensor) -> Tensor:
+                grown.append(_behind(prefix, layer, keys_values))
+                return grown[-1]
+
+            return grow
 
         rope = Rope.at(prefix.position[:, None], self.rope_table())
         self.run_state(state, mask, rope, self._expert_norms(None), extend)
@@ -542,7 +611,40 @@ class Pi0(nn.Module):
         mask = F.pad(prefix.mask, (0, self.config.action_horizon))
         slots = torch.arange(self.config.action_horizon, device=x_t.device)
         rope = Rope.at(prefix.position[:, None] + slots, self.rope_table())
-        return self.run_actions(x_t, step, rope, mask, partial(_behind, prefix))
+        return self.run_actions(x_t, step, rope, mask, lambda layer: partial(_behind, prefix, layer))
+
+
+class Kernels(NamedTuple):
+    """How each part of the network is computed: `TORCH`, or `dsrl_async.pi0.kernels.triton_kernels()` for sampling."""
+
+    vision: VisionLayers
+    vlm: LayerKernels
+    expert: LayerKernels
+    embed_actions: Callable[[Pi0, Tensor, Step], Tensor]
+    """x_t float32 [B, H, action_dim] -> the expert's input [B, H, expert_width]."""
+    velocity: Callable[[Pi0, Tensor, Modulation], Tensor]
+    """The expert's output and the final norm -> velocity float32 [B, H, action_dim]."""
+
+
+def embed_actions(model: Pi0, x_t: Tensor, step: Step) -> Tensor:
+    """`Kernels.embed_actions` in torch's operations."""
+    if step.input_bias.ndim == 1:  # one time for all rows
+        x = F.linear(x_t, step.input_weight, step.input_bias)
+    else:
+        x = F.linear(x_t, step.input_weight) + step.input_bias
+    if not model.config.pi05:
+        x = model.time_out(F.silu(x))
+    return x.to(model.dtype)
+
+
+def velocity(model: Pi0, x: Tensor, norm: Modulation) -> Tensor:
+    """`Kernels.velocity` in torch's operations."""
+    projected: Tensor = model.action_out(rms_norm(x, norm, dtype=torch.float32))
+    return projected
+
+
+TORCH = Kernels(vision_layers, TORCH_LAYER, TORCH_LAYER, embed_actions, velocity)
+"""What training and by default sampling use."""
 
 
 def _behind(prefix: Prefix, layer: int, keys_values: Tensor) -> Tensor:

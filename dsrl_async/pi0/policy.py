@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,16 +29,22 @@ class Pi0Policy:
         prompts: the run's prompts, known by their numbers from here on.
         denoise_steps: Euler steps from noise to actions.
         compiled: whether torch.compile fuses the kernels, see `Sampler`.
+        kernels: torch's own, or those of `dsrl_async.pi0.kernels`.
     """
 
     capturable = True
 
     def __init__(
-        self, loaded: LoadedPolicy, prompts: Sequence[str], denoise_steps: int, compiled: bool = False
+        self,
+        loaded: LoadedPolicy,
+        prompts: Sequence[str],
+        denoise_steps: int,
+        compiled: bool = False,
+        kernels: Literal["torch", "triton"] = "torch",
     ) -> None:
         self.spec: Pi0Config = loaded.config
         self.loaded, self.prompts = loaded, list(prompts)
-        self.denoise_steps, self.compiled = denoise_steps, compiled
+        self.denoise_steps, self.compiled, self.kernels = denoise_steps, compiled, kernels
         self.prompt_lengths = language_lengths(loaded, self.prompts)
         device = loaded.model.action_out.weight.device
         self.tokens, self.token_mask = (table.to(device) for table in loaded.tokenizer(self.prompts))
@@ -64,7 +71,9 @@ class Pi0Batch:
     def __init__(self, policy: Pi0Policy, batch_size: int, prompt_length: int) -> None:
         config = policy.spec
         self.policy, self.normaliser = policy, policy.loaded.normaliser
-        self.sampler = Sampler(policy.loaded.model, batch_size, prompt_length, policy.denoise_steps, policy.compiled)
+        self.sampler = Sampler(
+            policy.loaded.model, batch_size, prompt_length, policy.denoise_steps, policy.compiled, policy.kernels
+        )
         self.name = f"batch size {batch_size}, prompts of {prompt_length} tokens"
         self.tokens, self.token_mask, self.noise = self.sampler.tokens, self.sampler.token_mask, self.sampler.noise
         device, size = self.noise.device, config.image_size

@@ -7,6 +7,9 @@ be captured as CUDA graphs (`dsrl_async/host/graphs.py`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +18,9 @@ from torch.nn.attention import sdpa_kernel
 from dsrl_async.pi0.model import (
     ATTENTION_KERNELS,
     MASKED,
+    TORCH,
     Extend,
+    LayerExtend,
     Pi0,
     Rope,
     Step,
@@ -29,6 +34,18 @@ MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
 COMPILED_SAMPLERS = 256
 """How many samplers torch.compile may specialise its two functions for; its own limit is 8."""
+
+
+@dataclass
+class Slots:
+    """Where a layer's new keys and values [B, 2, G, T, D] go, and those [B, 2, G, S, D] that are then attended to."""
+
+    new: Tensor
+    visible: Tensor
+
+    def __call__(self, keys_values: Tensor) -> Tensor:
+        self.new.copy_(keys_values)
+        return self.visible
 
 
 class Sampler:
@@ -45,14 +62,22 @@ class Sampler:
     must not change in between.
 
     With `compiled`, torch.compile fuses the observation's pass and one Euler step (which is then run several times)
-    at their first call, which takes a minute or more at full size.
+    at their first call, which takes a minute or more at full size. `kernels` is `torch`, or `triton` for the kernels of
+    `dsrl_async.pi0.kernels`, which need a GPU (or Triton's interpreter) and are not compiled besides.
     """
 
     @torch.no_grad()
     def __init__(
-        self, model: Pi0, batch_size: int, language_length: int, denoise_steps: int, compiled: bool = False
+        self,
+        model: Pi0,
+        batch_size: int,
+        language_length: int,
+        denoise_steps: int,
+        compiled: bool = False,
+        kernels: Literal["torch", "triton"] = "torch",
     ) -> None:
         config = model.config
+        assert not (compiled and kernels == "triton"), "each replaces the other's kernels"
         if not 1 <= language_length <= config.max_token_len:
             raise ValueError(f"language_length must be from 1 to {config.max_token_len}, not {language_length}")
         self.model, self.batch_size, self.language_length = model, batch_size, language_length
@@ -96,7 +121,13 @@ class Sampler:
 
         times = time_grid(denoise_steps, config.time_grid)
         self._delta = -1.0 / denoise_steps
-        self._steps = list(step_rows(model.step_tables(torch.tensor(times, device=device))))
+        table = model.step_tables(torch.tensor(times, device=device))
+        self._kernels = TORCH
+        if kernels == "triton":
+            from dsrl_async.pi0.kernels import prepare, triton_kernels  # which need Triton
+
+            self._kernels, table = triton_kernels(), prepare(model, table)
+        self._steps = list(step_rows(table))
         self._vlm_norms = model.vlm_norms()
         self._encode, self._step = self._run_encode, self._run_step
         if compiled:
@@ -109,10 +140,9 @@ class Sampler:
     def _region(self, start: int, end: int, visible: int) -> Extend:
         """Writes a layer's new keys and values to [start, end) and shows [0, visible)."""
 
-        def extend(layer: int, keys_values: Tensor) -> Tensor:
+        def extend(layer: int) -> LayerExtend:
             cache = self._keys_values[layer]
-            cache[:, :, :, start:end].copy_(keys_values)
-            return cache[:, :, :, :visible]
+            return Slots(cache[:, :, :, start:end], cache[:, :, :, :visible])
 
         return extend
 
@@ -136,20 +166,23 @@ class Sampler:
         position = prefix_position(self.token_mask, self._language.start)
         rope, extend = Rope.at(position, self._rope_table), self._region(0, end, end)
         mask, scratch = self._mask[..., :end], self._prefix_scratch
-        model.run_prefix(self.images, self.tokens, mask, rope, self._vlm_norms, extend, scratch)
+        model.run_prefix(self.images, self.tokens, mask, rope, self._vlm_norms, extend, scratch, self._kernels)
         rows = F.embedding(position[:, -1:] + 1 + self._action_offset, self._rope_table)
         if model.config.state_tokens:
             # the state token gets to see the whole buffer too, for a length that every attention kernel takes
             self._state_mask[..., self._language].copy_(self._mask[..., self._language])
             rope, extend = Rope.of_rows(rows[:, :1]), self._region(end, state_end, self._mask.shape[-1])
             norms = self._steps[0].norms
-            model.run_state(self.state, self._state_mask, rope, norms, extend, self._state_scratch)
+            scratch = self._state_scratch
+            model.run_state(self.state, self._state_mask, rope, norms, extend, scratch, self._kernels)
         self._rope_rows.copy_(rows[:, model.config.state_tokens :])
 
     def _run_step(self, step: Step) -> None:
         """One Euler step of `actions`, in place."""
         extend = self._region(self._state_end, self._actions_end, self._mask.shape[-1])
-        velocity = self.model.run_actions(self.actions, step, self._rope, self._mask, extend, self._action_scratch)
+        velocity = self.model.run_actions(
+            self.actions, step, self._rope, self._mask, extend, self._action_scratch, self._kernels
+        )
         self.actions.add_(velocity, alpha=self._delta)
 
     def run(self) -> None:

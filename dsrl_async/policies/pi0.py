@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dsrl_async.config.settings import PolicyConfig
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.pi0.identity import identity
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, weight_bytes
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, offset_bytes, weight_bytes
 from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.pi0.tokenizer import check_prompt, language_slots, make_encoder, prompt_ids, unknown_words
 from dsrl_async.policies.protocol import FrozenPolicy, PolicyMemory, PolicyNeeds, PolicyRecord
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PI0_SETTINGS = frozenset(
     {
         *("tokenizer", "norm_stats", "action_horizon", "delta_action_dims"),
-        *("dtype", "denoise_steps", "compile", "ignore_render_quality"),
+        *("dtype", "denoise_steps", "compile", "kernels", "ignore_render_quality"),
     }
 )
 
@@ -36,7 +36,8 @@ def pi0_needs(config: Pi0Config) -> PolicyNeeds:
         bytes_per_value = 2 if half else 4
         return PolicyMemory(
             weight_bytes(config, bytes_per_value),
-            buffer_bytes(config, batch_size, prompt_length, bytes_per_value, settings.denoise_steps),
+            buffer_bytes(config, batch_size, prompt_length, bytes_per_value, settings.denoise_steps)
+            + (offset_bytes(config, settings.denoise_steps) if settings.kernels == "triton" else 0),
             activation_bytes(config, batch_size, prompt_length, bytes_per_value),
         )
 
@@ -76,7 +77,8 @@ def pi0_record(files: PolicyFiles) -> PolicyRecord:
         from dsrl_async.pi0.policy import Pi0Policy
 
         loaded = read_policy(files, device, resolve_dtype(settings.dtype, device), progress)
-        return Pi0Policy(loaded, prompts, settings.denoise_steps, settings.compile)
+        kernels: Literal["torch", "triton"] = "triton" if settings.kernels == "triton" else "torch"
+        return Pi0Policy(loaded, prompts, settings.denoise_steps, settings.compile, kernels)
 
     kinds = "/".join(sorted({tensor.dtype for tensor in tensors.values()}))
     stored = sum(tensor.bytes for tensor in tensors.values())

@@ -271,6 +271,12 @@ CASES: dict[str, tuple[RunProfile, dict[str, Any], tuple[str, str, str], str]] =
         ("inference", "prefix", "device"),
         "faster device",
     ),
+    "one with Triton's kernels is not compiled": (
+        figures({"inference": {"prefix": 0.9, "wait_request": 0.0}}, on_gpu={"inference": True}),
+        {"policy": {"kernels": "triton"}},
+        ("inference", "prefix", "device"),
+        "faster device",
+    ),
     "copies are slow because the shared memory is not page-locked": (
         figures(BUSY_COPIES, on_gpu={"inference": True}),
         {},

@@ -2,7 +2,14 @@
 
 from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
-from dsrl_async.run.preflight.host import check_channel, check_descriptors, check_device, check_devices, check_films
+from dsrl_async.run.preflight.host import (
+    check_channel,
+    check_descriptors,
+    check_device,
+    check_devices,
+    check_films,
+    check_kernels,
+)
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
 from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed, what_to_lower
@@ -35,6 +42,7 @@ __all__ = [
     "check_fit",
     "check_gpu_memory",
     "check_graphics",
+    "check_kernels",
     "check_made_with",
     "check_memory",
     "check_prompts",

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def check_devices(config: Config, keys: Sequence[str] = DEVICE_KEYS) -> None:
                 "%s: auto is the CPU, although there is an NVIDIA driver: %s (--device cpu asks for it)",
                 *(key, reason.rstrip(".")),
             )
+    if "device" in keys:
+        check_kernels(config)
+
+
+def check_kernels(config: Config) -> None:
+    """Raises ConfigError where the kernels that `policy.kernels` asks for cannot run."""
+    if config.policy.kernels != "triton":
+        return
+    if cuda_index(config, "device") is None:
+        raise ConfigError(
+            "policy.kernels: triton's run on a GPU, but the policy of this run is computed on the CPU; leave it out"
+        )
+    if find_spec("triton") is None:
+        raise ConfigError(
+            "policy.kernels: triton is not installed, though torch for CUDA brings it; install it as "
+            '`python -m pip install "triton>=3.5"`, or leave the setting out'
+        )
 
 
 @functools.cache

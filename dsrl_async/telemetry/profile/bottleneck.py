@@ -275,7 +275,7 @@ def _advice(kind: str, phase: str, profile: RunProfile, config: Config, policy_s
         return "inference.threads", f"raise inference.threads (now {cpu_threads(config.inference.threads)})"
     if phase == "denoise" and "denoise_steps" in policy_settings:
         return "policy.denoise_steps", f"lower policy.denoise_steps (now {config.policy.denoise_steps})"
-    if "compile" in policy_settings and not config.policy.compile:
+    if "compile" in policy_settings and not config.policy.compile and config.policy.kernels != "triton":
         return "policy.compile", "set policy.compile, which fuses its kernels"
     if "options" in policy_settings:
         return "device", "give it a faster device, or let it do less where its policy.options can"

@@ -95,6 +95,26 @@ def test_the_reason_is_in_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         preflight.check_devices(validate({"device": "cuda"}))
 
 
+def test_triton_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    find(monkeypatch)
+    asked: dict[str, Any] = {"policy": {"kernels": "triton"}}
+    monkeypatch.setattr(host, "find_spec", lambda name: name)
+    preflight.check_devices(validate(asked))
+    for on_cpu in ({"device": "cpu"}, {"serial": True}):
+        with pytest.raises(ConfigError, match=r"^policy\.kernels: .* on the CPU; leave it out$"):
+            preflight.check_devices(validate(asked | on_cpu))
+        preflight.check_devices(validate(on_cpu))
+        preflight.check_devices(validate(asked | on_cpu), ["learner.device"])
+    monkeypatch.setattr(host, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^policy\.kernels: triton is not installed, .* or leave the setting out$"):
+        preflight.check_devices(validate(asked))
+
+
+def test_triton_kernels_are_not_compiled_besides() -> None:
+    with pytest.raises(ConfigError, match=r"^policy: compile and kernels: triton both replace torch's kernels; leave"):
+        validate({"policy": {"kernels": "triton", "compile": True}})
+
+
 # --- what is found --------------------------------------------------------------------------------------------------
 
 

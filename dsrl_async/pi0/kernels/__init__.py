@@ -1,0 +1,130 @@
+"""The sampler's kernels in Triton, for a GPU: `policy.kernels: triton`. **None of them has run on one yet.**
+
+`triton_kernels` is the table of functions that takes the place of `model.TORCH`. What it replaces, and by what:
+
+- `norm.py`: RMSNorm in one kernel, and the vision tower's sum with a residual and LayerNorm of it in one;
+- `rope.py`: rotation of queries and keys, and writing of keys and values to the cache, in one;
+- `geglu.py`: gelu(gate) * up in one;
+- `product.py`: the expert's products behind a norm, with the norm on the way in, and rotation or GeGLU on the way out;
+- `euler.py`: the two ends of an Euler step.
+
+The language model's products, of thousands of rows, are left to cuBLAS, and so is every product that ends in a
+residual, which it adds itself. The expert has 50 rows per observation, ten times over; there a launch costs as much as
+a product, so that its norms, rotations and GeGLU go into the products, which makes five kernels of a layer: two
+products of our own, two of cuBLAS and attention.
+
+All kernels compute in float32 and round once. The tiles are fixed: nothing is tuned while a graph is captured, and two
+runs compute the same. Each is an operation of torch's, `torch.ops.dsrl_async.*`, with its shapes known on the meta
+device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsrl_async.pi0.kernels.euler import normed_linear, silu_linear
+from dsrl_async.pi0.kernels.geglu import geglu, normed_geglu
+from dsrl_async.pi0.kernels.norm import add_layer_norm, rms_norm
+from dsrl_async.pi0.kernels.rope import normed_rotate, rotate
+from dsrl_async.pi0.model import GemmaLayer, Kernels, LayerKernels, Modulation, Pi0, Rope, Step, VisionTower
+
+
+def triton_kernels() -> Kernels:
+    """The table for sampling; the caches of `extend` are `sampler.Slots`."""
+    vlm = LayerKernels(_heads, _keys_values, _gated)
+    expert = LayerKernels(_normed_heads, _normed_keys_values, _normed_gated)
+    return Kernels(_vision, vlm, expert, _embed_actions, _velocity)
+
+
+def prepare(model: Pi0, table: Step) -> Step:
+    """`table` of `Pi0.step_tables` with the offset of every norm."""
+    weights: list[tuple[Tensor, Tensor | None]] = []
+    for block in model.expert.blocks:
+        weights += [(block.qkv.weight, None), (block.gate_up.weight, None)]
+    weights.append((model.action_out.weight, model.action_out.bias))
+    norms = [_with_offset(norm, *weight) for norm, weight in zip(table.norms, weights, strict=True)]
+    return table._replace(norms=tuple(norms))
+
+
+def _with_offset(norm: Modulation, weight: Tensor, bias: Tensor | None) -> Modulation:
+    offset = bias if norm.shift is None else F.linear(norm.shift, weight.to(norm.shift.dtype), bias)
+    return norm._replace(offset=offset)
+
+
+def _normed(x: Tensor, norm: Modulation, scratch: Tensor | None) -> Tensor:
+    assert scratch is not None
+    rms_norm(x, norm.scale, norm.floor, norm.shift, scratch)
+    return scratch
+
+
+def _angles(rope: Rope) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, D/2]."""
+    return rope.cos[:, :, 0, 0], rope.sin[:, :, 0, 1]
+
+
+def _heads(
+    layer: GemmaLayer, x: Tensor, norm: Modulation, rope: Rope, slots: Any, scratch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    qkv = layer.qkv(_normed(x, norm, scratch)).unflatten(-1, (-1, layer.head_dim))
+    return rotate(qkv, *_angles(rope), slots.new), slots.visible
+
+
+def _keys_values(
+    layer: GemmaLayer, x: Tensor, norm: Modulation, rope: Rope, slots: Any, scratch: Tensor | None
+) -> None:
+    rotate(layer.project_keys_values(_normed(x, norm, scratch)), *_angles(rope), slots.new)
+
+
+def _gated(layer: GemmaLayer, x: Tensor, norm: Modulation, scratch: Tensor | None) -> Tensor:
+    return geglu(layer.gate_up(_normed(x, norm, scratch)))
+
+
+def _normed_heads(
+    layer: GemmaLayer, x: Tensor, norm: Modulation, rope: Rope, slots: Any, scratch: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    query = normed_rotate(x, norm.scale, norm.floor, norm.offset, layer.qkv.weight, *_angles(rope), slots.new)
+    return query, slots.visible
+
+
+def _normed_keys_values(
+    layer: GemmaLayer, x: Tensor, norm: Modulation, rope: Rope, slots: Any, scratch: Tensor | None
+) -> None:
+    assert norm.offset is None  # pi0.5 has no state token
+    weight = layer.qkv.weight[-2 * layer.kv_heads * layer.head_dim :]
+    normed_rotate(x, norm.scale, norm.floor, None, weight, *_angles(rope), slots.new)
+
+
+def _normed_gated(layer: GemmaLayer, x: Tensor, norm: Modulation, scratch: Tensor | None) -> Tensor:
+    return normed_geglu(x, norm.scale, norm.floor, norm.offset, layer.gate_up.weight)
+
+
+def _vision(tower: VisionTower, x: Tensor) -> Tensor:
+    """`VisionLayers`; x is changed."""
+    x = x.contiguous()  # channels came first out of the convolution
+    norms = [norm for layer in tower.blocks for norm in (layer.attention_norm, layer.mlp_norm)]
+    norms.append(tower.norm)
+    normed: Tensor = norms[0](x)
+    for layer, mlp_norm, next_norm in zip(tower.blocks, norms[1::2], norms[2::2], strict=True):
+        normed = _add_normed(x, layer.attend(normed), mlp_norm)
+        update = layer.fc2(F.gelu(layer.fc1(normed), approximate="tanh"))
+        normed = _add_normed(x, update, next_norm)
+    return normed
+
+
+def _add_normed(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
+
+
+def _embed_actions(model: Pi0, x_t: Tensor, step: Step) -> Tensor:
+    if model.config.pi05:
+        return F.linear(x_t, step.input_weight, step.input_bias).to(model.dtype)
+    x: Tensor = model.time_out(silu_linear(x_t, step.input_weight, step.input_bias))
+    return x.to(model.dtype)
+
+
+def _velocity(model: Pi0, x: Tensor, norm: Modulation) -> Tensor:
+    assert norm.offset is not None
+    return normed_linear(x, norm.scale, norm.floor, norm.offset, model.action_out.weight)

@@ -1,0 +1,70 @@
+"""The matrix product that norms its rows on the way in: two tiles of columns that an epilogue then combines.
+
+RMSNorm divides a row by one number, so that (x * scale / |x|) W = ((x * scale) W) / |x|: a program multiplies rows of
+x * scale, adds up x^2 while they pass, and divides in the end. With a shift, (y + shift) W = y W + shift W, whose last
+term is a row that is computed once per denoising time. So a normed row never is in memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from dsrl_async.pi0.kernels.launch import ENOUGH_PROGRAMS, SHORTEST_BLOCK
+
+
+@triton.jit
+def normed_products(
+    x, scale, floor, low_weight, high_weight, rows, row_inside, low, high, column_inside, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """float32 [ROWS, COLUMNS] twice: the normed `rows` of x [*, width] times the rows `low` of `low_weight` and times
+    the rows `high` of `high_weight`, both [*, width]."""
+    low_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    high_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, DEPTH):
+        channel = start + tl.arange(0, DEPTH)
+        inside = channel < width
+        value = tl.load(
+            x + rows[:, None] * width + channel[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        squares += tl.sum(value * value, axis=1)
+        scaled = value * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
+        scaled = scaled.to(low_weight.dtype.element_ty)
+        both = inside[:, None] & column_inside[None, :]
+        weight = tl.load(low_weight + low[None, :] * width + channel[:, None], mask=both, other=0.0)
+        low_sum = tl.dot(scaled, weight, low_sum, input_precision="ieee")
+        weight = tl.load(high_weight + high[None, :] * width + channel[:, None], mask=both, other=0.0)
+        high_sum = tl.dot(scaled, weight, high_sum, input_precision="ieee")
+    least = tl.load(floor)
+    norm = tl.sqrt(squares + least * least)[:, None]
+    return low_sum / norm, high_sum / norm
+
+
+class Tile(NamedTuple):
+    """What one program computes, and with how many threads. None of it has been measured on a GPU."""
+
+    rows: int
+    columns: int
+    """Of each of the two tiles."""
+    depth: int
+    """Channels that are in shared memory at a time, `stages` times over."""
+    warps: int
+    stages: int
+
+
+def tile(rows: int, columns: int) -> Tile:
+    """The tile for a product of so many rows and pairs of columns; it depends on nothing else.
+
+    Few rows mean that the time goes into reading the weight, for which many programs are needed; many rows, that it
+    goes into products, for which larger tiles read less.
+    """
+    height = 16 if rows <= 16 else 64 if rows <= 256 else 128
+    depth = 128 if height == 16 else 64
+    width = 64
+    while width > SHORTEST_BLOCK and triton.cdiv(rows, height) * triton.cdiv(columns, width) < ENOUGH_PROGRAMS:
+        width //= 2
+    return Tile(height, width, depth, warps=8 if height == 128 else 4, stages=3)

@@ -1,0 +1,285 @@
+"""Parity of the Triton kernels, on the CPU, in Triton's interpreter: `test_kernels.py` runs this file in a process that
+has TRITON_INTERPRET=1. By hand, for longer:
+
+    TRITON_INTERPRET=1 DSRL_KERNEL_EXAMPLES=200 python -m pytest tests/pi0/kernels/interpreted.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import support.triton_interpreter
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.pi0_models import fill, make_model, small_config
+from torch import Tensor
+
+from dsrl_async.pi0 import kernels
+from dsrl_async.pi0.kernels.product import tile
+from dsrl_async.pi0.model import Modulation, Pi0, Rope, rms_norm, rotate_
+from dsrl_async.pi0.sampler import Sampler
+
+assert support.triton_interpreter
+FUZZED = settings(max_examples=int(os.environ.get("DSRL_KERNEL_EXAMPLES", 6)), deadline=None, derandomize=True)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+SEEDS = st.integers(0, 2**31)
+SENTINEL = 77.0
+
+
+class Draw:
+    """Random tensors."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(dtype or self.dtype)
+
+    def weight(self, rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(rows, width, generator=self.generator) / width**0.5).to(dtype or self.dtype)
+
+    def norm(self, width: int, shifted: bool) -> Modulation:
+        single = torch.float32
+        shift = self(width, dtype=single) if shifted else None
+        return Modulation(1 + self(width, dtype=single), torch.tensor(0.4), shift)
+
+
+def assert_rounded(actual: Tensor, exact: Tensor) -> None:
+    """Whether `actual` is float32's `exact` up to its summation's order, rounded once to the type of `actual`."""
+    assert actual.shape == exact.shape
+    unit = 2.0**-8 if actual.dtype == torch.bfloat16 else 0.0  # half a unit in the last place
+    assert exact.dtype == torch.float32
+    assert ((actual.float() - exact).abs() <= 1.01 * unit * exact.abs() + 2e-5).all()
+
+
+def assert_no_further(actual: Tensor, usual: Tensor, exact: Tensor, factor: float = 1.1) -> None:
+    """Whether `actual` is no further from `exact` than `factor` times as far as `usual`, in the mean square, and never
+    further than 4 times its furthest."""
+
+    def distances(values: Tensor) -> Tensor:
+        return (values.float() - exact).abs()
+
+    assert actual.dtype == usual.dtype
+    assert exact.dtype == torch.float32
+    least = 1e-5 if actual.dtype == torch.float32 else 1e-9  # in float32, both are within the order of a sum
+    assert distances(actual).square().mean().sqrt() <= factor * distances(usual).square().mean().sqrt() + least
+    assert distances(actual).max() <= 4 * distances(usual).max() + least
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """In float32."""
+    return F.linear(x.float(), weight.float())
+
+
+@FUZZED
+@given(SEEDS, DTYPES, st.integers(1, 3), st.integers(1, 150), st.booleans())
+def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, shifted: bool) -> None:
+    draw = Draw(seed, dtype)
+    x, norm, out = draw(2, rows, width), draw.norm(width, shifted), torch.empty(2, rows, width, dtype=dtype)
+    kernels.rms_norm(x, norm.scale, norm.floor, norm.shift, out)
+    assert_rounded(out, rms_norm(x.float(), norm))
+
+
+def test_rms_norm_of_zeros_is_finite() -> None:
+    x, norm = torch.zeros(1, 2, 6), Draw(0, torch.float32).norm(6, False)
+    out = torch.empty_like(x)
+    kernels.rms_norm(x, norm.scale, norm.floor, None, out)
+    assert (out == 0).all()
+
+
+@FUZZED
+@given(SEEDS, DTYPES, st.integers(1, 4), st.integers(2, 150))
+def test_add_layer_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+    draw = Draw(seed, dtype)
+    x, update, weight, bias = draw(rows, width) + 3, draw(rows, width), draw(width), draw(width)
+    total = x + update
+    out = kernels.add_layer_norm(x, update, weight, bias, 1e-6)
+    assert torch.equal(x, total)
+    assert_rounded(out, F.layer_norm(total.float(), (width,), weight.float(), bias.float(), 1e-6))
+
+
+class Rotation:
+    """Tokens of `heads` queries and `groups` keys and values that go to slots from `start` on."""
+
+    def __init__(self, draw: Draw, batch: int, tokens: int, heads: int, groups: int, half: int, start: int) -> None:
+        self.heads, self.groups, self.width, self.shape = heads, groups, 2 * half, (batch, tokens)
+        angle = draw(9, half, dtype=torch.float32)
+        table = torch.cat([angle.cos(), -angle.sin(), angle.sin()], dim=-1).to(draw.dtype)
+        self.rope = Rope.at(torch.randint(0, 9, (batch, tokens), generator=draw.generator), table)
+        self.cos, self.sin = kernels._angles(self.rope)
+        self.cache = torch.full((batch, 2, groups, start + tokens + 2, 2 * half), SENTINEL, dtype=draw.dtype)
+        self.start = start
+
+    @property
+    def rows(self) -> int:
+        return (self.heads + 2 * self.groups) * self.width
+
+    @property
+    def slots(self) -> Tensor:
+        return self.cache[:, :, :, self.start : self.start + self.shape[1]]
+
+    def check(self, query: Tensor, qkv: Tensor, assert_close: Callable[[Tensor, Tensor], None]) -> None:
+        """Against float32 `qkv` [B, T, rows], not yet rotated."""
+        exact = qkv.unflatten(-1, (-1, self.width)).clone()
+        rope = Rope(self.rope.cos.float(), self.rope.sin.float())
+        rotate_(exact[:, :, : self.heads + self.groups], rope)
+        assert_close(query, exact[:, :, : self.heads])
+        assert_close(self.slots, exact[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4))
+        outside = torch.ones_like(self.cache)
+        outside[:, :, :, self.start : self.start + self.shape[1]] = 0
+        assert (self.cache[outside.bool()] == SENTINEL).all()
+
+
+ROTATION = (st.integers(1, 2), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2), st.integers(1, 20))
+"""Batch, tokens, heads, groups, half a head's width."""
+
+
+@FUZZED
+@given(SEEDS, DTYPES, *ROTATION, st.integers(0, 3))
+def test_rotate(
+    seed: int, dtype: torch.dtype, batch: int, tokens: int, heads: int, groups: int, half: int, start: int
+) -> None:
+    draw = Draw(seed, dtype)
+    rotation = Rotation(draw, batch, tokens, heads, groups, half, start)
+    qkv = draw(batch, tokens, rotation.rows)
+    query = kernels.rotate(qkv.unflatten(-1, (-1, 2 * half)), rotation.cos, rotation.sin, rotation.slots)
+    rotation.check(query, qkv.float(), assert_rounded)
+
+
+def with_offset(norm: Modulation, weight: Tensor) -> Tensor | None:
+    return kernels._with_offset(norm, weight, None).offset
+
+
+@FUZZED
+@given(SEEDS, DTYPES, *ROTATION, st.integers(0, 3), st.integers(1, 150), st.booleans())
+def test_normed_rotate(
+    seed: int, dtype: torch.dtype, batch: int, tokens: int, heads: int, groups: int, half: int, start: int,
+    width: int, shifted: bool,
+) -> None:  # fmt: skip
+    draw = Draw(seed, dtype)
+    rotation = Rotation(draw, batch, tokens, heads, groups, half, start)
+    x, norm, weight = draw(batch, tokens, width), draw.norm(width, shifted), draw.weight(rotation.rows, width)
+    query = kernels.normed_rotate(
+        x, norm.scale, norm.floor, with_offset(norm, weight), weight, rotation.cos, rotation.sin, rotation.slots
+    )
+    exact = linear(rms_norm(x.float(), norm), weight)
+
+    def assert_close(actual: Tensor, expected: Tensor) -> None:
+        # x * scale is rounded to the weight's type: 2^-9 of each term, which add up at random
+        bound = 1e-4 if dtype == torch.float32 else 0.1
+        assert ((actual.float() - expected).abs() <= bound * (1 + expected.abs())).all()
+
+    rotation.check(query, exact, assert_close)
+
+
+@FUZZED
+@given(SEEDS, DTYPES, st.integers(1, 3), st.sampled_from([1, 7, 150, 1030]))
+def test_geglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+    gate_up = Draw(seed, dtype)(rows, 2 * width)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    assert_rounded(kernels.geglu(gate_up), F.gelu(gate, approximate="tanh") * up)
+
+
+@FUZZED
+@given(SEEDS, DTYPES, st.integers(1, 40), st.integers(1, 90), st.integers(1, 150), st.booleans())
+def test_normed_geglu(seed: int, dtype: torch.dtype, rows: int, mlp: int, width: int, shifted: bool) -> None:
+    draw = Draw(seed, dtype)
+    check_normed_geglu(draw(1, rows, width), draw.norm(width, shifted), draw.weight(2 * mlp, width), 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [16, 70, 300])
+def test_every_tile(rows: int, dtype: torch.dtype) -> None:
+    """Enough numbers that the errors of both ways differ by little."""
+    draw = Draw(rows, dtype)
+    assert tile(rows, 96).rows == {16: 16, 70: 64, 300: 128}[rows]
+    check_normed_geglu(draw(1, rows, 150), draw.norm(150, True), draw.weight(2 * 96, 150), 1.1)
+
+
+def check_normed_geglu(x: Tensor, norm: Modulation, weight: Tensor, factor: float) -> None:
+    actual = kernels.normed_geglu(x, norm.scale, norm.floor, with_offset(norm, weight), weight)
+    gate, up = linear(rms_norm(x.float(), norm), weight).chunk(2, dim=-1)
+    exact = F.gelu(gate, approximate="tanh") * up
+    gate, up = F.linear(rms_norm(x, norm), weight).chunk(2, dim=-1)
+    assert_no_further(actual, F.gelu(gate, approximate="tanh") * up, exact, factor if actual.numel() > 500 else 4.0)
+
+
+@FUZZED
+@given(SEEDS, st.integers(1, 40), st.integers(1, 40), st.integers(1, 130))
+def test_silu_linear(seed: int, rows: int, inner: int, width: int) -> None:
+    draw = Draw(seed, torch.float32)
+    x, weight, bias = draw(rows, inner), draw.weight(width, inner), draw(width)
+    assert_rounded(kernels.silu_linear(x, weight, bias), F.silu(F.linear(x, weight, bias)))
+
+
+@FUZZED
+@given(SEEDS, DTYPES, st.integers(1, 40), st.integers(1, 40), st.integers(1, 150), st.booleans())
+def test_normed_linear(seed: int, dtype: torch.dtype, rows: int, outputs: int, width: int, shifted: bool) -> None:
+    draw = Draw(seed, dtype)
+    x, norm, weight, bias = draw(rows, width), draw.norm(width, shifted), draw.weight(outputs, width), draw(outputs)
+    weight, bias = weight.float(), bias.float()
+    offset = kernels._with_offset(norm, weight, bias).offset
+    assert offset is not None
+    assert_rounded(
+        kernels.normed_linear(x, norm.scale, norm.floor, offset, weight),
+        F.linear(rms_norm(x.float(), norm, dtype=torch.float32), weight, bias),
+    )
+
+
+def operations() -> dict[str, tuple[Any, ...]]:
+    draw = Draw(0, torch.bfloat16)
+    norm = draw.norm(12, True)
+    rotation = Rotation(draw, 2, 3, 2, 1, 4, 1)
+    x, weight, angles = draw(2, 3, 12), draw.weight(rotation.rows, 12), (rotation.cos, rotation.sin, rotation.slots)
+    single = Draw(1, torch.float32)
+    scaled = (norm.scale, norm.floor)
+    return {
+        "rms_norm": (x, *scaled, norm.shift, torch.empty_like(x)),
+        "add_layer_norm": (x.clone(), draw(2, 3, 12), draw(12), draw(12), 1e-6),
+        "rotate": (draw(2, 3, 4, 8), *angles),
+        "normed_rotate": (x, *scaled, None, weight, *angles),
+        "geglu": (draw(2, 3, 10),),
+        "normed_geglu": (x, *scaled, None, draw.weight(10, 12)),
+        "silu_linear": (single(2, 3, 5), single(7, 5), single(7)),
+        "normed_linear": (x, *scaled, single(5), single(5, 12)),
+    }
+
+
+@pytest.mark.parametrize("name", list(operations()))
+def test_what_torch_is_told_of_an_operation_is_so(name: str) -> None:
+    """Shapes and types without computing, what it changes, and that nothing it returns shares memory."""
+    operation = getattr(torch.ops.dsrl_async, name).default
+    torch.library.opcheck(operation, operations()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def small_sampler(model: Pi0, which: Any, seed: int = 0) -> Tensor:
+    sampler = Sampler(model, 2, 6, 2, kernels=which)
+    fill(sampler, seed)
+    sampler.run()
+    return sampler.actions
+
+
+def small_model(pi05: bool) -> Pi0:
+    config = small_config(pi05, kv_heads=2 if pi05 else 1)
+    config = dataclasses.replace(config, image_size=24, patch_size=12, action_horizon=5, vlm_mlp=72, expert_mlp=40)
+    return make_model(dataclasses.replace(config, depth=2, vision_depth=1))[0]
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_a_sample_in_float32(pi05: bool) -> None:
+    model = small_model(pi05)
+    assert (small_sampler(model, "torch") - small_sampler(model, "triton")).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_a_sample_in_bfloat16(pi05: bool) -> None:
+    model = small_model(pi05).set_dtype(torch.bfloat16)
+    usual, actual = small_sampler(model, "torch"), small_sampler(model, "triton")
+    exact = small_sampler(model.float(), "torch")
+    assert_no_further(actual, usual, exact)
