@@ -23,7 +23,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 COPY scripts/constraints.txt /tmp/constraints.txt
 RUN python3 -m venv /opt/dsrl && pip install --no-cache-dir --constraint /tmp/constraints.txt torch
 COPY . /tmp/dsrl_async
-RUN pip install --no-cache-dir --constraint /tmp/constraints.txt "/tmp/dsrl_async[cuda,libero,openpi]" \
+RUN pip install --no-cache-dir --constraint /tmp/constraints.txt "/tmp/dsrl_async[cuda,libero,openpi,video]" \
     && useradd --create-home --uid 1001 dsrl
 USER 1001
 WORKDIR /home/dsrl

@@ -115,7 +115,7 @@ show_progress() { # LOG: says how far pip is, on a terminal in one line
     while sleep "$every" >/dev/null 2>&1; do # it may outlive this script, and must keep no pipe open
         kill -0 $$ 2>/dev/null || return 0 # the script was killed
         last=$(grep --extended-regexp '^ *(Collecting|Downloading|Using cached|Building|Installing|Preparing)' "$1" |
-            tail --lines=1 | sed 's/^ *//' | cut --characters=1-50) || true
+            tail --lines=1 | sed 's/^ *//; s/^Installing collected packages.*/installing them/' | cut --characters=1-50) || true
         printf "$before%d s, %d MB: %s$after" "$((SECONDS - begin))" "$(megabytes)" "$last" >&2
     done
 }

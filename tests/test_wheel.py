@@ -64,6 +64,20 @@ def test_it_holds_all_that_the_checkout_has(installed: Path) -> None:
     assert Path("dsrl_async/py.typed") in found
 
 
+def test_it_says_under_which_licences_it_is(installed: Path) -> None:
+    (licences,) = installed.glob("dsrl_async-*.dist-info/licenses")
+    assert (licences / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    said = (licences / "dsrl_async/assets/LICENSES.md").read_text()
+    assets = installed / "dsrl_async/assets"
+    for policy in (path for path in assets.iterdir() if path.is_dir()):
+        assert f"`assets/{policy.name}/`" in said
+    beside = {path.suffix for path in (installed / "dsrl_async").rglob("*") if path.is_file()}
+    # No meshes, textures, models of a simulator or other weights that somebody else might own.
+    assert beside <= {".py", ".pyc", ".pyi", ".typed", ".yaml", ".html", ".json", ".safetensors", ".md"}
+    weights = {path.parent for path in (installed / "dsrl_async").rglob("*.safetensors")}
+    assert weights == {path for path in assets.iterdir() if path.is_dir()}
+
+
 def test_a_shipped_configuration_trains_and_is_evaluated(installed: Path, tmp_path: Path) -> None:
     limits = ["--actors", "2", "--max-decisions", "8", "--run-dir", "run", "--log.console", "off"]
     launched = run(installed, tmp_path, "dsrl-launch", "--config", "tabletop", *limits)
