@@ -2,8 +2,9 @@
 
 Plays episodes with a fixed policy: the base policy (every action slot starts from independent N(0, I) noise), or the
 steered policy of a run's checkpoint. Several environment workers step the scenes, and this process runs the policy.
-Scenes and noise depend only on the seed and the episode's number, and are never those of training. The last line on
-stdout is the result as one JSON object: `episodes, successes, success_rate, ci95_low, ci95_high, policy`, the same
+Scenes and noise depend only on the seed and the episode's number, and are never those of training. stderr ends with
+three lines: what came out, where it is, what to do next. The last line on stdout, unless both are a terminal, is the
+result as one JSON object: `episodes, successes, success_rate, ci95_low, ci95_high, policy`, the same
 figures for each task in `tasks`, and in `settings` and `versions` all that identifies the evaluation. With several
 suites, or with `--compare`, it is `{"suites": {SUITE: {"base": RESULT, "steered": RESULT}}, "wall_s": SECONDS}`, with
 such a result for each policy that was played.
@@ -24,9 +25,11 @@ from rich.console import Console
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
 from dsrl_async.evaluate.films import Films, check_films
+from dsrl_async.evaluate.last_words import last_words
 from dsrl_async.evaluate.play import evaluate
 from dsrl_async.evaluate.resolve import SETTINGS, Evaluation, Part, identity, resolve_all
 from dsrl_async.evaluate.results import ResultDirectory, check_parent, comparison, result_of, table, write_result
+from dsrl_async.host.output import is_for_a_person, print_to_person
 from dsrl_async.host.signals import StopRequest
 from dsrl_async.run.evaluation.episodes import across_tasks
 from dsrl_async.run.worker.pool import WorkerLost
@@ -132,7 +135,9 @@ def main(argv: Sequence[str]) -> int:
         console.print(comparison(suites))
     elif parts[0].evaluation.run.environment.suite is not None:
         console.print(table(result))
-    print(json.dumps(result), flush=True)
+    print_to_person(last_words(options, suites, time.monotonic() - begin))
+    if not is_for_a_person():
+        print(json.dumps(result), flush=True)
     return 0
 
 

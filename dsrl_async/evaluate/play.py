@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from dsrl_async.evaluate.results import Outcome, ResultDirectory
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.signals import StopRequest
+from dsrl_async.host.waiting import Say
 from dsrl_async.run import preflight
 from dsrl_async.run.evaluation.episodes import Episode, Schedule
 from dsrl_async.run.inference.policies import load_policies
@@ -54,7 +55,7 @@ def evaluate(
     try:
         with (
             ProgressBar(evaluation, outcomes, console) as bar,
-            closing(play(evaluation, remaining, films, partial(look_up, stop, bar))) as played,
+            closing(play(evaluation, remaining, films, partial(look_up, stop, bar), bar.wait)) as played,
         ):
             for outcome in played:
                 outcomes[outcome.number] = outcome
@@ -75,11 +76,16 @@ def look_up(stop: StopRequest, bar: ProgressBar) -> None:
 
 
 def play(
-    evaluation: Evaluation, episodes: Sequence[Episode], films: Films | None, meanwhile: Callable[[], object]
+    evaluation: Evaluation,
+    episodes: Sequence[Episode],
+    films: Films | None,
+    meanwhile: Callable[[], object],
+    wait: Callable[[str], AbstractContextManager[Say]],
 ) -> Generator[Outcome]:
     """Play `episodes` in `config.actors` environment workers or fewer; yield their outcomes as they end.
 
-    `meanwhile` is called now and then, and may raise. The workers end with the generator: close it.
+    `meanwhile` is called now and then, and may raise; `wait` says what is being done before there are episodes. The
+    workers end with the generator: close it.
     """
     if not episodes:
         return
@@ -90,13 +96,18 @@ def play(
     preflight.check_gpu_memory(run, ["device"])
     fields = {**run_fields(config, run.spec, run.horizon), **assignment_fields(config.actors)}
     with WorkerPool(config, fields, evaluation=worker_job(run, episodes, films), meanwhile=meanwhile) as pool:
-        server = load_server(evaluation, run, pool)
-        pool.await_template()
-        pool.fork_workers()
+        with wait("loading the policy"):
+            server = load_server(evaluation, run, pool)
+        with wait("making the environment, compiling its scene"):
+            pool.await_template()
+        with wait("starting the environment workers"):
+            pool.fork_workers()
         pool.end_template()
         dispatcher = Dispatcher(config.seed, episodes, films, pool)
         for lane in range(config.actors):
             dispatcher.give(lane)
+        with wait(f"first resets of {config.actors} environment workers"):
+            await_request(server, pool, meanwhile)
         while dispatcher.playing:
             meanwhile()
             events.clear(pool.observation_ready)
@@ -109,6 +120,17 @@ def play(
             if not server.serve_ready(server.slots.ready()):
                 events.wait(pool.observation_ready, IDLE_S)
         pool.await_end()
+
+
+def await_request(server: InferenceServer, pool: WorkerPool, meanwhile: Callable[[], object]) -> None:
+    """Wait until an environment worker has its first observation; `meanwhile` is called now and then."""
+    while not len(server.slots.ready()):
+        meanwhile()
+        for lane in range(len(pool.workers)):
+            pool.check(lane)
+        events.clear(pool.observation_ready)
+        if not len(server.slots.ready()):
+            events.wait(pool.observation_ready, IDLE_S)
 
 
 def worker_job(run: CheckedRun, episodes: Sequence[Episode], films: Films | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from dsrl_async.envs import EnvironmentRecord, libero_files
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus
+from dsrl_async.host.waiting import waiting
 from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.evaluation.episodes import Episode, parse_numbers, plan_suite, what_repeats
@@ -163,7 +164,7 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the workers write it, nobody reads it
     own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False, "evaluation": EvaluationConfig()}
     config = config.model_copy(update=own)
-    run = preflight.check_run(config, before)
+    run = preflight.check_run(config, before, wait=waiting)
     preflight.check_devices(config, ["device"])
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:

@@ -10,11 +10,15 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dsrl_async.host.output import LAST_WORDS_S, detach_stderr, detach_stdout, finish_stdout, open_missing
 from dsrl_async.host.signals import survive_warnings
+
+SLOW_S = 1.5
+"""An import that takes so long is worth a word."""
 
 
 def run_command(name: str) -> int:
@@ -22,7 +26,8 @@ def run_command(name: str) -> int:
 
     def command() -> int:
         interrupted = note_interrupts()
-        module = importlib.import_module(f"dsrl_async.{name}.command")
+        with said_if_slow():
+            module = importlib.import_module(f"dsrl_async.{name}.command")
         if interrupted:
             raise KeyboardInterrupt
         title = {"launch": "supervisor", "evaluate": "evaluation"}.get(name, name)
@@ -31,6 +36,21 @@ def run_command(name: str) -> int:
         return code
 
     return guard(command)
+
+
+@contextlib.contextmanager
+def said_if_slow() -> Iterator[None]:
+    """Tell whoever sits at a terminal that modules are imported, if that takes long: a cold disk, PyTorch."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    slow = threading.Timer(SLOW_S, print, ["importing what this command needs"], {"file": sys.stderr})
+    slow.daemon = True
+    slow.start()
+    try:
+        yield
+    finally:
+        slow.cancel()
 
 
 def note_interrupts() -> list[int]:

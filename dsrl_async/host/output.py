@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import TextIO
 
 MOST_WAITING = 1 << 16
@@ -86,6 +87,17 @@ def _attach_again() -> None:
 
 
 os.register_at_fork(after_in_child=_attach_again)
+
+
+def is_for_a_person() -> bool:
+    """Whether both, stdout and stderr, are a terminal: a line of JSON would only hide what is meant for a person."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
+
+
+def print_to_person(lines: Iterable[str]) -> None:
+    """Print lines to stderr as they are: a command in them can be copied. That nobody reads them is no error."""
+    with contextlib.suppress(OSError):
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def say(text: str, patience_s: float = 10.0) -> bool:

@@ -1,8 +1,9 @@
 """The command: `python -m dsrl_async.launch [--config YAML] [--key value ...]`.
 
-Checks everything first, then runs; progress goes to stderr, and the last line on stdout is the run's summary as one
-JSON object. Exit codes: 0 after a limit or a signal (the run ended as asked, with a checkpoint), 1 after a failure,
-2 for input that cannot be run.
+Checks everything first, then runs; progress goes to stderr, and at the end three lines: what came out, where it is,
+what to do next. The last line on stdout is the run's summary as one JSON object, unless both are a terminal: then it is
+only in `summary.json`. Exit codes: 0 after a limit or a signal (the run ended as asked, with a checkpoint), 1 after a
+failure, 2 for input that cannot be run.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsrl_async.config.command_line import load_config, make_paths_absolute, program
+from dsrl_async.config.command_line import load_config, make_paths_absolute
 from dsrl_async.config.load import to_yaml
+from dsrl_async.config.settings import Config
 from dsrl_async.host import logs
 from dsrl_async.host.command import what_is_wrong
 from dsrl_async.host.files import write_text
-from dsrl_async.host.output import say
+from dsrl_async.host.output import is_for_a_person, print_to_person, say
 from dsrl_async.host.processes import Program
 from dsrl_async.host.signals import StopRequest
+from dsrl_async.launch.last_words import last_words
 from dsrl_async.run import checkpoints, preflight
-from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.child import Kind
@@ -53,16 +55,19 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
         if stop.reason:
             raise KeyboardInterrupt
 
-    check_loggers(config)
+    wait = make_console(config).wait
+    with wait("looking for the loggers"):
+        check_loggers(config)
     preflight.check_films(config)
-    checked = preflight.check_run(config, meanwhile=heed_stop)
+    checked = preflight.check_run(config, meanwhile=heed_stop, wait=wait)
     config = checked.config
-    preflight.check_memory(checked)
-    preflight.check_devices(config)
-    preflight.check_gpu_memory(checked)
-    preflight.check_descriptors(config)
-    if not config.serial:
-        preflight.check_channel()
+    with wait("looking at the machine"):
+        preflight.check_memory(checked)
+        preflight.check_devices(config)
+        preflight.check_gpu_memory(checked)
+        preflight.check_descriptors(config)
+        if not config.serial:
+            preflight.check_channel()
     heed_stop()  # nothing was started yet
     run_dir, lock = preflight.open_run_directory(config)
     with lock:
@@ -73,9 +78,11 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
         except Exception as error:
             logger.exception("error in the run")
             summary = {"run_dir": str(run_dir), "exit_reason": ending.failure(what_is_wrong(error))}
+            tell(config, run_dir, summary)
     with contextlib.suppress(OSError):
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    say(json.dumps(summary))  # if nobody takes it, the run did what it was for all the same
+    if config.log.console == "off" or not is_for_a_person():
+        say(json.dumps(summary))  # if nobody takes it, the run did what it was for all the same
     if ending.has_failed(summary["exit_reason"]):
         raise RuntimeError(ending.what_failed(summary["exit_reason"]))
     return 0
@@ -84,7 +91,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
 def run(
     checked: CheckedRun, run_dir: Path, stop: StopRequest, programs: Mapping[Kind, Program] = PROGRAMS
 ) -> dict[str, Any]:
-    """Run in an opened run directory; returns the summary.
+    """Run in an opened run directory; returns the summary, about which a person is told.
 
     Raises:
         ValueError: a checkpoint cannot be used; nothing was started.
@@ -93,7 +100,8 @@ def run(
     config = checked.config
     with contextlib.closing(make_console(config)) as console:
         logs.set_up(console.handler, logs.LogFile(run_dir / "logs" / "supervisor.log"))
-        made_with, changes = preflight.made_with(checked), []
+        with console.wait("reading the policy's files to know them again"):
+            made_with, changes = preflight.made_with(checked), []
         if config.resume is not None:
             changes = preflight.check_resume(config, run_dir)
             changes += preflight.check_made_with(run_dir, made_with, checked.policy.place)
@@ -120,20 +128,15 @@ def run(
         if session.resumed_from is not None:
             summary["resumed"] = {"from": str(session.resumed_from), "changes": changes}
         checkpoints.remove_recovery(run_dir)
-        with contextlib.suppress(OSError, ValueError):
-            say_how_to_go_on(run_dir, summary)
+        saved = checkpoints.latest(run_dir)
+        if saved is not None and not checkpoints.has_replay(saved):
+            logger.warning("the last checkpoint has no replay buffer, for want of room: a resume warms up again")
+    tell(config, run_dir, summary, session.monitor.began())
     return summary
 
 
-def say_how_to_go_on(run_dir: Path, summary: dict[str, Any]) -> None:
-    """Log the commands that continue a run and evaluate it."""
-    saved = checkpoints.latest(run_dir)
-    if saved is not None and not checkpoints.has_replay(saved):
-        logger.warning("the last checkpoint has no replay buffer, for want of room: a resume warms up again")
-    if saved is not None and not ending.has_failed(summary["exit_reason"]):
-        more = " --max-decisions MORE" if summary["exit_reason"] == "max_decisions" else ""
-        logger.info("to go on: %s --resume %s%s", program("launch"), run_dir, more)
-        if summary.get("updates"):
-            logger.info("to see how good it is: %s --checkpoint %s", program("evaluate"), run_dir)
-        if find_best(run_dir) is not None:
-            logger.info("to see how good the best is: %s --checkpoint %s --best", program("evaluate"), run_dir)
+def tell(config: Config, run_dir: Path, summary: dict[str, Any], began: str = "") -> None:
+    """Print the last words about a run to stderr; nothing there may keep the run from ending."""
+    if config.log.console != "off":
+        with contextlib.suppress(OSError, ValueError):
+            print_to_person(last_words(run_dir, summary, began))

@@ -15,6 +15,8 @@ from pathlib import Path
 from dsrl_async.config.command_line import Parser, program
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.host.files import write_text
+from dsrl_async.host.output import is_for_a_person, print_to_person
+from dsrl_async.host.waiting import waiting
 from dsrl_async.report.page import write_page
 from dsrl_async.report.records import read_evaluation, read_run, with_names
 
@@ -50,13 +52,19 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--out {out}: the page is HTML; give a name that ends in .html")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no directory {out.absolute().parent}")
-    evaluations = [read_evaluation(directory) for directory in options.evaluation]
-    runs = with_names([read_run(directory, options.films) for directory in options.runs])
-    page = write_page(runs, evaluations)
+    with waiting("reading the runs") as say:
+        evaluations = [read_evaluation(directory) for directory in options.evaluation]
+        runs = with_names([read_run(directory, options.films) for directory in options.runs])
+        say("drawing")
+        page = write_page(runs, evaluations)
     try:
         write_text(out, page)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
     notes = [note for run in runs for note in run.notes]
-    print(json.dumps({"out": str(out), "bytes": len(page.encode()), "runs": len(runs), "notes": notes}))
+    size = len(page.encode())
+    count = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    print_to_person([*notes, f"{out}: {count}, {size / 1e6:.1f} MB; open it in a browser, no other file is needed"])
+    if not is_for_a_person():
+        print(json.dumps({"out": str(out), "bytes": size, "runs": len(runs), "notes": notes}))
     return 0

@@ -463,11 +463,13 @@ def _last_whole(paths: Sequence[Path]) -> Path | None:
     return None
 
 
-def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> bool:
+def restore_shared(
+    checkpoint: Path, counters: Counters, ring: ReplayRing, say: Callable[[str], object] = lambda words: None
+) -> bool:
     """Fill fresh shared memory with a checkpoint's counters and replay rows, also for another number of lanes.
 
     Where it has no rows, or is a recovery file, they come from the newest one before it that has some. Returns whether
-    there were any.
+    there were any. `say` is told what is being done.
 
     Raises ValueError with one sentence if a file is missing, damaged or does not fit.
     """
@@ -478,7 +480,9 @@ def restore_shared(checkpoint: Path, counters: Counters, ring: ReplayRing) -> bo
     if source is not None:
         with naming_an_older_one(source):
             files = _files_of(source, state if source == checkpoint else check(source))[1:]
-            lanes = [read_lane(source / file, ring) for file in files]
+            for number, file in enumerate(files):
+                say(f"reading the replay buffer, {number} of {len(files)} lanes")
+                lanes.append(read_lane(source / file, ring))
     restore_counters(state, counters)
     ring.import_lanes(lanes)
     return source is not None

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import logging
 import sys
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.live import Live
 from rich.logging import RichHandler
 
 from dsrl_async.config.settings import Config
+from dsrl_async.host.waiting import Say, silence, waiting
 from dsrl_async.telemetry.monitor import View
 from dsrl_async.telemetry.screen import Screen, duration, evaluation_of, graphs_of, loading_of, ratio_of, warm_up
 
@@ -28,6 +30,9 @@ class Display(Protocol):
 
     handler: logging.Handler
     """Handler for the root logger: it writes messages above the live display or between the plain lines."""
+
+    def wait(self, what: str) -> AbstractContextManager[Say]:
+        """Say what this process does inside of the `with`, before there are views."""
 
     def update(self, view: View) -> None:
         """Show the newest view."""
@@ -53,6 +58,9 @@ class NoDisplay:
     def __init__(self) -> None:
         self.handler: logging.Handler = logging.NullHandler()
 
+    def wait(self, what: str) -> AbstractContextManager[Say]:
+        return silence(what)
+
     def update(self, view: View) -> None:
         pass
 
@@ -73,6 +81,9 @@ class PlainDisplay:
         self._due_s = 0.0
         self._waiting: View | None = None
         self._steps: list[tuple[str, str]] | None = None  # what was waited for in the last view
+
+    def wait(self, what: str) -> AbstractContextManager[Say]:
+        return waiting(what, Console(stderr=True, force_terminal=False))
 
     def update(self, view: View) -> None:
         self._waiting = view
@@ -102,11 +113,16 @@ class LiveDisplay:
         self.handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
         self.handler.setFormatter(logging.Formatter("%(message)s"))  # the handler shows time and level itself
         self._config = config
+        self._console = console
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
-        self._live.start()
-        atexit.register(self.close)  # an uncaught exception must not leave the cursor hidden
+
+    def wait(self, what: str) -> AbstractContextManager[Say]:
+        return waiting(what, self._console)
 
     def update(self, view: View) -> None:
+        if not self._live.is_started:
+            self._live.start()
+            atexit.register(self.close)  # an uncaught exception must not leave the cursor hidden
         with contextlib.suppress(OSError):  # the run goes on when the terminal is closed
             self._live.update(Screen(self._config, view), refresh=True)
 

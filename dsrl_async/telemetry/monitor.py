@@ -173,8 +173,11 @@ class RunMonitor:
         self._metrics: dict[str, float] = {}
         outcomes = start["control_outcomes"]
         self._successes = deque((outcomes[outcomes > 0] - 1).tolist(), maxlen=SUCCESS_EPISODES)
+        self._first = list(self._successes)  # the episodes that this launch begins with, or its first ones
+        self._resumed = bool(self._first)
         self._history = History(start["control_history"], int(start["control_history_length"][0]))
         self._usage = ProcessUsage()
+        self._episodes = 0  # that ended in this launch
         self._failed: set[str] = set()
         self.evaluation: EvaluationView | None = None
         """What the next views say of evaluations."""
@@ -195,6 +198,9 @@ class RunMonitor:
         episodes = finished_episodes(snapshot, self._episodes_seen)
         self._episodes_seen = snapshot["actor_episodes"].copy()
         self._successes.extend(episode.success for episode in episodes)
+        if not self._resumed:
+            self._first += [episode.success for episode in episodes][: SUCCESS_EPISODES - len(self._first)]
+        self._episodes += len(episodes)
         if self._successes:
             self._history.add(sum(self._successes) / len(self._successes))
         new_metrics = self._read_metrics(snapshot)
@@ -226,6 +232,14 @@ class RunMonitor:
                 "cuda_graphs": view.cuda_graphs,
             }
         )
+
+    def began(self) -> str:
+        """In words what the success rate was at the beginning of this launch; empty as long as that is the same."""
+        first = self._first
+        if not first or self._episodes < (1 if self._resumed else 2 * len(first)):
+            return ""
+        rate = f"{sum(first) / len(first):.1%}"
+        return f", {rate} when it was resumed" if self._resumed else f", {rate} of the first {len(first)}"
 
     def keep(self, counters: Counters) -> None:
         """Write what a resumed run needs of the episodes to the counters, so that the next checkpoint has it."""

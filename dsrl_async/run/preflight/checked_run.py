@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentRecord, EnvironmentSpec
 from dsrl_async.host.environments import environment_record
+from dsrl_async.host.waiting import silence
 from dsrl_async.policies import PolicyRecord
 from dsrl_async.run.evaluation.episodes import held_out
 from dsrl_async.run.preflight.hub import do_nothing, fetch_policy
@@ -48,16 +50,24 @@ class CheckedRun:
         return dataclasses.replace(self, config=self.config.model_copy(update={"actors": actors}))
 
 
-def check_run(config: Config, before: Config | None = None, meanwhile: Callable[[], object] = do_nothing) -> CheckedRun:
+def check_run(
+    config: Config,
+    before: Config | None = None,
+    meanwhile: Callable[[], object] = do_nothing,
+    wait: Callable[[str], AbstractContextManager[object]] = silence,
+) -> CheckedRun:
     """Reads the policy's files; raises ConfigError unless policy, environment and agent are there and fit each other.
 
     A policy of the hub is downloaded first, see `fetch_policy`, and the run's settings then name its commit.
     What the machine has to have for the run is checked by itself: `check_memory`, `check_devices`, `check_descriptors`.
-    `before` are settings that have been accepted already, see `check_effect`.
+    `before` are settings that have been accepted already, see `check_effect`. `wait` says what is being done, but for
+    the download, which says it itself.
     """
-    spec = check_environment(config, before)
+    with wait("asking the environment for its shapes"):
+        spec = check_environment(config, before)
     config = fetch_policy(config, meanwhile)
-    policy = check_checkpoint(config, before)
+    with wait("reading the policy's files"):
+        policy = check_checkpoint(config, before)
     config = fit_agent(config, policy.spec, spec)
     check_fit(config, policy.spec, spec)
     told = check_prompts(policy, spec)

@@ -36,13 +36,17 @@ def run_serial(session: Session) -> dict[str, Any]:
     torch.set_num_threads(cpu_threads(config.learner.threads))
     device = torch.device("cpu")
     stage = stages_of(arena, "inference", device)
-    policies = load_policies(config, run.spec, device, run.policy, session.counters, stage)
-    server, learner = join(config, arena, policies, run.horizon, device, session.run_dir, lambda lanes: None)
+    with session.wait("loading the policy"):
+        policies = load_policies(config, run.spec, device, run.policy, session.counters, stage)
+    with session.wait("making the agent"):
+        server, learner = join(config, arena, policies, run.horizon, device, session.run_dir, lambda lanes: None)
     env_config, of_agent = config.env.model_dump(), (config.sac.step_discount, config.sac.cameras)
-    lanes = [Lane(number, 1, config.seed, env_config, arena, None, *of_agent) for number in range(config.actors)]
-    for lane in lanes:
-        lane.start()
-    evaluation = EvaluationLanes(session)
+    with session.wait("making the environments") as say:
+        lanes = [Lane(number, 1, config.seed, env_config, arena, None, *of_agent) for number in range(config.actors)]
+        for lane in lanes:
+            say(f"first resets, {lane.number} of {len(lanes)} done")
+            lane.start()
+        evaluation = EvaluationLanes(session)
     try:
         while (reason := session.reason_to_stop()) is None:
             session.evaluate(lambda lane: None)

@@ -36,7 +36,7 @@ class Session:
 
     def __init__(self, run: CheckedRun, run_dir: Path, stop: StopRequest, console: Display) -> None:
         self.run, self.config, self.run_dir = run, run.config, run_dir
-        self._stop, self._console = stop, console
+        self._stop, self._console, self.wait = stop, console, console.wait
         config = run.config
         self.arena = create_memory(config, run.spec, run.horizon)
         self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
@@ -48,7 +48,8 @@ class Session:
         self.evaluations: Evaluations | None = None
         if config.evaluation.lanes:
             self.evaluations = Evaluations(run, run_dir, self.arena)
-        self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before, texts=texts(config))
+        with self.wait("opening the loggers"):
+            self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before, texts=texts(config))
         self._profiler = None
         if config.profile:
             self._profiler = Profiler(config, run_dir, self.arena, start, run.policy.own_settings)
@@ -62,7 +63,8 @@ class Session:
         """Restore what `--resume` means; where that is an older checkpoint, returns the place of what is set aside."""
         saved, named = chosen(self.run_dir, given)
         assert saved is not None  # `check_resume` has seen it
-        replay = checkpoints.restore_shared(saved, self.counters, self.ring)
+        with self.wait("checking the checkpoint") as say:
+            replay = checkpoints.restore_shared(saved, self.counters, self.ring, say)
         self.resumed_from = saved
         logger.info("going on from %s", saved)
         if not replay:
