@@ -117,7 +117,8 @@ def run(
             logger.warning(untried)
         try:
             if config.serial:
-                from dsrl_async.run.supervisor.serial import run_serial
+                with console.wait("importing PyTorch"):
+                    from dsrl_async.run.supervisor.serial import run_serial
 
                 summary = run_serial(session)
             else:

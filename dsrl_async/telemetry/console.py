@@ -10,11 +10,12 @@ import contextlib
 import logging
 import sys
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
-from rich.logging import RichHandler
+from rich.text import Text
 
 from dsrl_async.config.settings import Config
 from dsrl_async.host.waiting import Say, silence, waiting
@@ -106,12 +107,27 @@ class PlainDisplay:
         self._waiting = None
 
 
+class Messages(logging.Handler):
+    """Writes messages above the live display, in lines that the terminal wraps: a command in them can be copied."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        level = (f"{record.levelname:<7}", "red" if record.levelno >= logging.WARNING else "blue")
+        with contextlib.suppress(OSError):
+            self._console.print(
+                Text.assemble((time, "bright_black"), " ", level, f" {self.format(record)}"), soft_wrap=True
+            )
+
+
 class LiveDisplay:
     """A panel at the bottom of the terminal, redrawn with every view; log messages scroll by above it."""
 
     def __init__(self, config: Config, console: Console) -> None:
-        self.handler: logging.Handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
-        self.handler.setFormatter(logging.Formatter("%(message)s"))  # the handler shows time and level itself
+        self.handler: logging.Handler = Messages(console)
         self._config = config
         self._console = console
         self._live = Live(console=console, auto_refresh=False, redirect_stdout=False)
