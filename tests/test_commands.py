@@ -288,6 +288,7 @@ OF_THEIR_OWN = {
     "scripts/chaos.py",
     "scripts/make_aloha_checkpoint.py",
     "scripts/write_configuration_table.py",
+    "scripts/write_troubleshooting.py",
 }
 
 

@@ -209,6 +209,7 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         )
         return
     need = preflight.memory_needed(config, run.environment, run.spec, run.policy.needs)
+    yield from _shm(need.shared)
     fit = preflight.actors_that_fit(config, run.environment, run.spec, run.policy.needs, available)
     preflight.check_memory(run)
     yield Finding(
@@ -219,6 +220,17 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         f"actors, {need.worker / GIB:.2f} each of {need.workers}); {fit} actors fit",
     )
     yield from check_gpu_memory(config, options)
+
+
+def _shm(shared: int) -> Iterator[Finding]:
+    """What containers limit, and people look for first, where it is less than what a run shares."""
+    try:
+        there = os.statvfs("/dev/shm")
+        size = there.f_blocks * there.f_frsize
+    except OSError:
+        size = 0
+    if size < shared:
+        yield Finding("memory", "ok", f"/dev/shm holds {size / 2**20:,.0f} MiB, which is no limit for a run")
 
 
 def check_gpu_memory(config: Config, options: Options) -> Iterator[Finding]:
@@ -278,6 +290,8 @@ def check_actor(config: Config, options: Options) -> Iterator[Finding]:
 
 def check_cpus(config: Config, options: Options) -> Iterator[Finding]:
     cpus = available_cpus()
+    if job := os.environ.get("SLURM_JOB_ID"):
+        yield Finding("cpus", "ok", f"SLURM job {job}: {cpus} of the node's {os.cpu_count()} cores may be used")
     inference = cpu_threads(config.inference.threads)
     learner = cpu_threads(config.learner.threads)
     yield Finding(
@@ -338,6 +352,10 @@ def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
             yield Finding("cuda", "warning", f"torch cannot compute on cuda:{index}: {fault}; leave it alone")
     if "device" not in found:
         return
+    if found["devices"] > 1 and not config.serial:
+        on = {user: "cuda:0" if name in ("auto", "cuda") else name for user, name in devices.items()}
+        finds = f"torch finds {found['devices']} GPUs: the policy is on {on['policy']}, the learner on {on['learner']}"
+        yield Finding("cuda", "ok", finds)
     free = found["free_bytes"][0] / GIB
     yield Finding("cuda", "ok", f"{build}: {found['device']}, {free:.1f} GiB free{driver}, {used}")
     preflight.check_kernels(config)

@@ -19,7 +19,10 @@ from dsrl_async.config.command_line import Parser, add_help_all, add_sections, l
 from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor.checks import Finding, Options, examine
+from dsrl_async.doctor.questions import asked, in_lines
 
+WIDEST = 100
+"""Columns of an answer at most."""
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red", "skipped": "dim"}
 
 
@@ -73,8 +76,14 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--time-limit-s must be positive")
     found = list(findings(rest, Options(own.measure, own.time_limit_s)))
     stopped = any(finding.status == "problem" for finding in found)
+    about = asked(finding.message for finding in found)
     if own.json:
-        content = {"ok": not stopped, "verdict": verdict(found), "findings": [finding._asdict() for finding in found]}
+        content = {
+            "ok": not stopped,
+            "verdict": verdict(found),
+            "findings": [finding._asdict() for finding in found],
+            "questions": [question.question for question in about],
+        }
         print(json.dumps(content))
         return int(stopped)
     console = Console()
@@ -89,5 +98,7 @@ def main(argv: Sequence[str]) -> int:
     else:  # one line each, to be searched
         for finding in found:
             print(f"{finding.status:8} {finding.check:14} {finding.message}")
-    print(verdict(found))
+    for question in about:
+        print("", *in_lines(question, min(console.width, WIDEST)), sep="\n")
+    print(*([""] if about else []), verdict(found), sep="\n")
     return int(stopped)

@@ -26,6 +26,7 @@ from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.doctor import checks, probes
 from dsrl_async.doctor.checks import Finding, Options
+from dsrl_async.doctor.questions import questions
 from dsrl_async.host import machine
 from dsrl_async.host.probe import Unanswered, ask
 from dsrl_async.pi0.config import EMBEDDED_POLICY
@@ -115,6 +116,69 @@ def test_a_problem_that_ends_several_checks_is_told_once(
     assert list(skipped) == others
     assert all(message.startswith(f"see {first}") for message in skipped.values())
     assert report["verdict"] == "This run cannot start before a problem is solved."
+
+
+# Questions
+
+ASKED = {
+    "graphics": "No EGL, black pictures, or an error of `eglInitialize`?",
+    "shm": "The container has a small `/dev/shm`, or none. `--shm-size`?",
+    "memory": "Is it out of memory?",
+    "GPUs": "There are two GPUs. What do they do?",
+    "SLURM": "How do I run it under SLURM?",
+    "checkpoint": "Why isn't my checkpoint recognised?",
+    "tokenizer": "Where is the tokenizer?",
+    "disk": "The disk is full. What now?",
+    "no GPU": "`torch finds no CUDA device`: why is the GPU not used?",
+}
+
+
+@pytest.fixture
+def cause(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes the cause of one of the questions; returns the options to give."""
+    arguments = ["--device", "cpu"]
+    gpus: tuple[int, ...] = (2**34,)
+    match request.param:
+        case "graphics":
+            monkeypatch.setenv("MUJOCO_GL", "bogus")
+            arguments += ["--config", "libero_spatial_small"]
+        case "shm":
+            monkeypatch.setattr(checks.os, "statvfs", lambda _: SimpleNamespace(f_blocks=16, f_frsize=4096))
+        case "memory":
+            monkeypatch.setattr("dsrl_async.run.preflight.memory.available_memory", lambda: 1 << 28)
+        case "GPUs":
+            gpus, arguments = (2**34, 2**34), ["--learner.device", "cuda:1"]
+            monkeypatch.setattr(preflight, "check_gpu_memory", lambda _: {})
+        case "SLURM":
+            monkeypatch.setenv("SLURM_JOB_ID", "77")
+        case "disk":
+            monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+        case "no GPU":
+            gpus, arguments = (), ["--device", "cuda"]
+        case "checkpoint" | "tokenizer" as missing:
+            policy = Path(shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy"))
+            (policy / ("tokenizer.json" if missing == "tokenizer" else "model.safetensors")).unlink()
+            arguments += ["--policy.checkpoint", str(policy)]
+    answer = {"torch": "2.13", "built_for": "13", "device": "X", "uploads": 3, "uploads_reason": ""}
+    monkeypatch.setattr(checks, "ask", lambda *_: {**answer, **found_gpus(*gpus)})
+    monkeypatch.setattr(preflight.host, "cuda_devices", lambda: found_gpus(*gpus))
+    return arguments
+
+
+@pytest.mark.parametrize(("cause", "question"), ASKED.items(), indirect=["cause"], ids=ASKED)
+def test_the_question_that_a_finding_is_about_is_answered(cause: list[str], question: str) -> None:
+    """In the words of the page; the verdict stays the last line."""
+    assert json.loads(call("doctor", "--json", *cause).stdout)["questions"] == [question]
+    (known,) = (known for known in questions() if known.question == question)
+    printed = call("doctor", *cause).stdout
+    words = " ".join(printed.split())
+    assert all(sentence in words for sentence in (known.question, known.answer, *known.mend))
+    assert all(f"\n    {command.run}\n" in printed for command in known.find_out)
+    assert printed.splitlines()[-1].startswith("This run can")
+
+
+def test_no_question_without_a_cause() -> None:
+    assert json.loads(call("doctor", "--json").stdout)["questions"] == []
 
 
 # Graphics
