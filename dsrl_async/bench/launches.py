@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -174,15 +175,20 @@ def traffic(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
 
 def matrices_of(name: str, args: Any) -> Matrices | None:
     """The matrices of an ATen operation that multiplies some."""
+    if name == "convolution":
+        assert list(args[1].shape[2:]) == list(args[3]), "only patches that do not overlap are counted"
+    return matrices_of_sizes(name, [leaf.shape if isinstance(leaf, Tensor) else () for leaf in args])
+
+
+def matrices_of_sizes(name: str, sizes: Sequence[Sequence[int]]) -> Matrices | None:
+    """`matrices_of` for arguments of these sizes."""
     if name in ("addmm", "addmm_", "mm", "bmm", "baddbmm", "baddbmm_"):
-        left, right = args[1:3] if "add" in name else args[:2]
-        count = left.shape[0] if left.ndim == 3 else 1
-        return Matrices(count, left.shape[-2], right.shape[-1], left.shape[-1])
-    if name == "convolution":  # of a stride as large as its kernel: of patches that do not overlap
-        images, weight, stride = args[0], args[1], args[3]
-        assert list(weight.shape[2:]) == list(stride), "only patches are counted"
-        patches = math.prod(images.shape[2:]) // math.prod(stride)
-        return Matrices(1, images.shape[0] * patches, weight.shape[0], math.prod(weight.shape[1:]))
+        left, right = sizes[1:3] if "add" in name else sizes[:2]
+        return Matrices(left[0] if len(left) == 3 else 1, left[-2], right[-1], left[-1])
+    if name == "convolution":  # whose stride is its kernel's size
+        images, weight = sizes[:2]
+        patches = math.prod(images[2:]) // math.prod(weight[2:])
+        return Matrices(1, images[0] * patches, weight[0], math.prod(weight[1:]))
     return None
 
 

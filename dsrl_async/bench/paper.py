@@ -2,7 +2,7 @@
 
 Nothing is computed or measured: a policy of full size in bfloat16 goes through the sampler on the meta device, and each
 kernel that it would launch is counted with its shapes (`dsrl_async.bench.launches`). The figures of a case are, for the
-stages vision, prefill, state and denoise (all steps; `step` is one of them) and their `total`:
+stages vision, prefill, state (together: encode) and denoise (all steps; `step` is one of them) and their `total`:
   kernels       launches
   gigabytes     read and written by them
   teraflops     of matrix products and attention
@@ -19,6 +19,7 @@ prints Markdown tables instead, with the kernels by the function that launches t
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -32,11 +33,14 @@ from dsrl_async.bench.figures import Figure, JsonLines, require_positive
 from dsrl_async.bench.launches import Launch, LaunchCount
 from dsrl_async.pi0.checkpoint import empty_model
 from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.pi0.sampler import Sampler
 
-OWN, GPU = "dsrl_async", "h100"
-STAGES = ("vision", "prefill", "state", "denoise")
+GPU = "h100"
+STAGES = ("vision", "prefill", "state", "encode", "denoise")
+"""`encode` is what torch.compile makes one of: vision, prefill and state."""
+WAYS = ("eager", "compiled")
 KINDS = ("product", "attention", "other")
 UNITS = {
     "us": "us",
@@ -133,9 +137,17 @@ class H100:
 
 
 def count_sample(
-    config: Pi0Config, batch_size: int, prompt_tokens: int, steps: int, dtype: torch.dtype = torch.bfloat16
+    config: Pi0Config,
+    batch_size: int,
+    prompt_tokens: int,
+    steps: int,
+    way: str = "eager",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Launch]:
     """The launches of one call of the sampler. Its steps are alike, so that one is counted for all of them."""
+    if way == "compiled":
+        encode, copy_of_noise, step = _compiled(config, batch_size, prompt_tokens, dtype)
+        return [*encode, *copy_of_noise, *step * steps]
     model = empty_model(config, "meta", dtype)
     sampler = Sampler(model, batch_size, prompt_tokens, denoise_steps=1)
     count = LaunchCount("prefill")
@@ -157,9 +169,23 @@ def count_sample(
         hook.remove()
     with LaunchCount("denoise") as denoise:
         sampler.denoise()
-    copy_of_noise, *step = denoise.launches
-    assert copy_of_noise.operation == "copy_"
-    return [*count.launches, copy_of_noise, *step * steps]
+    copy, *step = denoise.launches
+    assert copy.operation == "copy_"
+    return [*count.launches, copy, *step * steps]
+
+
+def _compiled(config: Pi0Config, batch_size: int, prompt_tokens: int, dtype: torch.dtype) -> Iterator[list[Launch]]:
+    """The launches of the first half, of the copy of the noise, and of one step."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dsrl_async.bench.compiled_launches import launches_of_compiled
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Pi0(config).set_dtype(dtype).eval().requires_grad_(False)
+        sampler = Sampler(model, batch_size, prompt_tokens, denoise_steps=1, compiled=True)
+        yield launches_of_compiled("encode", sampler.encode)
+        yield [Launch("denoise", "Sampler.denoise", "copy_", "other", sampler.noise.nbytes, sampler.noise.nbytes)]
+        yield launches_of_compiled("denoise", sampler.denoise)
 
 
 def seconds(launches: Iterable[Launch]) -> float:
@@ -169,7 +195,8 @@ def seconds(launches: Iterable[Launch]) -> float:
 def bounds_ms(config: Pi0Config, batch_size: int, prompt_tokens: int, steps: int) -> dict[str, float]:
     """Of the stages that have one, at the rates of `dsrl_async.pi0.roofline`."""
     work = stages(config, prompt_tokens, steps)
-    return {name: 1e3 * stage.bound_s(batch_size, 800e12, 3.35e12) for name, stage in work.items()}
+    bounds = {name: 1e3 * stage.bound_s(batch_size, 800e12, 3.35e12) for name, stage in work.items()}
+    return bounds | {"encode": bounds["vision"] + bounds["prefill"], "total": sum(bounds.values())}
 
 
 def by_stage(launches: list[Launch], steps: int) -> dict[str, list[Launch]]:
@@ -180,18 +207,18 @@ def by_stage(launches: list[Launch], steps: int) -> dict[str, list[Launch]]:
     return {stage: part for stage, part in parts.items() if part} | {"step": step, "total": launches}
 
 
-def summarise(launches: list[Launch], steps: int, bounds: dict[str, float]) -> Iterator[Figure]:
+def summarise(way: str, launches: list[Launch], steps: int, bounds: dict[str, float]) -> Iterator[Figure]:
     for stage, part in by_stage(launches, steps).items():
-        yield Figure(OWN, f"{stage}_kernels", len(part), "kernels")
-        yield Figure(OWN, f"{stage}_gigabytes", sum(launch.bytes for launch in part) / 1e9, "GB")
-        yield Figure(OWN, f"{stage}_teraflops", sum(launch.flops for launch in part) / 1e12, "TFLOP")
-        yield Figure(OWN, f"{stage}_ms", 1e3 * seconds(part), "ms")
+        yield Figure(way, f"{stage}_kernels", len(part), "kernels")
+        yield Figure(way, f"{stage}_gigabytes", sum(launch.bytes for launch in part) / 1e9, "GB")
+        yield Figure(way, f"{stage}_teraflops", sum(launch.flops for launch in part) / 1e12, "TFLOP")
+        yield Figure(way, f"{stage}_ms", 1e3 * seconds(part), "ms")
         if stage in bounds:
-            yield Figure(OWN, f"{stage}_bound_ms", bounds[stage], "ms")
+            yield Figure(way, f"{stage}_bound_ms", bounds[stage], "ms")
         for kind in KINDS:
             of_kind = [launch for launch in part if launch.kind == kind]
-            yield Figure(OWN, f"{stage}_{kind}_kernels", len(of_kind), "kernels")
-            yield Figure(OWN, f"{stage}_{kind}_ms", 1e3 * seconds(of_kind), "ms")
+            yield Figure(way, f"{stage}_{kind}_kernels", len(of_kind), "kernels")
+            yield Figure(way, f"{stage}_{kind}_ms", 1e3 * seconds(of_kind), "ms")
 
 
 def stage_table(launches: list[Launch], steps: int, bounds: dict[str, float]) -> Iterator[str]:
@@ -237,6 +264,13 @@ def constants() -> Iterator[Figure]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", choices=list(synthetic.MODELS), default=["pi0"])
+    parser.add_argument(
+        "--way",
+        nargs="+",
+        choices=WAYS,
+        default=["eager"],
+        help="eager: torch's own kernels (default); compiled: those of policy.compile, in a minute or two",
+    )
     parser.add_argument("--size", choices=list(synthetic.SIZES), default="full", help="as in `bench denoise` (full)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="observations at once (default: 1 16)")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: 10)")
@@ -259,14 +293,14 @@ def run(arguments: argparse.Namespace) -> None:
         config = Pi0Config(**synthetic.sizes(model, arguments.size))
         if not 1 <= arguments.prompt_tokens <= config.max_token_len:
             raise ValueError(f"--prompt-tokens must be from 1 to {config.max_token_len} for {model}")
-        for batch in arguments.batch:
+        for batch, way in itertools.product(arguments.batch, arguments.way):
             details = f"batch {batch} steps {arguments.steps} prompt {arguments.prompt_tokens}"
             case = f"{model} {arguments.size} bfloat16 {details}"
-            launches = count_sample(config, batch, arguments.prompt_tokens, arguments.steps)
+            launches = count_sample(config, batch, arguments.prompt_tokens, arguments.steps, way)
             bounds = bounds_ms(config, batch, arguments.prompt_tokens, arguments.steps)
             if arguments.tables:
-                print(f"{case}:\n", *stage_table(launches, arguments.steps, bounds), "", sep="\n")
+                print(f"{case}, {way}:\n", *stage_table(launches, arguments.steps, bounds), "", sep="\n")
                 print(*launch_table(launches, arguments.least_ms), "", sep="\n")
             else:
                 lines.case(case)
-                lines.add(summarise(launches, arguments.steps, bounds))
+                lines.add(summarise(way, launches, arguments.steps, bounds))

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from support.commands import call
 from support.paths import DOCS
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsrl_async.bench import paper
+from dsrl_async.bench.compiled_launches import launches_of_compiled
 from dsrl_async.bench.launches import Launch, LaunchCount
-from dsrl_async.bench.paper import H100, STAGES, count_sample
+from dsrl_async.bench.paper import H100, count_sample
 from dsrl_async.host.tracing import OperationTrace
 from dsrl_async.pi0.checkpoint import empty_model
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
@@ -24,6 +26,8 @@ from dsrl_async.pi0.launch_costs import LAUNCH_COSTS, LaunchCost, Matrices, laun
 from dsrl_async.pi0.model import GemmaLayer
 from dsrl_async.pi0.roofline import stages
 from dsrl_async.pi0.sampler import Sampler
+
+STAGES = ("vision", "prefill", "state", "denoise")
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -138,6 +142,27 @@ def test_a_kernel_may_declare_what_it_costs(operations: Any) -> None:
     assert (second.bytes, second.flops) == (0, 0)
     assert H100().seconds(first) == pytest.approx(first.flops / 250e12 + 1.5e-6)
     assert H100().seconds(second) == 1.5e-6
+
+
+def test_what_torch_would_compile_is_counted_without_compiling() -> None:
+    """A product, what is done to it in one kernel, and a sum that CUDA copies a tensor for."""
+
+    def program(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        return torch.addmm(residual, F.gelu(x @ weight) * 2, weight)
+
+    with FakeTensorMode():
+        x, weight = torch.empty(6, 5), torch.empty(5, 5)
+        function = torch.compile(program)
+        launches = launches_of_compiled("all", lambda: function(x, weight, x))
+    assert [(launch.kind, launch.operation) for launch in launches] == [
+        ("product", "mm"),
+        ("other", "fused"),
+        ("other", "hidden copy"),
+        ("product", "addmm"),
+    ]
+    assert [launch.bytes for launch in launches] == [4 * 85, 4 * 60, 4 * 60, 4 * 115]
+    assert launches[0].matrices == launches[3].matrices == (1, 6, 5, 5)
+    assert {launch.stage for launch in launches} == {"all"}
 
 
 def other(bytes_: int) -> Launch:
