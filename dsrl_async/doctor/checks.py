@@ -195,7 +195,6 @@ def workers_of(config: Config) -> str:
 
 def check_memory(config: Config, options: Options) -> Iterator[Finding]:
     available = available_memory()
-    os.close(os.memfd_create("dsrl_async-doctor"))  # what shared memory is made of; some sandboxes forbid it
     try:
         run = preflight.check_run(config)
     except ConfigError:

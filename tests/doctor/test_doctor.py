@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -123,6 +124,7 @@ def test_a_problem_that_ends_several_checks_is_told_once(
 ASKED = {
     "graphics": "No EGL, black pictures, or an error of `eglInitialize`?",
     "shm": "The container has a small `/dev/shm`, or none. `--shm-size`?",
+    "memfd": "The container has a small `/dev/shm`, or none. `--shm-size`?",
     "memory": "Is it out of memory?",
     "GPUs": "There are two GPUs. What do they do?",
     "SLURM": "How do I run it under SLURM?",
@@ -144,6 +146,12 @@ def cause(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             arguments += ["--config", "libero_spatial_small"]
         case "shm":
             monkeypatch.setattr(checks.os, "statvfs", lambda _: SimpleNamespace(f_blocks=16, f_frsize=4096))
+        case "memfd":
+
+            def forbidden(name: str) -> int:
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+            monkeypatch.setattr(os, "memfd_create", forbidden)
         case "memory":
             monkeypatch.setattr("dsrl_async.run.preflight.memory.available_memory", lambda: 1 << 28)
         case "GPUs":
