@@ -191,6 +191,8 @@ def test_time_of_a_kernel() -> None:
     assert seconds(dataclasses.replace(full, single=True)) == pytest.approx(full.flops / 50e12)
     own = dataclasses.replace(full, tile=(128, 128))
     assert seconds(own) == pytest.approx(seconds(full) / 0.8)
+    eight = dataclasses.replace(full, operation="_scaled_mm")
+    assert seconds(eight) == pytest.approx(seconds(full) / 1.7)
     small = Matrices(1, 64 * 66, 64, 700)
     assert seconds(dataclasses.replace(own, matrices=small, tile=(64, 64))) == pytest.approx(
         2 * 64 * 64 * 132 * 700 / (700e12 * 0.8 * 0.5)
@@ -228,6 +230,13 @@ def test_kernels_of_a_sample_are_those_that_run_on_the_cpu(deep: Pi0Config) -> N
     encode = [launch for launch in launches if launch.stage != "denoise"]
     assert (len(encode), len(launches)) == traced_kernels(deep, 3)
     assert {launch.stage for launch in launches} == set(STAGES) - ({"state"} if deep.pi05 else set())
+
+
+def test_kernels_of_our_own_are_fewer(deep: Pi0Config) -> None:
+    pytest.importorskip("triton")
+    usual, ours = (count_sample(deep, 2, 8, 3, way) for way in ("eager", "triton"))
+    assert len(ours) < 0.5 * len(usual)
+    assert sum(launch.bytes for launch in ours) < sum(launch.bytes for launch in usual)
 
 
 def test_an_operation_too_many_is_seen(deep: Pi0Config, monkeypatch: pytest.MonkeyPatch) -> None:
