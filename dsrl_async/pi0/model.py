@@ -325,7 +325,7 @@ class GemmaLayer(nn.Module):
         `scratch`, of the same shape and dtype, is for intermediate results; with it x is overwritten.
         """
         query, keys_values = kernels.heads(self, x, attention_norm, rope, extend, scratch)
-        attention = attend(query, keys_values, mask)
+        attention = kernels.attend(query, keys_values, mask)
         del query  # its memory is the MLP's
         x = add_projected(x, attention, self.out, attention_norm.gate, in_place=scratch is not None)
         update = kernels.gated(self, x, mlp_norm, scratch)
@@ -333,9 +333,9 @@ class GemmaLayer(nn.Module):
 
 
 class LayerKernels(NamedTuple):
-    """How the layers of a Gemma stack compute what is neither attention nor the sum with a residual.
+    """How the layers of a Gemma stack compute all but the products that are added to the residual.
 
-    Each takes a layer, x [B, T, width], the norm in front, and `scratch` as in `GemmaLayer.forward`.
+    Each but the last takes a layer, x [B, T, width], the norm in front, and `scratch` as in `GemmaLayer.forward`.
     """
 
     heads: Callable[[GemmaLayer, Tensor, Modulation, Rope, LayerExtend, Tensor | None], tuple[Tensor, Tensor]]
@@ -344,6 +344,8 @@ class LayerKernels(NamedTuple):
     """Keys and values only."""
     gated: Callable[[GemmaLayer, Tensor, Modulation, Tensor | None], Tensor]
     """-> gelu(gate) * up [B, T, mlp], which is to be projected down."""
+    attend: Callable[[Tensor, Tensor, Tensor | None], Tensor] = attend
+    """As the function of that name."""
 
 
 def project_heads(

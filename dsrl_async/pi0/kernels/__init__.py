@@ -4,14 +4,15 @@
 
 - `norm.py`: RMSNorm in one kernel, and the vision tower's sum with a residual and LayerNorm of it in one;
 - `rope.py`: rotation of queries and keys, and writing of keys and values to the cache, in one;
-- `geglu.py`: gelu(gate) * up in one;
+- `gelu.py`: gelu(gate) * up in one;
 - `product.py`: the expert's products behind a norm, with the norm on the way in, and rotation or GeGLU on the way out;
+- `attention.py`: attention under a mask, for which torch has no kernel as fast as without;
 - `euler.py`: the two ends of an Euler step.
 
 The language model's products, of thousands of rows, are left to cuBLAS, and so is every product that ends in a
 residual, which it adds itself. The expert has 50 rows per observation, ten times over; there a launch costs as much as
 a product, so that its norms, rotations and GeGLU go into the products, which makes five kernels of a layer: two
-products of our own, two of cuBLAS and attention.
+products of our own, two of cuBLAS, and attention.
 
 All kernels compute in float32 and round once. The tiles are fixed: nothing is tuned while a graph is captured, and two
 runs compute the same. Each is an operation of torch's, `torch.ops.dsrl_async.*`, with its shapes known on the meta
@@ -25,8 +26,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsrl_async.pi0.kernels.attention import attend
 from dsrl_async.pi0.kernels.euler import normed_linear, silu_linear
-from dsrl_async.pi0.kernels.geglu import geglu, normed_geglu
+from dsrl_async.pi0.kernels.gelu import geglu, normed_geglu
 from dsrl_async.pi0.kernels.norm import add_layer_norm, rms_norm
 from dsrl_async.pi0.kernels.rope import normed_rotate, rotate
 from dsrl_async.pi0.model import GemmaLayer, Kernels, LayerKernels, Modulation, Pi0, Rope, Step, VisionTower
@@ -34,8 +36,8 @@ from dsrl_async.pi0.model import GemmaLayer, Kernels, LayerKernels, Modulation, 
 
 def triton_kernels() -> Kernels:
     """The table for sampling; the caches of `extend` are `sampler.Slots`."""
-    vlm = LayerKernels(_heads, _keys_values, _gated)
-    expert = LayerKernels(_normed_heads, _normed_keys_values, _normed_gated)
+    vlm = LayerKernels(_heads, _keys_values, _gated, _attend)
+    expert = LayerKernels(_normed_heads, _normed_keys_values, _normed_gated, _attend)
     return Kernels(_vision, vlm, expert, _embed_actions, _velocity)
 
 
@@ -99,6 +101,11 @@ def _normed_keys_values(
 
 def _normed_gated(layer: GemmaLayer, x: Tensor, norm: Modulation, scratch: Tensor | None) -> Tensor:
     return normed_geglu(x, norm.scale, norm.floor, norm.offset, layer.gate_up.weight)
+
+
+def _attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
+    assert mask is not None  # of every pass over a prompt
+    return attend(query, keys_values, mask)
 
 
 def _vision(tower: VisionTower, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsrl_async.pi0.kernels.launch import SHORTEST_BLOCK, contiguous, on_device_of, power_of_two
+from dsrl_async.pi0.launch_costs import LaunchCost, Matrices, launch_cost
 
 ROWS, COLUMNS, DEPTH = 16, 64, 64
 
@@ -111,3 +112,10 @@ def normed_linear(x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor, weigh
 @normed_linear.register_fake
 def _(x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
+
+
+@launch_cost("normed_linear")
+def _(x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor, weight: Tensor) -> LaunchCost:
+    (outputs, width), rows = weight.shape, x.numel() // x.shape[-1]
+    read = x.nbytes + scale.nbytes + offset.nbytes + weight.nbytes
+    return LaunchCost(read, 4 * rows * outputs, "product", Matrices(1, rows, outputs, width), (ROWS, SHORTEST_BLOCK))

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsrl_async.pi0.kernels.launch import contiguous, on_device_of, power_of_two
+from dsrl_async.pi0.launch_costs import LaunchCost, launch_cost
 
 
 @triton.jit
@@ -45,6 +46,11 @@ def rms_norm(x: Tensor, scale: Tensor, floor: Tensor, shift: Tensor | None, out:
 @rms_norm.register_fake
 def _(x: Tensor, scale: Tensor, floor: Tensor, shift: Tensor | None, out: Tensor) -> None:
     return None
+
+
+@launch_cost("rms_norm")
+def _(x: Tensor, scale: Tensor, floor: Tensor, shift: Tensor | None, out: Tensor) -> LaunchCost:
+    return LaunchCost(x.nbytes + scale.nbytes + (shift.nbytes if shift is not None else 0), out.nbytes)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from dsrl_async.pi0.kernels.launch import ENOUGH_PROGRAMS, SHORTEST_BLOCK
+from dsrl_async.pi0.launch_costs import LaunchCost, Matrices
 
 
 @triton.jit
@@ -55,16 +56,34 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def time(self, rows: int, columns: int) -> float:
+        """What a product of so many rows and pairs of columns takes with it, in units that are the same for all tiles.
+
+        Every multiprocessor has a program at a time. Of a small tile it loads more for each product that it computes.
+        """
+        programs = triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
+        computed, loaded = self.rows * 2 * self.columns, self.rows + 2 * self.columns
+        return triton.cdiv(programs, PROCESSORS) * max(computed, 64 * loaded)
+
+
+PROCESSORS = 132
+"""Multiprocessors of an H100."""
+TILES = [
+    *(Tile(16, columns, depth=128, warps=4, stages=3) for columns in (16, 32)),
+    *(Tile(64, columns, depth=64, warps=4, stages=3) for columns in (16, 32, 64)),
+    Tile(128, 64, depth=64, warps=8, stages=3),
+]
+
 
 def tile(rows: int, columns: int) -> Tile:
-    """The tile for a product of so many rows and pairs of columns; it depends on nothing else.
+    """The tile for a product of so many rows and pairs of columns; it depends on nothing else."""
+    return min(TILES, key=lambda one: one.time(rows, columns))
 
-    Few rows mean that the time goes into reading the weight, for which many programs are needed; many rows, that it
-    goes into products, for which larger tiles read less.
-    """
-    height = 16 if rows <= 16 else 64 if rows <= 256 else 128
-    depth = 128 if height == 16 else 64
-    width = 64
-    while width > SHORTEST_BLOCK and triton.cdiv(rows, height) * triton.cdiv(columns, width) < ENOUGH_PROGRAMS:
-        width //= 2
-    return Tile(height, width, depth, warps=8 if height == 128 else 4, stages=3)
+
+def product_cost(x: Tensor, scale: Tensor, offset: Tensor | None, weight: Tensor, outputs: int) -> LaunchCost:
+    """Of a product of x [..., width] with a weight [N, width] that writes `outputs` columns of x's type."""
+    rows, columns = x.numel() // x.shape[-1], weight.shape[0]
+    shape = tile(rows, columns // 2)
+    read = x.nbytes + weight.nbytes + scale.nbytes + (offset.nbytes if offset is not None else 0)
+    matrices = Matrices(1, rows, columns, x.shape[-1])
+    return LaunchCost(read, rows * outputs * x.element_size(), "product", matrices, (shape.rows, 2 * shape.columns))

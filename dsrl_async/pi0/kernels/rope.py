@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsrl_async.pi0.kernels.launch import contiguous, on_device_of, power_of_two
-from dsrl_async.pi0.kernels.product import normed_products, tile
+from dsrl_async.pi0.kernels.product import normed_products, product_cost, tile
+from dsrl_async.pi0.launch_costs import LaunchCost, launch_cost
 
 
 @triton.jit
@@ -89,6 +90,11 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
     return qkv.new_empty(batch, tokens, both - 2 * cache.shape[2], width)
 
 
+@launch_cost("rotate")
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor) -> LaunchCost:
+    return LaunchCost(qkv.nbytes + 2 * cos.numel() * cos.element_size(), qkv.nbytes)
+
+
 @triton.jit
 def normed_rotate_kernel(
     x, scale, floor, offset, weight, cos, sin, query, cache, count, tokens, width,
@@ -151,6 +157,15 @@ def _(
 ) -> Tensor:  # fmt: skip
     heads = weight.shape[0] // cache.shape[-1] - 2 * cache.shape[2]
     return x.new_empty(*x.shape[:-1], heads, cache.shape[-1])
+
+
+@launch_cost("normed_rotate")
+def _(
+    x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor | None, weight: Tensor,
+    cos: Tensor, sin: Tensor, cache: Tensor,
+) -> LaunchCost:  # fmt: skip
+    cost = product_cost(x, scale, offset, weight, weight.shape[0])
+    return cost._replace(read=cost.read + 2 * cos.numel() * cos.element_size())
 
 
 def _strides(cos: Tensor, cache: Tensor) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from support.pi0_models import fill, make_model, small_config
 from torch import Tensor
 
 from dsrl_async.pi0 import kernels
-from dsrl_async.pi0.kernels.product import tile
-from dsrl_async.pi0.model import Modulation, Pi0, Rope, rms_norm, rotate_
+from dsrl_async.pi0.kernels.product import TILES, Tile
+from dsrl_async.pi0.model import MASKED, Modulation, Pi0, Rope, attend, rms_norm, rotate_
 from dsrl_async.pi0.sampler import Sampler
 
 assert support.triton_interpreter
@@ -179,6 +179,34 @@ def test_normed_rotate(
 
 
 @FUZZED
+@given(SEEDS, DTYPES, *ROTATION, st.integers(1, 80), st.integers(0, 3))
+def test_attend(
+    seed: int, dtype: torch.dtype, batch: int, tokens: int, heads: int, groups: int, half: int, keys: int, spare: int
+) -> None:
+    """Some keys are hidden, in the last row all of them; behind the keys there are more, which nobody may see."""
+    draw = Draw(seed, dtype)
+    query = draw(batch, tokens, (1 + heads) * groups, 2 * half)
+    cache, mask = draw(batch, 2, groups, keys + spare, 2 * half), draw(batch, 1, 1, keys + spare)
+    cache[:, :, :, keys:] = 1e4
+    hidden = torch.rand(mask.shape, generator=draw.generator) < 0.5
+    hidden[-1] = True
+    mask[hidden] = MASKED
+    given_ = query, cache[:, :, :, :keys], mask[..., :keys]
+    exact = attend(*(tensor.float() for tensor in given_))
+    actual, usual = kernels.attend(*given_), attend(*given_)
+    assert_no_further(actual, usual, exact, 1.1 if actual.numel() > 500 else 4.0)
+
+
+def test_more_queries_than_a_program_has() -> None:
+    draw = Draw(0, torch.float32)
+    query, cache, mask = draw(2, 30, 8, 20), draw(2, 2, 1, 70, 20), torch.zeros(2, 1, 1, 70)
+    for rows in (16, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dsrl_async.pi0.kernels.attention.query_rows", lambda *_, rows=rows: rows)
+            assert (kernels.attend(query, cache, mask) - attend(query, cache, mask)).abs().max() < 1e-5
+
+
+@FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 3), st.sampled_from([1, 7, 150, 1030]))
 def test_geglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = Draw(seed, dtype)(rows, 2 * width)
@@ -194,12 +222,12 @@ def test_normed_geglu(seed: int, dtype: torch.dtype, rows: int, mlp: int, width:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [16, 70, 300])
-def test_every_tile(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", TILES)
+def test_every_tile(shape: Tile, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough numbers that the errors of both ways differ by little."""
-    draw = Draw(rows, dtype)
-    assert tile(rows, 96).rows == {16: 16, 70: 64, 300: 128}[rows]
-    check_normed_geglu(draw(1, rows, 150), draw.norm(150, True), draw.weight(2 * 96, 150), 1.1)
+    draw, rows = Draw(0, dtype), shape.rows + 3
+    monkeypatch.setattr("dsrl_async.pi0.kernels.gelu.tile", lambda *_: shape)
+    check_normed_geglu(draw(1, rows, 150), draw.norm(150, True), draw.weight(2 * 70, 150), 1.1)
 
 
 def check_normed_geglu(x: Tensor, norm: Modulation, weight: Tensor, factor: float) -> None:
@@ -243,6 +271,7 @@ def operations() -> dict[str, tuple[Any, ...]]:
         "rms_norm": (x, *scaled, norm.shift, torch.empty_like(x)),
         "add_layer_norm": (x.clone(), draw(2, 3, 12), draw(12), draw(12), 1e-6),
         "rotate": (draw(2, 3, 4, 8), *angles),
+        "attend": (draw(2, 3, 2, 8), rotation.cache, torch.zeros(2, 1, 1, rotation.cache.shape[3])),
         "normed_rotate": (x, *scaled, None, weight, *angles),
         "geglu": (draw(2, 3, 10),),
         "normed_geglu": (x, *scaled, None, draw.weight(10, 12)),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 HERE = Path(__file__).parent
@@ -18,7 +20,30 @@ def test_parity_in_the_interpreter() -> None:
     """In a process of its own, since Triton decides at an import whether it interprets."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     print(done.stdout[-4000:], done.stderr[-2000:])
     assert done.returncode == 0
     assert " passed" in done.stdout
+
+
+OPERATIONS = {
+    *("rms_norm", "add_layer_norm", "rotate", "geglu", "attend", "normed_rotate", "normed_geglu", "silu_linear"),
+    "normed_linear",
+}
+SHARED_KB = {80: 163, 89: 99, 90: 227, 100: 227}
+"""Shared memory that a program may have, by compute capability (CUDA C++ Programming Guide)."""
+
+
+def test_every_kernel_compiles_without_spills() -> None:
+    """With both of Triton's assemblers. DSRL_ALL_KERNELS=1: for all targets, and every tile of a sample."""
+    every = os.environ.get("DSRL_ALL_KERNELS") == "1"
+    which = ["--targets", *map(str, SHARED_KB)] if every else ["--few", "--targets", "89", "100"]
+    script = ROOT / "scripts" / "studies" / "compile_kernels.py"
+    done = subprocess.run([sys.executable, str(script), "--json", *which], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == OPERATIONS
+    for row in rows:
+        assert row["spilled_bytes"] == 0, row
+        assert row["registers"] < 255, row
+        assert row["shared_kb"] <= SHARED_KB[row["sm"]], row

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsrl_async.pi0.kernels.launch import contiguous, on_device_of
-from dsrl_async.pi0.kernels.product import normed_products, tile
+from dsrl_async.pi0.kernels.product import normed_products, product_cost, tile
+from dsrl_async.pi0.launch_costs import LaunchCost, launch_cost
 
 BLOCK = 1024
 """Columns per program of `geglu`."""
@@ -95,3 +96,8 @@ def normed_geglu(x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor | None,
 @normed_geglu.register_fake
 def _(x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor | None, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
+
+
+@launch_cost("normed_geglu")
+def _(x: Tensor, scale: Tensor, floor: Tensor, offset: Tensor | None, weight: Tensor) -> LaunchCost:
+    return product_cost(x, scale, offset, weight, weight.shape[0] // 2)
