@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from dsrl_async import untrusted
+from dsrl_async.config import strict_yaml
 from dsrl_async.config.load import get_key, leaf_fields, read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.run.evaluation.files import RESULT
@@ -188,7 +189,7 @@ def read_evaluation(directory: Path) -> dict[str, Any]:
 
 
 def as_yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(settings), sort_keys=False)
+    return yaml.safe_dump(strict_yaml.guess(dict(settings)), sort_keys=False)
 
 
 def as_json(content: Any) -> str:

@@ -93,6 +93,14 @@ def run(tmp_path: Path) -> Path:
     return directory
 
 
+def test_a_configuration_with_text_in_quotes_is_shown(run: Path, tmp_path: Path) -> None:
+    """As every run writes it that was given `--log.console off`: YAML 1.1 would take that for false."""
+    (run / "config.yaml").write_text("seed: 7\nsac: {gamma: 0.9}\nlog: {console: 'off'}\n")
+    done = call("report", str(run), "--out", str(tmp_path / "report.html"))
+    assert done.code == 0, done.stderr
+    assert "log:\n  console: &#39;off&#39;\n" in (tmp_path / "report.html").read_text()
+
+
 def test_its_figures_are_those_of_the_files(run: Path, tmp_path: Path) -> None:
     other = run.parent / "b"
     shutil.copytree(run, other)
