@@ -245,6 +245,10 @@ class PolicyConfig(Section):
     `extra_delta_transform` is 6); null means 6 for openpi's and RLinf's Pi0, and 0 for others."""
     dtype: Announced[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Type of the transformers' weights and arithmetic; `auto` is bfloat16 on a GPU and float32 on the CPU."""
+    prefill_precision: Announced[Literal["dtype", "fp8"]] = "dtype"
+    """What the observation's matrix products, most of the policy's work, round their inputs to: `dtype`: what `dtype`
+    says; `fp8`: 8 bits with a scale for each token and each output channel, on GPUs of compute capability 8.9 or later
+    (an L4, an RTX 4090, an H100), and simulated on a CPU (docs/pi0.md)."""
     ignore_render_quality: Announced[bool] = False
     """LIBERO: play even if the policy, or the resumed run, was trained on images of the other
     `env.render_quality`."""

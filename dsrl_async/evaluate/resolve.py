@@ -232,6 +232,8 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
             {episode.init_state for episode in evaluation.episodes if episode.init_state is not None}
         )
     device = resolve_device(config.device)
+    # so that an evaluation of an earlier version, which had no such setting, goes on
+    unused = {"prefill_precision"} if config.policy.prefill_precision == "dtype" else set()
     steering = {}
     if evaluation.checkpoint is not None:
         agent = identify_files([evaluation.checkpoint / checkpoints.AGENT])
@@ -246,7 +248,7 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
         "noise": evaluation.mode,
         "env": env,
         "policy": {
-            **config.policy.model_dump(exclude={"graphs"}),
+            **config.policy.model_dump(exclude={"graphs"} | unused),
             "checkpoint": _name_of_policy(run),
             "dtype": str(resolve_dtype(config.policy.dtype, device)).removeprefix("torch."),
             "files": identify_files(run.policy.files),

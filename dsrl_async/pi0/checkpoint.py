@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
 from dsrl_async.pi0.files import NormStats, PolicyFiles, find_policy, make_config, read_content, save_norm_stats
+from dsrl_async.pi0.fp8 import rows_to_fill, use_fp8
+from dsrl_async.pi0.memory import fp8_weights
 from dsrl_async.pi0.model import Pi0, rope_frequency, time_frequency
 from dsrl_async.pi0.names import Part, StoredTensor
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
@@ -76,10 +78,12 @@ def load_model(
 
 
 @torch.no_grad()
-def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtype) -> Pi0:
-    """A frozen model whose parameters have memory but no values yet."""
+def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtype, fp8: bool = False) -> Pi0:
+    """A frozen model whose parameters have memory but no values yet; `fp8` as in `read_policy`."""
     with torch.device("meta"):
         model = Pi0(config).set_dtype(dtype)
+        if fp8:
+            use_fp8(model, fp8_weights(config))
     model.to_empty(device=device).eval().requires_grad_(False)
     model.inverse_frequency.copy_(rope_frequency(config.head_dim))
     model.time_frequency.copy_(time_frequency(config.expert_width))
@@ -93,13 +97,17 @@ def _read_model(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Callable[[], None] = do_nothing,
+    fp8: bool = False,
 ) -> Pi0:
     """The model with the weights of a checkpoint that has passed `check_tensors`."""
-    model = empty_model(config, device, dtype)
+    model = empty_model(config, device, dtype, fp8)
     staging = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-    for part, target in parts_of(model):
-        _read_tensor(tensors[part.name], target, staging)
-        progress()
+    for parameter, parts in model_tensors(config).items():
+        start = 0
+        for part in parts:
+            with rows_to_fill(model, parameter, slice(start, start := start + part.shape[0])) as target:
+                _read_tensor(tensors[part.name], target, staging)
+            progress()
     return model
 
 
@@ -167,15 +175,20 @@ def load_policy(
 
 
 def read_policy(
-    files: PolicyFiles, device: torch.device | str, dtype: torch.dtype, progress: Callable[[], None] = do_nothing
+    files: PolicyFiles,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    progress: Callable[[], None] = do_nothing,
+    fp8: bool = False,
 ) -> LoadedPolicy:
     """Reads the weights of a checkpoint whose other files have been read; see `load_policy`.
 
-    `progress` is called after each tensor.
+    `progress` is called after each tensor. With `fp8` the observation's pass is computed as `fp8` says; such a model
+    can only sample.
     """
     normaliser = Normaliser(files.config, files.norm_stats, files.norm_stats_source).to(device)
     tokenizer = PromptTokenizer(files.tokenizer, files.config.max_token_len)
-    model = _read_model(files.config, files.tensors, device, dtype, progress)
+    model = _read_model(files.config, files.tensors, device, dtype, progress, fp8)
     return LoadedPolicy(files.config, model, normaliser, tokenizer)
 
 

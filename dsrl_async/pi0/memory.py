@@ -12,26 +12,59 @@ from dsrl_async.pi0.config import Pi0Config
 
 KEY_ALIGNMENT = 8
 """Keys and values have room for a multiple of so many tokens (`sampler.MASK_ALIGNMENT`)."""
+FP8_ALIGNMENT = 16
+"""Widths of a matrix product in 8 bits are multiples of this."""
 CAST = ("embedding.", "vlm.", "expert.", "vision.")
 """How the parameters of the transformer stacks begin, which have the policy's dtype."""
 KEPT = ("vision.patch.", "vision.position")
 """What stays in float32 of them, beside the norms of the two Gemma stacks (`Pi0.set_dtype`)."""
 
 
+@functools.cache
+def fp8_weights(config: Pi0Config) -> dict[str, int]:
+    """The weights that `policy.prefill_precision: fp8` keeps in 8 bits, by parameter, with their output channels.
+
+    They are those of the observation's pass, in the layers of the vision tower and of the language model. What has a
+    width that `torch._scaled_mm` does not take is left out.
+    """
+    from dsrl_async.pi0.tensors import model_tensors
+
+    found = {}
+    for name, parts in model_tensors(config).items():
+        rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[-1]
+        layers = name.startswith("vlm.layers.") or (name.startswith("vision.layers.") and not config.vision_float32)
+        is_matrix = name.endswith(".weight") and "_norm." not in name
+        if layers and is_matrix and rows % FP8_ALIGNMENT == columns % FP8_ALIGNMENT == 0:
+            found[name] = rows
+    return found
+
+
 @functools.cache  # asked for once per size of a batch and length of a prompt
-def weight_bytes(config: Pi0Config, bytes_per_value: int) -> int:
-    """Memory of the weights of a loaded policy."""
+def weight_bytes(config: Pi0Config, bytes_per_value: int, fp8: bool = False) -> int:
+    """Memory of the weights of a loaded policy; `fp8` as in `policy.prefill_precision`."""
     from dsrl_async.pi0.tensors import model_tensors  # which needs safetensors, as nothing else here does
+
+    eight_bits = fp8_weights(config) if fp8 else {}
 
     def is_cast(name: str) -> bool:
         if name.startswith("vision."):
             return not name.startswith(KEPT) and not config.vision_float32
         return name.startswith(CAST) and "_norm." not in name
 
-    return sum(
-        (bytes_per_value if is_cast(name) else 4) * sum(math.prod(part.shape) for part in parts)
-        for name, parts in model_tensors(config).items()
+    def bytes_of(name: str) -> int:
+        return 1 if name in eight_bits else bytes_per_value if is_cast(name) else 4
+
+    weights = sum(
+        bytes_of(name) * sum(math.prod(part.shape) for part in parts) for name, parts in model_tensors(config).items()
     )
+    return weights + 4 * sum(eight_bits.values())
+
+
+def simulation_bytes(config: Pi0Config, batch_size: int, language_length: int) -> int:
+    """Memory that a CPU takes beside a `Sampler`'s activations to compute in float32 what a GPU does in 8 bits."""
+    tokens = batch_size * (config.cameras * config.image_tokens + language_length)
+    rows, columns = 2 * config.vlm_mlp, config.vlm_width
+    return 4 * (rows * columns + tokens * (rows + columns))
 
 
 def buffer_bytes(

@@ -166,7 +166,7 @@ def attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
     return out.unflatten(2, (tokens, heads // groups)).transpose(1, 2).reshape(batch, tokens, heads * width)
 
 
-def add_projected(x: Tensor, update: Tensor, projection: nn.Linear, gate: Tensor | None, in_place: bool) -> Tensor:
+def add_projected(x: Tensor, update: Tensor, projection: nn.Module, gate: Tensor | None, in_place: bool) -> Tensor:
     """x + gate * projection(update), for x [B, T, width]; the projection has no bias.
 
     In place, without autograd, it spares a GPU a copy: there the sum starts as a copy of x, unless it is x itself.
@@ -174,6 +174,8 @@ def add_projected(x: Tensor, update: Tensor, projection: nn.Linear, gate: Tensor
     if gate is not None:
         update = projection(update)
         return x.addcmul_(update, gate) if in_place else torch.addcmul(x, update, gate)
+    if not isinstance(projection, nn.Linear):
+        return x.add_(projection(update)) if in_place else x + projection(update)
     rows, update, weight = x.view(-1, x.shape[-1]), update.flatten(0, 1), projection.weight.t()
     added = rows.addmm_(update, weight) if in_place else torch.addmm(rows, update, weight)
     return added.view_as(x)
@@ -306,8 +308,10 @@ class GemmaLayer(nn.Module):
 
     def project_keys_values(self, normed: Tensor) -> Tensor:
         """Keys and values before rotation, [B, T, 2 kv_heads, head_dim]."""
-        weight = self.qkv.weight[-2 * self.kv_heads * self.head_dim :]
-        return F.linear(normed, weight).unflatten(-1, (2 * self.kv_heads, self.head_dim))
+        rows = 2 * self.kv_heads * self.head_dim
+        all_rows = self.qkv.out_features == rows
+        projected = self.qkv(normed) if all_rows else F.linear(normed, self.qkv.weight[-rows:])
+        return projected.unflatten(-1, (2 * self.kv_heads, self.head_dim))
 
     def forward(
         self,
@@ -450,7 +454,7 @@ class Pi0(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype of the two Gemma stacks, and unless `vision_float32` of the vision tower."""
-        return self.vlm.blocks[0].qkv.weight.dtype
+        return self.embedding.weight.dtype
 
     def set_dtype(self, dtype: torch.dtype) -> Pi0:
         """Casts what openpi's mixed precision casts, in place.

@@ -11,7 +11,7 @@ from dsrl_async.config.settings import PolicyConfig
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.pi0.identity import identity
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, offset_bytes, weight_bytes
+from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, offset_bytes, simulation_bytes, weight_bytes
 from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.pi0.tokenizer import check_prompt, language_slots, make_encoder, prompt_ids, unknown_words
 from dsrl_async.policies.protocol import FrozenPolicy, PolicyMemory, PolicyNeeds, PolicyRecord
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PI0_SETTINGS = frozenset(
     {
         *("tokenizer", "norm_stats", "action_horizon", "delta_action_dims"),
-        *("dtype", "denoise_steps", "compile", "kernels", "ignore_render_quality"),
+        *("dtype", "prefill_precision", "denoise_steps", "compile", "kernels", "ignore_render_quality"),
     }
 )
 
@@ -34,11 +34,13 @@ def pi0_needs(config: Pi0Config) -> PolicyNeeds:
     def memory(settings: PolicyConfig, on_gpu: bool, batch_size: int, prompt_length: int) -> PolicyMemory:
         half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
         bytes_per_value = 2 if half else 4
+        fp8 = settings.prefill_precision == "fp8"
+        simulation = simulation_bytes(config, batch_size, prompt_length) if fp8 and not on_gpu else 0
         return PolicyMemory(
-            weight_bytes(config, bytes_per_value),
+            weight_bytes(config, bytes_per_value, fp8),
             buffer_bytes(config, batch_size, prompt_length, bytes_per_value, settings.denoise_steps)
             + (offset_bytes(config, settings.denoise_steps) if settings.kernels == "triton" else 0),
-            activation_bytes(config, batch_size, prompt_length, bytes_per_value),
+            activation_bytes(config, batch_size, prompt_length, bytes_per_value) + simulation,
         )
 
     def with_horizon(horizon: int) -> PolicyNeeds:
@@ -76,7 +78,8 @@ def pi0_record(files: PolicyFiles) -> PolicyRecord:
         from dsrl_async.pi0.checkpoint import read_policy, resolve_dtype
         from dsrl_async.pi0.policy import Pi0Policy
 
-        loaded = read_policy(files, device, resolve_dtype(settings.dtype, device), progress)
+        fp8 = settings.prefill_precision == "fp8"
+        loaded = read_policy(files, device, resolve_dtype(settings.dtype, device), progress, fp8)
         kernels: Literal["torch", "triton"] = "triton" if settings.kernels == "triton" else "torch"
         return Pi0Policy(loaded, prompts, settings.denoise_steps, settings.compile, kernels)
 

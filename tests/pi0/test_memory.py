@@ -61,17 +61,22 @@ def kept_bytes(tree: object, but: object = ()) -> int:
 
 
 @pytest.mark.parametrize(
-    ("config", "batch_size", "language_length", "dtype"),
+    ("config", "batch_size", "language_length", "dtype", "precision"),
     [
-        (Pi0Config(), 16, 48, torch.float32),
-        (Pi0Config(), 4, 24, torch.bfloat16),
-        (PI05, 8, 200, torch.bfloat16),
-        (dataclasses.replace(PI05, vision_float32=True), 1, 64, torch.bfloat16),
+        (Pi0Config(), 16, 48, torch.float32, "dtype"),
+        (Pi0Config(), 4, 24, torch.bfloat16, "dtype"),
+        (Pi0Config(), 4, 24, torch.bfloat16, "fp8"),
+        (PI05, 8, 200, torch.bfloat16, "dtype"),
+        (dataclasses.replace(PI05, vision_float32=True), 1, 64, torch.bfloat16, "dtype"),
+        (dataclasses.replace(PI05, vision_float32=True), 1, 64, torch.bfloat16, "fp8"),
     ],
 )
-def test_memory_of_a_policy(config: Pi0Config, batch_size: int, language_length: int, dtype: torch.dtype) -> None:
-    """All runs on the meta device, which computes nothing and allocates what the CPU does."""
-    model = empty_model(config, "meta", dtype)
+def test_memory_of_a_policy(
+    config: Pi0Config, batch_size: int, language_length: int, dtype: torch.dtype, precision: str
+) -> None:
+    """All runs on the meta device, which computes nothing and allocates what the CPU, or in 8 bits a GPU, does."""
+    fp8 = precision == "fp8"
+    model = empty_model(config, "meta", dtype, fp8)
     statistics = {name: [0.5] * 32 for name in ("mean", "std", "q01", "q99")}
     normaliser = Normaliser(config, {"state": statistics, "actions": statistics}).to("meta")
     loaded = types.SimpleNamespace(model=model, normaliser=normaliser)
@@ -89,17 +94,17 @@ def test_memory_of_a_policy(config: Pi0Config, batch_size: int, language_length:
         batch.sampler.denoise()
     sizes = (config, batch_size, language_length, dtype.itemsize)
     need = policy_need(
-        validate({"policy": {"dtype": str(dtype).removeprefix("torch.")}}).model_copy(
+        validate({"policy": {"dtype": str(dtype).removeprefix("torch."), "prefill_precision": precision}}).model_copy(
             update={"inference": InferenceConfig(buckets=[batch_size]), "actors": batch_size}
         ),
         pi0_needs(config),
         [language_length],
     )
     of_weights, of_buffers, of_actor = kept_bytes(weights), kept_bytes(made, weights), actor.flat.nbytes
-    assert of_weights == pytest.approx(weight_bytes(config, dtype.itemsize), rel=1e-4)
+    assert of_weights == pytest.approx(weight_bytes(config, dtype.itemsize, fp8), rel=1e-4)
     assert of_buffers == pytest.approx(need.buffers - of_actor, rel=5e-3)
     assert allocations.peak == pytest.approx(activation_bytes(*sizes), rel=1e-2)
-    assert (need.weights, need.activations) == (weight_bytes(config, dtype.itemsize), activation_bytes(*sizes))
+    assert (need.weights, need.activations) == (weight_bytes(config, dtype.itemsize, fp8), activation_bytes(*sizes))
 
 
 def test_samplers_count_in_what_a_run_needs() -> None:

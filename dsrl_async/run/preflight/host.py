@@ -16,6 +16,7 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs.recording import why_no_films
 from dsrl_async.host import probe, processes
 from dsrl_async.run import channel
+from dsrl_async.run.preflight.precision import fp8_fault
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def check_devices(config: Config, keys: Sequence[str] = DEVICE_KEYS) -> None:
             )
     if "device" in keys:
         check_kernels(config)
+        check_prefill_precision(config)
 
 
 def check_kernels(config: Config) -> None:
@@ -68,6 +70,25 @@ def check_kernels(config: Config) -> None:
             "policy.kernels: triton is not installed, though torch for CUDA brings it; install it as "
             '`python -m pip install "triton>=3.5"`, or leave the setting out'
         )
+
+
+def check_prefill_precision(config: Config) -> None:
+    """Raises ConfigError where the policy's GPU cannot compute in 8 bits, as a setting asks it to; says that a CPU only
+    simulates it."""
+    if config.policy.prefill_precision != "fp8":
+        return
+    key, index = "policy.prefill_precision: fp8", cuda_index(config, "device")
+    if index is None:
+        logger.warning("%s is simulated on a CPU: the same rounding as on a GPU, and slower than without", key)
+        return
+    if config.policy.dtype == "float32":
+        raise ConfigError(f"{key} goes with bfloat16 on a GPU; leave out policy.dtype, or policy.prefill_precision")
+    try:
+        fault = probe.ask(fp8_fault, TIME_LIMIT_S, argument=index)["fault"]
+    except probe.Unanswered as error:
+        fault = str(error)
+    if fault:
+        raise ConfigError(f"{key} cannot be computed on cuda:{index} ({fault}); leave it out, or choose another GPU")
 
 
 @functools.cache

@@ -14,10 +14,11 @@ from support.gpus import found_gpus
 
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.host.probe import cuda_devices
+from dsrl_async.host.probe import Unanswered, cuda_devices
 from dsrl_async.launch import command as launch
 from dsrl_async.run import preflight
 from dsrl_async.run.preflight import host
+from dsrl_async.run.preflight.precision import fp8_fault
 
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
 TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
@@ -113,6 +114,85 @@ def test_triton_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.Mo
 def test_triton_kernels_are_not_compiled_besides() -> None:
     with pytest.raises(ConfigError, match=r"^policy: compile and kernels: triton both replace torch's kernels; leave"):
         validate({"policy": {"kernels": "triton", "compile": True}})
+
+
+# --- products of 8 bits ---------------------------------------------------------------------------------------------
+
+FP8 = {"policy": {"prefill_precision": "fp8"}}
+
+
+def test_8_bits_are_refused_on_a_gpu_that_cannot_and_on_no_other_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def ask(function: Any, limit: float, *, argument: int | None = None) -> dict[str, Any]:
+        if argument is None:
+            return found_gpus(1, 1)
+        asked.append((function, argument))
+        return {"fault": TOO_OLD}
+
+    find(monkeypatch)
+    monkeypatch.setattr("dsrl_async.host.probe.ask", ask)
+    preflight.check_devices(validate({}))
+    assert asked == [], "only who wants it is asked"
+    with pytest.raises(ConfigError, match=r"^policy\.prefill_precision: fp8 cannot .* on cuda:0 \(CUDA init.*GPU$"):
+        preflight.check_devices(validate(FP8), ["device"])
+    assert asked == [(fp8_fault, 0)]
+    with pytest.raises(ConfigError, match=r"^policy\.prefill_precision: fp8 goes with bfloat16 on a GPU; leave out"):
+        preflight.check_devices(validate({"policy": {**FP8["policy"], "dtype": "float32"}}))
+    assert not caplog.records
+    preflight.check_devices(validate({**FP8, "device": "cpu"}))
+    assert "policy.prefill_precision: fp8 is simulated on a CPU" in caplog.text
+    assert len(asked) == 1
+
+
+def test_a_gpu_that_does_not_answer_about_8_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(function: Any, limit: float, *, argument: int | None = None) -> dict[str, Any]:
+        if argument is None:
+            return found_gpus(1)
+        raise Unanswered("no answer within 120 s")
+
+    find(monkeypatch)
+    monkeypatch.setattr("dsrl_async.host.probe.ask", ask)
+    with pytest.raises(ConfigError, match=r"cannot be computed on cuda:0 \(no answer within 120 s\); leave it out"):
+        preflight.check_devices(validate(FP8))
+
+
+@pytest.mark.parametrize(
+    ("capability", "torch_version", "fault"),
+    [
+        ((8, 0), "2.13.0+cu130", "it has compute capability 8.0, and products of 8 bits begin with 8.9"),
+        ((8, 6), "2.13.0", "it has compute capability 8.6, and products of 8 bits begin with 8.9"),
+        ((8, 9), "2.9.1+cu128", "torch 2.9.1+cu128 starts them on the wrong stream of this GPU, 2.12 does not"),
+        ((8, 9), "2.12.0", ""),
+        ((9, 0), "2.9.0", ""),
+        ((12, 0), "2.13.0", ""),
+    ],
+)
+def test_which_gpus_multiply_8_bits(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], torch_version: str, fault: str
+) -> None:
+    """The product itself is computed on the CPU here."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: ones(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    assert fp8_fault(1) == {"fault": fault}
+
+
+def test_a_gpu_whose_products_of_8_bits_fail_or_are_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: ones(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr("dsrl_async.pi0.fp8.scaled_product", lambda *_: ones(32, 32))
+    assert fp8_fault(0) == {"fault": "a product that is 65 came out wrong by 64"}
+
+    def refuse(*_: Any) -> torch.Tensor:
+        raise RuntimeError("Rowwise scaling is not currently supported on your device\nException raised from ...")
+
+    monkeypatch.setattr("dsrl_async.pi0.fp8.scaled_product", refuse)
+    assert fp8_fault(0) == {"fault": "Rowwise scaling is not currently supported on your device"}
 
 
 # --- what is found --------------------------------------------------------------------------------------------------
