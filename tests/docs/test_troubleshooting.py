@@ -71,6 +71,13 @@ def test_explained_messages_are_said(said: list[str]) -> None:
     }
 
 
+def test_what_is_to_be_looked_for_in_a_log_is_said(said: list[str]) -> None:
+    runs = [command.run for question in questions() for command in question.find_out if "runs/RUN/logs" in command.run]
+    words = [word for run in runs for quoted in re.findall(r'grep .*?"(.+?)"', run) for word in quoted.split("|")]
+    assert len(words) == 3
+    assert unsaid(words, said) == []
+
+
 def test_a_message_is_explained_once() -> None:
     """Either by a question or in a table."""
     assert [message for message in explained(PAGE) if any(question.is_about(message) for question in questions())] == []
