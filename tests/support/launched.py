@@ -120,6 +120,8 @@ class FinishedRun:
     result: dict[str, Any]
     mapped_by_workers: list[list[str]]
     """Files that each environment worker had mapped while the run went on."""
+    titles: set[str]
+    """What `ps` said of its processes meanwhile, as `NAME: TITLE`."""
     left_over: list[psutil.Process]
 
     def copy(self, directory: Path) -> Path:
@@ -130,7 +132,8 @@ def finished_run(directory: Path) -> FinishedRun:
     run = Launched(directory / "run", *SMALL, "--max-decisions", "240", "--max-minutes", "2")
     run.wait_learning()
     mapped = [[file.path for file in worker.memory_maps()] for worker in run.children("worker")]
-    return FinishedRun(run.run_dir, run.finish(), mapped, run.left_over())
+    titles = {f"{process.name()}: {process.cmdline()[0]}" for process in (run.process, *run.children())}
+    return FinishedRun(run.run_dir, run.finish(), mapped, titles, run.left_over())
 
 
 def checkpoint_of(run_dir: Path) -> Path:

@@ -36,6 +36,13 @@ DOCUMENT_NAMES = {
 }
 
 
+def test_the_systems_tools_show_which_process_is_which(finished_run: FinishedRun) -> None:
+    said = {name: f"dsrl_async: {name}" for name in ("supervisor", "inference", "learner")}
+    said |= {"template": "dsrl_async: template of the environment workers"}
+    said |= {f"actor-{number}": f"dsrl_async: environment worker {number}" for number in ("000", "001")}
+    assert finished_run.titles == {f"{name}: {title}" for name, title in said.items()}
+
+
 def test_run_to_a_limit_leaves_a_complete_run_directory(finished_run: FinishedRun) -> None:
     run_dir, result = finished_run.run_dir, finished_run.result
     assert len(finished_run.mapped_by_workers) == 2
