@@ -4,7 +4,7 @@
 package imports nothing else: what is public comes with its first use.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Agent",
     "load_agent",
