@@ -49,7 +49,9 @@ HOUSE = {
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
     "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.channel run.weights run.evaluation",
-    "run.learner": f"config sac {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints run.evaluation",
+    # DSRL-NA asks the frozen policy inside of its updates.
+    "run.learner": f"config sac policies {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints "
+    "run.evaluation",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
     # What a run has learned, for other programs.

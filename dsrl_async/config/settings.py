@@ -282,8 +282,11 @@ class PolicyConfig(Section):
 
 
 class SacConfig(Section):
-    """DSRL-SAC: networks, losses and optimisation of the noise-choosing agent."""
+    """DSRL-SAC and DSRL-NA: networks, losses and optimisation of the agent."""
 
+    algorithm: Fixed[Literal["sac", "na"]] = "sac"
+    """`sac`: the critic judges noise; `na`: it judges the actions that the policy makes of noise, and a second critic,
+    which learns from it what noise is worth, trains the actor (docs/learner.md). `na` needs a Pi0."""
     cameras: Fixed[list[int]] = [0]
     """Numbers of the cameras that the agent sees, out of those that the environment shows the policy: 0 is LIBERO's
     agentview and the tabletop's front, 1 their wrist camera. The pictures are stacked along the channels, and an update
@@ -368,7 +371,11 @@ class SacConfig(Section):
     counts trajectories)."""
     critic_in_actor_loss: Announced[Literal["before", "after"]] = "before"
     """The critic that an update's actor loss asks: the one from before its step in the same update, or from after it;
-    official DSRL and RLinf do the latter, which takes another encoding of the observations."""
+    official DSRL and RLinf do the latter, which takes another encoding of the observations. `na`: no effect, the
+    actor's loss asks the noise critic."""
+    noise_critic_steps: Announced[float] = Field(0.5, gt=0, le=100)
+    """na: gradient steps of the noise critic per update of the others, each on a batch of its own; of a fraction,
+    such as 0.5, one comes with every second update (official DSRL: 10 after every 20)."""
     augmentation: Announced[Literal["none", "crop", "crop_colour"]] = "none"
     """Image augmentation of observation and next observation: random shift by up to `augmentation_pad` pixels; with
     `crop_colour`, for four images in five, also jitter of brightness, contrast, saturation and hue. Official DSRL does
@@ -417,6 +424,10 @@ class SacConfig(Section):
         widths = {"state_dim": state_dim, "noise_dim": noise_dim}
         return self.model_copy(update={key: widths[key] for key in widths.keys() - self.model_fields_set})
 
+    def judging_actions(self, action_dim: int) -> SacConfig:
+        """These settings for a critic of actions: a chunk is to it what noise is with a vector for each slot."""
+        return self.model_copy(update={"noise_dim": action_dim, "noise_layout": "per_slot"})
+
     def noise_width(self, horizon: int) -> int:
         """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""
         return self.noise_dim * (horizon if self.noise_layout == "per_slot" else 1)
@@ -463,6 +474,8 @@ class LearnerConfig(Section):
     `tf32`: 10 bits, on a GPU only; `bf16`: 7 bits. Weights, losses and optimiser are float32 (docs/learner.md)."""
     graphs: Announced[Literal["auto", "off"]] = "auto"
     """`auto`: on a GPU an update is captured in a CUDA graph; `off`: every kernel is launched each time."""
+    policy_rows: Announced[int] = Field(64, gt=0, le=4096)
+    """na: how many rows the learner's own copy of the policy samples at a time; fewer need less memory."""
     publish_interval: Announced[int] = Field(10, gt=0)
     """Gradient updates between two broadcasts of the actor's weights."""
 

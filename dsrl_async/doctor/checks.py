@@ -218,6 +218,8 @@ def check_memory(config: Config, options: Options) -> Iterator[Finding]:
         f"{need.policy / GIB:.1f} the policy, {need.agent / GIB:.1f} the agent, {need.template / GIB:.1f} of all "
         f"actors, {need.worker / GIB:.2f} each of {need.workers}); {fit} actors fit",
     )
+    if (told := preflight.memory_of_algorithm(run)) is not None:
+        yield Finding("memory", "ok", told)
     yield from check_gpu_memory(config, options)
 
 

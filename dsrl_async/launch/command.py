@@ -109,6 +109,8 @@ def run(
         preflight.record_made_with(run_dir, made_with)
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
+        if (told := preflight.memory_of_algorithm(checked)) is not None:
+            logger.info(told)
         for warning in checked.warnings:
             logger.warning(warning)
         if changes:

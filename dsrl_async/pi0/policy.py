@@ -65,7 +65,8 @@ class Pi0Batch:
     Input buffers: `images` uint8 [B, cameras, size, size, 3], `state` float32 [B, robot_state_dim] in the robot's
     units, `noise` float32 [B, H, action_dim]; `tokens` int64 [B, L] and `token_mask` bool [B, L], which `fill_prompts`
     writes.
-    Output buffer: `actions` float32 [B, H, robot_action_dim] in the robot's units.
+    Output buffers: `actions` float32 [B, H, robot_action_dim] in the robot's units, and `normalised_actions`, the same
+    as the network computes them.
     """
 
     def __init__(self, policy: Pi0Policy, batch_size: int, prompt_length: int) -> None:
@@ -80,21 +81,32 @@ class Pi0Batch:
         self.images = torch.zeros(batch_size, config.cameras, size, size, 3, dtype=torch.uint8, device=device)
         self.state = torch.zeros(batch_size, config.robot_state_dim, device=device)
         self.actions = torch.zeros(batch_size, config.action_horizon, config.robot_action_dim, device=device)
+        self.normalised_actions = self.sampler.actions[..., : config.robot_action_dim]
         self.prompts = torch.zeros(batch_size, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def fill_prompts(self, prompts: NDArray[np.int64]) -> None:
         """A look-up, except where prompts hold the state. The batch before it must have been computed."""
+        if self.policy.spec.state_in_prompt:
+            self._write_state_prompts(prompts)
+            return
+        numbers = self.prompts[: len(prompts)]  # page-locked on CUDA: the host need not wait until they are there
+        numbers.numpy()[:] = prompts
+        self.choose_prompts(numbers.to(self.tokens.device, non_blocking=True))
+
+    def choose_prompts(self, prompts: Tensor) -> None:
+        """As `fill_prompts`, int64 [n] on the device; waits for the device only where prompts hold the state."""
         policy, count, length = self.policy, len(prompts), self.tokens.shape[1]
         if policy.spec.state_in_prompt:
-            tokens, token_mask = policy.state_tokens(prompts, self.state[:count])
-            self.tokens[:count].copy_(tokens[:, :length])
-            self.token_mask[:count].copy_(token_mask[:, :length])
+            self._write_state_prompts(prompts.cpu().numpy())
             return
-        numbers = self.prompts[:count]  # page-locked on CUDA, so that the host need not wait until they are there
-        numbers.numpy()[:] = prompts
-        rows = numbers.to(self.tokens.device, non_blocking=True)
-        torch.index_select(policy.tokens[:, :length], 0, rows, out=self.tokens[:count])
-        torch.index_select(policy.token_mask[:, :length], 0, rows, out=self.token_mask[:count])
+        torch.index_select(policy.tokens[:, :length], 0, prompts, out=self.tokens[:count])
+        torch.index_select(policy.token_mask[:, :length], 0, prompts, out=self.token_mask[:count])
+
+    def _write_state_prompts(self, prompts: NDArray[np.int64]) -> None:
+        count, length = len(prompts), self.tokens.shape[1]
+        tokens, token_mask = self.policy.state_tokens(prompts, self.state[:count])
+        self.tokens[:count].copy_(tokens[:, :length])
+        self.token_mask[:count].copy_(token_mask[:, :length])
 
     @torch.no_grad()
     def encode(self) -> None:

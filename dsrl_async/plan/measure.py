@@ -17,17 +17,19 @@ from dsrl_async.config.settings import Config, ConfigError, SacConfig
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.plan.simulation import EnvironmentTimes
+from dsrl_async.policies import FrozenPolicy
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer
-from dsrl_async.run.learner.learner import learner_device, make_agent
+from dsrl_async.run.learner.learner import learner_device, make_agent, products_of
+from dsrl_async.run.learner.na import make_na_updates
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.preflight import CheckedRun, check_gpu_memory
 from dsrl_async.run.worker.worker import Lane
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
-from dsrl_async.shm.memory import create_memory
-from dsrl_async.shm.replay import ReplayRing, replay_fields
+from dsrl_async.shm.memory import action_row, create_memory
+from dsrl_async.shm.replay import ActionRow, ReplayRing, replay_fields
 
 RING_ROWS = 4096
 """Rows of the replay ring that updates draw from. They are random and take 50 MB, more than a cache holds."""
@@ -115,7 +117,7 @@ def measure(run: CheckedRun, seconds: float, say: Callable[[str], None]) -> Meas
         device_s, device_cores = measure_device(server, part_s, say)
     say(f"gradient updates: {part_s:.0f} s")
     torch.set_num_threads(cpu_threads(config.learner.threads))
-    update = repeat(updating(config, run.horizon), part_s)
+    update = repeat(updating(config, run.horizon, policies.frozen), part_s)
     return Measured(
         times,
         steps,
@@ -186,12 +188,24 @@ def measure_device(
     return times, cores(everything)
 
 
-def updating(config: Config, horizon: int) -> Callable[[], None]:
-    """A function that does one gradient update of critic, actor and temperature, to its end."""
+def updating(config: Config, horizon: int, policy: FrozenPolicy | None = None) -> Callable[[], None]:
+    """A function that does one gradient update of critic, actor and temperature, to its end; with DSRL-NA, which needs
+    the `policy`, the steps of the noise critic that come with it on average."""
     sac = config.sac.model_copy(update={"train_actor_steps": 0})
-    device = learner_device(config)
-    agent = make_agent(config.model_copy(update={"sac": sac}), horizon, device)
-    updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size)
+    config, device = config.model_copy(update={"sac": sac}), learner_device(config)
+    if sac.algorithm == "na":
+        assert policy is not None
+        if device != resolve_device(config.device):
+            raise ConfigError(
+                f"learner.device: with na only a learner beside its policy is measured; leave {device} out"
+            )
+        sizes = policy.spec
+        of_actions = action_row(config, sizes.cameras, sizes.image_size, sizes.robot_action_dim)
+        ring = fill_ring(sac, RING_ROWS, sac.noise_width(horizon), of_actions)
+        updates: Updates = make_na_updates(config, policy, device, source_for(ring, device), products_of(config))
+    else:
+        agent = make_agent(config, horizon, device)
+        updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size)
     updates.refresh()
     if device.type == "cuda" and config.learner.graphs == "auto":
         updates.capture()
@@ -206,12 +220,14 @@ def updating(config: Config, horizon: int) -> Callable[[], None]:
     return update
 
 
-def fill_ring(config: SacConfig, rows: int, action_dim: int) -> ReplayRing:
+def fill_ring(config: SacConfig, rows: int, action_dim: int, of_actions: ActionRow | None = None) -> ReplayRing:
     """A ring whose only lane is full of random observations, in episodes of ten decisions."""
-    ring = ReplayRing(Arena.create(replay_fields(1, rows, config.state_dim, action_dim, len(config.cameras))))
+    sizes = config.state_dim, action_dim, len(config.cameras)
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, *sizes, of_actions)))
     rng = np.random.default_rng(0)
-    ring.rows["image"][:] = rng.integers(0, 256, ring.rows["image"].shape, dtype=np.uint8)
-    for name in ("state", "noise"):
+    for name in ("image", "policy_images") if of_actions is not None else ("image",):
+        ring.rows[name][:] = rng.integers(0, 256, ring.rows[name].shape, dtype=np.uint8)
+    for name in ("state", ring.judged):
         ring.rows[name][:] = rng.standard_normal(ring.rows[name].shape)
     ring.rows["complete"][:] = np.arange(rows) % 11 != 10
     ring.head[:] = rows

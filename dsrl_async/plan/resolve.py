@@ -28,7 +28,8 @@ from dsrl_async.run import preflight
 from dsrl_async.run.inference.batching import batch_wait_s
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.preflight.learner_memory import actor_parameters
-from dsrl_async.shm.replay import ROW_FIELDS, replay_fields
+from dsrl_async.shm.memory import action_row
+from dsrl_async.shm.replay import replay_fields
 from dsrl_async.shm.slots import slot_fields
 
 
@@ -164,12 +165,13 @@ def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:
     from dsrl_async.run.weights import HEADER
 
     width, cameras = config.sac.noise_width(horizon), len(config.sac.cameras)
+    of_actions = action_row(config, spec.cameras, spec.image_size, spec.action_dim)
     fields = slot_fields(1, spec, config.env.chunk, width, 0, cameras)
-    fields |= replay_fields(1, 1, spec.state_dim, width, cameras)
+    fields |= replay_fields(1, 1, spec.state_dim, width, cameras, of_actions)
     size = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in fields.items()}
     return Payload(
         observation=size["slot/images"] + size["slot/sac_image"] + size["slot/state"],
         action_chunk=size["slot/action_chunk"],
-        transition=sum(size[f"replay/{name}"] for name in ROW_FIELDS),
+        transition=sum(size[name] for name in fields if name.startswith("replay/") and name != "replay/head"),
         weights=4 * actor_parameters(config.sac, horizon) + HEADER.size,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dsrl_async.policies.policy import Policy
 from dsrl_async.policies.protocol import (
     FrozenPolicy,
+    NormalisedBatch,
     PolicyBatch,
     PolicyMemory,
     PolicyNeeds,
@@ -18,6 +19,7 @@ from dsrl_async.policies.protocol import (
 
 __all__ = [
     "FrozenPolicy",
+    "NormalisedBatch",
     "Policy",
     "PolicyBatch",
     "PolicyMemory",

@@ -98,4 +98,5 @@ def pi0_record(files: PolicyFiles) -> PolicyRecord:
         check_prompts=check_prompts,
         identity=functools.partial(identity, files),
         load=load,
+        normalised=True,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +90,18 @@ class PolicyBatch(Protocol):
         """The second half: from `noise` to `actions`."""
 
 
+@runtime_checkable
+class NormalisedBatch(PolicyBatch, Protocol):
+    """A batch of a policy that can be asked again while the agent learns, as DSRL-NA does."""
+
+    normalised_actions: Tensor
+    """Output, float32 [B, action_horizon, robot_action_dim]: `actions` before they are scaled to the robot's units."""
+
+    def choose_prompts(self, prompts: Tensor) -> None:
+        """Writes the prompts of the first rows, as `fill_prompts`, given by int64 [n] on the device. It can be
+        captured, unless prompts hold the state."""
+
+
 class FrozenPolicy(Protocol):
     """A policy that is loaded, for the prompts of a run."""
 
@@ -163,6 +175,8 @@ class PolicyRecord:
     """Reads the weights, for a device and the prompts of a run; the last argument is called as this proceeds."""
     warnings: tuple[str, ...] = ()
     """What the user should know."""
+    normalised: bool = False
+    """Whether its batches are a `NormalisedBatch`."""
 
     @property
     def spec(self) -> PolicySizes:

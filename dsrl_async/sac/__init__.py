@@ -1,7 +1,8 @@
-"""DSRL-SAC: the agent that chooses the noise from which the frozen policy starts denoising.
+"""DSRL-SAC and DSRL-NA: the agent that chooses the noise from which the frozen policy starts denoising.
 
-`networks` holds the actor and the critic, `agent` the training state and the update, `flat` the contiguous
-parameter buffers, `augmentation` the image augmentation. Everything is fp32 and works on tensors only.
+`networks` holds the actor and the critic, `agent` the training state and the update, `na` what DSRL-NA adds to both,
+`flat` the contiguous parameter buffers, `augmentation` the image augmentation. Everything is fp32 and works on tensors
+only.
 """
 
 METRIC_NAMES = (
@@ -16,3 +17,11 @@ METRIC_NAMES = (
     "train/sac/target_q_mean",
 )
 """Names of the metrics that `SacAgent.learn` returns, in order."""
+
+NOISE_CRITIC_METRIC_NAMES = ("train/sac/noise_critic_loss", "train/noise_critic/grad_norm")
+"""Names of the metrics that `NaAgent.distil` returns, in order."""
+
+
+def metric_names(algorithm: str) -> tuple[str, ...]:
+    """Names of the metrics of an update, in order, by `sac.algorithm`."""
+    return METRIC_NAMES + (NOISE_CRITIC_METRIC_NAMES if algorithm == "na" else ())

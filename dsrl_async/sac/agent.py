@@ -10,6 +10,7 @@ the critic makes its step first, and encodes the observations again for the acto
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,16 @@ from torch.optim.adam import adam
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.config.shapes import AUGMENTATION_NUMBERS
 from dsrl_async.sac.augmentation import random_shift
-from dsrl_async.sac.flat import clip_gradient_, layout_hash
+from dsrl_async.sac.flat import FlatModule, clip_gradient_, layout_hash
 from dsrl_async.sac.networks import Actor, Critic, aggregate_heads, log_prob, preprocess_image
+
+Flow = Callable[[Tensor], Tensor]
+"""What the policy makes of noise, fp32 [B, A], at given observations: what the critic judges."""
+
+
+def itself(noise: Tensor) -> Tensor:
+    """The `Flow` of a critic that judges noise."""
+    return noise
 
 
 class Batch(NamedTuple):
@@ -32,7 +41,7 @@ class Batch(NamedTuple):
     states: Tensor
     """fp32 [2 * B, state_dim], in the same order"""
     noise: Tensor
-    """fp32 [B, A], the noise that the policy was given"""
+    """fp32 [B, A], the noise that the policy was given; with `na.NaAgent` the chunk of actions that it made of it"""
     reward: Tensor
     """fp32 [B]"""
     discount: Tensor
@@ -148,8 +157,9 @@ class SacAgent:
         self.device = torch.device(device)
         self.action_dim = config.noise_width(horizon)
         self.actor = Actor(config, horizon, self.device, seed, True, products)
-        self.critic = Critic(config, horizon, self.device, seed + 1, True, products)
-        self.target_critic = Critic(config, horizon, self.device, seed + 1, False, products)
+        judging, slots = self._judged(horizon)
+        self.critic = Critic(judging, slots, self.device, seed + 1, True, products)
+        self.target_critic = Critic(judging, slots, self.device, seed + 1, False, products)
         self.raw_alpha = torch.full(
             (), raw_from_alpha(config.initial_alpha, config.alpha_type), dtype=torch.float32, device=self.device
         )
@@ -162,6 +172,10 @@ class SacAgent:
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(seed)
         self.updates = 0
         self._not_computed = torch.full((), math.nan, device=self.device)
+
+    def _judged(self, horizon: int) -> tuple[SacConfig, int]:
+        """The settings and the number of slots that say how wide the critic's input is: here the actor's."""
+        return self.config, horizon
 
     @property
     def actor_due(self) -> bool:
@@ -177,7 +191,7 @@ class SacAgent:
             normal=torch.zeros(2, batch_size, self.action_dim, device=self.device),
         )
 
-    def learn(self, batch: Batch, random: RandomNumbers, update_actor: bool) -> Tensor:
+    def learn(self, batch: Batch, random: RandomNumbers, update_actor: bool, flow: Flow = itself) -> Tensor:
         """Make a gradient step of the critic and, if `update_actor`, of actor and temperature; then update the target.
 
         target = reward + discount * agg_heads Q_target(s', a') [- discount * alpha * log pi(a'|s')]
@@ -192,6 +206,7 @@ class SacAgent:
             batch: transitions.
             random: its `augmentation` and `normal` are used.
             update_actor: pass `actor_due`.
+            flow: what the critic judges of noise at the next observations.
 
         Returns:
             fp32 [len(METRIC_NAMES)] from before the step, with gradient norms from before clipping. Metrics that an
@@ -201,7 +216,7 @@ class SacAgent:
         pixels, next_pixels = self._pixels(batch.images, random.augmentation)
         state, next_state = batch.states.chunk(2)
         alpha = alpha_from_raw(self.raw_alpha, config.alpha_type)
-        target = self._target(batch, next_pixels, next_state, random.normal[0], alpha)
+        target = self._target(batch, next_pixels, next_state, random.normal[0], alpha, flow)
 
         features = self.critic.encoder(pixels, state)
         q = self.critic.q_values(features, batch.noise)
@@ -217,9 +232,7 @@ class SacAgent:
             mean, log_std = self.actor(pixels, state)
             u = torch.addcmul(mean, log_std.exp(), random.normal[1])
             log_probability = log_prob(u, log_std, random.normal[1])
-            with torch.no_grad():
-                seen = self.critic.encoder(pixels, state) if after else features
-            new_q = self.critic.q_values(seen.detach(), u.tanh() * config.action_magnitude)
+            new_q = self._q_of_noise(pixels, state, u.tanh() * config.action_magnitude, None if after else features)
             actor_loss = (alpha * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
@@ -248,24 +261,36 @@ class SacAgent:
         )
         return torch.stack([metric.detach() for metric in metrics])
 
-    @torch.no_grad()
+    def _q_of_noise(self, pixels: Tensor, state: Tensor, noise: Tensor, features: Tensor | None) -> Tensor:
+        """fp32 [heads, B], what the actor's noise is worth. `features` are the critic's, if they are up to date."""
+        with torch.no_grad():
+            seen = self.critic.encoder(pixels, state) if features is None else features
+        return self.critic.q_values(seen.detach(), noise)
+
     def _pixels(self, images: Tensor, augmentation: Tensor) -> tuple[Tensor, Tensor]:
         """Network inputs for observations and next observations, each augmented independently."""
+        pixels, next_pixels = self._augmented(images, augmentation).chunk(2)
+        return pixels, next_pixels
+
+    @torch.no_grad()
+    def _augmented(self, images: Tensor, augmentation: Tensor) -> Tensor:
+        """Network inputs, fp32 [B, C, S, S], for images uint8 [B, 64, 64, C], each augmented independently."""
         config = self.config
         jitter = None
         if config.augmentation != "none":
             images = random_shift(images, augmentation[:, :2], config.augmentation_pad)
             jitter = augmentation[:, 2:] if config.augmentation == "crop_colour" else None
-        pixels, next_pixels = preprocess_image(images, config, jitter).chunk(2)
-        return pixels, next_pixels
+        return preprocess_image(images, config, jitter)
 
     @torch.no_grad()
-    def _target(self, batch: Batch, next_pixels: Tensor, next_state: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
+    def _target(
+        self, batch: Batch, next_pixels: Tensor, next_state: Tensor, eps: Tensor, alpha: Tensor, flow: Flow
+    ) -> Tensor:
         """fp32 [B], the value that every Q head is regressed to."""
         config = self.config
         mean, log_std = self.actor(next_pixels, next_state)
         u = torch.addcmul(mean, log_std.exp(), eps)
-        q = self.target_critic(next_pixels, next_state, u.tanh() * config.action_magnitude)
+        q = self.target_critic(next_pixels, next_state, flow(u.tanh() * config.action_magnitude))
         value = aggregate_heads(q, config.q_aggregation)
         if config.entropy_backup:
             value = value - alpha * log_prob(u, log_std, eps)
@@ -283,9 +308,13 @@ class SacAgent:
             tensors |= {f"{name}.adam.{field}": tensor for field, tensor in optimiser.state.items()}
         return tensors
 
+    def _networks(self) -> list[FlatModule]:
+        """The networks whose layouts differ."""
+        return [self.actor, self.critic]
+
     def _layout(self) -> Tensor:
-        """uint8 [2, 8], layout hashes of actor and critic: flat vectors of equal length may have different layouts."""
-        hashes = [layout_hash(module).to_bytes(8, "little") for module in (self.actor, self.critic)]
+        """uint8 [n, 8], layout hashes of the networks: flat vectors of equal length may have different layouts."""
+        hashes = [layout_hash(module).to_bytes(8, "little") for module in self._networks()]
         return torch.tensor([list(digest) for digest in hashes], dtype=torch.uint8)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -7,9 +7,14 @@ from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.shm.arena import Arena, Fields
 from dsrl_async.shm.assignments import assignment_fields
 from dsrl_async.shm.counters import counter_fields
-from dsrl_async.shm.replay import replay_fields
+from dsrl_async.shm.replay import ActionRow, replay_fields
 from dsrl_async.shm.slots import slot_fields
 from dsrl_async.shm.spans import span_fields
+
+
+def action_row(config: Config, cameras: int, image_size: int, action_dim: int) -> ActionRow | None:
+    """What rows have for the algorithm of a run, by the sizes of its environment; None for DSRL-SAC."""
+    return ActionRow(config.env.chunk, action_dim, cameras, image_size) if config.sac.algorithm == "na" else None
 
 
 def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
@@ -19,9 +24,11 @@ def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
     """
     lanes, evaluation, sac = config.actors, config.evaluation.lanes, config.sac
     width, cameras = sac.noise_width(horizon), len(sac.cameras)
+    of_actions = action_row(config, spec.cameras, spec.image_size, spec.action_dim)
+    normal = horizon * sac.noise_dim
     return {
-        **slot_fields(config.lanes, spec, config.env.chunk, width, horizon * sac.noise_dim, cameras),
-        **replay_fields(lanes, config.replay.capacity // lanes, spec.state_dim, width, cameras),
+        **slot_fields(config.lanes, spec, config.env.chunk, width, normal, cameras, of_actions is not None),
+        **replay_fields(lanes, config.replay.capacity // lanes, spec.state_dim, width, cameras, of_actions),
         **counter_fields(lanes, evaluation),
         **(assignment_fields(evaluation) if evaluation else {}),
         **(span_fields(config.actors) if config.profile else {}),

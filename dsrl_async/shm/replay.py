@@ -1,9 +1,12 @@
 """The replay buffer: a ring of rows in shared memory for each lane.
 
-A row is one decision: the observation SAC saw, the noise that was used, and what came of it. Next observations are
-not stored: a decision's next observation is the next row of its lane. A lane's newest row is always *pending*: its
-observation is there, its outcome is not. When an episode ends (or the environment worker dies) the pending row simply
-never gets an outcome; it stays as the last decision's next observation and is never sampled itself.
+A row is one decision: the observation SAC saw, the noise that was used, and what came of it. For DSRL-NA it has the
+actions instead of the noise, and beside the observation what the policy saw of it.
+
+Next observations are not stored: a decision's next observation is the next row of its lane. A lane's newest row is
+always *pending*: its observation is there, its outcome is not. When an episode ends (or the environment worker dies)
+the pending row simply never gets an outcome; it stays as the last decision's next observation and is never sampled
+itself.
 
 Only the environment worker that owns a lane writes it, and it advances `head` after the data, so nothing is locked. A
 reader copies rows first and then looks whether the writer has come round to them meanwhile; if so, it draws others
@@ -12,6 +15,8 @@ reader copies rows first and then looks whether the writer has come round to the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from dsrl_async.config.shapes import sac_image_shape
@@ -19,19 +24,61 @@ from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 
 ROW_FIELDS = ("image", "state", "noise", "reward", "steps", "terminal", "policy_version", "complete")
+ACTION_ROW_FIELDS = ("image", "state", "action", *ROW_FIELDS[3:], "policy_images", "task_index")
+"""Those of a row for DSRL-NA."""
 
 
-def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: int, agent_cameras: int = 1) -> Fields:
+class ActionRow(NamedTuple):
+    """The sizes of what a row has for DSRL-NA only."""
+
+    chunk: int
+    """Actions that a decision executes."""
+    action_dim: int
+    cameras: int
+    """Those that the policy sees."""
+    image_size: int
+    """Height and width of the policy's images."""
+
+    @property
+    def actions(self) -> int:
+        """Width of the executed actions, one after the other."""
+        return self.chunk * self.action_dim
+
+
+class Seen(NamedTuple):
+    """What the policy sees of an observation, beside the robot's state, for DSRL-NA."""
+
+    images: np.ndarray
+    """uint8 [cameras, image_size, image_size, 3]"""
+    task_index: int
+
+
+def replay_fields(
+    lanes: int,
+    rows_per_lane: int,
+    state_dim: int,
+    noise_width: int,
+    agent_cameras: int = 1,
+    of_actions: ActionRow | None = None,
+) -> Fields:
+    """The arrays of a ring, whose rows are DSRL-NA's if `of_actions` is given."""
     rows = (lanes, rows_per_lane)
+    chosen: Fields = {"replay/noise": ((*rows, noise_width), "float32")}
+    policy: Fields = {}
+    if of_actions is not None:
+        chosen = {"replay/action": ((*rows, of_actions.actions), "float32")}
+        pictures = (*rows, of_actions.cameras, of_actions.image_size, of_actions.image_size, 3)
+        policy = {"replay/policy_images": (pictures, "uint8"), "replay/task_index": (rows, "int64")}
     return {
         "replay/image": ((*rows, *sac_image_shape(agent_cameras)), "uint8"),
         "replay/state": ((*rows, state_dim), "float32"),
-        "replay/noise": ((*rows, noise_width), "float32"),
+        **chosen,
         "replay/reward": (rows, "float32"),
         "replay/steps": (rows, "int32"),
         "replay/terminal": (rows, "bool"),
         "replay/policy_version": (rows, "int64"),
         "replay/complete": (rows, "bool"),
+        **policy,
         "replay/head": ((lanes,), "int64"),
     }
 
@@ -39,23 +86,29 @@ def replay_fields(lanes: int, rows_per_lane: int, state_dim: int, noise_width: i
 class ReplayRing:
     """The rings of all lanes, for writers and readers.
 
-    `head` counts the rows that were started in a lane; row r lies at r % rows_per_lane.
+    `head` counts the rows that were started in a lane; row r lies at r % rows_per_lane. `of_actions` says whether rows
+    are DSRL-NA's, and `judged` which column its critic judges then: `action`, and `noise` otherwise.
     """
 
     def __init__(self, arena: Arena) -> None:
-        self.rows = {name: arena[f"replay/{name}"] for name in ROW_FIELDS}
+        self.of_actions = "replay/action" in arena.fields
+        self.judged = "action" if self.of_actions else "noise"
+        self.rows = {name: arena[f"replay/{name}"] for name in (ACTION_ROW_FIELDS if self.of_actions else ROW_FIELDS)}
         self.head = arena["replay/head"]  # row number of the pending row + 1; 0: nothing was ever written
         self.lanes, self.rows_per_lane = self.rows["reward"].shape
 
     # ---- the environment worker's side
 
-    def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray) -> None:
-        """Write an episode's first observation, image uint8 [64, 64, 3 * cameras] and state float32 [8]."""
+    def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray, seen: Seen | None = None) -> None:
+        """Write an episode's first observation, image uint8 [64, 64, 3 * cameras] and state float32 [8].
+
+        `seen` goes into DSRL-NA's rows, here and in `append`.
+        """
         head = int(self.head[lane])
         order.barrier()  # who sees something of a row that overwrites an older one also sees the number before it
         # A predecessor that was killed inside `append` may have left its pending row marked complete.
         self.rows["complete"][lane, (head - 1) % self.rows_per_lane] = False
-        self._write_observation(lane, head, image, state)
+        self._write_observation(lane, head, image, state, seen)
         order.barrier()
         self.head[lane] = head + 1
 
@@ -69,15 +122,19 @@ class ReplayRing:
         policy_version: int,
         next_image: np.ndarray,
         next_state: np.ndarray,
+        next_seen: Seen | None = None,
     ) -> None:
-        """Complete the pending row with its outcome and write the next observation behind it."""
+        """Complete the pending row with its outcome and write the next observation behind it.
+
+        In DSRL-NA's rows the actions [chunk, action_dim] stand where `noise` does in others.
+        """
         head = int(self.head[lane])
         assert head > 0, "append before begin_episode"
         order.barrier()  # as in `begin_episode`
         row = (head - 1) % self.rows_per_lane
-        self._write_observation(lane, head, next_image, next_state)
+        self._write_observation(lane, head, next_image, next_state, next_seen)
         rows = self.rows
-        rows["noise"][lane, row] = noise
+        rows[self.judged][lane, row] = noise.reshape(-1)
         rows["reward"][lane, row] = reward
         rows["steps"][lane, row] = steps
         rows["terminal"][lane, row] = terminal
@@ -86,11 +143,17 @@ class ReplayRing:
         order.barrier()
         self.head[lane] = head + 1
 
-    def _write_observation(self, lane: int, number: int, image: np.ndarray, state: np.ndarray) -> None:
+    def _write_observation(
+        self, lane: int, number: int, image: np.ndarray, state: np.ndarray, seen: Seen | None
+    ) -> None:
         row = number % self.rows_per_lane
         self.rows["complete"][lane, row] = False
         self.rows["image"][lane, row] = image
         self.rows["state"][lane, row] = state
+        if self.of_actions:
+            assert seen is not None, "the policy samples from what is here again"
+            self.rows["policy_images"][lane, row] = seen.images
+            self.rows["task_index"][lane, row] = seen.task_index
 
     # ---- the learner's side
 
@@ -126,7 +189,7 @@ class ReplayRing:
     # ---- checkpoints
 
     def export_lane(self, lane: int) -> dict[str, np.ndarray]:
-        """Copy a lane's rows, oldest first, the pending one last, as arrays [n, ...] named by `ROW_FIELDS`."""
+        """Copy a lane's rows, oldest first, the pending one last, as arrays [n, ...] named as `rows`."""
         head, size = int(self.heads()[lane]), self.rows_per_lane
         first = max(0, head - size)
         wrap = min(first + -first % size, head)

@@ -27,7 +27,10 @@ def slot_fields(
     noise_width: int,
     standard_normal_width: int,
     agent_cameras: int = 1,
+    normalised: bool = False,
 ) -> Fields:
+    """`normalised`: whether answers have the actions as the policy computes them, too, which DSRL-NA learns from."""
+    actions: Fields = {"slot/normalised_chunk": ((lanes, chunk, spec.action_dim), "float32")} if normalised else {}
     return {
         "slot/images": ((lanes, spec.cameras, spec.image_size, spec.image_size, 3), "uint8"),
         "slot/sac_image": ((lanes, *sac_image_shape(agent_cameras)), "uint8"),
@@ -39,6 +42,7 @@ def slot_fields(
         "slot/action_chunk": ((lanes, chunk, spec.action_dim), "float32"),
         "slot/noise": ((lanes, noise_width), "float32"),
         "slot/policy_version": ((lanes,), "int64"),
+        **actions,
         "slot/response_id": ((lanes,), "int64"),
     }
 
@@ -48,7 +52,8 @@ class Slots:
 
     images uint8 [N, cameras, S, S, 3], sac_image uint8 [N, 64, 64, 3 * agent_cameras], state float32 [N, 8],
     standard_normal float32 [N, H * 32] (drawn by the environment worker, so that noise depends on the episode's seed
-    and not on how batches form), action_chunk float32 [N, chunk, 7], noise float32 [N, A], policy_version int64 [N].
+    and not on how batches form), action_chunk float32 [N, chunk, 7], noise float32 [N, A], policy_version int64 [N];
+    normalised_chunk is as action_chunk, or None.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -63,6 +68,8 @@ class Slots:
         self.noise = arena["slot/noise"]
         self.policy_version = arena["slot/policy_version"]
         self.response_id = arena["slot/response_id"]
+        normalised = "slot/normalised_chunk"
+        self.normalised_chunk = arena[normalised] if normalised in arena.fields else None
 
     def request(self, lane: int, incarnation: int, count: int) -> int:
         """Publish the observation that is written in the slot of `lane`, as the `count`-th request (below 2^32) of an
@@ -102,16 +109,23 @@ class Slots:
         action_chunk: np.ndarray,
         noise: np.ndarray,
         policy_version: int,
+        normalised: np.ndarray | None = None,
     ) -> np.ndarray:
         """Write the answers to requests `numbers` of `lanes`; returns the lanes that still wanted theirs.
+
+        `normalised` is as `action_chunk`, where there is a place for it.
 
         A lane gets nothing if its environment worker was replaced after the request was gathered.
         """
         current = self.request_id[lanes] == numbers
         if not current.all():
             lanes, numbers, action_chunk, noise = (rows[current] for rows in (lanes, numbers, action_chunk, noise))
+            normalised = normalised if normalised is None else normalised[current]
         self.action_chunk[lanes] = action_chunk[:, : self.action_chunk.shape[1]]
         self.noise[lanes] = noise
+        if self.normalised_chunk is not None:
+            assert normalised is not None
+            self.normalised_chunk[lanes] = normalised[:, : self.normalised_chunk.shape[1]]
         self.policy_version[lanes] = policy_version
         order.barrier()
         self.response_id[lanes] = numbers

@@ -102,6 +102,9 @@ def test_the_page_is_a_policy_that_is_run_resumed_and_evaluated(place: Path) -> 
         {"steps": 2},
         "my.safetensors",
     )
+    other = launch(*given, "--sac.algorithm", "na")
+    assert other.code == 2
+    assert "sac.algorithm: na learns from normalised actions, which a Pi0 gives and my_policy:MyPolicy" in other.stderr
     other = launch("--resume", "run", "--max-decisions", "30", "--policy.options", "{steps: 3}")
     assert other.code == 2
     assert "policy.options: the resumed run was made with" in other.stderr

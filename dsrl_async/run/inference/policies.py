@@ -29,7 +29,7 @@ class SteeredBatch(Protocol):
     """What `InferenceServer` needs of a `steering.SteeredPolicy`, for batches of B."""
 
     inputs: dict[str, Tensor]  # field of `Slots` -> buffer [B, ...], to be filled from it
-    outputs: Tensor  # float32 [B, A + H * robot_action_dim]: noise, then actions in the robot's units
+    outputs: Tensor  # float32 [B, A + H * robot_action_dim]: noise, then actions in the robot's units, see there
 
     def fill_modes(self, modes: NDArray[np.uint8]) -> None: ...
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None: ...
@@ -49,6 +49,8 @@ class Policies:
     """Times what the device does, see `host.stages`."""
     snapshot: Actor | None = None
     """The actor of an evaluation that is going on; None where there is none in the configuration."""
+    frozen: FrozenPolicy | None = None
+    """The policy that is steered."""
 
     @property
     def device(self) -> torch.device:
@@ -102,4 +104,4 @@ def load_policies(
                 pool = policy.capture(pool)
                 progress()
             counters.inference_prepared[0] += 1
-    return Policies(steered, actor, frozen.prompt_lengths, stage, snapshot)
+    return Policies(steered, actor, frozen.prompt_lengths, stage, snapshot, frozen)

@@ -188,9 +188,12 @@ class InferenceServer:
             policy.run()
             outputs = self.copies.down(policy.outputs[:count], policies.stage)
             noise, actions = np.split(outputs, [slots.noise.shape[1]], axis=1)
-            action_chunk = actions.reshape(count, -1, slots.action_chunk.shape[2])
+            action_chunk, normalised = actions.reshape(count, -1, slots.action_chunk.shape[2]), None
+            if slots.normalised_chunk is not None:
+                action_chunk, normalised = np.split(action_chunk, 2, axis=1)
         with self.phase("scatter"):
-            answered = slots.answer(lanes, numbers, action_chunk, noise, max(self.policy_version, 0))
+            version = max(self.policy_version, 0)
+            answered = slots.answer(lanes, numbers, action_chunk, noise, version, normalised)
             self._notify(answered)
         counters = self.counters
         counters.inference_batches[0] += 1

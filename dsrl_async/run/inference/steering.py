@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.host.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.host.stages import Stage, no_stage
-from dsrl_async.policies import PolicyBatch
+from dsrl_async.policies import NormalisedBatch, PolicyBatch
 from dsrl_async.sac.networks import Actor, act, expand_noise
 from dsrl_async.shm.counters import NoiseMode
 
@@ -26,7 +26,8 @@ class SteeredPolicy:
     - the policy's prompts;
     - `mode` uint8 [B]: how the noise of each row is chosen, a `NoiseMode`.
     Output buffer: `outputs` float32 [B, A + H * robot_action_dim], which is `noise` [B, A] and behind it `actions`
-    [B, H, robot_action_dim] in the robot's units, so that one copy takes both from a GPU.
+    [B, H, robot_action_dim] in the robot's units, so that one copy takes both from a GPU; for DSRL-NA behind them the
+    same as the policy computes them, `normalised`.
 
     `snapshot` is the actor of the modes that ask for one; without it, no second actor is computed. `stage` times the
     halves.
@@ -41,7 +42,7 @@ class SteeredPolicy:
         stage: Stage = no_stage,
     ) -> None:
         self.policy, self.actor, self.snapshot, self.stage = policy, actor, snapshot, stage
-        self.noise_layout = config.noise_layout
+        self.noise_layout, of_actions = config.noise_layout, config.algorithm == "na"
         self.device = policy.noise.device
         batch_size, self.horizon, noise_dim = policy.noise.shape
 
@@ -58,9 +59,15 @@ class SteeredPolicy:
             "standard_normal": self.standard_normal,
         }
         width, action_dim = config.noise_width(self.horizon), policy.actions.shape[2]
-        self.outputs = zeros(width + self.horizon * action_dim)
+        self.outputs = zeros(width + (1 + of_actions) * self.horizon * action_dim)
         self.noise = self.outputs[:, :width]
-        self.actions = self.outputs[:, width:].unflatten(1, (self.horizon, action_dim))
+        actions = self.outputs[:, width:].unflatten(1, (-1, self.horizon, action_dim))
+        self.actions = actions[:, 0]
+        self.normalised = actions[:, 1] if of_actions else None
+        self._normalised_actions = None
+        if of_actions:
+            assert isinstance(policy, NormalisedBatch)
+            self._normalised_actions = policy.normalised_actions
         self.captured: Captured | None = None
 
     def fill_prompts(self, task_index: NDArray[np.int64]) -> None:
@@ -85,11 +92,16 @@ class SteeredPolicy:
         """Second half: from noise to the robot's actions."""
         self.policy.denoise()
         self.actions.copy_(self.policy.actions)
+        if self.normalised is not None and self._normalised_actions is not None:
+            self.normalised.copy_(self._normalised_actions)
 
     def _choose_noise(self) -> None:
         """Write `noise` and the policy's initial noise."""
         normal, mode = self.standard_normal, self.mode
         base, deterministic = mode == NoiseMode.BASE, mode == NoiseMode.DETERMINISTIC
+        unsquashed = base | (mode == NoiseMode.WARM_UP)
+        # DSRL-NA learns from no noise of the warm-up, so that can be the policy's own.
+        independent = base if self.normalised is None else unsquashed
         snapshot = None
         if self.snapshot is not None:
             snapshot = self.snapshot, mode >= NoiseMode.SNAPSHOT_STOCHASTIC
@@ -100,13 +112,13 @@ class SteeredPolicy:
                 self.sac_image,
                 self.policy.state,
                 normal[:, : self.noise.shape[1]],
-                base | (mode == NoiseMode.WARM_UP),
+                unsquashed,
                 deterministic,
                 snapshot,
             )
         )
         repeated = expand_noise(self.noise, self.horizon, self.noise_layout)
-        self.policy.noise.copy_(torch.where(base[:, None, None], normal.view_as(self.policy.noise), repeated))
+        self.policy.noise.copy_(torch.where(independent[:, None, None], normal.view_as(self.policy.noise), repeated))
 
     def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
         """Have `run` replay CUDA graphs of both halves from now on, on a GPU (see `graphs.capture`).

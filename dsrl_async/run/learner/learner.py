@@ -26,9 +26,12 @@ from dsrl_async.host.device import resolve_device
 from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.processes import FATAL, begin_child
 from dsrl_async.host.stages import ranges_of, stages_of
+from dsrl_async.policies import FrozenPolicy
+from dsrl_async.policies.find import policy_record
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import read_secret
 from dsrl_async.run.evaluation.files import snapshot_of
+from dsrl_async.run.learner.na import make_na_updates
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.replay_ratio import updates_due
@@ -51,6 +54,7 @@ CRITIC_LOSS, ACTOR_LOSS = (METRIC_NAMES.index(f"train/sac/{network}_loss") for n
 
 NETWORKS = {
     "critic": ("critic", "sac.critic_lr"),
+    "noise_critic": ("noise critic", "sac.critic_lr"),
     "actor": ("actor", "sac.actor_lr"),
     "alpha": ("temperature", "sac.alpha_lr"),
     "target_critic": ("target critic", "sac.critic_lr"),
@@ -73,14 +77,21 @@ class Learner:
         device: torch.device,
         run_dir: Path,
         publish: Callable[[bytes], None],
+        policy: FrozenPolicy | None = None,
     ) -> None:
+        """`policy` is the frozen policy on the learner's device, which DSRL-NA needs."""
         self.config, self.run_dir, self._publish = config, run_dir, publish
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
         self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
         self.stage = stages_of(arena, "learner", device)
         self.counters.note_start(Start.LOADING, self.counters.learner_start)
-        self.agent = make_agent(config, horizon, device)
-        self.updates = Updates(self.agent, source_for(self.ring, device), config.sac.batch_size)
+        source = source_for(self.ring, device)
+        if config.sac.algorithm == "na":
+            assert policy is not None
+            self.updates: Updates = make_na_updates(config, policy, device, source, products_of(config))
+        else:
+            self.updates = Updates(make_agent(config, horizon, device), source, config.sac.batch_size)
+        self.agent = self.updates.agent
         self._metrics_read = -math.inf
         self._sound_updates = 0  # at the last look at the agent, which was sound
         self._checkpoint_time = self._recovery_time = time.monotonic()
@@ -275,9 +286,13 @@ def learner_device(config: Config) -> torch.device:
 
 
 def make_agent(config: Config, horizon: int, device: torch.device) -> SacAgent:
-    """Make the agent of a run, with its initial weights."""
-    products = torch.bfloat16 if config.learner.precision == "bf16" else torch.float32
-    return SacAgent(config.sac, horizon, device, config.seed, products)
+    """Make the agent of a run of DSRL-SAC, with its initial weights."""
+    return SacAgent(config.sac, horizon, device, config.seed, products_of(config))
+
+
+def products_of(config: Config) -> torch.dtype:
+    """What the agent's convolutions and matrix products round their inputs to, see `networks.Actor`."""
+    return torch.bfloat16 if config.learner.precision == "bf16" else torch.float32
 
 
 def load_agent(agent: SacAgent, path: Path) -> None:
@@ -301,7 +316,12 @@ def main(argument: str) -> None:
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
     device = learner_device(config)
     try:
-        learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish)
+        policy = None
+        if config.sac.algorithm == "na":
+            counters = Counters(arena)
+            counters.note_start(Start.LOADING, counters.learner_start)
+            policy = policy_record(config.policy).load(config.policy, device, job["prompts"], lambda: None)
+        learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish, policy)
         learn(learner, publisher, job["transition_ready_fd"])
     except Diverged as error:
         end_for_good(error)

@@ -3,6 +3,7 @@
 `InPlace` and `Mirror` have the same attributes, and `draw` is the same sequence of tensor operations over either:
 
 * `columns`: tensors of the rows of all lanes, one after another;
+* `seen`: those that only DSRL-NA's rows have, or None;
 * `table`: int64 [rows], of which the first `size` are the places of the decisions that can be drawn, by lane, oldest
   first, so that what is drawn depends on what the ring holds and not on where in the ring it lies;
 * `refresh()` brings them up to date and returns how many decisions can be drawn;
@@ -30,10 +31,25 @@ class Columns(NamedTuple):
 
     image: Tensor  # uint8 [R, 64, 64, 3 * cameras]
     state: Tensor  # fp32 [R, state_dim]
-    noise: Tensor  # fp32 [R, A]
+    noise: Tensor  # fp32 [R, A]; in DSRL-NA's rows the actions, fp32 [R, chunk * action_dim]
     reward: Tensor  # fp32 [R]
     steps: Tensor  # int32 [R]
     terminal: Tensor  # bool [R]
+
+
+class SeenColumns(NamedTuple):
+    """What the policy sees of observations beside the robot's state, `shm.replay.Seen`: DSRL-NA's rows, or a batch."""
+
+    images: Tensor  # uint8 [R, cameras, image_size, image_size, 3]
+    task_index: Tensor  # int64 [R]
+
+
+def rows_of(ring: ReplayRing) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The rows of all lanes, one after another: those of `Columns`, and of `SeenColumns` if they have them."""
+    names = [ring.judged if name == "noise" else name for name in Columns._fields]
+    seen = ["policy_images", "task_index"] if ring.of_actions else []
+    flat = {name: ring.rows[name].reshape(-1, *ring.rows[name].shape[2:]) for name in [*names, *seen]}
+    return [flat[name] for name in names], [flat[name] for name in seen]
 
 
 class Drawable:
@@ -80,7 +96,9 @@ class InPlace:
         self.device = torch.device("cpu")
         self._ring = ring
         self._drawable = Drawable(ring.lanes, ring.rows_per_lane, pinned=False)
-        self.columns = Columns(*(torch.from_numpy(ring.rows[name]).flatten(0, 1) for name in Columns._fields))
+        columns, seen = rows_of(ring)
+        self.columns = Columns(*map(torch.from_numpy, columns))
+        self.seen = SeenColumns(*map(torch.from_numpy, seen)) if seen else None
         self.table, self.following = self._drawable.table, following(ring.lanes, ring.rows_per_lane, self.device)
         self.size = torch.ones((), dtype=torch.float64)
 
@@ -110,10 +128,13 @@ class Mirror:
         self._drawable = Drawable(ring.lanes, ring.rows_per_lane, pinned=cuda)
         self._head = np.zeros(ring.lanes, np.int64)
         self._complete = np.zeros((ring.lanes, ring.rows_per_lane), np.bool_)
-        self._rows = {name: ring.rows[name].reshape(-1, *ring.rows[name].shape[2:]) for name in Columns._fields}
-        like = [torch.from_numpy(rows[:1]) for rows in self._rows.values()]
+        columns, seen = rows_of(ring)
+        self._rows = [*columns, *seen]
+        like = [torch.from_numpy(rows[:1]) for rows in self._rows]
         rows = ring.lanes * ring.rows_per_lane
-        self.columns = Columns(*(one.new_zeros(rows, *one.shape[1:], device=device) for one in like))
+        self._copies = [one.new_zeros(rows, *one.shape[1:], device=device) for one in like]
+        self.columns = Columns(*self._copies[: len(columns)])
+        self.seen = SeenColumns(*self._copies[len(columns) :]) if seen else None
         self._chunk = [one.new_zeros(CHUNK_ROWS, *one.shape[1:]) for one in like]
         self._places = torch.zeros(CHUNK_ROWS, dtype=torch.int64)
         if cuda:
@@ -157,13 +178,13 @@ class Mirror:
         self._wait()
         places = self._places[:count]
         places.numpy()[:] = lanes * self._ring.rows_per_lane + slots
-        for chunk, rows in zip(self._chunk, self._rows.values(), strict=True):
+        for chunk, rows in zip(self._chunk, self._rows, strict=True):
             np.take(rows, places.numpy(), axis=0, out=chunk.numpy()[:count], mode="clip")
         complete = self._ring.rows["complete"][lanes, slots]
         overtaken = numbers < self._ring.windows()[0][lanes]
         self._complete[lanes, slots] = complete & ~overtaken
         on_device = places.to(self.device, non_blocking=True)
-        for column, chunk in zip(self.columns, self._chunk, strict=True):
+        for column, chunk in zip(self._copies, self._chunk, strict=True):
             column.index_copy_(0, on_device, chunk[:count].to(self.device, non_blocking=True))
         self._record()
 
@@ -206,10 +227,7 @@ def draw(source: Source, random: RandomNumbers, config: SacConfig, positions: Te
     `positions`, int64 [B], is filled with their places in the table. Reads no value on the host. `refresh` must have
     found something to draw.
     """
-    columns = source.columns
-    # A product that was rounded up would be one more than the last position.
-    positions.copy_((random.rows * source.size).clamp_(max=source.size - 1))
-    row = source.table.index_select(0, positions)
+    columns, row = source.columns, draw_rows(source, random, positions)
     both = torch.cat([row, source.following.index_select(0, row)])
     torch.index_select(columns.image, 0, both, out=batch.images)
     torch.index_select(columns.state, 0, both, out=batch.states)
@@ -217,3 +235,11 @@ def draw(source: Source, random: RandomNumbers, config: SacConfig, positions: Te
     torch.index_select(columns.reward, 0, row, out=batch.reward)
     steps, terminal = columns.steps.index_select(0, row), columns.terminal.index_select(0, row)
     batch.discount.copy_(transition_discount(config, steps, terminal))
+
+
+@torch.no_grad()
+def draw_rows(source: Source, random: RandomNumbers, positions: Tensor) -> Tensor:
+    """int64 [B]: the places of decisions drawn uniformly; `positions` is as in `draw`."""
+    # A product that was rounded up would be one more than the last position.
+    positions.copy_((random.rows * source.size).clamp_(max=source.size - 1))
+    return source.table.index_select(0, positions)

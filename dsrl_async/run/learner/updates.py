@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dsrl_async.host.graphs import Captured, capture
 from dsrl_async.run.learner.sampling import Source, draw, empty_batch
 from dsrl_async.sac import METRIC_NAMES
-from dsrl_async.sac.agent import SacAgent
+from dsrl_async.sac.agent import RandomNumbers, SacAgent
 
 ATTEMPTS = 100
 """At drawing a batch of which no row is overwritten meanwhile; needed only where lanes are very short."""
@@ -47,9 +49,12 @@ class Updates:
         what it was.
         """
         before = self.agent.state_tensors()
-        functions = [lambda: self.whole(False), lambda: self.whole(True)]
-        self.captured = capture(functions, self.agent.device, None, "the learner", "learner.graphs")
+        self.captured = capture(self.functions(), self.agent.device, None, "the learner", "learner.graphs")
         self.agent.load_state_tensors(before)
+
+    def functions(self) -> list[Callable[[], None]]:
+        """What is captured."""
+        return [lambda: self.whole(False), lambda: self.whole(True)]
 
     def refresh(self) -> int:
         """Take in what the workers have written; returns how many decisions can be drawn."""
@@ -57,11 +62,15 @@ class Updates:
 
     def draw_batch(self) -> bool:
         """Draw random numbers and, without graphs, the batch; False if its rows were overwritten every time."""
+        return self.draw_into(self.random, self.draw)
+
+    def draw_into(self, random: RandomNumbers, draw: Callable[[], None]) -> bool:
+        """As `draw_batch`, for a batch that `draw` draws by `random`, noting its `positions`."""
         for _ in range(ATTEMPTS):
-            self.random.draw_(self.agent.generator)
+            random.draw_(self.agent.generator)
             if self.captured:
                 return True
-            self.draw()
+            draw()
             if not self.source.overtaken(self.positions):
                 return True
             self.refresh()

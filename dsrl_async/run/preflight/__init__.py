@@ -12,7 +12,13 @@ from dsrl_async.run.preflight.host import (
 )
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
-from dsrl_async.run.preflight.memory import actors_that_fit, check_memory, memory_needed, what_to_lower
+from dsrl_async.run.preflight.memory import (
+    actors_that_fit,
+    check_memory,
+    memory_needed,
+    memory_of_algorithm,
+    what_to_lower,
+)
 from dsrl_async.run.preflight.policy import (
     check_checkpoint,
     check_effect,
@@ -55,6 +61,7 @@ __all__ = [
     "fit_agent",
     "made_with",
     "memory_needed",
+    "memory_of_algorithm",
     "open_run_directory",
     "record_made_with",
     "what_to_lower",

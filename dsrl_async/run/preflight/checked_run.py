@@ -15,6 +15,7 @@ from dsrl_async.policies import PolicyRecord
 from dsrl_async.run.evaluation.episodes import held_out
 from dsrl_async.run.preflight.hub import do_nothing, fetch_policy
 from dsrl_async.run.preflight.policy import (
+    check_algorithm,
     check_checkpoint,
     check_environment,
     check_files,
@@ -70,6 +71,7 @@ def check_run(
         policy = check_checkpoint(config, before)
     config = fit_agent(config, policy.spec, spec)
     check_fit(config, policy.spec, spec)
+    check_algorithm(config, policy)
     told = check_prompts(policy, spec)
     check_render_quality(config, policy.maker)
     environment = environment_record(config.env.model_dump())

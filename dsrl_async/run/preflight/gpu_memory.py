@@ -12,10 +12,10 @@ from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.host import DEVICE_KEYS, cuda_devices, cuda_index
 from dsrl_async.run.preflight.learner_memory import (
     actor_parameters,
-    agent_bytes,
-    batch_bytes,
+    device_bytes,
     mirror_bytes,
-    update_bytes,
+    policy_copy,
+    row_of,
 )
 
 GIB = 2**30
@@ -44,6 +44,8 @@ class GpuNeed(NamedTuple):
     """The learner's copy of the replay ring."""
     learner: int = 0
     """The agent, the batch and the activations of an update."""
+    copy: int = 0
+    """The learner's own copy of the policy, for DSRL-NA."""
     processes: int = 0
     """Contexts and libraries of the processes, and what is lost between blocks."""
 
@@ -73,12 +75,13 @@ def policy_need(config: Config, policy: PolicyNeeds, prompt_lengths: Sequence[in
     )
 
 
-def learner_need(config: Config, horizon: int) -> GpuNeed:
-    """What the learner takes on a GPU, for a policy of `horizon` action slots."""
-    sac = config.sac
+def learner_need(config: Config, policy: PolicyNeeds) -> GpuNeed:
+    """What the learner takes on a GPU."""
+    horizon, of_actions = policy.spec.action_horizon, row_of(config, policy.spec)
     return GpuNeed(
-        mirror=mirror_bytes(config, horizon),
-        learner=agent_bytes(sac, horizon) + batch_bytes(sac, horizon) + update_bytes(sac, horizon),
+        mirror=mirror_bytes(config, horizon, of_actions),
+        learner=device_bytes(config.sac, horizon, of_actions),
+        copy=sum(policy_copy(config, policy, on_gpu=True)),
     )
 
 
@@ -93,11 +96,7 @@ def gpu_needs(
     for key in keys:
         if (device := cuda_index(config, key)) is not None:
             learner = key == "learner.device"
-            need = (
-                learner_need(config, policy.spec.action_horizon)
-                if learner
-                else policy_need(config, policy, prompt_lengths)
-            )
+            need = learner_need(config, policy) if learner else policy_need(config, policy, prompt_lengths)
             of_device.setdefault(device, []).append(need)
     needs = {}
     for device, parts in of_device.items():
@@ -136,6 +135,11 @@ def _half_the_batch(config: Config) -> Config:
     return config.model_copy(update={"sac": sac})
 
 
+def _half_the_policy_rows(config: Config) -> Config:
+    rows = max(1, config.learner.policy_rows // 2)
+    return config.model_copy(update={"learner": config.learner.model_copy(update={"policy_rows": rows})})
+
+
 def _learner_on_the_cpu(config: Config) -> Config:
     return config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
 
@@ -146,6 +150,7 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
     "half the actors": _fewer_actors,
     "half the replay.capacity": _half_the_ring,
     "half the sac.batch_size": _half_the_batch,
+    "half the learner.policy_rows": _half_the_policy_rows,
     "learner.device: cpu, or another GPU": _learner_on_the_cpu,
 }
 """What a user can do about too large a need."""
@@ -167,6 +172,7 @@ def describe(need: GpuNeed) -> str:
         "activations": "its activations",
         "mirror": "the copy of the replay ring",
         "learner": "the learner",
+        "copy": "the learner's copy of the policy",
         "processes": "CUDA's own",
     }
     parts = [f"{size / GIB:.1f} {names[field]}" for field, size in need._asdict().items() if size]

@@ -15,7 +15,7 @@ from dsrl_async.policies import PolicyNeeds
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.gpu_memory import WORTH_SAYING
 from dsrl_async.run.preflight.host import cuda_index
-from dsrl_async.run.preflight.learner_memory import acting_bytes, learner_bytes
+from dsrl_async.run.preflight.learner_memory import acting_bytes, learner_bytes, policy_copy, row_bytes, row_of
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
@@ -44,8 +44,8 @@ class MemoryNeed(NamedTuple):
     policy: int
     """Weights, buffers and activations, where they are not on a GPU."""
     agent: int
-    """Networks, optimisers and batches in the learner, an actor in the inference process, where they are not on a GPU,
-    and checkpoints while they are written."""
+    """Networks, optimisers, batches and DSRL-NA's copy of the policy in the learner, an actor in the inference process,
+    where they are not on a GPU, and checkpoints while they are written."""
     template: int
     """What all environment workers share."""
     worker: int
@@ -62,13 +62,15 @@ class MemoryNeed(NamedTuple):
         return self.without_workers + self.workers * self.worker
 
 
-def agent_bytes(config: Config, horizon: int, learning: bool) -> int:
-    """Memory of the machine that the agent takes, for a policy of `horizon` action slots."""
-    acting = learner = 0
+def agent_bytes(config: Config, policy: PolicyNeeds, learning: bool) -> int:
+    """Memory of the machine that the agent takes, with the learner's copy of the policy."""
+    horizon, acting, learner = policy.spec.action_horizon, 0, 0
     if cuda_index(config, "device") is None:
         acting = acting_bytes(config, horizon)
     if learning:
-        learner = learner_bytes(config, horizon, on_gpu=cuda_index(config, "learner.device") is not None)
+        on_gpu = cuda_index(config, "learner.device") is not None
+        learner = learner_bytes(config, horizon, on_gpu, row_of(config, policy.spec))
+        learner += 0 if on_gpu else sum(policy_copy(config, policy, on_gpu=False))
     return acting + learner
 
 
@@ -80,10 +82,24 @@ def memory_needed(
     return MemoryNeed(
         shared=layout(run_fields(config, spec, policy.spec.action_horizon))[1],
         policy=policy_bytes(config, policy),
-        agent=agent_bytes(config, policy.spec.action_horizon, learning),
+        agent=agent_bytes(config, policy, learning),
         template=environment.template_bytes,
         worker=environment.worker_bytes,
         workers=config.lanes,
+    )
+
+
+def memory_of_algorithm(run: CheckedRun) -> str | None:
+    """What DSRL-NA takes more memory for than DSRL-SAC, in a sentence; None for the latter."""
+    config, policy = run.config, run.policy.needs
+    if (of_actions := row_of(config, policy.spec)) is None:
+        return None
+    row = row_bytes(config, run.horizon, of_actions)
+    copy = policy_copy(config, policy, cuda_index(config, "learner.device") is not None)
+    return (
+        f"sac.algorithm na: a row of the replay ring takes {row / 1e3:,.1f} kB, and replay.capacity "
+        f"{row * config.replay.capacity / 2**30:.1f} GiB; the learner's own copy of the policy takes "
+        f"{sum(copy) / 1e6:,.0f} MB, {copy.weights / 1e6:,.0f} of them weights"
     )
 
 
@@ -132,6 +148,7 @@ OF_THE_AGENT = (
     "sac.state_latent_dim",
     "sac.conv_channels",
     "sac.conv_padding",
+    "learner.policy_rows",
 )
 """Settings that memory depends on."""
 

@@ -108,6 +108,15 @@ def check_prompts(policy: PolicyRecord, spec: EnvironmentSpec) -> tuple[str, ...
         raise ConfigError(str(error)) from error
 
 
+def check_algorithm(config: Config, policy: PolicyRecord) -> None:
+    """Raises ConfigError if the agent's algorithm asks what the policy cannot be asked."""
+    if config.sac.algorithm == "na" and not policy.normalised:
+        raise ConfigError(
+            f"sac.algorithm: na learns from normalised actions, which a Pi0 gives and {policy.type} does not; set it "
+            "to sac"
+        )
+
+
 def fit_agent(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> Config:
     """The settings with the agent's widths, where the user gave none: those of the environment and the policy."""
     return config.model_copy(update={"sac": config.sac.with_widths(spec.state_dim, policy.action_dim)})

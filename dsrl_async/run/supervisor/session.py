@@ -17,7 +17,7 @@ from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.set_aside import chosen, set_aside
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.evaluation import Evaluations, scalars
-from dsrl_async.sac import METRIC_NAMES
+from dsrl_async.sac import metric_names
 from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
@@ -48,8 +48,9 @@ class Session:
         self.evaluations: Evaluations | None = None
         if config.evaluation.lanes:
             self.evaluations = Evaluations(run, run_dir, self.arena)
+        names = metric_names(config.sac.algorithm)
         with self.wait("opening the loggers"):
-            self.monitor = RunMonitor(config, run_dir, start, METRIC_NAMES, self._wall_before, texts=texts(config))
+            self.monitor = RunMonitor(config, run_dir, start, names, self._wall_before, texts=texts(config))
         self._profiler = None
         if config.profile:
             self._profiler = Profiler(config, run_dir, self.arena, start, run.policy.own_settings)

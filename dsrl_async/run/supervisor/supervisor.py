@@ -180,7 +180,8 @@ class Supervisor:
         return self._start(child, job, fds, self._channel.subscriber, self.config.inference.threads)
 
     def _start_learner(self, child: Child) -> processes.Process:
-        job = {"horizon": self.session.run.horizon, "transition_ready_fd": self.transition_ready}
+        run = self.session.run
+        job = {"horizon": run.horizon, "prompts": run.spec.prompts, "transition_ready_fd": self.transition_ready}
         fds = [self.transition_ready]
         return self._start(child, job, fds, self._channel.publisher, self.config.learner.threads)
 

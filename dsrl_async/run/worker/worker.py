@@ -19,7 +19,7 @@ from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
 from dsrl_async.shm.counters import ACTOR_PHASES, Phases, Start, Stop, counters_of
-from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.replay import ReplayRing, Seen
 from dsrl_async.shm.slots import Slots
 from dsrl_async.shm.spans import phases_of
 
@@ -132,7 +132,7 @@ class Lane:
         self._observe()
         if self.of_training:
             with self.phase("replay_write"):
-                self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane])
+                self.ring.begin_episode(lane, slots.sac_image[lane], slots.state[lane], self._seen())
         self._request()
 
     def ready(self) -> bool:
@@ -156,13 +156,14 @@ class Lane:
             with self.phase("replay_write"):
                 self.ring.append(
                     lane,
-                    noise=slots.noise[lane],
+                    noise=slots.noise[lane] if slots.normalised_chunk is None else slots.normalised_chunk[lane],
                     reward=reward,
                     steps=outcome.steps,
                     terminal=terminal,
                     policy_version=policy_version,
                     next_image=slots.sac_image[lane],
                     next_state=slots.state[lane],
+                    next_seen=self._seen(),
                 )
         self.episode_return += reward
         self.episode_len += outcome.steps
@@ -180,6 +181,11 @@ class Lane:
             self.env.observe(
                 self.slots.images[self.number], self.slots.sac_image[self.number], self.slots.state[self.number]
             )
+
+    def _seen(self) -> Seen | None:
+        """What the policy sees of the observation in the slot, if the ring's rows have it."""
+        lane, slots = self.number, self.slots
+        return Seen(slots.images[lane], int(slots.task_index[lane])) if self.ring.of_actions else None
 
     def _request(self) -> None:
         normal = self.slots.standard_normal[self.number]
