@@ -1,5 +1,5 @@
-"""Makes the pictures of the documentation: steering.gif, display.svg, trace.png, tensorboard.png and report.png in
-docs/pictures.
+"""Makes the pictures of the documentation: steering.gif, display.svg and three more of the display, trace.png,
+tensorboard.png and report.png in docs/pictures.
 
     python scripts/make_pictures.py --minutes 5
 
@@ -12,6 +12,7 @@ otherwise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import http.server
 import io
@@ -46,12 +47,14 @@ from rich.text import Text
 from dsrl_async.host.command import guard
 
 ROOT = Path(__file__).resolve().parent.parent
-COLUMNS, LINES = 82, 50
-"""Size of the terminal in which the live display is recorded."""
+SIZES = {"display": (82, 50), "display_wide": (150, 40), "display_narrow": (44, 24)}
+"""Sizes of the terminal in which the live display is recorded, in columns and lines, one after the other."""
+RESIZED_S = {"display_wide": 60.0, "display_narrow": 30.0}
+"""How long before the end it gets another size."""
 ERASE = re.compile(rb"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K)+")
 """What rich writes to remove a frame before the next one."""
-BEFORE_THE_END = 15
-"""Distance of the frame that is shown from the last one, so that all processes are at work."""
+BEGIN = re.compile(r"(?:\x1b\[[\d;]*m)*(?:╭|elapsed )")
+"""How a frame begins, with or without a border."""
 EPISODES, FILM_SEED, SHOWN = 12, 1000, 3
 NOISE, STILL = 13, 5
 """Error of a film's compression in levels of 255; number of still frames that end a film."""
@@ -81,24 +84,36 @@ WAITING = "#e3e6ea"
 
 
 def run(work: Path, minutes: float) -> None:
-    """Steer the embedded task and keep everything that its live display writes in display.ansi."""
+    """Steer the embedded task and keep everything that its live display writes, by the size of the terminal."""
     if (work / "run" / "summary.json").is_file():
         return
     command = [sys.executable, "-m", "dsrl_async.launch", "--profile", "--max-minutes", str(minutes)]
     command += ["--run-dir", str(work / "run"), "--log.console", "live"]
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(COLUMNS), "LINES": str(LINES)}
+    resize(theirs, SIZES["display"])
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment["TERM"] = "xterm-256color"
     process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
     os.close(theirs)
-    with (work / "display.ansi").open("wb") as file:
+    end, later = time.monotonic() + minutes * 60, list(RESIZED_S)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context((work / "display.ansi").open("wb"))
         while True:
+            if later and time.monotonic() >= end - RESIZED_S[later[0]]:
+                name = later.pop(0)
+                resize(ours, SIZES[name])
+                file = stack.enter_context((work / f"{name}.ansi").open("wb"))
             try:
                 file.write(os.read(ours, 1 << 16))
             except OSError:  # the run and its terminal have ended
                 break
     if process.wait() != 0:
-        raise SystemExit(f"the run failed; see {work / 'display.ansi'}")
+        raise SystemExit(f"the run failed; see {work / 'display_narrow.ansi'}")
+
+
+def resize(terminal: int, size: tuple[int, int]) -> None:
+    columns, lines = size
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
 
 def film(work: Path, name: str, *options: str) -> dict[int, Path]:
@@ -166,20 +181,41 @@ def side_by_side(images: list[np.ndarray], titles: tuple[str, ...], ended: tuple
     return page
 
 
-def draw_display(work: Path, out: Path) -> None:
+def frames_of(recording: Path) -> list[str]:
+    """What the live display showed one after the other, with the colours."""
+    written = recording.read_bytes().replace(b"\r\n", b"\n")
+    frames = []
+    for piece in ERASE.split(written):
+        text = piece.decode(errors="replace")
+        found = BEGIN.search(text)
+        if found is not None:  # before that there are messages, behind it a message that came later
+            frames.append(text[found.start() :].rstrip("\n"))
+    return frames
+
+
+def draw_frame(work: Path, out: Path, frame: str, columns: int) -> None:
     """A frame of the live display, as text in an SVG."""
-    written = (work / "display.ansi").read_bytes()
-    pieces = [piece.decode(errors="replace") for piece in ERASE.split(written.replace(b"\r\n", b"\n"))]
-    frames = [piece[piece.rindex("╭") :] for piece in pieces if "╭" in piece and "╯" in piece]
-    frame = frames[-min(BEFORE_THE_END, len(frames))]
-    colour = re.match(r".*?(\x1b\[[\d;]*m)?$", pieces[0].partition("╭")[0], re.DOTALL)  # of the panel's corner
-    text = Text.from_ansi((colour[1] or "" if colour else "") + frame[: frame.rindex("╯") + 1])
+    end = frame.rfind("╯")
+    text = Text.from_ansi(frame[: end + 1] if end >= 0 else frame)
     minutes = yaml.safe_load((work / "run" / "config.yaml").read_text())["max_minutes"]
-    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True)
     console.print(text)
-    picture = console.export_svg(title=f"bash scripts/run.sh --max-minutes {minutes:g}", unique_id="display")
+    title = f"bash scripts/run.sh --max-minutes {minutes:g}" if columns > 60 else "scripts/run.sh"
+    picture = console.export_svg(title=title, unique_id=out.stem.replace("_", "-"))
     picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # a picture must not fetch anything
     out.write_text(picture.replace("Fira Code", "ui-monospace, DejaVu Sans Mono"))
+
+
+def draw_display(work: Path, out: Path) -> None:
+    """A frame from the middle of the recording of that name, in which the run has learned something."""
+    frames = frames_of(work / f"{out.stem}.ansi")
+    draw_frame(work, out, frames[-2 if out.stem == "display" else len(frames) // 2], SIZES[out.stem][0])
+
+
+def draw_start(work: Path, out: Path) -> None:
+    """The first frame in which the policy is being loaded, or else the first one."""
+    frames = frames_of(work / "display.ansi")
+    draw_frame(work, out, next((frame for frame in frames if "loading the policy" in frame), frames[0]), 82)
 
 
 def draw_trace(work: Path, out: Path) -> None:
@@ -302,6 +338,9 @@ def take(address: str, size: tuple[int, int], out: Path) -> None:
 PICTURES = {
     "steering.gif": draw_steering,
     "display.svg": draw_display,
+    "display_wide.svg": draw_display,
+    "display_narrow.svg": draw_display,
+    "display_start.svg": draw_start,
     "trace.png": draw_trace,
     "tensorboard.png": draw_tensorboard,
     "report.png": draw_report,

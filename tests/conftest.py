@@ -18,7 +18,7 @@ from support.paths import ROOT
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
 from dsrl_async.envs import EnvironmentSpec, environment_spec
-from dsrl_async.host import probe
+from dsrl_async.host import probe, waiting
 from dsrl_async.host.signals import SIGNALS, WARNINGS
 from dsrl_async.run.preflight.host import cuda_devices
 from dsrl_async.shm.arena import Arena
@@ -50,6 +50,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
             with locked(DOOR, fcntl.LOCK_EX):  # nobody else comes in while one waits here to be alone
                 stack.enter_context(locked(ROOM, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def no_waits_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long something takes depends on what else runs; so what a command says in this process must not."""
+    monkeypatch.setattr(waiting, "PATIENCE_S", 3600.0)
 
 
 @pytest.fixture(autouse=True)

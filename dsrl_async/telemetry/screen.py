@@ -117,6 +117,11 @@ def rows_of(config: Config, view: View, width: int, least: int = LEAST) -> list[
 EMPTY = Row(LEAST, (Text(),))
 
 
+def joined(*parts: str | Text) -> Text:
+    """The parts one after the other, each in its own style."""
+    return Text.assemble(*parts)
+
+
 def labelled(label: str, weight: int, *wordings: str | Text) -> Row:
     name = Text(f"{label:<{LABEL_CELLS - 1}} ", "bright_black")
     return Row(weight, tuple(Text.assemble(name, wording) for wording in wordings))
@@ -163,7 +168,7 @@ def narrow_figures(config: Config, view: View) -> list[Row]:
     rows = []
     if view.success_rate is not None:
         success = Text(percent(view.success_rate), "bold green")
-        rows.append(labelled("success", FIRST, success + Text(f" of the last {view.success_episodes}"), success))
+        rows.append(labelled("success", FIRST, joined(success, f" of the last {view.success_episodes}"), success))
         if len(view.success_history) > 1:
             curves = [Text(sparkline(view.success_history, cells), "green") for cells in (24, 16, 8)]
             rows.append(labelled("so far", DETAILS, *curves))
@@ -199,7 +204,9 @@ def figures(config: Config, view: View) -> list[Row]:
         success = Text(f"{percent(view.success_rate):>6}", "bold green")
         of = Text(f" of the last {view.success_episodes}{goal}  ", "bright_black")
         curves = [Text(sparkline(view.success_history, cells), "green") for cells in (32, 24, 16)]
-        rows.append(labelled("success", FIRST, *(success + of + curve for curve in curves), success + of, success))
+        rows.append(
+            labelled("success", FIRST, *(joined(success, of, curve) for curve in curves), joined(success, of), success)
+        )
     if view.episodes > 0:
         rows.append(labelled("episodes", EXTRAS, Text(f"{view.episodes:>12,}", "bold")))
     counted("env steps", EXTRAS, view.env_steps, recent.env_steps_per_s, overall.env_steps_per_s)

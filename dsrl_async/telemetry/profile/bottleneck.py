@@ -167,9 +167,9 @@ def at_a_glance(
     if busy[busiest] < SATURATED and not serial:
         return None
     phase = max((one for one in work if one[0] == busiest), key=work.__getitem__)
-    owner = "the run's" if serial else OWNERS[busiest]
-    name = {"actor": "workers"}.get(busiest, busiest)
-    return Glance(name, busy[busiest], f"{WORK[phase]}, {work[phase]:.0%} of {owner} time")
+    name, owner = ("workers", "their") if busiest == "actor" else (busiest, "its")
+    doing = "the policy" if phase == ("inference", "compute") else WORK[phase]  # here it is not divided into stages
+    return Glance(name, busy[busiest], f"{doing}, {work[phase]:.0%} of {'the' if serial else owner} time")
 
 
 def diagnose(profile: RunProfile, config: Config, policy_settings: Set[str] = ALL_SETTINGS) -> Diagnosis:
