@@ -18,6 +18,7 @@ from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.envs import EnvironmentSpec
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus, available_memory
+from dsrl_async.host.waiting import waiting
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.plan.capacity import CapacityInputs, Payload
 from dsrl_async.plan.gpus import roofline
@@ -85,7 +86,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     config = load_config(rest)
     curve_s = device_curve(own.device_ms) if own.device_ms else None
     planned = config.model_copy(update={"device": "cuda"}) if own.gpu else config
-    run = preflight.check_run(config) if own.measure else None
+    run = preflight.check_run(config, wait=waiting) if own.measure else None
     if own.gpu:
         if config.policy.type is not None:
             raise ConfigError(
@@ -149,7 +150,8 @@ def uses_gpu(config: Config) -> bool:
 def measured(run: CheckedRun, seconds: float) -> dict[str, Any]:
     """Measured fields of `CapacityInputs`; stderr is told what is being measured."""
     preflight.check_devices(run.config)
-    from dsrl_async.plan.measure import measure
+    with waiting("importing PyTorch"):
+        from dsrl_async.plan.measure import measure
 
     def say(what: str) -> None:
         print(f"measuring: {what}", file=sys.stderr, flush=True)

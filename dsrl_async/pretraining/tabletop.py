@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from dsrl_async import untrusted
 from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.host.command import guard
+from dsrl_async.host.waiting import waiting
 from dsrl_async.pi0.checkpoint import export_tensors, save_policy
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.files import NormStats
@@ -90,7 +91,8 @@ def main() -> None:
     config = tabletop_config()
     prompts = TABLETOP.prompts
     tokenizer = build_tokenizer(config, prompts)
-    data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
+    with waiting("reading the demonstrations", console):
+        data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
     model = Pi0(config)
     joint_stage = StageSettings(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
     expert_stage = StageSettings(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
