@@ -213,9 +213,10 @@ def draw_display(work: Path, out: Path) -> None:
 
 
 def draw_start(work: Path, out: Path) -> None:
-    """The first frame in which the policy is being loaded, or else the first one."""
+    """The frame in which most is waited for, the last one of several."""
     frames = frames_of(work / "display.ansi")
-    draw_frame(work, out, next((frame for frame in frames if "loading the policy" in frame), frames[0]), 82)
+    waits = [len(re.findall(r", \d+ s\b", frame)) for frame in frames]
+    draw_frame(work, out, frames[len(waits) - 1 - waits[::-1].index(max(waits))], SIZES["display"][0])
 
 
 def draw_trace(work: Path, out: Path) -> None:

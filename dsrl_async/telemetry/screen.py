@@ -159,7 +159,7 @@ def wait(wait: Wait) -> Row:
     wordings = [f"{wait.doing}, {seconds} ({wait.detail})"] if wait.detail else []
     wordings += [f"{wait.doing}, {seconds}", f"{short}, {seconds}"]
     if wait.detail:
-        wordings.append(wait.detail.split(",")[0])
+        wordings.append(f"{wait.detail.split(',')[0]}, {seconds}")
     return Row(FIRST, tuple(Text.assemble(name, wording) for wording in (*wordings, seconds)))
 
 

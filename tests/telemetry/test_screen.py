@@ -84,7 +84,7 @@ def test_in_a_terminal_of_any_size_nothing_is_cut_and_the_most_important_is_ther
     text = "\n".join(lines)
     assert "…" not in text
     if name == "starting":
-        for words in (r"inference +.*(7 s|3 of 20 sizes)", r"template +.*123 s", r"workers +.*(4 s|11 of 2000)"):
+        for words in ("inference +.*7 s", "template +.*123 s", "workers +.*4 s"):
             assert re.search(words, text), text
         assert not re.search("success|decisions|updates|–", text)
         return
