@@ -182,7 +182,7 @@ def matrices_of(name: str, args: Any) -> Matrices | None:
 
 def matrices_of_sizes(name: str, sizes: Sequence[Sequence[int]]) -> Matrices | None:
     """`matrices_of` for arguments of these sizes."""
-    if name in ("addmm", "addmm_", "mm", "_scaled_mm", "bmm", "baddbmm", "baddbmm_"):
+    if name in ("addmm", "addmm_", "_addmm_activation", "mm", "_scaled_mm", "bmm", "baddbmm", "baddbmm_"):
         left, right = sizes[1:3] if "add" in name else sizes[:2]
         return Matrices(left[0] if len(left) == 3 else 1, left[-2], right[-1], left[-1])
     if name == "convolution":  # whose stride is its kernel's size

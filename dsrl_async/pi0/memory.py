@@ -92,19 +92,21 @@ def buffer_bytes(
 
 
 def offset_bytes(config: Pi0Config, denoise_steps: int) -> int:
-    """Memory of what `policy.kernels: triton` keeps besides: pi0.5's shifts behind the projections, for every step."""
+    """Memory of what `policy.kernels: triton` keeps besides: the vision tower's biases, summed up from layer to layer,
+    and pi0.5's shifts behind the projections, for every step."""
     c = config
+    biases = 4 * (2 * c.vision_depth + 1) * c.vision_width
     layer = (c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.expert_mlp
-    return 4 * denoise_steps * (c.depth * layer + c.action_dim) if c.pi05 else 0
+    return biases + (4 * denoise_steps * (c.depth * layer + c.action_dim) if c.pi05 else 0)
 
 
 def activation_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
     """Memory that a `Sampler` takes temporarily while it runs.
 
     The peak is in an MLP of the language model: gate and up, the gate's GELU, the product of the two; three hidden
-    states (the images' and the stack's input, attention), queries with keys and values, and rotations.
+    states (the images' and the stack's input, attention), and rotations.
     """
     c = config
     tokens = c.cameras * c.image_tokens + language_length
-    queries, rotations = (c.heads + 2 * c.kv_heads) * c.head_dim, 3 * c.head_dim // 2
-    return batch_size * tokens * (4 * c.vlm_mlp + 3 * c.vlm_width + queries + rotations) * bytes_per_value
+    rotations = 3 * c.head_dim // 2
+    return batch_size * tokens * (4 * c.vlm_mlp + 3 * c.vlm_width + rotations) * bytes_per_value

@@ -221,15 +221,14 @@ class VisionLayer(nn.Module):
         self.fc2 = nn.Linear(mlp, width)
 
     def attend(self, normed: Tensor) -> Tensor:
-        """What attention adds to the residual, for its norm."""
+        """Attention for its norm, all [N, tokens, width], before it is projected to the residual."""
         qkv = self.qkv(normed).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attention = F.scaled_dot_product_attention(query, key, value)
-        added: Tensor = self.out(attention.transpose(1, 2).flatten(2))
-        return added
+        return attention.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend(self.attention_norm(x))
+        x = x + self.out(self.attend(self.attention_norm(x)))
         return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
 
 
@@ -621,7 +620,7 @@ class Pi0(nn.Module):
 
 
 class Kernels(NamedTuple):
-    """How each part of the network is computed: `TORCH`, or `dsrl_async.pi0.kernels.triton_kernels()` for sampling."""
+    """How each part of the network is computed: `TORCH`, or for sampling `dsrl_async.pi0.kernels.triton_kernels`."""
 
     vision: VisionLayers
     vlm: LayerKernels

@@ -126,7 +126,7 @@ class Sampler:
         if kernels == "triton":
             from dsrl_async.pi0.kernels import prepare, triton_kernels  # which need Triton
 
-            self._kernels, table = triton_kernels(), prepare(model, table)
+            self._kernels, table = triton_kernels(model), prepare(model, table)
         self._steps = list(step_rows(table))
         self._vlm_norms = model.vlm_norms()
         self._encode, self._step = self._run_encode, self._run_step

@@ -76,7 +76,7 @@ def call_all(config: Pi0Config, dtype: torch.dtype) -> Iterator[str]:
     kernels.geglu(zeros(1, 9, 2 * c.vlm_mlp))
     yield "VLM"
     patches, channels = zeros(9, c.vision_width), zeros(c.vision_width)
-    kernels.add_layer_norm(patches, patches, channels, channels, 1e-6)
+    kernels.layer_norm(patches, zeros(c.vision_width, dtype=single), channels, channels, 1e-6)
     yield "vision"
     actions, into = zeros(1, 9, c.action_dim, dtype=single), zeros(c.expert_width, c.action_dim, dtype=single)
     kernels.silu_linear(actions, into, scale)

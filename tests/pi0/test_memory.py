@@ -80,7 +80,7 @@ def test_memory_of_a_policy(
     statistics = {name: [0.5] * 32 for name in ("mean", "std", "q01", "q99")}
     normaliser = Normaliser(config, {"state": statistics, "actions": statistics}).to("meta")
     loaded = types.SimpleNamespace(model=model, normaliser=normaliser)
-    policy = types.SimpleNamespace(spec=config, loaded=loaded, denoise_steps=10, compiled=False)
+    policy = types.SimpleNamespace(spec=config, loaded=loaded, denoise_steps=10, compiled=False, kernels="torch")
     batch = Pi0Batch(cast(Pi0Policy, policy), batch_size, language_length)
     sac = validate({}).sac
     with torch.device("meta"):

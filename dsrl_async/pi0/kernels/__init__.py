@@ -2,7 +2,7 @@
 
 `triton_kernels` is the table of functions that takes the place of `model.TORCH`. What it replaces, and by what:
 
-- `norm.py`: RMSNorm in one kernel, and the vision tower's sum with a residual and LayerNorm of it in one;
+- `norm.py`: RMSNorm in one kernel, and the vision tower's LayerNorm, which adds the biases of earlier products;
 - `rope.py`: rotation of queries and keys, and writing of keys and values to the cache, in one;
 - `gelu.py`: gelu(gate) * up in one;
 - `product.py`: the expert's products behind a norm, with the norm on the way in, and rotation or GeGLU on the way out;
@@ -21,24 +21,26 @@ device.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsrl_async.pi0.kernels.attention import attend
 from dsrl_async.pi0.kernels.euler import normed_linear, silu_linear
 from dsrl_async.pi0.kernels.gelu import geglu, normed_geglu
-from dsrl_async.pi0.kernels.norm import add_layer_norm, rms_norm
+from dsrl_async.pi0.kernels.norm import layer_norm, rms_norm
 from dsrl_async.pi0.kernels.rope import normed_rotate, rotate
 from dsrl_async.pi0.model import GemmaLayer, Kernels, LayerKernels, Modulation, Pi0, Rope, Step, VisionTower
 
 
-def triton_kernels() -> Kernels:
-    """The table for sampling; the caches of `extend` are `sampler.Slots`."""
+def triton_kernels(model: Pi0) -> Kernels:
+    """The table for sampling with this model; the caches of `extend` are `sampler.Slots`."""
     vlm = LayerKernels(_heads, _keys_values, _gated, _attend)
     expert = LayerKernels(_normed_heads, _normed_keys_values, _normed_gated, _attend)
-    return Kernels(_vision, vlm, expert, _embed_actions, _velocity)
+    return Kernels(partial(_vision, vision_offsets(model.vision)), vlm, expert, _embed_actions, _velocity)
 
 
 def prepare(model: Pi0, table: Step) -> Step:
@@ -108,21 +110,53 @@ def _attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
     return attend(query, keys_values, mask)
 
 
-def _vision(tower: VisionTower, x: Tensor) -> Tensor:
-    """`VisionLayers`; x is changed."""
+def vision_offsets(tower: VisionTower) -> Tensor:
+    """float32 [2 * depth + 1, width]: what the biases of the products before a norm add to its residual.
+
+    Products in 8 bits (`dsrl_async.pi0.fp8`) add theirs themselves.
+    """
+    products = [product for layer in tower.blocks for product in (layer.out, layer.fc2)]
+    none = torch.zeros_like(products[0].bias)
+    biases = [product.bias if isinstance(product, nn.Linear) else none for product in products]
+    return torch.stack([none, *biases]).float().cumsum(0)
+
+
+def _vision(offsets: Tensor, tower: VisionTower, x: Tensor) -> Tensor:
+    """`VisionLayers`; x is changed.
+
+    A product is added to the residual without its bias: the norms add those of all products before them.
+    """
     x = x.contiguous()  # channels came first out of the convolution
-    norms = [norm for layer in tower.blocks for norm in (layer.attention_norm, layer.mlp_norm)]
-    norms.append(tower.norm)
-    normed: Tensor = norms[0](x)
-    for layer, mlp_norm, next_norm in zip(tower.blocks, norms[1::2], norms[2::2], strict=True):
-        normed = _add_normed(x, layer.attend(normed), mlp_norm)
-        update = layer.fc2(F.gelu(layer.fc1(normed), approximate="tanh"))
-        normed = _add_normed(x, update, next_norm)
-    return normed
+    rows = x.flatten(0, 1)
+
+    def norm(number: int, layer_norm_: nn.LayerNorm) -> Tensor:
+        return layer_norm(x, offsets[number], layer_norm_.weight, layer_norm_.bias, layer_norm_.eps)
+
+    for number, layer in enumerate(tower.blocks):
+        attention = layer.attend(norm(2 * number, layer.attention_norm)).flatten(0, 1)
+        _add_product(rows, attention, layer.out)
+        hidden = _linear_gelu(norm(2 * number + 1, layer.mlp_norm).flatten(0, 1), layer.fc1)
+        _add_product(rows, hidden, layer.fc2)
+    return norm(len(offsets) - 1, tower.norm)
 
 
-def _add_normed(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
+def _add_product(rows: Tensor, update: Tensor, product: nn.Module) -> None:
+    """Adds a product to `rows`, without its bias if `vision_offsets` has it."""
+    if isinstance(product, nn.Linear):
+        rows.addmm_(update, product.weight.t())
+    else:
+        rows.add_(product(update))
+
+
+def _linear_gelu(x: Tensor, linear: nn.Module) -> Tensor:
+    """gelu(linear(x)), approximated by tanh, for x [M, K].
+
+    On a GPU the product ends in both. (torch says of this operation, where it takes it apart for its compiler in
+    torch/_decomp/decompositions.py, that a GPU has this GELU and a CPU the other one.)
+    """
+    if x.device.type == "cpu" or not isinstance(linear, nn.Linear):
+        return F.gelu(linear(x), approximate="tanh")
+    return torch._addmm_activation(linear.bias, x, linear.weight.t(), use_gelu=True)
 
 
 def _embed_actions(model: Pi0, x_t: Tensor, step: Step) -> Tensor:

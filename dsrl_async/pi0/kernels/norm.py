@@ -1,4 +1,4 @@
-"""RMSNorm of a row, and the sum of a residual with the LayerNorm of what comes of it."""
+"""RMSNorm of a row, and LayerNorm of a row to which a vector is added."""
 
 from __future__ import annotations
 
@@ -54,44 +54,39 @@ def _(x: Tensor, scale: Tensor, floor: Tensor, shift: Tensor | None, out: Tensor
 
 
 @triton.jit
-def add_layer_norm_kernel(x, update, weight, bias, y, width, epsilon, BLOCK: tl.constexpr):
-    """A program per row: x += update; y = (x - mean) / sqrt(variance + epsilon) * weight + bias, in float32."""
+def layer_norm_kernel(x, offset, weight, bias, y, width, epsilon, BLOCK: tl.constexpr):
+    """A program per row: z = x + offset; y = (z - mean) / sqrt(variance + epsilon) * weight + bias, in float32."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    place = row * width + column
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
-    rounded = value.to(x.dtype.element_ty)
-    tl.store(x + place, rounded, mask=inside)
-    value = rounded.to(tl.float32)
+    value = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(offset + column, mask=inside, other=0.0)
     centred = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
     deviation = tl.sqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
     value = centred / deviation * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row * width + column, value.to(y.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("dsrl_async::add_layer_norm", mutates_args=("x",))
-def add_layer_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Add `update` to x in place, and return the LayerNorm of the sum; all [..., width], contiguous, of one type.
+@torch.library.custom_op("dsrl_async::layer_norm", mutates_args=())
+def layer_norm(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """LayerNorm of x + offset, for x [..., width], contiguous, and offset float32 [width]; of x's type.
 
-    `weight` and `bias` [width]. (Ba, Kiros and Hinton 2016, arXiv 1607.06450.) The sum is rounded before it is normed,
-    as it is when the two are operations of their own.
+    `weight` and `bias` [width]. (Ba, Kiros and Hinton 2016, arXiv 1607.06450.)
     """
-    contiguous(x=x, update=update, weight=weight, bias=bias)
+    contiguous(x=x, offset=offset, weight=weight, bias=bias)
     width = x.shape[-1]
     block = power_of_two(width)
     out = torch.empty_like(x)
     with on_device_of(x):
-        add_layer_norm_kernel[(x.numel() // width,)](
-            x, update, weight, bias, out, width, epsilon, BLOCK=block, num_warps=warps(block)
+        layer_norm_kernel[(x.numel() // width,)](
+            x, offset, weight, bias, out, width, epsilon, BLOCK=block, num_warps=warps(block)
         )
     return out
 
 
-@add_layer_norm.register_fake
-def _(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+@layer_norm.register_fake
+def _(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     return torch.empty_like(x)
 
 

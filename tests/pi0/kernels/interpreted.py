@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from support.pi0_models import fill, make_model, small_config
 from torch import Tensor
 
 from dsrl_async.pi0 import kernels
+from dsrl_async.pi0.fp8 import Fp8Linear, use_fp8
 from dsrl_async.pi0.kernels.product import TILES, Tile
+from dsrl_async.pi0.memory import fp8_weights
 from dsrl_async.pi0.model import MASKED, Modulation, Pi0, Rope, attend, rms_norm, rotate_
 from dsrl_async.pi0.sampler import Sampler
 
@@ -95,13 +98,32 @@ def test_rms_norm_of_zeros_is_finite() -> None:
 
 @FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 4), st.integers(2, 150))
-def test_add_layer_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+def test_layer_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     draw = Draw(seed, dtype)
-    x, update, weight, bias = draw(rows, width) + 3, draw(rows, width), draw(width), draw(width)
-    total = x + update
-    out = kernels.add_layer_norm(x, update, weight, bias, 1e-6)
-    assert torch.equal(x, total)
-    assert_rounded(out, F.layer_norm(total.float(), (width,), weight.float(), bias.float(), 1e-6))
+    x, weight, bias, offset = draw(rows, width) + 3, draw(width), draw(width), draw(width, dtype=torch.float32)
+    out = kernels.layer_norm(x, offset, weight, bias, 1e-6)
+    assert_rounded(out, F.layer_norm(x.float() + offset, (width,), weight.float(), bias.float(), 1e-6))
+
+
+def test_the_vision_tower() -> None:
+    """Of three layers, whose biases all count in the last norm."""
+    config = dataclasses.replace(small_config(), image_size=24, patch_size=12, vision_depth=3)
+    model, images = make_model(config)[0], Draw(0, torch.float32)(2, 3, 24, 24)
+    exact = model.vision(images)
+
+    def actual() -> Tensor:
+        return model.vision(images, partial(kernels._vision, kernels.vision_offsets(model.vision)))
+
+    assert (actual() - exact).abs().max() <= 1e-5 * exact.abs().max()
+    weights = {name: model.get_parameter(name) for name in fp8_weights(config)}
+    model.set_dtype(torch.bfloat16)
+    assert_no_further(actual(), model.vision(images), exact)
+    use_fp8(model.float(), weights)
+    for name, weight in weights.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, Fp8Linear)
+        layer.fill(weight)
+    assert_no_further(actual(), model.vision(images), exact)
 
 
 class Rotation:
@@ -269,7 +291,7 @@ def operations() -> dict[str, tuple[Any, ...]]:
     scaled = (norm.scale, norm.floor)
     return {
         "rms_norm": (x, *scaled, norm.shift, torch.empty_like(x)),
-        "add_layer_norm": (x.clone(), draw(2, 3, 12), draw(12), draw(12), 1e-6),
+        "layer_norm": (x, draw(12, dtype=torch.float32), draw(12), draw(12), 1e-6),
         "rotate": (draw(2, 3, 4, 8), *angles),
         "attend": (draw(2, 3, 2, 8), rotation.cache, torch.zeros(2, 1, 1, rotation.cache.shape[3])),
         "normed_rotate": (x, *scaled, None, weight, *angles),
