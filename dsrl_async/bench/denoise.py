@@ -6,7 +6,8 @@ case are the medians of
   vision, prefill, denoise, total   milliseconds: from camera images to tokens; everything else up to the keys and
                                     values that the actions attend to; the Euler steps
   kernels                           ATen operations of a sample that are not views, in all and per stage: what a GPU
-                                    would be asked to launch
+                                    would be asked to launch; in bfloat16 a CPU is asked for others, with more in
+                                    each (`pi0.packed`)
   host_syncs                        operations of a sample that no CUDA graph can hold: the host waits for its
                                     device, or a tensor is made from Python data
   peak_memory                       MB, largest resident size of the process while it samples, weights included

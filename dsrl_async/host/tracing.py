@@ -89,6 +89,8 @@ class OperationTrace(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _describe(self, tensor: Tensor) -> tuple[object, ...]:
+        if tensor.layout != torch.strided:  # a weight that only oneDNN can read
+            return ("packed", tuple(tensor.shape), tensor.dtype)
         where = "temporary"
         if tensor.device.type != "meta":
             where = self.static.get(tensor.untyped_storage().data_ptr(), where)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.model import Pi0, ReplacedLinear
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -49,7 +49,7 @@ def scaled_product(
     return (product if bias is None else product.add_(bias)).to(dtype)
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(ReplacedLinear):
     """A linear layer with the weights of another in 8 bits, or with room for them if those are on the meta device."""
 
     def __init__(self, linear: nn.Linear) -> None:

@@ -24,15 +24,17 @@ KEPT = ("vision.patch.", "vision.position")
 def fp8_weights(config: Pi0Config) -> dict[str, int]:
     """The weights that `policy.prefill_precision: fp8` keeps in 8 bits, by parameter, with their output channels.
 
-    They are those of the observation's pass, in the layers of the vision tower and of the language model. What has a
-    width that `torch._scaled_mm` does not take is left out.
+    They are those of the observation's pass, in the layers of the vision tower and of the language model. Left out is
+    what makes the language model's keys and values, which the expert reads: 5 % of the products and half of the error
+    (docs/measurements/pi0.md); and what has a width that `torch._scaled_mm` does not take.
     """
     from dsrl_async.pi0.tensors import model_tensors
 
     found = {}
     for name, parts in model_tensors(config).items():
         rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[-1]
-        layers = name.startswith("vlm.layers.") or (name.startswith("vision.layers.") and not config.vision_float32)
+        language = name.startswith("vlm.layers.") and not name.endswith(".qkv.weight")
+        layers = language or (name.startswith("vision.layers.") and not config.vision_float32)
         is_matrix = name.endswith(".weight") and "_norm." not in name
         if layers and is_matrix and rows % FP8_ALIGNMENT == columns % FP8_ALIGNMENT == 0:
             found[name] = rows

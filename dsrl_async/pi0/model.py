@@ -166,7 +166,9 @@ def attend(query: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
     return out.unflatten(2, (tokens, heads // groups)).transpose(1, 2).reshape(batch, tokens, heads * width)
 
 
-def add_projected(x: Tensor, update: Tensor, projection: nn.Module, gate: Tensor | None, in_place: bool) -> Tensor:
+def add_projected(
+    x: Tensor, update: Tensor, projection: nn.Linear | ReplacedLinear, gate: Tensor | None, in_place: bool
+) -> Tensor:
     """x + gate * projection(update), for x [B, T, width]; the projection has no bias.
 
     In place, without autograd, it spares a GPU a copy: there the sum starts as a copy of x, unless it is x itself.
@@ -174,11 +176,19 @@ def add_projected(x: Tensor, update: Tensor, projection: nn.Module, gate: Tensor
     if gate is not None:
         update = projection(update)
         return x.addcmul_(update, gate) if in_place else torch.addcmul(x, update, gate)
-    if not isinstance(projection, nn.Linear):
-        return x.add_(projection(update)) if in_place else x + projection(update)
+    if isinstance(projection, ReplacedLinear):
+        return projection.add_to(x, update)
     rows, update, weight = x.view(-1, x.shape[-1]), update.flatten(0, 1), projection.weight.t()
     added = rows.addmm_(update, weight) if in_place else torch.addmm(rows, update, weight)
     return added.view_as(x)
+
+
+class ReplacedLinear(nn.Module):
+    """What takes the place of a linear layer for sampling: see `fp8` and `packed`."""
+
+    def add_to(self, x: Tensor, update: Tensor) -> Tensor:
+        """x + self(update), which may overwrite x."""
+        return x.add_(self(update))
 
 
 def rope_frequency(head_dim: int) -> Tensor:
@@ -308,8 +318,8 @@ class GemmaLayer(nn.Module):
     def project_keys_values(self, normed: Tensor) -> Tensor:
         """Keys and values before rotation, [B, T, 2 kv_heads, head_dim]."""
         rows = 2 * self.kv_heads * self.head_dim
-        all_rows = self.qkv.out_features == rows
-        projected = self.qkv(normed) if all_rows else F.linear(normed, self.qkv.weight[-rows:])
+        plain = isinstance(self.qkv, nn.Linear)
+        projected = F.linear(normed, self.qkv.weight[-rows:]) if plain else self.qkv(normed)[..., -rows:]
         return projected.unflatten(-1, (2 * self.kv_heads, self.head_dim))
 
     def forward(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsrl_async.pi0.checkpoint import LoadedPolicy
 from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.packed import can_pack, pack_weights
 from dsrl_async.pi0.processing import scale_images
 from dsrl_async.pi0.sampler import Sampler
 from dsrl_async.pi0.tokenizer import language_slots
@@ -25,7 +26,7 @@ class Pi0Policy:
     """A loaded policy and all prompts that it will be given.
 
     Args:
-        loaded: the parts of the policy.
+        loaded: the parts of the policy; in bfloat16 on a CPU its weights are packed, see `packed`.
         prompts: the run's prompts, known by their numbers from here on.
         denoise_steps: Euler steps from noise to actions.
         compiled: whether torch.compile fuses the kernels, see `Sampler`.
@@ -46,6 +47,8 @@ class Pi0Policy:
         self.loaded, self.prompts = loaded, list(prompts)
         self.denoise_steps, self.compiled, self.kernels = denoise_steps, compiled, kernels
         self.prompt_lengths = language_lengths(loaded, self.prompts)
+        if not compiled and can_pack(loaded.model):
+            pack_weights(loaded.model)
         device = loaded.model.action_out.weight.device
         self.tokens, self.token_mask = (table.to(device) for table in loaded.tokenizer(self.prompts))
         """int64 and bool [prompts, language slots], without the state, which `state_tokens` adds."""

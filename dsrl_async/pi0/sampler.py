@@ -29,6 +29,7 @@ from dsrl_async.pi0.model import (
     step_rows,
     time_grid,
 )
+from dsrl_async.pi0.packed import PACKED, is_packed
 
 MASK_ALIGNMENT = 8
 """CUDA's memory-efficient attention copies a mask in every call unless its rows are a multiple of this."""
@@ -122,7 +123,7 @@ class Sampler:
         times = time_grid(denoise_steps, config.time_grid)
         self._delta = -1.0 / denoise_steps
         table = model.step_tables(torch.tensor(times, device=device))
-        self._kernels = TORCH
+        self._kernels = PACKED if is_packed(model) else TORCH
         if kernels == "triton":
             from dsrl_async.pi0.kernels import prepare, triton_kernels  # which need Triton
 

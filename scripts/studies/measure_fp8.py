@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsrl_async.bench import synthetic
 from dsrl_async.bench.systems.policy import language_length, seeded_policy
@@ -81,24 +80,26 @@ def error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
-def variants(config: Pi0Config, only: bool) -> dict[str, list[str]]:
+def variants(model: Pi0, only: bool) -> dict[str, list[str]]:
     """What to leave at bfloat16 -> the weights in 8 bits."""
-    weights = list(fp8_weights(config))
-    named: dict[str, Callable[[str], bool]] = {"nothing": lambda _: False}
-    if not only:
-        named["vision"] = lambda name: name.startswith("vision.")
-        named["language model"] = lambda name: name.startswith("vlm.")
-        for stack, depth in (("vision", config.vision_depth), ("vlm", config.depth)):
-            for layer in (0, depth - 1):
-                named[f"{stack}, layer {layer}"] = lambda name, layer=layer, stack=stack: (  # type: ignore[misc]
-                    name.startswith(f"{stack}.layers.{layer}.")
-                )
-        kinds = dict.fromkeys((name.split(".")[0], name.split(".")[-2]) for name in weights)
-        for stack, kind in kinds:
-            named[f"{stack}, all {kind}"] = lambda name, stack=stack, kind=kind: (  # type: ignore[misc]
-                name.startswith(f"{stack}.") and f".{kind}." in name
-            )
-    return {what: [name for name in weights if not left_out(name)] for what, left_out in named.items()}
+    chosen = list(fp8_weights(model.config))
+    if only:
+        return {"what the setting leaves out": chosen}
+    weights = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name.startswith(("vision.layers.", "vlm.layers.")) and isinstance(module, nn.Linear)
+    ]
+    starts = ["vision.", "vlm."]
+    for stack, depth in (("vision", model.config.vision_depth), ("vlm", model.config.depth)):
+        starts += [f"{stack}.layers.{layer}." for layer in (0, depth - 1)]
+    found = {"what the setting leaves out": chosen, "nothing": weights}
+    found |= {start.rstrip("."): [name for name in weights if not name.startswith(start)] for start in starts}
+    kinds = dict.fromkeys((name.split(".")[0], name.split(".")[-2]) for name in weights)
+    for stack, kind in kinds:
+        ends = f".{kind}.weight"
+        found[f"{stack}, all {kind}"] = [n for n in weights if not (n.startswith(stack) and n.endswith(ends))]
+    return found
 
 
 def main() -> int:
@@ -133,7 +134,7 @@ def main() -> int:
         print(f"| {what} | {products} | " + " | ".join(f"{value:.2e}" for value in errors) + " |", flush=True)
 
     row("everything (bfloat16)", 0, bfloat16)
-    chosen = variants(bfloat16.config, arguments.only)
+    chosen = variants(bfloat16, arguments.only)
     for what, names in chosen.items():
         policy = bfloat16 if len(chosen) == 1 else model(torch.bfloat16)
         use_fp8(policy, names)

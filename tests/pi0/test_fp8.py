@@ -93,7 +93,7 @@ def test_what_a_gpu_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler.encode()
     sampler.denoise()
     tokens = {2 * CONFIG.cameras * CONFIG.image_tokens, 2 * (CONFIG.cameras * CONFIG.image_tokens + 5)}
-    assert len(asked) == len(fp8_weights(CONFIG)) == 4 * CONFIG.vision_depth + 4 * (CONFIG.depth - 1) + 1
+    assert len(asked) == len(fp8_weights(CONFIG)) == 4 * CONFIG.vision_depth + 3 * (CONFIG.depth - 1)
     assert {call["x"].shape[0] for call in asked} == tokens
     for call in asked:
         x, weight, x_scale, weight_scale = (call[name] for name in ("x", "weight", "scale_a", "scale_b"))
@@ -124,11 +124,12 @@ def eight_bit(model: nn.Module) -> set[str]:
         ({"vision_float32": True}, ("vision.",)),
         ({"vision_mlp": 200}, (".fc1.", ".fc2.")),
         ({"vlm_mlp": 264}, (".down.",)),
-        ({"head_dim": 28}, (".out.", "layers.2.qkv.")),
+        ({"vlm_width": 88}, ("vlm.",)),
     ],
 )
 def test_which_weights_have_8_bits(changes: dict[str, Any], left_out: tuple[str, ...]) -> None:
-    """None of the expert, none that keeps float32, none of a width that `torch._scaled_mm` does not take."""
+    """None of the expert, none that make keys and values of the language model, none that keep float32, none of a
+    width that `torch._scaled_mm` does not take."""
     config = dataclasses.replace(CONFIG, **changes)
     model = empty_model(config, "meta", torch.bfloat16, fp8=True)
     everything = {
@@ -137,13 +138,12 @@ def test_which_weights_have_8_bits(changes: dict[str, Any], left_out: tuple[str,
         for name, module in empty_model(config, "meta", torch.float32).named_modules()
         if name.startswith(f"{stack}.layers.") and isinstance(module, nn.Linear)
     }
-    out = {name for name in everything if any(part in name for part in left_out) and "head_dim" not in changes}
-    if "head_dim" in changes:  # 4 heads and 2 of keys and values: 168 rows, of which the last layer has 56
-        out = {name for name in everything if name.startswith("vlm.") and (".qkv." in name)}
+    left_out += tuple(f"vlm.layers.{layer}.qkv." for layer in range(config.depth))
+    out = {name for name in everything if any(part in name for part in left_out)}
     assert eight_bit(model) == set(fp8_weights(config)) == everything - out
     kept = sum(tensor.nbytes for tensor in model.parameters())
     assert kept == weight_bytes(config, 2, fp8=True)
-    assert weight_bytes(Pi0Config(), 2, fp8=True) < 0.65 * weight_bytes(Pi0Config(), 2)
+    assert weight_bytes(Pi0Config(), 2, fp8=True) < 0.66 * weight_bytes(Pi0Config(), 2)
 
 
 def test_weights_are_rounded_once_from_what_the_file_holds() -> None:
@@ -165,7 +165,7 @@ def test_weights_are_rounded_once_from_what_the_file_holds() -> None:
 
 @pytest.mark.parametrize("pi05", [False, True])
 def test_actions_are_close_to_the_policys_own(pi05: bool) -> None:
-    """Random weights, float32 beside, so that all of the difference comes from 8 bits: 2.9e-2 and 1.1e-2 of the RMS."""
+    """Random weights, float32 beside, so that all of the difference comes from 8 bits: 2.8e-2 and 1.2e-2 of the RMS."""
     model, _ = make_model(dataclasses.replace(CONFIG, pi05=pi05))
     sampler = make_sampler(model, 3)
     sampler.run()

@@ -24,6 +24,7 @@ from dsrl_async.bench.systems.policy import seeded_policy
 from dsrl_async.pi0 import load_model, sample_actions
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.packed import can_pack, is_packed, pack_weights
 from dsrl_async.pi0.tensors import model_tensors
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -89,8 +90,13 @@ def config_of(case: Case) -> Pi0Config:
 
 
 @functools.lru_cache(maxsize=1)
-def policy_of(config: Pi0Config, dtype: torch.dtype) -> Pi0:
-    return seeded_policy(config, dtype, seed=0)
+def policy_of(config: Pi0Config, dtype: torch.dtype, packed: bool = False) -> Pi0:
+    policy = seeded_policy(config, dtype, seed=0)
+    if packed:
+        if not can_pack(policy):
+            pytest.skip("this CPU does not multiply bfloat16")
+        pack_weights(policy)
+    return policy
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:
@@ -123,10 +129,14 @@ def test_float32_equals_the_reference(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", parameters("bfloat16"))
-def test_bfloat16_is_as_close_to_float32_as_the_references(case: Case) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_bfloat16_is_as_close_to_float32_as_the_references(case: Case, packed: bool) -> None:
+    """Also `packed`, as a run on a CPU computes it."""
     truth = golden(case.reference)[case.key("float32")]
     theirs = relative_rms(golden(case.reference)[case.key("bfloat16")] - truth, truth)
-    actions = sample_actions(policy_of(config_of(case), torch.bfloat16), **inputs_of(case), denoise_steps=case.steps)
+    policy = policy_of(config_of(case), torch.bfloat16, packed)
+    assert is_packed(policy) == packed
+    actions = sample_actions(policy, **inputs_of(case), denoise_steps=case.steps)
     ours = relative_rms(actions - truth, truth)
     print(f"\n{case.reference} {case.key('bfloat16')}: relative RMS error {ours:.1e}, theirs {theirs:.1e}", end="")
     assert 1e-4 < theirs < 0.03

@@ -11,6 +11,7 @@ from dsrl_async.bench.systems.serving import Prepare, Sample, StageMeter, serve
 from dsrl_async.pi0.checkpoint import empty_model, parts_of
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.packed import can_pack, pack_weights
 from dsrl_async.pi0.sampler import Sampler
 from dsrl_async.pi0.tokenizer import language_bucket
 
@@ -31,6 +32,8 @@ def language_length(token_mask: np.ndarray) -> int:
 
 def load(config: synthetic.Sizes, dtype: str, seed: int) -> Prepare:
     policy = seeded_policy(Pi0Config(**config), getattr(torch, dtype), seed)
+    if can_pack(policy):  # as in a run
+        pack_weights(policy)
 
     def prepare(inputs: dict[str, np.ndarray], denoise_steps: int) -> Sample:
         batch, length = len(inputs["noise"]), language_length(inputs["token_mask"])

@@ -29,6 +29,7 @@ GEMMS = (
     "aten::baddbmm",
     "aten::mkldnn_convolution",
     "aten::_slow_conv2d_forward",
+    "mkldnn::_linear_pointwise",
 )
 """Operations that are matrix products on the CPU. A convolution whose stride equals its kernel is one."""
 FUSED_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
