@@ -443,6 +443,72 @@ def kernels(results: Results, options: Options) -> None:
 
 
 @torch.no_grad()
+def triton_kernels(results: Results, options: Options) -> None:
+    """`policy.kernels: triton` beside torch's kernels: how far each is from float32, and the time of each half."""
+    if importlib.util.find_spec("triton") is None:
+        raise ModuleNotFoundError(name="triton")
+    device = resolve_device(options.device)
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        results.note("Not measured: Triton's kernels need a GPU, or TRITON_INTERPRET=1 to rehearse them.")
+        return
+    for name in ("pi0", "pi05"):
+        compare_precision(results, options, name, device)
+    config = MODELS[options.size]["pi0"]
+    if options.size == "toy":
+        config = dataclasses.replace(config, depth=2, vision_depth=1)  # the interpreter takes its time
+    model = random_model(config, device, options.torch_dtype())
+    for size in options.profiled_sizes():
+        times: dict[str, dict[str, float]] = {}
+        for kernels in ("torch", "triton"):
+            one = Sampler(model, size, PROMPT_TOKENS[options.size], options.denoise_steps, kernels=kernels)
+            fill(one, seed=1)
+            first_s = wall_seconds(one.run, device)
+            captured = capture([one.encode, one.denoise], device, None, kernels, "policy.graphs", HIGH_PRIORITY)
+            halves = captured.replays if captured else (one.encode, one.denoise)
+            encode_s, denoise_s = (seconds(half, device, options.repeats) for half in halves)
+            times[kernels] = {"encode": encode_s, "denoise": denoise_s}
+            results.row(
+                "a sample by kernels",
+                B=size,
+                kernels=kernels,
+                captured="yes" if captured else "no",
+                encode_ms=f"{1e3 * encode_s:.2f}",
+                denoise_ms=f"{1e3 * denoise_s:.2f}",
+                first_run_s=f"{first_s:.1f}",
+            )
+            if kernels == "triton":
+                for half in ("encode", "denoise"):
+                    report_kernels(results, f"{half}, batch {size}, Triton", getattr(one, half), device)
+        for half, of_torch in times["torch"].items():
+            results.figure(f"triton over torch, {half} at batch {size}", times["triton"][half] / of_torch)
+
+
+def compare_precision(results: Results, options: Options, name: str, device: torch.device) -> None:
+    """Two layers of full width, in float32 and bfloat16, with torch's kernels and with Triton's."""
+    config = dataclasses.replace(MODELS[options.size][name], depth=2, vision_depth=2)
+    actions: dict[str, Tensor] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = random_model(config, device, torch.bfloat16)  # the same numbers for both
+        model = model.float() if dtype == torch.float32 else model
+        for kernels in ("torch", "triton"):
+            one = Sampler(model, 2, PROMPT_TOKENS[options.size], 2, kernels=kernels)
+            fill(one, seed=1)
+            one.run()
+            actions[f"{kernels} {str(dtype).removeprefix('torch.')}"] = one.actions.double()
+    exact = actions.pop("torch float32")
+    distances = {way: float((found - exact).square().mean().sqrt()) for way, found in actions.items()}
+    for way, distance in distances.items():
+        results.row("distance from torch in float32", model=name, kernels=way, root_mean_square=f"{distance:.1e}")
+    single, factor = distances["triton float32"], distances["triton bfloat16"] / distances["torch bfloat16"]
+    results.figure(f"{name} triton float32 difference", single)
+    results.figure(f"{name} triton bfloat16 factor", factor)
+    if not (single <= 1e-4 and factor <= 1.1):
+        results.problem(
+            f"{name}: Triton's kernels are {single:.1e} off, in bfloat16 {factor:.2f} times as far as torch's"
+        )
+
+
+@torch.no_grad()
 def attention(results: Results, options: Options) -> None:
     """`model.attend` as it is, and torch's backends over both layouts of the query heads."""
     device, dtype = resolve_device(options.device), options.torch_dtype()
@@ -1103,6 +1169,7 @@ SECTIONS: dict[str, Callable[[Results, Options], None]] = {
     "launches": launches,
     "attention": attention,
     "kernels": kernels,
+    "triton": triton_kernels,
     "learner": learner,
     "copies": copies,
     "serve_pi0": serve_pi0,

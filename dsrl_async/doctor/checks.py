@@ -360,6 +360,8 @@ def check_cuda(config: Config, options: Options) -> Iterator[Finding]:
     free = found["free_bytes"][0] / GIB
     yield Finding("cuda", "ok", f"{build}: {found['device']}, {free:.1f} GiB free{driver}, {used}")
     preflight.check_kernels(config)
+    if config.policy.kernels == "triton":
+        yield Finding("cuda", "warning", "policy.kernels: triton's have not run on a GPU yet (docs/gpu.md)")
     if devices["policy"] != "cpu":
         if found["uploads"] == Uploads.GATHERED:
             yield Finding("cuda", "ok", "observations go to the GPU in one launch, from page-locked memory")

@@ -75,6 +75,9 @@ def call_all(config: Pi0Config, dtype: torch.dtype) -> Iterator[str]:
     yield "VLM"
     kernels.geglu(zeros(1, 9, 2 * c.vlm_mlp))
     yield "VLM"
+    mask, (*_, keys) = zeros(16, 1, 1, 536), slots(16, 536)
+    kernels.attend(zeros(16, 536, c.heads, c.head_dim), keys, mask)
+    yield "VLM, 16"
     patches, channels = zeros(9, c.vision_width), zeros(c.vision_width)
     kernels.layer_norm(patches, zeros(c.vision_width, dtype=single), channels, channels, 1e-6)
     yield "vision"

@@ -391,6 +391,21 @@ def test_cuda(monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any], gpu: bool
     assert words in messages(found(checks.check_cuda, {}), status)
 
 
+def test_triton_kernels_are_said_to_be_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2.13", **GPU, "uploads": 3, "uploads_reason": ""})
+    monkeypatch.setattr(checks.preflight, "check_kernels", lambda config: None)
+    asked = {"policy": {"kernels": "triton"}}
+    assert "not run on a GPU yet" in messages(found(checks.check_cuda, asked), "warning")
+    assert messages(found(checks.check_cuda, {}), "warning") == ""
+
+
+def test_triton_kernels_are_refused_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "ask", lambda *_: {"torch": "2.13", "built_for": None, **NO_GPU})
+    monkeypatch.setattr(checks, "has_nvidia_gpu", lambda: False)
+    with pytest.raises(ConfigError, match=r"^policy\.kernels: .* computed on the CPU"):
+        found(checks.check_cuda, {"policy": {"kernels": "triton"}, "device": "cpu"})
+
+
 @pytest.mark.parametrize(("faults", "uploads"), [(("", "busy"), Uploads.PAGE_LOCKED), (("busy", ""), None)])
 def test_what_is_asked_of_cuda(
     monkeypatch: pytest.MonkeyPatch, faults: tuple[str, ...], uploads: Uploads | None

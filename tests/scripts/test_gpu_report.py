@@ -154,6 +154,36 @@ def test_short_sections(name: str, said: str, tmp_path: Path) -> None:
     assert said in (tmp_path / "lines").read_text()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_triton_kernels_are_compared_with_torchs(wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's in the place of Triton's, which only a GPU or the interpreter runs."""
+
+    class Sampler(program.Sampler):  # type: ignore[name-defined]  # of a module that is loaded by its path
+        def __init__(self, *arguments: Any, kernels: str = "torch") -> None:
+            super().__init__(*arguments)
+            self.wrong = wrong and kernels == "triton"
+
+        def denoise(self) -> None:
+            super().denoise()
+            if self.wrong:
+                self.actions.mul_(1.1)
+
+    monkeypatch.setattr(program, "Sampler", Sampler)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    path = tmp_path / "lines"
+    program.SECTIONS["triton"](program.Results("triton", path), program.Options(**OPTIONS))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    problems = [line["problem"] for line in lines if "problem" in line]
+    assert [problem.partition(":")[0] for problem in problems] == (["pi0", "pi05"] if wrong else [])
+    found = rows(lines, "triton", "a sample by kernels")
+    assert [(row["B"], row["kernels"]) for row in found] == [(1, "torch"), (1, "triton"), (2, "torch"), (2, "triton")]
+    assert all(float(row["denoise ms"]) > 0 for row in found)
+    figures = {line["figure"]: line["value"] for line in lines if "figure" in line}
+    assert figures["triton over torch, denoise at batch 1"] > 0
+    assert (figures["pi0 triton float32 difference"] > 1e-3) is wrong
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_one_launch_is_compared_with_copies_of_rows(
     wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
