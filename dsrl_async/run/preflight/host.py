@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +72,19 @@ def check_kernels(config: Config) -> None:
             "policy.kernels: triton is not installed, though torch for CUDA brings it; install it as "
             '`python -m pip install "triton>=3.5"`, or leave the setting out'
         )
+    if missing := missing_for_triton():
+        raise ConfigError(
+            f"policy.kernels: triton compiles its launches with a C compiler, and there is no {missing}; install it "
+            "(`apt-get install gcc python3-dev` has both), or leave the setting out"
+        )
+
+
+def missing_for_triton() -> str:
+    """What Triton's compilation would not find, or nothing. (Its `runtime/build.py` looks there.)"""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "gcc, clang or compiler that the variable CC names"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    return "" if headers.joinpath("Python.h").exists() else f"{headers / 'Python.h'}"
 
 
 def check_prefill_precision(config: Config) -> None:

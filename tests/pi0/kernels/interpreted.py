@@ -333,4 +333,6 @@ def test_a_sample_in_bfloat16(pi05: bool) -> None:
     model = small_model(pi05).set_dtype(torch.bfloat16)
     usual, actual = small_sampler(model, "torch"), small_sampler(model, "triton")
     exact = small_sampler(model.float(), "torch")
-    assert_no_further(actual, usual, exact)
+    of_torch, of_triton = ((actions - exact).square().mean().sqrt() for actions in (usual, actual))
+    print(f"pi0.5={pi05}: torch's kernels are {of_torch:.1e} off, Triton's {of_triton / of_torch:.2f} times as far")
+    assert_no_further(actual, usual, exact, 1.25)  # of 320 numbers, whose errors depend on one another

@@ -10,7 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.paths import ROOT
+from support.pi0_models import small_config
+
+from dsrl_async.host.tracing import OperationTrace
+from dsrl_async.pi0.model import Pi0
+from dsrl_async.pi0.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 HERE = Path(__file__).parent
@@ -47,3 +53,18 @@ def test_every_kernel_compiles_without_spills() -> None:
         assert row["spilled_bytes"] == 0, row
         assert row["registers"] < 255, row
         assert row["shared_kb"] <= SHARED_KB[row["sm"]], row
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+def test_a_sample_can_be_captured_and_has_few_kernels(pi05: bool) -> None:
+    """As far as shapes tell: nothing waits for the device, and a step has as many kernels as the docs say."""
+    with torch.device("meta"):
+        model = Pi0(small_config(pi05)).set_dtype(torch.bfloat16)
+    steps, depth = 4, model.config.depth
+    sampler = Sampler(model, 2, 8, steps, kernels="triton")
+    with OperationTrace(guarded=True):
+        sampler.encode()
+    with OperationTrace(guarded=True) as denoise:
+        sampler.denoise()
+    layer = 7 if pi05 else 5  # pi0.5 adds its gated residuals by themselves
+    assert denoise.kernels - 1 == steps * (depth * layer + (4 if pi05 else 5))

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,16 +97,29 @@ def test_the_reason_is_in_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
         preflight.check_devices(validate({"device": "cuda"}))
 
 
-def test_triton_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find(monkeypatch)
     asked: dict[str, Any] = {"policy": {"kernels": "triton"}}
     monkeypatch.setattr(host, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(host.sysconfig, "get_path", lambda *_: str(tmp_path))
+    tmp_path.joinpath("Python.h").touch()
     preflight.check_devices(validate(asked))
     for on_cpu in ({"device": "cpu"}, {"serial": True}):
         with pytest.raises(ConfigError, match=r"^policy\.kernels: .* on the CPU; leave it out$"):
             preflight.check_devices(validate(asked | on_cpu))
         preflight.check_devices(validate(on_cpu))
         preflight.check_devices(validate(asked | on_cpu), ["learner.device"])
+    with monkeypatch.context() as patch:
+        patch.setattr(host.sysconfig, "get_path", lambda *_: "/no/headers")
+        with pytest.raises(ConfigError, match=r"there is no /no/headers/Python\.h; install it"):
+            preflight.check_devices(validate(asked))
+        patch.delenv("CC")
+        patch.setattr(host.shutil, "which", lambda name: None)
+        with pytest.raises(
+            ConfigError, match=r"there is no gcc, clang or compiler that the variable CC names; install"
+        ):
+            preflight.check_devices(validate(asked))
     monkeypatch.setattr(host, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^policy\.kernels: triton is not installed, .* or leave the setting out$"):
         preflight.check_devices(validate(asked))
