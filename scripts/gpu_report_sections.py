@@ -502,7 +502,7 @@ def compare_precision(results: Results, options: Options, name: str, device: tor
     single, factor = distances["triton float32"], distances["triton bfloat16"] / distances["torch bfloat16"]
     results.figure(f"{name} triton float32 difference", single)
     results.figure(f"{name} triton bfloat16 factor", factor)
-    if not (single <= 1e-4 and factor <= 1.1):
+    if not (single <= 2e-5 and factor <= 1.1):
         results.problem(
             f"{name}: Triton's kernels are {single:.1e} off, in bfloat16 {factor:.2f} times as far as torch's"
         )
