@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import pickle
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,12 +35,12 @@ torch.set_num_threads(1)  # more would take the cores from the tests that run be
 
 @contextmanager
 def locked(path: Path, how: int) -> Iterator[None]:
-    with path.open() as file:
-        fcntl.flock(file, how)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+    descriptor = os.open(path, os.O_RDONLY)  # of a directory, too
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -112,5 +114,14 @@ def memory(small_config: Config, spec: EnvironmentSpec) -> Arena:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> launched.FinishedRun:
-    return launched.finished_run(tmp_path_factory.mktemp("finished"))
+def finished_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> launched.FinishedRun:
+    """One run for all test processes: the first that asks starts it."""
+    base = tmp_path_factory.getbasetemp()
+    directory = (base.parent if hasattr(request.config, "workerinput") else base) / "finished"
+    directory.mkdir(exist_ok=True)
+    with locked(directory, fcntl.LOCK_EX):
+        said = directory / "run.pickle"
+        if not said.is_file():
+            said.write_bytes(pickle.dumps(launched.finished_run(directory)))
+        found: launched.FinishedRun = pickle.loads(said.read_bytes())
+    return found

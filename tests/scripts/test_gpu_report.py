@@ -147,7 +147,8 @@ def test_prompts_that_hold_the_state_are_served(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [("machine", "matrix product"), ("launches", "host us"), ("attention", "prefill, batch 2"),
-     ("fallback", "nothing can fail"), ("mps", "MPS is not there")],
+     ("fallback", "nothing can fail"), ("mps", "MPS is not there"), ("sharing", "policy beside a learner"),
+     ("sampler_pi05", "time over bound"), ("serve_pi0", "pi0 served")],
 )  # fmt: skip
 def test_short_sections(name: str, said: str, tmp_path: Path) -> None:
     section(name, tmp_path / "lines")
@@ -182,6 +183,44 @@ def test_triton_kernels_are_compared_with_torchs(wrong: bool, tmp_path: Path, mo
     figures = {line["figure"]: line["value"] for line in lines if "figure" in line}
     assert figures["triton over torch, denoise at batch 1"] > 0
     assert (figures["pi0 triton float32 difference"] > 1e-3) is wrong
+
+
+def test_kernels_are_listed(tmp_path: Path) -> None:
+    lines = section("kernels", tmp_path / "lines")
+    assert len(rows(lines, "kernels", "denoise, batch 2")) == 25
+
+
+def test_actions_are_openpi_s(tmp_path: Path) -> None:
+    lines = section("goldens", tmp_path / "lines")
+    figures = {line["figure"]: line["value"] for line in lines if "figure" in line}
+    assert 0 < figures["goldens float32"] <= 1e-5
+
+
+def test_a_run_is_measured_from_its_start_on(tmp_path: Path) -> None:
+    lines = section("end_to_end", tmp_path / "lines")
+    assert {line["figure"]: line["value"] for line in lines if "figure" in line}["run decisions"] > 0
+    start = [float(row["s after the start"]) for row in rows(lines, "end_to_end", "the start of a run")]
+    assert len(start) == 3
+    assert 0 < start[0] <= start[1] <= start[2]
+    (run,) = rows(lines, "end_to_end", "a run with simulated environments")
+    assert 0 < float(run["answer p50 ms"]) <= float(run["answer p99 ms"])
+
+
+def test_of_the_tests_those_marked_gpu_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another tree than this one, whose tests would all have to be imported."""
+    (tmp_path / "tests").mkdir()
+    marked = "import pytest\n\n@pytest.mark.gpu\ndef test_one():\n    pass\n\ndef test_two():\n    assert False\n"
+    (tmp_path / "tests" / "test_marked.py").write_text(marked)
+    (tmp_path / "tests" / "test_without.py").write_text("assert False\n")
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    lines = section("tests", tmp_path / "lines")
+    assert {"section": "tests", "figure": "status of the gpu tests", "value": 0.0} in lines
+    assert any("1 passed, 1 deselected" in line.get("note", "") for line in lines)
+    (tmp_path / "tests" / "test_broken.py").write_text("import nothing\n@pytest.mark.gpu\n")
+    path = tmp_path / "of the broken one"
+    program.gpu_tests(program.Results("tests", path), program.Options(**OPTIONS))
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {"section": "tests", "problem": "pytest ended with status 1, 1 passed"} in found
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -257,19 +296,3 @@ def test_each_claim_names_a_place_and_a_figure_that_there_are() -> None:
         assert any(pattern.fullmatch(claim.figure) for pattern in patterns), claim
     assert len(script.CLAIMS) > 10
     assert set(program.SECTIONS) == {one.name for one in script.SECTIONS}
-
-
-@pytest.mark.slow
-def test_the_other_sections(tmp_path: Path) -> None:
-    others = ["goldens", "kernels", "sharing", "sampler_pi05", "serve_pi0", "end_to_end", "tests"]
-    report = Report(tmp_path / "out", *others)
-    assert report.status == dict.fromkeys(others, "whole"), report.text
-    figures = {line["figure"]: line["value"] for line in report.lines if "figure" in line}
-    assert figures["goldens float32"] <= 1e-5
-    assert figures["run decisions"] > 0
-    assert len(report.rows("kernels", "denoise, batch 2")) == 25
-    start = [float(row["s after the start"]) for row in report.rows("end_to_end", "the start of a run")]
-    assert len(start) == 3
-    assert 0 < start[0] <= start[1] <= start[2]
-    (run,) = report.rows("end_to_end", "a run with simulated environments")
-    assert 0 < float(run["answer p50 ms"]) <= float(run["answer p99 ms"])

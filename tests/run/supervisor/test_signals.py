@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from support.launched import SMALL, Launched, state_of
+from support.launched import PATIENCE_S, SMALL, Launched, state_of
 
 from dsrl_async.run import checkpoints
 
@@ -29,7 +29,7 @@ def fill(pipe: int) -> None:
     os.set_blocking(pipe, True)
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None
@@ -43,6 +43,7 @@ def test_a_warning_saves_and_a_full_pipe_stops_nothing(tmp_path: Path) -> None:
     arguments = [*SMALL, "--log.console", "plain", "--run-dir", str(run_dir)]
     unread, stderr = os.pipe()
     fill(stderr)
+    started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "dsrl_async.launch", *arguments], stdout=subprocess.PIPE, stderr=stderr
     )
@@ -51,15 +52,15 @@ def test_a_warning_saves_and_a_full_pipe_stops_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGUSR2)
     log = run_dir / "logs" / "supervisor.log"
     wait_for(lambda: "is written" in log.read_text().partition("written next")[2], process)
-    first = checkpoints.find(run_dir)
+    start_s, first = time.monotonic() - started, checkpoints.find(run_dir)
     wait_for(lambda: '"decisions": 0,' not in (run_dir / "metrics.jsonl").read_text()[-2000:], process)
     for each in [supervisor, *supervisor.children(recursive=True)]:
         each.send_signal(signal.SIGUSR1)
     wait_for(lambda: checkpoints.find(run_dir) != first, process)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    stdout = process.communicate(timeout=60)[0]
-    assert time.monotonic() - begin < 10
+    stdout = process.communicate(timeout=PATIENCE_S)[0]
+    assert time.monotonic() - begin < max(10.0, start_s)  # less than a wait for a reader
     os.close(unread)
     os.close(stderr)
     assert process.returncode == 0
@@ -90,12 +91,12 @@ def test_a_supervisor_that_is_killed_in_the_start_leaves_nothing(tmp_path: Path)
     run.popen.kill()
     run.popen.communicate()
     assert children
-    assert psutil.wait_procs(children, timeout=2.0)[1] == []
+    assert psutil.wait_procs(children, timeout=20.0)[1] == []
 
 
 def test_a_run_without_standard_descriptors(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsrl_async.launch", *SMALL, "--run-dir", str(tmp_path / "run")]
     shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command, "--max-decisions", "20"]
-    assert subprocess.run(shell, timeout=60).returncode == 0
+    assert subprocess.run(shell, timeout=PATIENCE_S).returncode == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["exit_reason"], sum(summary["restarts"].values())) == ("max_decisions", 0)
