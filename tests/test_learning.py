@@ -17,7 +17,7 @@ def evaluate(*arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_default_run_learns_to_steer_from_the_image(tmp_path: Path) -> None:
-    base = evaluate("--episodes", "120")
+    base = evaluate("--episodes", "60")
     assert 0.15 <= base["success_rate"] <= 0.60
     run = Launched(tmp_path / "run", "--stop-at-success", "0.85", "--max-minutes", "10", "--log.console", "off")
     result = run.finish(timeout_s=720)

@@ -70,11 +70,12 @@ class Launched:
         for child in self.process.children():
             try:
                 line, name = " ".join(child.cmdline()[:3]), child.name().partition("-")[0]
+                ended = child.status() == psutil.STATUS_ZOMBIE
             except psutil.Error:
                 continue
             runs = NAMES.get(name) or MODULES.get(line.rpartition("-m dsrl_async.")[2])
             ours = "-m dsrl_async." in line or line.startswith("dsrl_async: ")
-            if child.status() != psutil.STATUS_ZOMBIE and ours and kind in (None, runs):
+            if not ended and ours and kind in (None, runs):
                 found.append(child)
                 self.seen[child.pid] = child
         return found

@@ -974,7 +974,7 @@ def test_report_names_the_stage_that_was_made_slow(
     settings["learner"] |= {"publish_interval": 2}
     settings["inference"]["batch_wait_ms"] = 1000.0 if phase == "wait_batch" else None
     settings["checkpoint"]["interval_minutes"] = 1e-6 if phase == "checkpoint" else 5.0
-    diagnosis = play_in_threads(validate(settings), tmp_path, decisions=40)
+    diagnosis = play_in_threads(validate(settings), tmp_path, decisions=52)
     assert diagnosis[:2] == (kind, phase), (tmp_path / "profile" / "report.txt").read_text()
     advised = SETTING_OF.get((kind, phase), "inference.batch_wait_ms")
     assert diagnosis.setting == advised or diagnosis.setting in ON_FEW_CORES
@@ -1033,7 +1033,7 @@ def test_profile_of_a_real_run_that_was_made_slow(
     condition = "arguments[0].number == 1" if phase == "wait_batch" else "True"
     code = {f"dsrl_async.run.{program}": delay(call, seconds, condition) for (program, call), seconds in delays.items()}
     planted = Planted(tmp_path, code)
-    arguments = [*SMALL, "--profile", "--max-decisions", "40", *options]
+    arguments = [*SMALL, "--profile", "--max-decisions", "48", *options]
     begin = cpu_seconds()
     result = Launched(tmp_path / "run", *arguments, planted=planted).finish(280)
     busy, own, seconds = (end - start for start, end in zip(begin, cpu_seconds(), strict=True))

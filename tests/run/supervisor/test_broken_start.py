@@ -78,7 +78,7 @@ def test_what_never_starts_ends_the_run_and_names_its_log(
 
 @pytest.mark.parametrize("faults", [{"template": "crash", "actor": "hang"}, {"template": "hang", "actor": "crash"}])
 def test_what_fails_once_is_replaced(tmp_path: Path, faults: dict[str, str]) -> None:
-    run = launched(tmp_path, faults, False, "--heartbeat-timeout-s", "2")
+    run = launched(tmp_path, faults, False, "--heartbeat-timeout-s", "4")
     run.wait_learning()
     log = run.run_dir / "logs" / "supervisor.log"
     run.wait_for(lambda _: log.read_text().count("starting it again") >= 2)
