@@ -474,6 +474,10 @@ class LearnerConfig(Section):
     `tf32`: 10 bits, on a GPU only; `bf16`: 7 bits. Weights, losses and optimiser are float32 (docs/learner.md)."""
     graphs: Announced[Literal["auto", "off"]] = "auto"
     """`auto`: on a GPU an update is captured in a CUDA graph; `off`: every kernel is launched each time."""
+    policy_prefixes: Announced[Literal["encode", "keep"]] = "encode"
+    """na: `encode`: the learner's copy of the policy encodes the observations of every batch; `keep`: it encodes each
+    row of the replay ring once, and the learner keeps the keys and values (35 kB a row for the tabletop's policy, 10 MB
+    for a full-size Pi0)."""
     policy_rows: Announced[int] = Field(64, gt=0, le=4096)
     """na: how many rows the learner's own copy of the policy samples at a time; fewer need less memory."""
     publish_interval: Announced[int] = Field(10, gt=0)

@@ -102,6 +102,13 @@ def offset_bytes(config: Pi0Config, denoise_steps: int) -> int:
     return biases + (4 * denoise_steps * (c.depth * layer + c.action_dim) if c.pi05 else 0)
 
 
+def prefix_bytes(config: Pi0Config, language_length: int, bytes_per_value: int) -> int:
+    """Memory of what `Sampler.prefix` gives for one observation."""
+    c = config
+    tokens = c.cameras * c.image_tokens + language_length + c.state_tokens
+    return 2 * c.depth * c.kv_heads * c.head_dim * tokens * bytes_per_value + language_length
+
+
 def activation_bytes(config: Pi0Config, batch_size: int, language_length: int, bytes_per_value: int) -> int:
     """Memory that a `Sampler` takes temporarily while it runs.
 

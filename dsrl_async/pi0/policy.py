@@ -111,6 +111,12 @@ class Pi0Batch:
         self.tokens[:count].copy_(tokens[:, :length])
         self.token_mask[:count].copy_(token_mask[:, :length])
 
+    def prefix(self) -> tuple[Tensor, ...]:
+        return self.sampler.prefix()
+
+    def load_prefix(self, prefix: tuple[Tensor, ...]) -> None:
+        self.sampler.load_prefix(*prefix)
+
     @torch.no_grad()
     def encode(self) -> None:
         sampler = self.sampler

@@ -186,6 +186,25 @@ class Sampler:
         )
         self.actions.add_(velocity, alpha=self._delta)
 
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        """What `encode` has computed, for `load_prefix`: keys and values [B, depth, 2, kv_heads, tokens, head_dim] in
+        the model's dtype, and `token_mask`. They share no memory with the sampler."""
+        keys_values = [cache[:, :, :, : self._state_end] for cache in self._keys_values]
+        return torch.stack(keys_values, 1), self.token_mask.clone()
+
+    @torch.no_grad()
+    def load_prefix(self, keys_values: Tensor, token_mask: Tensor) -> None:
+        """Instead of `encode`: the first n rows get what `prefix` gave for n observations, of any samplers with the
+        same model and `language_length`. What else there is of a prefix, mask and positions, follows from it."""
+        count, model = len(token_mask), self.model
+        for layer, cache in enumerate(self._keys_values):
+            cache[:count, :, :, : self._state_end].copy_(keys_values[:, layer])
+        self.token_mask[:count].copy_(token_mask)
+        self._mask[..., self._language].copy_(key_mask(self.token_mask, 0, 0, model.dtype))
+        position = prefix_position(self.token_mask, self._language.start)
+        rows = F.embedding(position[:, -1:] + 1 + self._action_offset, self._rope_table)
+        self._rope_rows.copy_(rows[:, model.config.state_tokens :])
+
     def run(self) -> None:
         """Both halves (only enqueued, on CUDA)."""
         self.encode()

@@ -11,7 +11,14 @@ from dsrl_async.config.settings import PolicyConfig
 from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.pi0.identity import identity
-from dsrl_async.pi0.memory import activation_bytes, buffer_bytes, offset_bytes, simulation_bytes, weight_bytes
+from dsrl_async.pi0.memory import (
+    activation_bytes,
+    buffer_bytes,
+    offset_bytes,
+    prefix_bytes,
+    simulation_bytes,
+    weight_bytes,
+)
 from dsrl_async.pi0.tensors import parameter_count
 from dsrl_async.pi0.tokenizer import check_prompt, language_slots, make_encoder, prompt_ids, unknown_words
 from dsrl_async.policies.protocol import FrozenPolicy, PolicyMemory, PolicyNeeds, PolicyRecord
@@ -46,7 +53,11 @@ def pi0_needs(config: Pi0Config) -> PolicyNeeds:
     def with_horizon(horizon: int) -> PolicyNeeds:
         return pi0_needs(dataclasses.replace(config, action_horizon=horizon))
 
-    return PolicyNeeds(config, config.max_token_len, memory, with_horizon)
+    def of_prefix(settings: PolicyConfig, on_gpu: bool, prompt_length: int) -> int:
+        half = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+        return prefix_bytes(config, prompt_length, 2 if half else 4)
+
+    return PolicyNeeds(config, config.max_token_len, memory, with_horizon, of_prefix)
 
 
 def pi0_record(files: PolicyFiles) -> PolicyRecord:

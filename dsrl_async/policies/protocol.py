@@ -101,6 +101,12 @@ class NormalisedBatch(PolicyBatch, Protocol):
         """Writes the prompts of the first rows, as `fill_prompts`, given by int64 [n] on the device. It can be
         captured, unless prompts hold the state."""
 
+    def prefix(self) -> tuple[Tensor, ...]:
+        """All that `encode` has computed, in tensors [B, ...] of their own."""
+
+    def load_prefix(self, prefix: tuple[Tensor, ...]) -> None:
+        """Instead of `encode`: the first rows get what `prefix` gave for others, in tensors [n, ...], n <= B."""
+
 
 class FrozenPolicy(Protocol):
     """A policy that is loaded, for the prompts of a run."""
@@ -139,6 +145,8 @@ class PolicyNeeds:
     """What it takes with these settings, on a GPU or not, for batches of a size with prompts of a length."""
     with_horizon: Callable[[int], PolicyNeeds] | None = None
     """The same with another action horizon, if that can be set."""
+    prefix_bytes: Callable[[PolicyConfig, bool, int], int] | None = None
+    """Bytes of a row of `NormalisedBatch.prefix` with these settings, on a GPU or not, for prompts of a length."""
 
 
 @dataclass(frozen=True)

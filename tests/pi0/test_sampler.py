@@ -293,6 +293,34 @@ def test_prompt_slots_that_no_prompt_needs_do_not_matter() -> None:
     assert (long.actions - short.actions).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("pi05", [False, True])
+def test_a_prefix_that_was_stored_denoises_as_the_encoded_one(pi05: bool) -> None:
+    """Rows of one sampler in another, of another size, in another order; masks and positions come with them."""
+    model, _ = make_model(small_config(pi05=pi05))
+    first, second = make_sampler(model, 4), make_sampler(model, 3)
+    fill(first, seed=3)
+    first.token_mask.copy_(torch.arange(first.language_length) < torch.tensor([[2], [5], [first.language_length], [1]]))
+    fill(second, seed=4)
+    second.run()  # what an observation of its own leaves behind
+    first.run()
+    keys_values, token_mask = first.prefix()
+    before = keys_values.clone()
+    rows = torch.tensor([2, 0, 3])
+    second.load_prefix(keys_values[rows[:2]], token_mask[rows[:2]])
+    second.noise[:2].copy_(first.noise[rows[:2]])
+    untouched = second.actions[2].clone()
+    second.denoise()
+    torch.testing.assert_close(second.actions[:2], first.actions[rows[:2]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(second.actions[2], untouched, rtol=1e-5, atol=1e-5)
+    second.load_prefix(keys_values[rows], token_mask[rows])
+    second.noise.copy_(first.noise[rows])
+    second.denoise()
+    torch.testing.assert_close(second.actions, first.actions[rows], rtol=1e-5, atol=1e-5)
+    fill(first, seed=9)
+    first.run()
+    assert torch.equal(keys_values, before)  # it shares no memory
+
+
 @pytest.mark.parametrize("config", [Pi0Config(), Pi0Config(pi05=True, max_token_len=200, action_horizon=10)])
 def test_full_size_runs_on_the_meta_device(config: Pi0Config) -> None:
     """No operation of the real size needs a value on the host, or more than the shapes to be known."""

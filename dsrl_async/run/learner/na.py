@@ -7,8 +7,9 @@ batches of the learner's size, and which of two requests comes first would depen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,49 +21,102 @@ from dsrl_async.sac import METRIC_NAMES, metric_names
 from dsrl_async.sac.na import NaAgent, Observations
 from dsrl_async.sac.networks import expand_noise
 
+ENCODED_AT_ONCE = 1024
+"""Rows of which the pictures are gathered at once where prefixes are kept: 300 MB of a full-size Pi0's."""
+
 
 class PolicyFlow:
     """The frozen policy as a function of observations and noise, a few rows at a time, without gradient."""
 
     def __init__(self, policy: FrozenPolicy, config: Config) -> None:
         """`config` says how many rows at a time, how noise is laid out, and how many actions are executed."""
-        self.batch = policy.batch(config.learner.policy_rows, int(policy.prompt_lengths.max()))
-        assert isinstance(self.batch, NormalisedBatch)
-        self.rows, self.layout, self.chunk = config.learner.policy_rows, config.sac.noise_layout, config.env.chunk
-        self.horizon = policy.spec.action_horizon
+        batch = policy.batch(config.learner.policy_rows, int(policy.prompt_lengths.max()))
+        assert isinstance(batch, NormalisedBatch)
+        self.batch, self.rows, self.horizon = batch, config.learner.policy_rows, policy.spec.action_horizon
+        self.layout, self.chunk = config.sac.noise_layout, config.env.chunk
+        self.keeps = config.learner.policy_prefixes == "keep"
 
     @torch.no_grad()
-    def __call__(self, seen: SeenColumns, states: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, seen: Sequence[Tensor], states: Tensor, noise: Tensor) -> Tensor:
         """Sample the policy.
 
         Args:
-            seen: B observations; `states` fp32 [B, state_dim] is theirs, in the robot's units.
+            seen: B observations: `SeenColumns`, or what `prefixes` gave for them if prefixes are kept.
+            states: fp32 [B, state_dim], theirs, in the robot's units; only what is encoded needs them.
             noise: fp32 [B, A], the agent's.
 
         Returns:
             fp32 [B, chunk * action_dim]: the normalised actions that would be executed.
         """
         batch, parts = self.batch, []
-        assert isinstance(batch, NormalisedBatch)
-        for start in range(0, len(noise), self.rows):
-            part = slice(start, start + self.rows)
-            images = seen.images[part]
-            count = len(images)
-            batch.images[:count].copy_(images)
-            batch.state[:count].copy_(states[part])
-            batch.choose_prompts(seen.task_index[part])
+        for part in self._parts(len(noise)):
+            count = part.stop - part.start
+            if self.keeps:
+                batch.load_prefix(tuple(column[part] for column in seen))
+            else:
+                self._encode(SeenColumns(*(column[part] for column in seen)), states[part])
             batch.noise[:count].copy_(expand_noise(noise[part], self.horizon, self.layout))
-            batch.encode()
             batch.denoise()
             parts.append(batch.normalised_actions[:count, : self.chunk].flatten(1).clone())
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def prefixes(self, seen: SeenColumns, states: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """Encode observations: yields rows from where to where, and what `NormalisedBatch.prefix` gives for them."""
+        for part in self._parts(len(states)):
+            self._encode(SeenColumns(*(column[part] for column in seen)), states[part])
+            yield part, tuple(column[: part.stop - part.start] for column in self.batch.prefix())
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.rows, count)) for start in range(0, count, self.rows))
+
+    def _encode(self, seen: SeenColumns, states: Tensor) -> None:
+        batch, count = self.batch, len(states)
+        batch.images[:count].copy_(seen.images)
+        batch.state[:count].copy_(states)
+        batch.choose_prompts(seen.task_index)
+        batch.encode()
+
+
+class KeptPrefixes:
+    """What the policy encodes of every observation in the ring, in memory of the learner's own.
+
+    It follows from the rows, so that checkpoints do without; a learner that starts encodes those that there are.
+    """
+
+    def __init__(self, flow: PolicyFlow, source: Source) -> None:
+        self._flow, self._source = flow, source
+        lanes, rows = len(source.head), len(source.table)
+        self._rows_per_lane = rows // lanes
+        self._head = np.zeros(lanes, np.int64)  # below it all is encoded
+        self.columns = tuple(column.new_zeros(rows, *column.shape[1:]) for column in flow.batch.prefix())
+        """[R, ...]: see `NormalisedBatch.prefix`; a row lies where it does in the source's columns."""
+
+    def refresh(self) -> None:
+        """Encode what is new since the last time, of what the source has been refreshed with."""
+        head, seen = self._source.head.copy(), self._source.seen
+        assert seen is not None
+        first = np.maximum(self._head, head - self._rows_per_lane)
+        new = [
+            lane * self._rows_per_lane + np.arange(a, b) % self._rows_per_lane
+            for lane, (a, b) in enumerate(zip(first, head, strict=True))
+        ]
+        places = torch.from_numpy(np.concatenate(new)).to(seen.images.device)
+        for start in range(0, len(places), ENCODED_AT_ONCE):
+            some = places[start : start + ENCODED_AT_ONCE]
+            observations = SeenColumns(*(column.index_select(0, some) for column in seen))
+            states = self._source.columns.state.index_select(0, some)
+            for part, prefix in self._flow.prefixes(observations, states):
+                for column, rows in zip(self.columns, prefix, strict=True):
+                    column.index_copy_(0, some[part], rows)
+        self._head = head
 
 
 class NaUpdates(Updates):
     """Draws batches and lets a `NaAgent` learn from them; the steps of its noise critic come behind an update.
 
-    Static buffers beside those of `Updates`: `next_seen`, what the policy sees of the batch's next observations; and
-    for a step of the noise critic `distilling`, `observations` and `seen`.
+    Static buffers beside those of `Updates`: `next_seen`, by which the policy knows the batch's next observations (see
+    `PolicyFlow`); and for a step of the noise critic `distilling`, `observations` and `seen`.
     """
 
     agent: NaAgent
@@ -70,21 +124,29 @@ class NaUpdates(Updates):
     def __init__(self, agent: NaAgent, source: Source, batch_size: int, flow: PolicyFlow) -> None:
         super().__init__(agent, source, batch_size)
         assert source.seen is not None
-        self.flow, self.columns = flow, source.seen
+        self.flow = flow
+        self.prefixes = KeptPrefixes(flow, source) if flow.keeps else None
+        self.columns: tuple[Tensor, ...] = source.seen if self.prefixes is None else self.prefixes.columns
         self.metrics = torch.zeros(len(metric_names("na")), device=agent.device)
         self.metrics[len(METRIC_NAMES) :] = torch.nan  # until the first of its steps
         self.distilling = agent.distilling_numbers(batch_size)
         self.observations = Observations(self.batch.images[:batch_size].clone(), self.batch.states[:batch_size].clone())
         self.seen, self.next_seen = (
-            SeenColumns(*(column.new_zeros(batch_size, *column.shape[1:]) for column in self.columns)) for _ in range(2)
+            tuple(column.new_zeros(batch_size, *column.shape[1:]) for column in self.columns) for _ in range(2)
         )
+
+    def refresh(self) -> int:
+        drawable = super().refresh()
+        if self.prefixes is not None:
+            self.prefixes.refresh()
+        return drawable
 
     def draw(self) -> None:
         super().draw()
         row = self.source.table.index_select(0, self.positions)
         self._see(self.source.following.index_select(0, row), self.next_seen)
 
-    def _see(self, row: Tensor, seen: SeenColumns) -> None:
+    def _see(self, row: Tensor, seen: Sequence[Tensor]) -> None:
         for column, buffer in zip(self.columns, seen, strict=True):
             torch.index_select(column, 0, row, out=buffer)
 
@@ -144,4 +206,6 @@ def make_na_updates(
         config.seed,
         products,
     )
-    return NaUpdates(agent, source, config.sac.batch_size, PolicyFlow(policy, config))
+    updates = NaUpdates(agent, source, config.sac.batch_size, PolicyFlow(policy, config))
+    updates.refresh()  # a resumed run's rows are encoded now, while nobody waits for a sign of life
+    return updates

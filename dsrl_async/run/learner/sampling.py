@@ -6,6 +6,7 @@
 * `seen`: those that only DSRL-NA's rows have, or None;
 * `table`: int64 [rows], of which the first `size` are the places of the decisions that can be drawn, by lane, oldest
   first, so that what is drawn depends on what the ring holds and not on where in the ring it lies;
+* `head`: int64 [lanes], the ring's, as of the last `refresh`;
 * `refresh()` brings them up to date and returns how many decisions can be drawn;
 * `overtaken(positions)`: whether a writer may have come round to one of the drawn rows meanwhile.
 """
@@ -63,18 +64,18 @@ class Drawable:
         self.numbers = np.zeros(lanes * rows_per_lane, np.int64)
         self.size = 0
         self._rows_per_lane = rows_per_lane
-        self._head = np.zeros(lanes, np.int64)
+        self.head = np.zeros(lanes, np.int64)
         self._of_lane = [np.empty(0, np.int64)] * lanes  # row numbers
 
     def update(self, head: np.ndarray, low: np.ndarray, complete: np.ndarray) -> bool:
         """Take over a ring's `head` and the first row that counts, `low`, int64 [lanes] each, and `complete` bool
         [lanes, rows]; whether anything is new."""
-        changed = np.flatnonzero(head != self._head)
+        changed = np.flatnonzero(head != self.head)
         for lane in changed:
             numbers = np.arange(low[lane], max(low[lane], head[lane] - 1))  # the newest row is pending
             self._of_lane[lane] = numbers[complete[lane, numbers % self._rows_per_lane]]
         if len(changed):
-            self._head[:] = head
+            self.head[:] = head
             self.size = sum(map(len, self._of_lane))
             np.concatenate(self._of_lane, out=self.numbers[: self.size])
             places, lane_begins = self.table.numpy()[: self.size], np.arange(len(head)) * self._rows_per_lane
@@ -101,6 +102,10 @@ class InPlace:
         self.seen = SeenColumns(*map(torch.from_numpy, seen)) if seen else None
         self.table, self.following = self._drawable.table, following(ring.lanes, ring.rows_per_lane, self.device)
         self.size = torch.ones((), dtype=torch.float64)
+
+    @property
+    def head(self) -> np.ndarray:
+        return self._drawable.head
 
     def refresh(self) -> int:
         head = self._ring.heads()
@@ -144,6 +149,10 @@ class Mirror:
         self.table = torch.zeros_like(self._drawable.table, device=device)
         self.following = following(ring.lanes, ring.rows_per_lane, device)
         self.size = torch.ones((), dtype=torch.float64, device=device)
+
+    @property
+    def head(self) -> np.ndarray:
+        return self._head
 
     def refresh(self) -> int:
         head = self._ring.heads()

@@ -15,6 +15,7 @@ from dsrl_async.run.preflight.learner_memory import (
     device_bytes,
     mirror_bytes,
     policy_copy,
+    prefixes_bytes,
     row_of,
 )
 
@@ -46,6 +47,8 @@ class GpuNeed(NamedTuple):
     """The agent, the batch and the activations of an update."""
     copy: int = 0
     """The learner's own copy of the policy, for DSRL-NA."""
+    prefixes: int = 0
+    """The keys and values that it keeps."""
     processes: int = 0
     """Contexts and libraries of the processes, and what is lost between blocks."""
 
@@ -82,6 +85,7 @@ def learner_need(config: Config, policy: PolicyNeeds) -> GpuNeed:
         mirror=mirror_bytes(config, horizon, of_actions),
         learner=device_bytes(config.sac, horizon, of_actions),
         copy=sum(policy_copy(config, policy, on_gpu=True)),
+        prefixes=prefixes_bytes(config, policy, on_gpu=True),
     )
 
 
@@ -140,6 +144,10 @@ def _half_the_policy_rows(config: Config) -> Config:
     return config.model_copy(update={"learner": config.learner.model_copy(update={"policy_rows": rows})})
 
 
+def _encoding_again(config: Config) -> Config:
+    return config.model_copy(update={"learner": config.learner.model_copy(update={"policy_prefixes": "encode"})})
+
+
 def _learner_on_the_cpu(config: Config) -> Config:
     return config.model_copy(update={"learner": config.learner.model_copy(update={"device": "cpu"})})
 
@@ -151,6 +159,7 @@ CHANGES: dict[str, Callable[[Config], Config]] = {
     "half the replay.capacity": _half_the_ring,
     "half the sac.batch_size": _half_the_batch,
     "half the learner.policy_rows": _half_the_policy_rows,
+    "learner.policy_prefixes: encode": _encoding_again,
     "learner.device: cpu, or another GPU": _learner_on_the_cpu,
 }
 """What a user can do about too large a need."""
@@ -173,6 +182,7 @@ def describe(need: GpuNeed) -> str:
         "mirror": "the copy of the replay ring",
         "learner": "the learner",
         "copy": "the learner's copy of the policy",
+        "prefixes": "keys and values of the replay ring",
         "processes": "CUDA's own",
     }
     parts = [f"{size / GIB:.1f} {names[field]}" for field, size in need._asdict().items() if size]

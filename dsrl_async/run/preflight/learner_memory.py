@@ -59,6 +59,15 @@ def policy_copy(config: Config, policy: PolicyNeeds, on_gpu: bool) -> PolicyMemo
     return copy._replace(weights=0) if config.serial else copy
 
 
+def prefixes_bytes(config: Config, policy: PolicyNeeds, on_gpu: bool) -> int:
+    """What DSRL-NA's learner takes for the policy's keys and values of all rows, if it keeps them."""
+    if config.sac.algorithm != "na" or config.learner.policy_prefixes == "encode":
+        return 0
+    assert policy.prefix_bytes is not None, "only a policy that can be asked for them is steered so"
+    rows = config.replay.capacity // config.actors * config.actors
+    return rows * policy.prefix_bytes(config.policy, on_gpu, policy.longest_prompt)
+
+
 def convolution_sizes(config: SacConfig) -> Iterator[tuple[int, int, int]]:
     """Yield parameters, output channels and height of the output of each convolution of a `networks.Encoder`."""
     channels, size = config.image_shape[2], SAC_IMAGE_SIZE // config.image_pool

@@ -15,7 +15,14 @@ from dsrl_async.policies import PolicyNeeds
 from dsrl_async.run.preflight.checked_run import CheckedRun
 from dsrl_async.run.preflight.gpu_memory import WORTH_SAYING
 from dsrl_async.run.preflight.host import cuda_index
-from dsrl_async.run.preflight.learner_memory import acting_bytes, learner_bytes, policy_copy, row_bytes, row_of
+from dsrl_async.run.preflight.learner_memory import (
+    acting_bytes,
+    learner_bytes,
+    policy_copy,
+    prefixes_bytes,
+    row_bytes,
+    row_of,
+)
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import layout
 from dsrl_async.shm.memory import run_fields
@@ -70,7 +77,8 @@ def agent_bytes(config: Config, policy: PolicyNeeds, learning: bool) -> int:
     if learning:
         on_gpu = cuda_index(config, "learner.device") is not None
         learner = learner_bytes(config, horizon, on_gpu, row_of(config, policy.spec))
-        learner += 0 if on_gpu else sum(policy_copy(config, policy, on_gpu=False))
+        if not on_gpu:
+            learner += sum(policy_copy(config, policy, on_gpu)) + prefixes_bytes(config, policy, on_gpu)
     return acting + learner
 
 
@@ -95,11 +103,15 @@ def memory_of_algorithm(run: CheckedRun) -> str | None:
     if (of_actions := row_of(config, policy.spec)) is None:
         return None
     row = row_bytes(config, run.horizon, of_actions)
-    copy = policy_copy(config, policy, cuda_index(config, "learner.device") is not None)
+    on_gpu, kept = cuda_index(config, "learner.device") is not None, ""
+    copy = policy_copy(config, policy, on_gpu)
+    if prefixes := prefixes_bytes(config, policy, on_gpu):
+        each = prefixes / config.replay.capacity
+        kept = f", its keys and values {each / 1e3:,.1f} kB a row and {prefixes / 2**30:.1f} GiB"
     return (
         f"sac.algorithm na: a row of the replay ring takes {row / 1e3:,.1f} kB, and replay.capacity "
         f"{row * config.replay.capacity / 2**30:.1f} GiB; the learner's own copy of the policy takes "
-        f"{sum(copy) / 1e6:,.0f} MB, {copy.weights / 1e6:,.0f} of them weights"
+        f"{sum(copy) / 1e6:,.0f} MB, {copy.weights / 1e6:,.0f} of them weights{kept}"
     )
 
 

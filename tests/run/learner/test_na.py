@@ -34,6 +34,12 @@ CPU = torch.device("cpu")
 PROMPTS = ("move the cube to the red plate", "the red plate")
 
 
+def keeping(**changes: object) -> Config:
+    """As `configure`; prefixes are kept."""
+    config = configure(**changes)
+    return config.model_copy(update={"learner": config.learner.model_copy(update={"policy_prefixes": "keep"})})
+
+
 def configure(**changes: object) -> Config:
     sac = {"algorithm": "na", "batch_size": 5, "hidden_dims": [16, 16], "num_q_heads": 2, "conv_channels": [4]}
     sac |= {"train_actor_steps": 0, **changes}
@@ -131,15 +137,71 @@ def test_batches_hold_the_actions_and_what_the_policy_sees_of_the_right_observat
     assert updates.draw_batch()
     rows = updates.source.table[updates.positions].numpy()
     assert np.array_equal(updates.batch.noise.numpy(), flat["action"][rows])
-    assert np.array_equal(updates.next_seen.images.numpy(), flat["policy_images"][rows + 1])
-    assert np.array_equal(updates.next_seen.task_index.numpy(), flat["task_index"][rows + 1])
+    assert np.array_equal(updates.next_seen[0].numpy(), flat["policy_images"][rows + 1])
+    assert np.array_equal(updates.next_seen[1].numpy(), flat["task_index"][rows + 1])
     assert np.array_equal(updates.batch.images[5:].numpy(), flat["image"][rows + 1])
     assert updates.draw_into(updates.distilling, updates.draw_observations)
     rows = updates.source.table[updates.positions].numpy()
-    assert np.array_equal(updates.seen.images.numpy(), flat["policy_images"][rows])
-    assert np.array_equal(updates.seen.task_index.numpy(), flat["task_index"][rows])
+    assert np.array_equal(updates.seen[0].numpy(), flat["policy_images"][rows])
+    assert np.array_equal(updates.seen[1].numpy(), flat["task_index"][rows])
     assert np.array_equal(updates.observations.images.numpy(), flat["image"][rows])
     assert np.array_equal(updates.observations.states.numpy(), flat["state"][rows])
+
+
+# --- prefixes that are kept -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [InPlace, lambda ring: Mirror(ring, CPU)], ids=["in place", "mirror"])
+def test_kept_prefixes_follow_the_ring(policy: Pi0Policy, source: Callable[[ReplayRing], Source]) -> None:
+    """Also when it goes round: what would be drawn, and what comes after it, is what encoding it now gives."""
+    config, memory = keeping(), make_memory(keeping(), 30)
+    updates, ring = make_updates(config, policy, memory, source), ReplayRing(memory)
+    encoded = 0
+    encode = updates.flow._encode
+
+    def counted(seen: SeenColumns, states: Tensor) -> None:
+        nonlocal encoded
+        encoded += len(states)
+        encode(seen, states)
+
+    updates.flow._encode = counted  # type: ignore[method-assign]
+    for decisions in (10, 2, 100, 160):
+        before = ring.head.copy()
+        fill(memory, decisions, seed=decisions)
+        encoded = 0
+        size = updates.refresh()
+        assert encoded == np.minimum(ring.head - before, ring.rows_per_lane).sum()
+        rows = updates.source.table[:size]
+        seen = updates.source.seen
+        assert seen is not None
+        assert updates.prefixes is not None
+        for places in (rows, updates.source.following[rows]):
+            states = updates.source.columns.state[places]
+            now = updates.flow.prefixes(SeenColumns(*(column[places] for column in seen)), states)
+            for part, prefix in now:
+                for column, fresh in zip(updates.prefixes.columns, prefix, strict=True):
+                    torch.testing.assert_close(column[places][part], fresh, rtol=1e-5, atol=1e-5)
+    assert int(ring.head.max()) > ring.rows_per_lane
+
+
+def test_an_update_from_kept_prefixes_is_that_from_pictures(policy: Pi0Policy) -> None:
+    """Up to rounding: rows are encoded beside others."""
+    both = [make_updates(config, policy, make_memory(config)) for config in (configure(), keeping())]
+    for _ in range(4):
+        for updates in both:
+            assert updates.draw_batch()
+            updates.run()
+        torch.testing.assert_close(both[0].metrics, both[1].metrics, rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert both[1].seen[0].shape == (5, 3, 2, 1, 45, 32)
+    wrong = make_updates(keeping(), policy, make_memory(keeping()))
+    assert wrong.prefixes is not None
+    wrong.prefixes.columns[0].zero_()
+    assert wrong.draw_batch()
+    wrong.run()
+    other = make_updates(configure(), policy, make_memory(configure()))
+    assert other.draw_batch()
+    other.run()
+    assert not torch.allclose(wrong.metrics[:3], other.metrics[:3], rtol=1e-3, atol=1e-4)
 
 
 # --- updates ----------------------------------------------------------------------------------------------
@@ -173,11 +235,12 @@ def test_steps_of_the_noise_critic_come_behind_every_second_update(policy: Pi0Po
     assert changed == [False, True, False, True]
 
 
+@pytest.mark.parametrize("make", [configure, keeping])
 def test_what_is_captured_leaves_the_agent_alone_and_computes_the_same(
-    policy: Pi0Policy, monkeypatch: pytest.MonkeyPatch
+    policy: Pi0Policy, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Config]
 ) -> None:
     """Three functions, of which none waits for the device; replayed, they do what an update does."""
-    config = configure(noise_critic_steps=2)
+    config = make(noise_critic_steps=2)
     plain, rehearsed = (make_updates(config, policy, make_memory(config)) for _ in range(2))
     before = rehearsed.agent.state_tensors()
     waits = []
