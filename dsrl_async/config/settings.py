@@ -376,6 +376,10 @@ class SacConfig(Section):
     noise_critic_steps: Announced[float] = Field(0.5, gt=0, le=100)
     """na: gradient steps of the noise critic per update of the others, each on a batch of its own; of a fraction,
     such as 0.5, one comes with every second update (official DSRL: 10 after every 20)."""
+    noise_critic_noise: Announced[Literal["gaussian", "squashed"]] = "gaussian"
+    """na: the noise that the noise critic learns from: N(0, I), as in the paper; or tanh of it times
+    `action_magnitude`, which lies where the actor's does. With a small `action_magnitude` hardly any of the former
+    does."""
     augmentation: Announced[Literal["none", "crop", "crop_colour"]] = "none"
     """Image augmentation of observation and next observation: random shift by up to `augmentation_pad` pixels; with
     `crop_colour`, for four images in five, also jitter of brightness, contrast, saturation and hue. Official DSRL does

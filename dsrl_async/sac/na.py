@@ -94,7 +94,8 @@ class NaAgent(SacAgent):
         loss = mean over batch and heads of (Q_noise(s, w) - Q(s, F(s, w)))^2, w ~ N(0, I)
 
         The noise is the policy's own, not the actor's: unsquashed, laid out by `sac.noise_layout`, and not scaled by
-        `sac.action_magnitude`, which bounds the actor. Both critics see the same augmented images.
+        `sac.action_magnitude`, which bounds the actor; unless `sac.noise_critic_noise` says otherwise. Both critics see
+        the same augmented images.
 
         Args:
             batch: observations.
@@ -105,6 +106,8 @@ class NaAgent(SacAgent):
             fp32 [len(NOISE_CRITIC_METRIC_NAMES)] from before the step, with the gradient's norm from before clipping.
         """
         noise, state = random.normal, batch.states
+        if self.config.noise_critic_noise == "squashed":
+            noise = noise.tanh() * self.config.action_magnitude
         pixels = self._augmented(batch.images, random.augmentation)
         with torch.no_grad():
             worth = self.critic(pixels, state, flow(noise))

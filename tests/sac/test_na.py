@@ -201,6 +201,8 @@ class Reference:
     def distil(self, image: Tensor, state: Tensor, noise: Tensor) -> dict[str, Tensor]:
         # L_W = mean over heads of (Q^W_i(s, w) - Q^A_i(s, F(s, w)))^2, w ~ N(0, I)
         noise = noise.double()
+        if self.config.noise_critic_noise == "squashed":
+            noise = self.config.action_magnitude * torch.tanh(noise)
         with torch.no_grad():
             judged = self.critic.q(image, state, self.flow(state, noise))
         pairs = zip(self.noise_critic.q(image, state, noise), judged, strict=True)
@@ -211,6 +213,7 @@ class Reference:
 SETTINGS = [
     {},
     {"q_aggregation": "min", "entropy_backup": True, "initial_alpha": 0.7, "action_magnitude": 1.5},
+    {"noise_critic_noise": "squashed", "action_magnitude": 0.3},
     {"noise_layout": "per_slot", "critic_grad_clip": 0.05, "actor_grad_clip": 0.02, "alpha_grad_clip": 0.1},
 ]
 
