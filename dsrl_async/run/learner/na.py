@@ -89,7 +89,7 @@ class KeptPrefixes:
         lanes, rows = len(source.head), len(source.table)
         self._rows_per_lane = rows // lanes
         self._head = np.zeros(lanes, np.int64)  # below it all is encoded
-        self.columns = tuple(column.new_zeros(rows, *column.shape[1:]) for column in flow.batch.prefix())
+        self.columns = tuple(column.new_empty(rows, *column.shape[1:]) for column in flow.batch.prefix())
         """[R, ...]: see `NormalisedBatch.prefix`; a row lies where it does in the source's columns."""
 
     def refresh(self) -> None:
