@@ -16,16 +16,17 @@ from dsrl_async.pi0.config import Pi0Config
 from dsrl_async.policies.find import policy_record
 from dsrl_async.policies.pi0 import pi0_needs
 from dsrl_async.run import preflight
-from dsrl_async.run.learner.na import NaUpdates, PolicyFlow
-from dsrl_async.run.learner.sampling import Mirror
+from dsrl_async.run.learner.na import KeptPrefixes, NaUpdates, PolicyFlow
+from dsrl_async.run.learner.sampling import InPlace, Mirror
 from dsrl_async.run.learner.updates import Updates
-from dsrl_async.run.preflight.gpu_memory import learner_need
+from dsrl_async.run.preflight.gpu_memory import describe, learner_need
 from dsrl_async.run.preflight.learner_memory import (
     agent_bytes,
     batch_bytes,
     checkpoint_bytes,
     mirror_bytes,
     policy_copy,
+    prefixes_bytes,
     row_bytes,
     row_of,
     update_bytes,
@@ -114,6 +115,7 @@ def test_memory_of_a_learner_of_dsrl_na(sac: dict[str, Any], monkeypatch: pytest
         agent = NaAgent(config.sac, HORIZON, 5, 7, "meta")
     mirror = Mirror(ring, agent.device)
     monkeypatch.setattr(PolicyFlow, "__init__", lambda *_: None)
+    monkeypatch.setattr(PolicyFlow, "keeps", False, raising=False)
     monkeypatch.setattr(PolicyFlow, "__call__", lambda _, seen, states, noise: noise.new_zeros(len(noise), 35))
     updates = NaUpdates(agent, mirror, config.sac.batch_size, PolicyFlow(None, config))  # type: ignore[arg-type]
     assert mirror.seen is not None
@@ -148,3 +150,29 @@ def test_memory_of_the_policys_copy() -> None:
     assert need.mirror - plain.mirror == pytest.approx(pictures, rel=0.01)
     fewer = config.model_copy(update={"learner": config.learner.model_copy(update={"policy_rows": 8})})
     assert learner_need(fewer, needs).copy < need.copy - 2**30
+
+
+def test_memory_of_kept_prefixes() -> None:
+    """What is reckoned for the tabletop's is what they take; a full-size Pi0's are refused for what they are."""
+    learner = {"policy_prefixes": "keep", "policy_rows": 4}
+    config = validate(
+        {
+            "actors": 3,
+            "sac": {"algorithm": "na", "batch_size": 4},
+            "replay": {"capacity": 700, "warmup_decisions": 64},
+            "learner": learner,
+        }
+    )
+    run = preflight.check_run(config)
+    policy = run.policy.load(config.policy, torch.device("cpu"), run.spec.prompts, lambda: None)
+    source = InPlace(ReplayRing(create_memory(config, run.spec, run.horizon)))
+    kept = KeptPrefixes(PolicyFlow(policy, config), source).columns
+    assert sum(column.nbytes for column in kept) == prefixes_bytes(config, run.policy.needs, on_gpu=False)
+    told = preflight.memory_of_algorithm(run)
+    assert told is not None
+    assert told.endswith("its keys and values 34.5 kB a row and 0.0 GiB")
+    full = learner_need(validate({"sac": {"algorithm": "na"}, "learner": learner}), pi0_needs(Pi0Config()))
+    assert full.prefixes == pytest.approx(40_000 * 10.3e6, rel=0.03)
+    assert "385.2 keys and values of the replay ring" in describe(full)
+    again = validate({"sac": {"algorithm": "na"}, "learner": learner | {"policy_prefixes": "encode"}})
+    assert learner_need(again, pi0_needs(Pi0Config())).prefixes == 0
