@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["deterministic", "stochastic", "base"]
 """How the policy's initial noise is chosen: the mode of the actor's distribution, a sample of it, or without the actor,
-independent N(0, I) in every action slot, as the frozen policy was trained."""
+independent N(0, I) in every action slot, as the frozen policy was trained. With `sac.noise_layout: shift` the
+slots' own part of the noise is drawn in every mode."""
 
 Observation = Mapping[str, Any]
 """`images`, `state`, `prompt` and `agent_image`, see `Agent.act`."""
@@ -91,7 +92,7 @@ class Agent:
                 `agent_image`: what the actor sees, uint8 [64, 64, 3 * cameras of the agent], with B in front for a
                     batch. Left out, it is made from `images` as the run's environment makes it.
             mode: how noise is chosen, see `Mode`.
-            generator: where the noise of `stochastic` and `base` comes from; for a batch also B of them, so that every
+            generator: where the noise that is drawn comes from, see `Mode`; for a batch also B of them, so that every
                 robot has its own.
             steps: how many actions to return, at most `horizon`; as many as the run executed, `chunk`, if None.
 
@@ -188,8 +189,8 @@ class Agent:
     def _standard_normal(
         self, given: np.random.Generator | Sequence[np.random.Generator] | None, count: int
     ) -> NDArray[np.float32]:
-        """float32 [count, horizon * noise_dim], drawn row after row."""
-        width = self.horizon * self._frozen.spec.action_dim
+        """float32 [count, `sac.normal_width(horizon)`], drawn row after row."""
+        width = self.config.sac.normal_width(self.horizon)
         given = self.generator if given is None else given
         generators = [given] * count if isinstance(given, np.random.Generator) else given
         if len(generators) != count:

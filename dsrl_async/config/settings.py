@@ -324,8 +324,14 @@ class SacConfig(Section):
     default everywhere. All have a small last layer."""
     noise_dim: Fixed[int] = Field(32, gt=0)
     """Width of one noise vector; left out, it is the policy's action width."""
-    noise_layout: Fixed[Literal["repeat", "per_slot"]] = "repeat"
-    """`repeat`: one vector for all slots of the action horizon; `per_slot`: a vector for each slot."""
+    noise_layout: Fixed[Literal["repeat", "knots", "per_slot", "shift"]] = "repeat"
+    """`repeat`: one vector for all slots of the action horizon; `knots`: a few, interpolated over the slots;
+    `per_slot`: a vector for each slot; `shift`: one, added to noise of the policy's own in every slot. All keep the
+    variance of noise that is N(0, I) (docs/tuning.md)."""
+    noise_knots: Fixed[int] = Field(2, gt=0, le=1024)
+    """knots: how many vectors the agent chooses, at most one for each slot; 1 is `repeat`."""
+    noise_shift: Fixed[float] = Field(0.5, gt=0, lt=1)
+    """shift: weight s of the agent's vector; the slots' own noise has sqrt(1 - s^2)."""
     action_magnitude: Fixed[float] = Field(0.4, gt=0)
     """How far from zero the actor's noise may be: it is tanh(.) times this. Official DSRL uses 1.0 for LIBERO."""
     gamma: Fixed[float] = Field(0.979, gt=0, le=1)
@@ -342,6 +348,15 @@ class SacConfig(Section):
     """Adam learning rate of the critic."""
     alpha_lr: Announced[float] = Field(3e-3, ge=0)
     """Adam learning rate of the temperature."""
+    lr_schedule: Announced[Literal["constant", "step", "linear"]] = "constant"
+    """How the learning rates of actor and critics fall, but not the temperature's: `step`: all at once at
+    `lr_decay_begin`; `linear`: evenly from there to `lr_decay_end`."""
+    lr_final_fraction: Announced[float] = Field(0.2, gt=0, le=1)
+    """step, linear: what remains of the learning rates in the end, as a fraction of them."""
+    lr_decay_begin: Announced[int] = Field(20_000, gt=0)
+    """step, linear: number of updates after which the learning rates begin to fall."""
+    lr_decay_end: Announced[int] = Field(40_000, gt=0)
+    """linear: number of updates after which they have fallen to `lr_final_fraction`."""
     actor_betas: Announced[tuple[float, float]] = (0.9, 0.999)
     """Adam betas of the actor."""
     actor_grad_clip: Announced[float | None] = Field(10.0, gt=0)
@@ -411,6 +426,11 @@ class SacConfig(Section):
             raise ValueError(f"actor_betas must be in [0, 1), not {list(self.actor_betas)}")
         if self.log_std_min >= self.log_std_max:
             raise ValueError("log_std_min must be below log_std_max")
+        if self.lr_schedule == "linear" and self.lr_decay_begin >= self.lr_decay_end:
+            raise ValueError(
+                f"lr_decay_begin must be below lr_decay_end with lr_schedule linear, not {self.lr_decay_begin} and "
+                f"{self.lr_decay_end}"
+            )
         return self
 
     @property
@@ -433,8 +453,22 @@ class SacConfig(Section):
         return self.model_copy(update={"noise_dim": action_dim, "noise_layout": "per_slot"})
 
     def noise_width(self, horizon: int) -> int:
-        """Width A of the agent's action: one noise vector, or one for each of `horizon` slots."""
-        return self.noise_dim * (horizon if self.noise_layout == "per_slot" else 1)
+        """Width A of the agent's action: of one noise vector, of the knots, or of one for each of `horizon` slots."""
+        return self.noise_dim * {"per_slot": horizon, "knots": self.noise_knots}.get(self.noise_layout, 1)
+
+    def normal_width(self, horizon: int) -> int:
+        """How many standard normal numbers a decision draws: those of `horizon` slots, which the layouts share with the
+        agent; only with `shift` the agent has others."""
+        return self.noise_dim * (horizon + (self.noise_layout == "shift"))
+
+    def lr_fraction(self, updates: int) -> float:
+        """What the learning rates of actor and critics are multiplied by after so many updates."""
+        if self.lr_schedule == "constant" or updates < self.lr_decay_begin:
+            return 1.0
+        if self.lr_schedule == "step" or updates >= self.lr_decay_end:
+            return self.lr_final_fraction
+        passed = (updates - self.lr_decay_begin) / (self.lr_decay_end - self.lr_decay_begin)
+        return 1.0 - passed * (1.0 - self.lr_final_fraction)
 
 
 class ReplayConfig(Section):
@@ -443,8 +477,12 @@ class ReplayConfig(Section):
     capacity: Announced[int] = Field(40_000, ge=64)
     """Rows for all workers together; a row takes 12.5 kB, and 12.3 more for each further one of `sac.cameras`."""
     warmup_decisions: Announced[int] = Field(400, ge=1)
-    """Decisions taken with unsquashed N(0, I) noise before learning starts, laid out as `sac.noise_layout` says
-    (official DSRL does the same; RLinf starts with the untrained actor)."""
+    """Decisions before learning starts, whose noise `warmup` says."""
+    warmup: Announced[Literal["gaussian", "actor", "base"] | None] = None
+    """Noise of the warm-up: `gaussian`: unsquashed N(0, I), laid out as `sac.noise_layout` says (official DSRL-SAC);
+    `actor`: the untrained actor's (RLinf); `base`: the policy's own, independent in every slot (official DSRL-NA). With
+    DSRL-SAC, `repeat` and `knots` cannot describe it. null means `gaussian` with `sac.algorithm: sac`, and `base` with
+    `na`."""
 
 
 class InferenceConfig(Section):
@@ -598,7 +636,18 @@ class Config(Section):
             raise ValueError(
                 "replay.warmup_decisions must be at least sac.batch_size, or the first batch cannot be filled"
             )
+        layout = self.sac.noise_layout
+        if self.warmup == "base" and self.sac.algorithm == "sac" and layout in ("repeat", "knots"):
+            raise ValueError(
+                f"replay.warmup: base is noise that no vector of sac.noise_layout {layout} describes, so that DSRL-SAC "
+                "cannot learn from it; take gaussian or actor, sac.noise_layout shift or per_slot, or sac.algorithm na"
+            )
         return self
+
+    @property
+    def warmup(self) -> Literal["gaussian", "actor", "base"]:
+        """The noise of the warm-up, `replay.warmup` or what null means there."""
+        return self.replay.warmup or ("base" if self.sac.algorithm == "na" else "gaussian")
 
     @property
     def lanes(self) -> int:

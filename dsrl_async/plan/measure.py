@@ -88,7 +88,8 @@ def cores(samples: list[Took]) -> float:
 def measuring_config(config: Config) -> Config:
     """The configuration that is measured, with every batch size, a small ring and a warm-up that never ends."""
     sizes = config.inference.buckets
-    replay = config.replay.model_copy(update={"capacity": 16 * sizes[-1], "warmup_decisions": 2**31})
+    endless = {"capacity": 16 * sizes[-1], "warmup_decisions": 2**31, "warmup": "gaussian"}
+    replay = config.replay.model_copy(update=endless)
     return config.model_copy(update={"actors": sizes[-1], "replay": replay, "max_decisions": None})
 
 

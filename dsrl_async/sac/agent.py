@@ -57,13 +57,17 @@ class RandomNumbers(NamedTuple):
     """fp32 [2 * B, n] in [0, 1), two for the shift and five for the colours of each image (`AUGMENTATION_NUMBERS`)"""
     normal: Tensor
     """fp32 [2, B, A], for the noise of the next observations and then of the observations"""
+    of_slots: Tensor | None = None
+    """fp32 [B, horizon, noise_dim], for the noise of the slots where a policy is sampled and its layout has any"""
 
     def draw_(self, generator: torch.Generator) -> None:
-        """Fill all three in place."""
+        """Fill all in place."""
         for uniform in (self.rows, self.augmentation):
             if uniform.numel():
                 uniform.uniform_(generator=generator)
         self.normal.normal_(generator=generator)
+        if self.of_slots is not None:
+            self.of_slots.normal_(generator=generator)
 
 
 def transition_discount(config: SacConfig, steps: Tensor, terminal: Tensor) -> Tensor:
@@ -99,19 +103,33 @@ class Adam:
 
     `torch.optim.Adam` makes its state in the first step and does not run on the meta device, on which captures are
     rehearsed.
+
+    With `falling`, the learning rate is a tensor, which a CUDA graph reads each time; `set_fraction` writes it.
     """
 
-    def __init__(self, parameter: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+    def __init__(
+        self, parameter: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999), falling: bool = False
+    ) -> None:
         self.parameter, self.lr, self.betas = parameter, lr, betas
+        # What torch's kernel reads: float32 on a GPU. A CPU takes any, and in float64 the rate is not rounded.
+        dtype = torch.float64 if parameter.device.type == "cpu" else torch.float32
+        self.falling_lr = torch.full((), lr, dtype=dtype, device=parameter.device) if falling else None
         self.state = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
 
+    def set_fraction(self, fraction: float) -> None:
+        """Take this fraction of the learning rate from now on; only with `falling`."""
+        assert self.falling_lr is not None
+        self.falling_lr.fill_(self.lr * fraction)
+
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
         """Make a step along `gradient`. The bias correction reads the step count on the device."""
+        # On the meta device torch has no kernel that takes the rate as a tensor, and the numbers do not matter.
+        lr = self.lr if self.falling_lr is None or self.falling_lr.is_meta else self.falling_lr
         adam(
             [self.parameter],
             [gradient],
@@ -121,7 +139,7 @@ class Adam:
             amsgrad=False,
             beta1=self.betas[0],
             beta2=self.betas[1],
-            lr=self.lr,
+            lr=lr,
             weight_decay=0.0,
             eps=1e-8,
             maximize=False,
@@ -164,13 +182,14 @@ class SacAgent:
             (), raw_from_alpha(config.initial_alpha, config.alpha_type), dtype=torch.float32, device=self.device
         )
         self.optimisers = {
-            "actor": Adam(self.actor.flat, config.actor_lr, config.actor_betas),
-            "critic": Adam(self.critic.flat, config.critic_lr),
+            "actor": Adam(self.actor.flat, config.actor_lr, config.actor_betas, self._lr_falls),
+            "critic": Adam(self.critic.flat, config.critic_lr, falling=self._lr_falls),
             "alpha": Adam(self.raw_alpha, config.alpha_lr),
         }
         # The meta device draws nothing and has no generator.
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(seed)
         self.updates = 0
+        self._lr_fraction = 1.0
         self._not_computed = torch.full((), math.nan, device=self.device)
 
     def _judged(self, horizon: int) -> tuple[SacConfig, int]:
@@ -181,6 +200,21 @@ class SacAgent:
     def actor_due(self) -> bool:
         """Whether the next update trains actor and temperature, since `train_actor_steps` updates are done."""
         return self.updates >= self.config.train_actor_steps
+
+    @property
+    def _lr_falls(self) -> bool:
+        return self.config.lr_schedule != "constant"
+
+    def schedule(self) -> None:
+        """Give the optimisers the learning rates of the next update, before it: `learn` itself, which may be captured,
+        only reads them."""
+        fraction = self.config.lr_fraction(self.updates)
+        if fraction == self._lr_fraction:
+            return
+        self._lr_fraction = fraction
+        for name, optimiser in self.optimisers.items():
+            if name != "alpha":
+                optimiser.set_fraction(fraction)
 
     def random_numbers(self, batch_size: int) -> RandomNumbers:
         """Buffers for the random numbers of an update."""

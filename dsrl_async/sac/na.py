@@ -66,13 +66,21 @@ class NaAgent(SacAgent):
         seed: int = 0,
         products: torch.dtype = torch.float32,
     ) -> None:
-        self.chunk, self.robot_action_dim = chunk, action_dim
+        self.chunk, self.robot_action_dim, self.horizon = chunk, action_dim, horizon
         super().__init__(config, horizon, device, seed, products)
         self.noise_critic = Critic(config, horizon, self.device, seed + 2, True, products)
-        self.optimisers["noise_critic"] = Adam(self.noise_critic.flat, config.critic_lr)
+        self.optimisers["noise_critic"] = Adam(self.noise_critic.flat, config.critic_lr, falling=self._lr_falls)
 
     def _judged(self, horizon: int) -> tuple[SacConfig, int]:
         return self.config.judging_actions(self.robot_action_dim), self.chunk
+
+    def random_numbers(self, batch_size: int) -> RandomNumbers:
+        return super().random_numbers(batch_size)._replace(of_slots=self._numbers_of_slots(batch_size))
+
+    def _numbers_of_slots(self, batch_size: int) -> Tensor | None:
+        if self.config.noise_layout != "shift":
+            return None
+        return torch.zeros(batch_size, self.horizon, self.config.noise_dim, device=self.device)
 
     def distilling_numbers(self, batch_size: int) -> RandomNumbers:
         """Buffers for the random numbers of `distil`: rows, one image's augmentation each, and noise fp32 [B, A]."""
@@ -81,6 +89,7 @@ class NaAgent(SacAgent):
             rows=torch.zeros(batch_size, dtype=torch.float64, device=self.device),
             augmentation=torch.zeros(batch_size, numbers, device=self.device),
             normal=torch.zeros(batch_size, self.action_dim, device=self.device),
+            of_slots=self._numbers_of_slots(batch_size),
         )
 
     def distilling_steps(self, update: int) -> int:

@@ -34,22 +34,6 @@ CACHED_NUMBERS = 2**21
 allocator reuses the memory, which it does not from 32 MiB on (docs/learner.md has the measurements)."""
 
 
-def expand_noise(noise: Tensor, horizon: int, layout: str) -> Tensor:
-    """The policy's initial noise from the agent's.
-
-    Args:
-        noise: fp32 [B, A], A = `config.noise_width(horizon)`.
-        horizon: number of action slots of the policy.
-        layout: `repeat` or `per_slot`.
-
-    Returns:
-        fp32 [B, horizon, noise_dim], a view. With `repeat` all slots share memory.
-    """
-    if layout == "per_slot":
-        return noise.view(noise.shape[0], horizon, -1)
-    return noise.unsqueeze(1).expand(-1, horizon, -1)
-
-
 def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = None) -> Tensor:
     """Average-pool the image and scale it to `image_range`.
 

@@ -72,7 +72,7 @@ class NoiseMode(IntEnum):
     """How the noise of an observation's action chunk is chosen, and by which weights."""
 
     WARM_UP = 0
-    """Standard normal, laid out over the action slots as an agent's noise is; for DSRL-NA independent in every slot."""
+    """Standard normal, laid out over the action slots as an agent's noise is."""
     STOCHASTIC = 1
     """A sample of the newest actor's distribution."""
     DETERMINISTIC = 2

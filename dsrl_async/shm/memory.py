@@ -25,7 +25,7 @@ def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
     lanes, evaluation, sac = config.actors, config.evaluation.lanes, config.sac
     width, cameras = sac.noise_width(horizon), len(sac.cameras)
     of_actions = action_row(config, spec.cameras, spec.image_size, spec.action_dim)
-    normal = horizon * sac.noise_dim
+    normal = sac.normal_width(horizon)
     return {
         **slot_fields(config.lanes, spec, config.env.chunk, width, normal, cameras, of_actions is not None),
         **replay_fields(lanes, config.replay.capacity // lanes, spec.state_dim, width, cameras, of_actions),

@@ -287,6 +287,7 @@ def test_saved_configuration_reads_back(gamma: float, dims: list[int], actors: i
         ({"policy": {"checkpoint": "nowhere"}}, "no directory or safetensors file .*nowhere"),
         ({"env": {"chunk": 11}}, "env.chunk"),
         ({"sac": {"noise_dim": 16}}, "sac.noise_dim"),
+        ({"sac": {"noise_layout": "knots", "noise_knots": 11}}, "sac.noise_knots: 11 is more than the policy's 10 "),
         ({"sac": {"state_dim": 9}}, "sac.state_dim"),
         ({"sac": {"cameras": [1, 2]}}, "sac.cameras: tabletop has no camera 2; choose from 0, 1"),
     ],

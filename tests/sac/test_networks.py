@@ -20,7 +20,8 @@ from dsrl_async.config.command_line import load_config
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.sac.augmentation import colour_jitter, random_shift
 from dsrl_async.sac.flat import clip_gradient_, layout_hash
-from dsrl_async.sac.networks import Actor, Critic, act, aggregate_heads, expand_noise, log_prob, preprocess_image
+from dsrl_async.sac.layout import NoiseLayout
+from dsrl_async.sac.networks import Actor, Critic, act, aggregate_heads, log_prob, preprocess_image
 
 
 def with_settings(**changes: object) -> SacConfig:
@@ -331,10 +332,10 @@ def test_noise_layouts() -> None:
     repeat, per_slot = with_settings(noise_layout="repeat"), with_settings(noise_layout="per_slot")
     assert (repeat.noise_width(10), per_slot.noise_width(10)) == (4, 40)
     noise = torch.arange(80.0).view(2, 40)
-    slots = expand_noise(noise, 10, "per_slot")
+    slots = NoiseLayout(per_slot, 10).expand(noise)
     assert slots.shape == (2, 10, 4)
     assert slots[1, 3].tolist() == [52.0, 53.0, 54.0, 55.0]
-    same = expand_noise(noise[:, :4], 10, "repeat")
+    same = NoiseLayout(repeat, 10).expand(noise[:, :4])
     assert same.shape == (2, 10, 4)
     assert all(torch.equal(same[:, slot], noise[:, :4]) for slot in range(10))
     image, state = observations(2)

@@ -42,7 +42,7 @@ class SimulatedPolicy:
         self.images = torch.zeros(batch_size, SPEC.cameras, SPEC.image_size, SPEC.image_size, 3, dtype=torch.uint8)
         self.state = torch.zeros(batch_size, SPEC.state_dim)
         self.sac_image = torch.zeros(batch_size, *config.sac.image_shape, dtype=torch.uint8)
-        self.standard_normal = torch.zeros(batch_size, HORIZON * config.sac.noise_dim)
+        self.standard_normal = torch.zeros(batch_size, config.sac.normal_width(HORIZON))
         self.inputs = {"state": self.state, "standard_normal": self.standard_normal}
         if gather:
             self.inputs |= {"images": self.images, "sac_image": self.sac_image}

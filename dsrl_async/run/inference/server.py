@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 THROTTLED_POLL_S = 0.005  # how often the learner's progress is looked at while the workers wait for it
 IDLE_POLL_S = 1.0
 
+WARM_UP_MODES = {"gaussian": NoiseMode.WARM_UP, "actor": NoiseMode.STOCHASTIC, "base": NoiseMode.BASE}
+"""`Config.warmup` -> how its noise is chosen."""
+
 
 class InferenceServer:
     """Answers requests in the slots.
@@ -129,10 +132,12 @@ class InferenceServer:
         warmup = config.replay.warmup_decisions
         if config.max_decisions is not None:
             wanted = min(wanted, config.max_decisions - handed_out)
-        if handed_out < warmup:
+        if handed_out < warmup and config.warmup != "actor":
             return min(wanted, warmup - handed_out)
         if self.policy_version < 0:
             return 0
+        if handed_out < warmup:
+            return min(wanted, warmup - handed_out)
         if handed_out < self.counters.control_warmup_end[0]:  # the agent acts, until there is something to learn from
             return wanted
         limit = decisions_allowed(
@@ -164,7 +169,7 @@ class InferenceServer:
             return 0
         if mode is None:  # `allowed` ends a batch where the warm-up ends
             warming_up = handed_out < self.config.replay.warmup_decisions
-            mode = NoiseMode.WARM_UP if warming_up else NoiseMode.STOCHASTIC
+            mode = WARM_UP_MODES[self.config.warmup] if warming_up else NoiseMode.STOCHASTIC
         count, size = choose_batch(len(lanes), self.sizes)
         modes = np.where(of_training[taken], mode, mode if evaluating is None else evaluating).astype(np.uint8)
         self._serve(lanes[:count], size, modes[:count])

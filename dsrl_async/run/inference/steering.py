@@ -13,7 +13,8 @@ from dsrl_async.config.settings import SacConfig
 from dsrl_async.host.graphs import HIGH_PRIORITY, Captured, MemoryPool, capture
 from dsrl_async.host.stages import Stage, no_stage
 from dsrl_async.policies import NormalisedBatch, PolicyBatch
-from dsrl_async.sac.networks import Actor, act, expand_noise
+from dsrl_async.sac.layout import NoiseLayout
+from dsrl_async.sac.networks import Actor, act
 from dsrl_async.shm.counters import NoiseMode
 
 
@@ -22,7 +23,8 @@ class SteeredPolicy:
 
     Input buffers, to be filled in place before `run`:
     - `inputs`, by the field of `shm.slots.Slots` that is copied there: the policy's `images` and `state`, `sac_image`
-      uint8 [B, 64, 64, 3 * cameras], and `standard_normal` float32 [B, H * noise_dim];
+      uint8 [B, 64, 64, 3 * cameras], and `standard_normal` float32
+      [B, config.normal_width(H)], for the H slots and with `shift` behind them for the agent's vector;
     - the policy's prompts;
     - `mode` uint8 [B]: how the noise of each row is chosen, a `NoiseMode`.
     Output buffer: `outputs` float32 [B, A + H * robot_action_dim], which is `noise` [B, A] and behind it `actions`
@@ -42,15 +44,15 @@ class SteeredPolicy:
         stage: Stage = no_stage,
     ) -> None:
         self.policy, self.actor, self.snapshot, self.stage = policy, actor, snapshot, stage
-        self.noise_layout, of_actions = config.noise_layout, config.algorithm == "na"
-        self.device = policy.noise.device
-        batch_size, self.horizon, noise_dim = policy.noise.shape
+        of_actions, self.device = config.algorithm == "na", policy.noise.device
+        batch_size, self.horizon, _ = policy.noise.shape
+        self.layout = NoiseLayout(config, self.horizon, self.device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(batch_size, *shape, dtype=dtype, device=self.device)
 
         self.sac_image = zeros(*config.image_shape, dtype=torch.uint8)
-        self.standard_normal = zeros(self.horizon * noise_dim)
+        self.standard_normal = zeros(config.normal_width(self.horizon))
         self.mode = zeros(dtype=torch.uint8)
         self.inputs = {
             "images": policy.images,
@@ -58,7 +60,7 @@ class SteeredPolicy:
             "sac_image": self.sac_image,
             "standard_normal": self.standard_normal,
         }
-        width, action_dim = config.noise_width(self.horizon), policy.actions.shape[2]
+        width, action_dim = self.layout.width, policy.actions.shape[2]
         self.outputs = zeros(width + (1 + of_actions) * self.horizon * action_dim)
         self.noise = self.outputs[:, :width]
         actions = self.outputs[:, width:].unflatten(1, (-1, self.horizon, action_dim))
@@ -97,11 +99,11 @@ class SteeredPolicy:
 
     def _choose_noise(self) -> None:
         """Write `noise` and the policy's initial noise."""
-        normal, mode = self.standard_normal, self.mode
+        mode, width = self.mode, self.layout.width
+        of_slots = self.standard_normal[:, : self.policy.noise[0].numel()].view_as(self.policy.noise)
+        of_agent = self.standard_normal[:, -width:] if self.layout.shifts else self.standard_normal[:, :width]
         base, deterministic = mode == NoiseMode.BASE, mode == NoiseMode.DETERMINISTIC
         unsquashed = base | (mode == NoiseMode.WARM_UP)
-        # DSRL-NA learns from no noise of the warm-up, so that can be the policy's own.
-        independent = base if self.normalised is None else unsquashed
         snapshot = None
         if self.snapshot is not None:
             snapshot = self.snapshot, mode >= NoiseMode.SNAPSHOT_STOCHASTIC
@@ -111,14 +113,16 @@ class SteeredPolicy:
                 self.actor,
                 self.sac_image,
                 self.policy.state,
-                normal[:, : self.noise.shape[1]],
+                of_agent,
                 unsquashed,
                 deterministic,
                 snapshot,
             )
         )
-        repeated = expand_noise(self.noise, self.horizon, self.noise_layout)
-        self.policy.noise.copy_(torch.where(independent[:, None, None], normal.view_as(self.policy.noise), repeated))
+        if self.layout.shifts:
+            self.noise.masked_fill_(base[:, None], 0.0)  # the policy's own noise is not shifted
+        laid_out = self.layout.expand(self.noise, of_slots)
+        self.policy.noise.copy_(torch.where(base[:, None, None], of_slots, laid_out))
 
     def capture(self, pool: MemoryPool | None = None) -> MemoryPool | None:
         """Have `run` replay CUDA graphs of both halves from now on, on a GPU (see `graphs.capture`).

@@ -18,8 +18,8 @@ from dsrl_async.policies import FrozenPolicy, NormalisedBatch
 from dsrl_async.run.learner.sampling import SeenColumns, Source, draw_rows
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.sac import METRIC_NAMES, metric_names
+from dsrl_async.sac.layout import NoiseLayout
 from dsrl_async.sac.na import NaAgent, Observations
-from dsrl_async.sac.networks import expand_noise
 
 ENCODED_AT_ONCE = 1024
 """Rows of which the pictures are gathered at once where prefixes are kept: 300 MB of a full-size Pi0's."""
@@ -32,18 +32,19 @@ class PolicyFlow:
         """`config` says how many rows at a time, how noise is laid out, and how many actions are executed."""
         batch = policy.batch(config.learner.policy_rows, int(policy.prompt_lengths.max()))
         assert isinstance(batch, NormalisedBatch)
-        self.batch, self.rows, self.horizon = batch, config.learner.policy_rows, policy.spec.action_horizon
-        self.layout, self.chunk = config.sac.noise_layout, config.env.chunk
+        self.batch, self.rows, self.chunk = batch, config.learner.policy_rows, config.env.chunk
+        self.layout = NoiseLayout(config.sac, policy.spec.action_horizon, batch.noise.device)
         self.keeps = config.learner.policy_prefixes == "keep"
 
     @torch.no_grad()
-    def __call__(self, seen: Sequence[Tensor], states: Tensor, noise: Tensor) -> Tensor:
+    def __call__(self, seen: Sequence[Tensor], states: Tensor, noise: Tensor, of_slots: Tensor | None = None) -> Tensor:
         """Sample the policy.
 
         Args:
             seen: B observations: `SeenColumns`, or what `prefixes` gave for them if prefixes are kept.
             states: fp32 [B, state_dim], theirs, in the robot's units; only what is encoded needs them.
             noise: fp32 [B, A], the agent's.
+            of_slots: fp32 [B, horizon, noise_dim], the noise of the slots, where the layout has any (`NoiseLayout`).
 
         Returns:
             fp32 [B, chunk * action_dim]: the normalised actions that would be executed.
@@ -55,7 +56,7 @@ class PolicyFlow:
                 batch.load_prefix(tuple(column[part] for column in seen))
             else:
                 self._encode(SeenColumns(*(column[part] for column in seen)), states[part])
-            batch.noise[:count].copy_(expand_noise(noise[part], self.horizon, self.layout))
+            batch.noise[:count].copy_(self.layout.expand(noise[part], None if of_slots is None else of_slots[part]))
             batch.denoise()
             parts.append(batch.normalised_actions[:count, : self.chunk].flatten(1).clone())
         return torch.cat(parts)
@@ -153,7 +154,8 @@ class NaUpdates(Updates):
     def learn(self, update_actor: bool) -> None:
         states = self.batch.states.chunk(2)[1]
         metrics = self.agent.learn(
-            self.batch, self.random, update_actor, lambda noise: self.flow(self.next_seen, states, noise)
+            *(self.batch, self.random, update_actor),
+            lambda noise: self.flow(self.next_seen, states, noise, self.random.of_slots),
         )
         self.metrics[: len(METRIC_NAMES)].copy_(metrics)
 
@@ -168,7 +170,8 @@ class NaUpdates(Updates):
         """Second half."""
         states = self.observations.states
         metrics = self.agent.distil(
-            self.observations, self.distilling, lambda noise: self.flow(self.seen, states, noise)
+            *(self.observations, self.distilling),
+            lambda noise: self.flow(self.seen, states, noise, self.distilling.of_slots),
         )
         self.metrics[len(METRIC_NAMES) :].copy_(metrics)
 

@@ -78,6 +78,7 @@ class Updates:
 
     def run(self) -> None:
         """An update from what `draw_batch` has prepared (only enqueued, on CUDA)."""
+        self.agent.schedule()
         if self.captured:
             self.captured.replays[self.agent.actor_due]()
         else:

@@ -59,8 +59,8 @@ class GpuNeed(NamedTuple):
 
 def steering_bytes(config: Config, policy: PolicySizes) -> int:
     """What a `SteeredPolicy` has for a row beside the policy's own: image, standard normal noise, actor's noise."""
-    standard_normal, width = policy.action_horizon * policy.action_dim, config.sac.noise_width(policy.action_horizon)
-    return math.prod(config.sac.image_shape) + 1 + 4 * (standard_normal + width)
+    sac, horizon = config.sac, policy.action_horizon
+    return math.prod(sac.image_shape) + 1 + 4 * (sac.normal_width(horizon) + sac.noise_width(horizon))
 
 
 def policy_need(config: Config, policy: PolicyNeeds, prompt_lengths: Sequence[int]) -> GpuNeed:

@@ -132,6 +132,8 @@ def batch_bytes(config: SacConfig, horizon: int, of_actions: ActionRow | None = 
     if of_actions is not None:  # actions stand for one noise; then a step of the noise critic's own
         seen = of_actions.cameras * of_actions.image_size**2 * 3 + 8
         row += 4 * (of_actions.actions - width) + seen + (seen + observation + uniform + 8 + 4 * width)
+        if config.noise_layout == "shift":
+            row += 2 * 4 * horizon * config.noise_dim
     return config.batch_size * row
 
 

@@ -150,6 +150,11 @@ def check_fit(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> Non
             f"sac.noise_dim: {config.sac.noise_dim} must be the policy's action width, {policy.action_dim}; "
             "leave it out"
         )
+    if config.sac.noise_layout == "knots" and config.sac.noise_knots > policy.action_horizon:
+        raise ConfigError(
+            f"sac.noise_knots: {config.sac.noise_knots} is more than the policy's {policy.action_horizon} action "
+            "slots; give fewer, or sac.noise_layout per_slot"
+        )
     if (camera := max(config.sac.cameras)) >= spec.cameras:
         there = ", ".join(map(str, range(spec.cameras)))
         raise ConfigError(f"sac.cameras: {record.name} has no camera {camera}; choose from {there}")
