@@ -114,7 +114,9 @@ class LaunchCount(TorchDispatchMode):
         for number in range(cost.kernels):  # the first one has the work
             if number == 0:
                 tile = cost.tile if cost.matrices else None
-                self.add(name, cost.kind, cost.read, cost.written, matrices=cost.matrices, tile=tile)
+                tensors = (leaf for leaf in tree_leaves((out, args)) if isinstance(leaf, Tensor))
+                single = tile is not None and next(tensors).dtype == torch.float32
+                self.add(name, cost.kind, cost.read, cost.written, matrices=cost.matrices, tile=tile, single=single)
             else:
                 self.add(name, cost.kind, 0, 0)
 

@@ -149,13 +149,17 @@ def count_sample(
     prompt_tokens: int,
     steps: int,
     way: str = "eager",
+    fp8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Launch]:
-    """The launches of one call of the sampler. Its steps are alike, so that one is counted for all of them."""
+    """The launches of one call of the sampler. Its steps are alike, so that one is counted for all of them.
+
+    `fp8` is `policy.prefill_precision: fp8`, and has no effect on what is compiled.
+    """
     if way == "compiled":
         encode, copy_of_noise, step = _compiled(config, batch_size, prompt_tokens, dtype)
         return [*encode, *copy_of_noise, *step * steps]
-    model = empty_model(config, "meta", dtype)
+    model = empty_model(config, "meta", dtype, fp8)
     kernels: Literal["torch", "triton"] = "triton" if way == "triton" else "torch"
     sampler = Sampler(model, batch_size, prompt_tokens, denoise_steps=1, kernels=kernels)
     count = LaunchCount("prefill")
@@ -280,6 +284,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="eager: torch's own kernels (default); triton: those of policy.kernels, if Triton is installed; "
         "compiled: those of policy.compile, in some minutes",
     )
+    parser.add_argument(
+        "--fp8", action="store_true", help="with policy.prefill_precision: fp8, which what is compiled leaves out"
+    )
     parser.add_argument("--size", choices=list(synthetic.SIZES), default="full", help="as in `bench denoise` (full)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="observations at once (default: 1 16)")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps (default: 10)")
@@ -304,8 +311,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--prompt-tokens must be from 1 to {config.max_token_len} for {model}")
         for batch, way in itertools.product(arguments.batch, arguments.way):
             details = f"batch {batch} steps {arguments.steps} prompt {arguments.prompt_tokens}"
-            case = f"{model} {arguments.size} bfloat16 {details}"
-            launches = count_sample(config, batch, arguments.prompt_tokens, arguments.steps, way)
+            case = f"{model} {arguments.size} {'fp8 and ' if arguments.fp8 else ''}bfloat16 {details}"
+            launches = count_sample(config, batch, arguments.prompt_tokens, arguments.steps, way, arguments.fp8)
             bounds = bounds_ms(config, batch, arguments.prompt_tokens, arguments.steps)
             if arguments.tables:
                 print(f"{case}, {way}:\n", *stage_table(launches, arguments.steps, bounds), "", sep="\n")

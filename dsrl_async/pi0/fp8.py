@@ -29,7 +29,8 @@ def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [N, K] of floats as float8 [N, K] and scales float32 [N, 1], whose product they are up to rounding."""
     largest = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
     scale = largest.clamp_(min=SMALLEST).div_(LARGEST)
-    return (rows / scale).to(FLOAT8), scale
+    # into its place, so that a GPU writes no float32 copy: half of what rounding moves
+    return torch.div(rows, scale, out=torch.empty_like(rows, dtype=FLOAT8)), scale
 
 
 def scaled_product(
@@ -59,6 +60,8 @@ class Fp8Linear(ReplacedLinear):
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=FLOAT8), requires_grad=False)
         self.scale = nn.Parameter(weight.new_empty(1, len(weight), dtype=torch.float32), requires_grad=False)
         self.bias = linear.bias
+        self.quantise = quantise
+        """How activations are rounded; `kernels.triton_kernels` puts a kernel of its own here."""
         if not weight.is_meta:
             self.fill(weight)
 
@@ -71,7 +74,7 @@ class Fp8Linear(ReplacedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] of the same dtype."""
-        values, scale = quantise(x.flatten(0, -2))
+        values, scale = self.quantise(x.flatten(0, -2))
         product = scaled_product(values, scale, self.weight, self.scale, self.bias, x.dtype)
         return product.unflatten(0, x.shape[:-1])
 

@@ -53,7 +53,7 @@ class AbsentGpu:
         return 0
 
 
-def call_all(config: Pi0Config, dtype: torch.dtype) -> Iterator[str]:
+def call_all(config: Pi0Config, dtype: torch.dtype, capability: int) -> Iterator[str]:
     """Calls every operation in the shapes of a sample; yields, after each, what it is for."""
     c, single = config, torch.float32
 
@@ -81,6 +81,9 @@ def call_all(config: Pi0Config, dtype: torch.dtype) -> Iterator[str]:
     patches, channels = zeros(9, c.vision_width), zeros(c.vision_width)
     kernels.layer_norm(patches, zeros(c.vision_width, dtype=single), channels, channels, 1e-6)
     yield "vision"
+    if capability >= 89:  # the first with numbers of 8 bits
+        kernels.quantise(zeros(9, c.vlm_mlp))
+        yield "VLM"
     actions, into = zeros(1, 9, c.action_dim, dtype=single), zeros(c.expert_width, c.action_dim, dtype=single)
     kernels.silu_linear(actions, into, scale)
     yield "step"
@@ -122,7 +125,7 @@ def compiled(dtype: torch.dtype, few: bool, capability: int) -> Iterator[dict[st
     JITFunction.run = compile_only
     try:
         seen = set()
-        for where in call_all(Pi0Config(), dtype):
+        for where in call_all(Pi0Config(), dtype, capability):
             name, kernel, options = made.pop()
             if few and name in seen:
                 continue

@@ -64,14 +64,19 @@ def main() -> None:
     parser.add_argument("--replay-rows", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=256, help="of the learner (default: 256)")
     args = parser.parse_args()
-    print(f"| GiB | workers | {' | '.join(GpuNeed._fields)} | total |")
-    print("|---|---|" + "---|" * (len(GpuNeed._fields) + 1))
+    needs = {
+        (name, workers): need(policy, dtype, workers, args)
+        for name, (policy, dtype) in POLICIES.items()
+        for workers in WORKERS
+    }
+    columns = [part for part in GpuNeed._fields if any(getattr(found, part) for found in needs.values())]
+    print(f"| GiB | workers | {' | '.join(columns)} | total |")
+    print("|---|---|" + "---|" * (len(columns) + 1))
+    for (name, workers), found in needs.items():
+        cells = [f"{getattr(found, part) / 2**30:.1f}" for part in (*columns, "total")]
+        print(f"| {name} | {workers} | {' | '.join(cells)} |")
     fits: dict[str, dict[int, int]] = {}
     for name, (policy, dtype) in POLICIES.items():
-        for workers in WORKERS:
-            found = need(policy, dtype, workers, args)
-            cells = [f"{size / 2**30:.1f}" for size in (*found, found.total)]
-            print(f"| {name} | {workers} | {' | '.join(cells)} |")
         for card in CARDS:
             room = card * 1e9 - CONTEXT_BYTES
             fits.setdefault(name, {})[card] = bisect.bisect_right(

@@ -237,6 +237,8 @@ def test_kernels_of_our_own_are_fewer(deep: Pi0Config) -> None:
     usual, ours = (count_sample(deep, 2, 8, 3, way) for way in ("eager", "triton"))
     assert len(ours) < 0.5 * len(usual)
     assert sum(launch.bytes for launch in ours) < sum(launch.bytes for launch in usual)
+    products = [sum(launch.flops for launch in some) for some in (usual, ours)]
+    assert products[0] == pytest.approx(products[1], rel=1e-6)
 
 
 def test_an_operation_too_many_is_seen(deep: Pi0Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +280,14 @@ def test_the_command_prints_its_constants_and_every_stage() -> None:
     assert call("bench", "paper", "--prompt-tokens", "49").stderr.endswith("must be from 1 to 48 for pi0\n")
 
 
-def test_the_page_has_the_tables_of_the_command() -> None:
-    result = call("bench", "paper", "--tables", "--batch", "16")
+@pytest.mark.parametrize("options", [["--way", "eager"], ["--way", "triton"], ["--way", "triton", "--fp8"]])
+def test_the_page_has_the_tables_of_the_command(options: list[str]) -> None:
+    if "triton" in options:
+        pytest.importorskip("triton")
+    result = call("bench", "paper", "--tables", "--batch", "16", *options)
     page = (DOCS / "measurements" / "gpu_on_paper.md").read_text()
-    blocks = [block for block in result.stdout.strip().split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 2
-    assert [block for block in blocks if block not in page] == []
+    stages_, launches = [block for block in result.stdout.strip().split("\n\n") if block.startswith("|")]
+    assert stages_ in page
+    assert launches in page or "--fp8" in options
+    total = stages_.splitlines()[-1].split(" | ")
+    assert f"{float(total[-2]):.1f}, {int(total[1]):,} |" in page, "the table in short"

@@ -49,7 +49,7 @@ def test_each_row_is_rounded_by_its_own_scale(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_multiplies_the_rounded_numbers(dtype: torch.dtype, bias: bool) -> None:
     """The reference multiplies in float64, so that only the result's own rounding is left."""
-    linear = nn.Linear(96, 48, bias).to(dtype)
+    linear = nn.Linear(96, 48, bias).to(dtype).requires_grad_(False)
     x = normal(2, 5, 96, seed=1).to(dtype) * 3
     layer = Fp8Linear(linear)
     rounded_x, rounded_weight = (exact(*quantise(rows)) for rows in (x.flatten(0, 1), linear.weight.float()))

@@ -6,6 +6,7 @@
 - `rope.py`: rotation of queries and keys, and writing of keys and values to the cache, in one;
 - `gelu.py`: gelu(gate) * up in one;
 - `product.py`: the expert's products behind a norm, with the norm on the way in, and rotation or GeGLU on the way out;
+- `quantise.py`: rounding to 8 bits, with `policy.prefill_precision: fp8`, in one;
 - `attention.py`: attention under a mask, for which torch has no kernel as fast as without;
 - `euler.py`: the two ends of an Euler step.
 
@@ -28,16 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsrl_async.pi0.fp8 import Fp8Linear
 from dsrl_async.pi0.kernels.attention import attend
 from dsrl_async.pi0.kernels.euler import normed_linear, silu_linear
 from dsrl_async.pi0.kernels.gelu import geglu, normed_geglu
 from dsrl_async.pi0.kernels.norm import layer_norm, rms_norm
+from dsrl_async.pi0.kernels.quantise import quantise
 from dsrl_async.pi0.kernels.rope import normed_rotate, rotate
 from dsrl_async.pi0.model import GemmaLayer, Kernels, LayerKernels, Modulation, Pi0, Rope, Step, VisionTower
 
 
 def triton_kernels(model: Pi0) -> Kernels:
     """The table for sampling with this model; the caches of `extend` are `sampler.Slots`."""
+    for layer in model.modules():
+        if isinstance(layer, Fp8Linear):
+            layer.quantise = quantise
     vlm = LayerKernels(_heads, _keys_values, _gated, _attend)
     expert = LayerKernels(_normed_heads, _normed_keys_values, _normed_gated, _attend)
     return Kernels(partial(_vision, vision_offsets(model.vision)), vlm, expert, _embed_actions, _velocity)

@@ -59,6 +59,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@launch_cost("silu_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> LaunchCost:
+    (width, inner), rows = weight.shape, x.numel() // x.shape[-1]
+    read = x.nbytes + weight.nbytes + bias.nbytes
+    return LaunchCost(read, 4 * rows * width, "product", Matrices(1, rows, width, inner), (ROWS, COLUMNS))
+
+
 @triton.jit
 def normed_linear_kernel(
     x, scale, floor, offset, weight, y, count, width, outputs,

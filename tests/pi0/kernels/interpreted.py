@@ -21,14 +21,14 @@ from support.pi0_models import fill, make_model, small_config
 from torch import Tensor
 
 from dsrl_async.pi0 import kernels
-from dsrl_async.pi0.fp8 import Fp8Linear, use_fp8
+from dsrl_async.pi0.fp8 import Fp8Linear, quantise, use_fp8
 from dsrl_async.pi0.kernels.product import TILES, Tile
 from dsrl_async.pi0.memory import fp8_weights
 from dsrl_async.pi0.model import MASKED, Modulation, Pi0, Rope, attend, rms_norm, rotate_
 from dsrl_async.pi0.sampler import Sampler
 
 assert support.triton_interpreter
-FUZZED = settings(max_examples=int(os.environ.get("DSRL_KERNEL_EXAMPLES", 4)), deadline=None, derandomize=True)
+FUZZED = settings(max_examples=int(os.environ.get("DSRL_KERNEL_EXAMPLES", 6)), deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**31)
 SENTINEL = 77.0
@@ -104,6 +104,7 @@ def test_layer_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> Non
     assert_rounded(out, F.layer_norm(x.float() + offset, (width,), weight.float(), bias.float(), 1e-6))
 
 
+@torch.no_grad()
 def test_the_vision_tower() -> None:
     """Of three layers, whose biases all count in the last norm."""
     config = dataclasses.replace(small_config(), image_size=24, patch_size=12, vision_depth=3)
@@ -228,6 +229,16 @@ def test_more_queries_than_a_program_has() -> None:
 
 
 @FUZZED
+@given(SEEDS, DTYPES, st.integers(2, 5), st.integers(1, 300))
+def test_quantise(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+    draw = Draw(seed, dtype)
+    x = draw(rows, width) * 10 ** draw(rows, 1)
+    x[0] = 0
+    for actual, expected in zip(kernels.quantise(x), quantise(x), strict=True):
+        assert torch.equal(actual.float(), expected.float())
+
+
+@FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 3), st.sampled_from([1, 7, 150, 1030]))
 def test_geglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
     gate_up = Draw(seed, dtype)(rows, 2 * width)
@@ -292,6 +303,7 @@ def operations() -> dict[str, tuple[Any, ...]]:
         "rms_norm": (x, *scaled, norm.shift, torch.empty_like(x)),
         "layer_norm": (x, draw(12, dtype=torch.float32), draw(12), draw(12), 1e-6),
         "rotate": (draw(2, 3, 4, 8), *angles),
+        "quantise": (draw(3, 12),),
         "attend": (draw(2, 3, 2, 8), rotation.cache, torch.zeros(2, 1, 1, rotation.cache.shape[3])),
         "normed_rotate": (x, *scaled, None, weight, *angles),
         "geglu": (draw(2, 3, 10),),
