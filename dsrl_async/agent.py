@@ -227,6 +227,15 @@ def _what(value: Any) -> str:
     return f"a sequence of {len(value)}" if isinstance(value, list | tuple) else shown(value)
 
 
+def with_kernels_that_run(config: Config) -> Config:
+    """The settings of a run with torch's kernels, if Triton's cannot run here: results differ by rounding only."""
+    try:
+        preflight.check_kernels(config)
+    except ConfigError:
+        return config.model_copy(update={"policy": config.policy.model_copy(update={"kernels": "torch"})})
+    return config
+
+
 def load_agent(
     run: Path | str,
     *,
@@ -261,7 +270,7 @@ def load_agent(
         raise ConfigError(f"{run}: {missing}; give a run directory, or one of its checkpoints")
     run_dir = checkpoints.run_of(checkpoint)
     before = validate(read_run_settings(run_dir))
-    config = before.model_copy(update={"device": device, "resume": None})
+    config = with_kernels_that_run(before.model_copy(update={"device": device, "resume": None}))
     preflight.check_devices(config, ["device"])
     try:
         spec = preflight.check_environment(config, before)

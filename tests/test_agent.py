@@ -18,7 +18,8 @@ from support.commands import call
 from support.launched import FinishedRun
 
 import dsrl_async
-from dsrl_async.agent import Agent, Mode
+from dsrl_async.agent import Agent, Mode, with_kernels_that_run
+from dsrl_async.config.load import validate
 from dsrl_async.envs import make_environment
 from dsrl_async.envs.images import resize_with_pad
 from dsrl_async.envs.tabletop import TabletopEnvironment
@@ -38,6 +39,14 @@ Chunks = list[NDArray[np.float32]]
 @pytest.fixture(scope="module")
 def agent(finished_run: FinishedRun) -> Agent:
     return dsrl_async.load_agent(finished_run.run_dir, device="cpu")
+
+
+def test_a_run_with_tritons_kernels_is_loaded_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = validate({"policy": {"kernels": "triton", "denoise_steps": 7}, "device": "cpu"})
+    kept = with_kernels_that_run(config).policy
+    assert kept == config.policy.model_copy(update={"kernels": "torch"})
+    monkeypatch.setattr("dsrl_async.run.preflight.check_kernels", lambda config: None)
+    assert with_kernels_that_run(config) is config
 
 
 def evaluated(run_dir: Path, noise: list[str], episodes: int = EPISODES) -> Chunks:

@@ -65,17 +65,17 @@ def check_kernels(config: Config) -> None:
         return
     if cuda_index(config, "device") is None:
         raise ConfigError(
-            "policy.kernels: triton's run on a GPU, but the policy of this run is computed on the CPU; leave it out"
+            "policy.kernels: triton's run on a GPU, but the policy of this run is computed on the CPU; set it to torch"
         )
     if find_spec("triton") is None:
         raise ConfigError(
             "policy.kernels: triton is not installed, though torch for CUDA brings it; install it as "
-            '`python -m pip install "triton>=3.5"`, or leave the setting out'
+            '`python -m pip install "triton>=3.5"`, or set it to torch'
         )
     if missing := missing_for_triton():
         raise ConfigError(
             f"policy.kernels: triton compiles its launches with a C compiler, and there is no {missing}; install it "
-            "(`apt-get install gcc python3-dev` has both), or leave the setting out"
+            "(`apt-get install gcc python3-dev` has both), or set it to torch"
         )
 
 

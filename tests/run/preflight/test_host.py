@@ -106,7 +106,7 @@ def test_triton_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.Mo
     tmp_path.joinpath("Python.h").touch()
     preflight.check_devices(validate(asked))
     for on_cpu in ({"device": "cpu"}, {"serial": True}):
-        with pytest.raises(ConfigError, match=r"^policy\.kernels: .* on the CPU; leave it out$"):
+        with pytest.raises(ConfigError, match=r"^policy\.kernels: .* on the CPU; set it to torch$"):
             preflight.check_devices(validate(asked | on_cpu))
         preflight.check_devices(validate(on_cpu))
         preflight.check_devices(validate(asked | on_cpu), ["learner.device"])
@@ -121,7 +121,7 @@ def test_triton_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.Mo
         ):
             preflight.check_devices(validate(asked))
     monkeypatch.setattr(host, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^policy\.kernels: triton is not installed, .* or leave the setting out$"):
+    with pytest.raises(ConfigError, match=r"^policy\.kernels: triton is not installed, .* or set it to torch$"):
         preflight.check_devices(validate(asked))
 
 
