@@ -522,6 +522,9 @@ class LearnerConfig(Section):
     for a full-size Pi0)."""
     policy_rows: Announced[int] = Field(64, gt=0, le=4096)
     """na: how many rows the learner's own copy of the policy samples at a time; fewer need less memory."""
+    compile: Announced[bool] = False
+    """Let torch.compile fuse an update's kernels, after a minute or so at the start. On the CPU it needs a C++ compiler
+    (docs/learner.md)."""
     publish_interval: Announced[int] = Field(10, gt=0)
     """Gradient updates between two broadcasts of the actor's weights."""
 

@@ -182,6 +182,7 @@ def check_extras(config: Config, options: Options) -> Iterator[Finding]:
     """The libraries of an environment and of a policy are looked for with these."""
     check_loggers(config)
     preflight.check_films(config)
+    preflight.check_compiler(config)
     films = " and films" if config.evaluation.lanes and config.evaluation.films else ""
     yield Finding(
         "extras", "ok", f"the libraries for {', '.join(config.log.loggers) or 'no logs'}{films} are installed"

@@ -64,6 +64,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     with wait("looking at the machine"):
         preflight.check_memory(checked)
         preflight.check_devices(config)
+        preflight.check_compiler(config)
         preflight.check_gpu_memory(checked)
         preflight.check_descriptors(config)
         if not config.serial:

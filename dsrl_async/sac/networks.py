@@ -15,18 +15,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
 from dsrl_async.sac.augmentation import colour_jitter
 from dsrl_async.sac.flat import FlatModule
+from dsrl_async.sac.passes import Convolutions, Encoding, Heads, Layers, run
 
 LAST_LAYER_GAIN = 0.01
 CACHED_NUMBERS = 2**21
@@ -60,11 +58,6 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
     return pixels.mul_(unit) if config.image_range == "zero_one" else pixels.mul_(2 * unit).sub_(1)
 
 
-def linear(layer: nn.Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The layer's output, in `dtype`, from its input and its weights, both rounded to `dtype`."""
-    return F.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
-
-
 class Encoder(nn.Module):
     """Image features (convolutions with ReLU, Linear, LayerNorm, tanh) next to state features (Linear, LayerNorm, tanh,
     or the raw state).
@@ -93,6 +86,7 @@ class Encoder(nn.Module):
         self.output_dim = config.image_latent_dim + (config.state_latent_dim or config.state_dim)
         self.strides, self.padding = list(config.conv_strides), config.conv_padding
         self.images_at_a_time = max(1, CACHED_NUMBERS // largest)
+        self._parameters_in_order = list(self.parameters())
         if config.init == "default":
             return
         for name, module in self.named_modules():
@@ -107,106 +101,10 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
         """fp32 [B, C, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
-        projection, dtype = self.image_projection, self.products
-        weights = [projection.weight, projection.bias, *self.convolutions.parameters()]
-        weights = [weight.to(dtype) for weight in weights]
         at_a_time = self.images_at_a_time if pixels.device.type == "cpu" else pixels.shape[0]
-        trunk = _Trunk(self.strides, self.padding, at_a_time)
-        if torch.is_grad_enabled() and projection.weight.requires_grad:
-            x = _TrunkWithGradient.apply(trunk, pixels.to(dtype), *weights)
-        else:
-            x = trunk.forward(pixels.to(dtype), weights[0], weights[1], weights[2:], None)
-        x = self.image_norm(x.float()).tanh_()
-        if self.encodes_state:
-            state = self.state_norm(linear(self.state_projection, state, dtype).float()).tanh_()
-        return torch.cat([x, state], dim=1)
-
-
-class _Trunk(NamedTuple):
-    """Convolutions with ReLU, flattened pixel by pixel, then a linear layer, on `images_at_a_time` images.
-
-    `convolutions` holds the weight and the bias of each layer in turn.
-    """
-
-    strides: list[int]
-    padding: int
-    images_at_a_time: int
-
-    def forward(
-        self,
-        pixels: Tensor,
-        projection: Tensor,
-        projection_bias: Tensor,
-        convolutions: Sequence[Tensor],
-        kept: list[Tensor] | None,
-    ) -> Tensor:
-        """[B, C, S, S] -> [B, image_latent_dim], of one dtype. Appends what `backward` needs to `kept`."""
-        outputs = []
-        for x in pixels.split(self.images_at_a_time):
-            for weight, bias, stride in zip(convolutions[::2], convolutions[1::2], self.strides, strict=True):
-                if kept is not None:
-                    kept.append(x)
-                x = F.conv2d(x, weight, bias, stride, self.padding).relu_()
-            if kept is not None:
-                kept.append(x)
-            outputs.append(F.linear(_by_pixel(x), projection, projection_bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def backward(
-        self, gradient: Tensor, projection: Tensor, convolutions: Sequence[Tensor], kept: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Gradients of the projection's weight and bias and of `convolutions` from that of the output."""
-        layers = len(self.strides)
-        of_projection: Tensor | None = None
-        of_convolutions: list[Tensor] = []
-        for index, g in enumerate(gradient.split(self.images_at_a_time)):
-            *inputs, x = kept[index * (layers + 1) : (index + 1) * (layers + 1)]
-            if of_projection is None:
-                of_projection = g.t() @ _by_pixel(x)
-            else:
-                torch.addmm(of_projection, g.t(), _by_pixel(x), out=of_projection)
-            g = (g @ projection).view(x.shape[0], *x.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
-            of_slice: list[Tensor] = []
-            for layer in reversed(range(layers)):
-                g = torch.ops.aten.threshold_backward(g, x, 0.0)
-                x, weight, stride = inputs[layer], convolutions[2 * layer], self.strides[layer]
-                g, of_weight, of_bias = torch.ops.aten.convolution_backward(
-                    *(g, x, weight, [weight.shape[0]], [stride] * 2, [self.padding] * 2, [1] * 2, False, [0] * 2, 1),
-                    output_mask=[layer > 0, True, True],  # nothing learns from the images' gradient
-                )
-                of_slice[:0] = [of_weight, of_bias]
-            if of_convolutions:
-                torch._foreach_add_(of_convolutions, of_slice)
-            else:
-                of_convolutions = of_slice
-        assert of_projection is not None
-        return [of_projection, gradient.sum(0), *of_convolutions]
-
-
-class _TrunkWithGradient(torch.autograd.Function):
-    """`_Trunk` for autograd, which keeps only what `backward` needs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, trunk: _Trunk, pixels: Tensor, projection: Tensor, projection_bias: Tensor, *convolutions: Tensor
-    ) -> Tensor:
-        kept: list[Tensor] = []
-        features = trunk.forward(pixels, projection, projection_bias, convolutions, kept)
-        ctx.trunk = trunk
-        ctx.save_for_backward(projection, *convolutions, *kept)
-        return features
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        projection, *rest = ctx.saved_tensors
-        count = 2 * len(ctx.trunk.strides)
-        return None, None, *ctx.trunk.backward(gradient, projection, rest[:count], rest[count:])
-
-
-def _by_pixel(x: Tensor) -> Tensor:
-    """[B, C, S, S] in channels-last memory format -> [B, S * S * C], without a copy."""
-    return x.permute(0, 2, 3, 1).flatten(1)
+        convolutions = Convolutions(self.strides, self.padding, at_a_time)
+        encoding = Encoding(convolutions, self.encodes_state, self.products)
+        return run(encoding, pixels, state, *self._parameters_in_order)
 
 
 class Actor(FlatModule):
@@ -252,6 +150,11 @@ class Actor(FlatModule):
                     assert isinstance(layer, nn.Linear)
                     nn.init.orthogonal_(layer.weight)
                     nn.init.zeros_(layer.bias)
+        self._layers = []
+        for index, layer in enumerate(self.hidden.children()):
+            norm = [self.norms[index]] if config.actor_layer_norm else []
+            self._layers += [parameter for part in (layer, *norm) for parameter in part.parameters()]
+        self._layers += self.output.parameters()
         self.flatten_(device, trainable)
 
     def forward(self, pixels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,14 +167,9 @@ class Actor(FlatModule):
         Returns:
             mean and log_std, each fp32 [B, A]; log_std within [log_std_min, log_std_max].
         """
-        x = self.encoder(pixels, state)
-        for index, layer in enumerate(self.hidden.children()):
-            assert isinstance(layer, nn.Linear)
-            x = linear(layer, x, self.products)
-            if self.config.actor_layer_norm:
-                x = self.norms[index](x.float())
-            x = x.relu_()
-        mean, log_std = self.output(x.float()).chunk(2, dim=1)
+        layers = Layers(self.config.actor_layer_norm, self.products)
+        outputs = run(layers, self.encoder(pixels, state), *self._layers)
+        mean, log_std = outputs.chunk(2, dim=1)
         return mean, log_std.clamp(self.config.log_std_min, self.config.log_std_max)
 
 
@@ -317,6 +215,8 @@ class Critic(FlatModule):
                     self.norm_scales.append(nn.Parameter(torch.ones(heads, 1, fan_out)))
                     self.norm_shifts.append(nn.Parameter(torch.zeros(heads, 1, fan_out)))
         self.flatten_(device, trainable)
+        self._heads = [*self.weights, *self.biases, *self.norm_scales, *self.norm_shifts]
+        self._constant_heads = [parameter.detach() for parameter in self._heads]
 
     def q_values(self, features: Tensor, noise: Tensor) -> Tensor:
         """Evaluate the Q heads on encoded observations.
@@ -326,19 +226,11 @@ class Critic(FlatModule):
             noise: fp32 [B, A], the noise as the policy sees it.
 
         Returns:
-            fp32 [heads, B].
+            fp32 [heads, B]. If `features` has no gradient, the heads' weights get none either.
         """
-        dtype = self.products
-        x = torch.cat([features, noise], dim=1).to(dtype).expand(self.config.num_q_heads, -1, -1)
-        *hidden, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
-        for index, (weight, bias) in enumerate(hidden):
-            x = torch.baddbmm(bias.to(dtype), x.to(dtype), weight.to(dtype))
-            if self.config.critic_layer_norm:
-                x = F.layer_norm(x.float(), x.shape[-1:])
-                x = torch.addcmul(self.norm_shifts[index], x, self.norm_scales[index])
-            x = x.relu_()
-        # in fp32 in any case: what Q values differ by is less than bfloat16 tells apart
-        return torch.baddbmm(last_bias, x.float(), last_weight).squeeze(-1)
+        heads = Heads(len(self.weights), self.config.critic_layer_norm, self.products)
+        parameters = self._heads if features.requires_grad else self._constant_heads
+        return run(heads, features, noise, *parameters).squeeze(-1)
 
     def forward(self, pixels: Tensor, state: Tensor, noise: Tensor) -> Tensor:
         """fp32 [B, C, S, S], fp32 [B, state_dim], fp32 [B, A] -> fp32 [heads, B]."""

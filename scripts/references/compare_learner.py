@@ -5,7 +5,8 @@
     DSRL_PI0=dsrl_pi0 .venv/bin/python scripts/references/compare_learner.py
 
 Both start from the same weights, learn from the same batch, draw their own random numbers in each update, and are bound
-to the same cores; each is a process of its own, which sleeps while the other is timed. Two sizes of networks:
+to the same cores; each is a process of its own, which sleeps while another is timed. Ours is timed as it is and with
+`learner.compile`. Two sizes of networks:
   embedded   the embedded task's, but with official DSRL's kernels (3x3) and without an encoder of the state, which it
              lacks: 183k and 606k parameters. It gets the images of 32x32 pixels, which ours makes itself.
   official   official DSRL's for LIBERO: images of 64x64 pixels, four convolutions
@@ -35,7 +36,7 @@ from dsrl_async.config.settings import SacConfig
 from dsrl_async.host.processes import WAIT_POLICY
 from dsrl_async.sac.agent import SacAgent
 
-OWN, OFFICIAL = "dsrl_async", "jaxrl2"
+OWN, COMPILED, OFFICIAL = "dsrl_async", "compiled", "jaxrl2"
 HORIZON, SEED = 10, 0
 STATELESS: dict[str, Any] = {"state_latent_dim": 0, "alpha_type": "exp"}
 SIZES: dict[str, dict[str, Any]] = {
@@ -79,11 +80,12 @@ def write_start(path: Path, sac: SacConfig, quiet: bool) -> None:
 
 
 def start(system: str, sac: SacConfig, file: Path, threads: int) -> SystemProcess:
-    if system == OWN:
+    if system != OFFICIAL:
         command = [sys.executable, str(Path(__file__).with_name("own_learner.py"))]
     else:
         command = reference_command("jaxrl2", "jaxrl2_learner.py", "python -m dsrl_async.bench learner")
     settings = {"sac": sac.model_dump(), "file": str(file), "threads": threads, "horizon": HORIZON, "seed": SEED}
+    settings["compile"] = system == COMPILED
     process = SystemProcess(system, command, settings, quiet=system == OFFICIAL)
     process.answer()
     return process
@@ -105,11 +107,11 @@ def compare(sac: SacConfig, directory: Path) -> None:
     print(f"critic's losses agree to {difference:.0e}", file=sys.stderr)
 
 
-def measure(sac: SacConfig, file: Path, threads: int, rounds: int, updates: int) -> str:
-    """A row of the table."""
+def measure(sac: SacConfig, file: Path, threads: int, rounds: int, updates: int) -> dict[str, str]:
+    """Cells of the table, by system."""
     results: dict[str, dict[str, list[list[float]]]] = {}
     with ExitStack() as stack:
-        processes = [stack.enter_context(start(system, sac, file, threads)) for system in (OWN, OFFICIAL)]
+        processes = [stack.enter_context(start(system, sac, file, threads)) for system in (OWN, COMPILED, OFFICIAL)]
         for process in processes:
             process.ask(updates=3)  # warms up; JAX compiles
             results[process.system] = {"times": [], "cpu_times": []}
@@ -118,14 +120,15 @@ def measure(sac: SacConfig, file: Path, threads: int, rounds: int, updates: int)
                 answer = process.ask(updates=updates)
                 for clock, samples in results[process.system].items():
                     samples.append(answer[clock])
-    cells = []
-    for clock in ("times", "cpu_times"):
-        ours, theirs = results[OWN][clock], results[OFFICIAL][clock]
-        medians = [statistics.median(itertools.chain.from_iterable(samples)) for samples in (ours, theirs)]
-        each = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
-        cells += [f"{medians[0]:.1f}", f"{medians[1]:.1f}"]
-        cells.append(f"{medians[1] / medians[0]:.2f} ({min(each):.2f} to {max(each):.2f})")
-    return " | ".join(cells)
+    cells = dict.fromkeys((OWN, COMPILED), "")
+    for system in cells:
+        for clock in ("times", "cpu_times"):
+            ours, theirs = results[system][clock], results[OFFICIAL][clock]
+            medians = [statistics.median(itertools.chain.from_iterable(samples)) for samples in (ours, theirs)]
+            each = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
+            cells[system] += f" {medians[0]:.1f} | {medians[1]:.1f} |"
+            cells[system] += f" {medians[1] / medians[0]:.2f} ({min(each):.2f} to {max(each):.2f}) |"
+    return cells
 
 
 def main() -> int:
@@ -149,13 +152,14 @@ def main() -> int:
                     write_start(Path(directory, "start.npz"), sac, quiet=False)
                     for threads in arguments.threads:
                         load = os.getloadavg()[0]
-                        row = measure(sac, Path(directory, "start.npz"), threads, arguments.rounds, arguments.updates)
-                        rows.append(f"| {size}, {augmentation} | {threads} | {row} | {load:.1f} |")
-                        print(rows[-1], file=sys.stderr, flush=True)
+                        cells = measure(sac, Path(directory, "start.npz"), threads, arguments.rounds, arguments.updates)
+                        for system, row in cells.items():
+                            rows.append(f"| {size}, {augmentation} | {threads} | {system} |{row} {load:.1f} |")
+                            print(rows[-1], file=sys.stderr, flush=True)
     except (ValueError, KeyError) as error:
         sys.exit(f"compare_learner.py: {error}")
-    print("| networks, augmentation | threads | ms | theirs | ratio | CPU-ms | theirs | ratio | load |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| networks, augmentation | threads | ours | ms | theirs | ratio | CPU-ms | theirs | ratio | load |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(rows))
     return 0
 

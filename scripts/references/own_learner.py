@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from dsrl_async.config.settings import SacConfig
+from dsrl_async.run.learner.compiling import compiled
+from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import Batch, SacAgent
 
 
@@ -30,9 +32,19 @@ def load(settings: dict[str, Any]) -> Updating:
     batch = Batch(*(arrays[name] for name in Batch._fields))
     random = agent.random_numbers(len(batch.reward))
 
+    metrics = torch.zeros(len(METRIC_NAMES))
+
+    def learn() -> None:
+        metrics.copy_(agent.learn(batch, random, True))
+
+    if settings["compile"]:
+        before = agent.state_tensors()
+        learn = compiled(learn)
+        agent.load_state_tensors(before)
+
     def update() -> Callable[[], float]:
         random.draw_(agent.generator)
-        metrics = agent.learn(batch, random, True)
+        learn()
         return lambda: float(metrics[0])
 
     return update

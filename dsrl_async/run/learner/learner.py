@@ -98,6 +98,9 @@ class Learner:
         self._saves = int(self.counters.learner_saves[0])
         self._snapshots = int(self.counters.learner_snapshots[0])  # one that a predecessor was asked for is due
         self._restore()
+        if config.learner.compile:
+            self.counters.note_start(Start.PREPARING, self.counters.learner_start)
+            self.updates.compile()
         with graphs_of(config.learner.graphs, device, self.counters.learner_graphs) as graphs:
             if graphs:
                 self.counters.note_start(Start.PREPARING, self.counters.learner_start)

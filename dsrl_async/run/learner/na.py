@@ -144,7 +144,7 @@ class NaUpdates(Updates):
 
     def draw(self) -> None:
         super().draw()
-        row = self.source.table.index_select(0, self.positions)
+        row = self.source.table.rows(self.positions)
         self._see(self.source.following.index_select(0, row), self.next_seen)
 
     def _see(self, row: Tensor, seen: Sequence[Tensor]) -> None:

@@ -4,8 +4,8 @@
 
 * `columns`: tensors of the rows of all lanes, one after another;
 * `seen`: those that only DSRL-NA's rows have, or None;
-* `table`: int64 [rows], of which the first `size` are the places of the decisions that can be drawn, by lane, oldest
-  first, so that what is drawn depends on what the ring holds and not on where in the ring it lies;
+* `table`: which decisions can be drawn, by lane, oldest first, so that what is drawn depends on what the ring holds and
+  not on where in the ring it lies; and `size`, how many there are;
 * `head`: int64 [lanes], the ring's, as of the last `refresh`;
 * `refresh()` brings them up to date and returns how many decisions can be drawn;
 * `overtaken(positions)`: whether a writer may have come round to one of the drawn rows meanwhile.
@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dsrl_async.config.settings import SacConfig
+from dsrl_async.run.learner.uploads import Uploads
 from dsrl_async.sac.agent import Batch, RandomNumbers, transition_discount
 from dsrl_async.shm.replay import ReplayRing
 
@@ -53,35 +55,75 @@ def rows_of(ring: ReplayRing) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [flat[name] for name in names], [flat[name] for name in seen]
 
 
+class Table(NamedTuple):
+    """Which decisions can be drawn, as rings of row numbers, one for each lane: what is new costs the same to add
+    whatever the capacity."""
+
+    numbers: Tensor
+    """int64 [R]: in a lane's part, the numbers of its rows that can be drawn follow each other, modulo its length."""
+    bounds: Tensor
+    """int64 [2, lanes]: how many decisions the lanes up to each one have; and what leads from a position, which counts
+    all lanes' decisions, to the place in its lane's ring."""
+
+    def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Lanes and row numbers of the decisions at `positions`, int64 [B] each, without a value on the host."""
+        ends, shifts = self.bounds.unbind()
+        rows_per_lane = self.numbers.shape[0] // ends.shape[0]
+        lanes = torch.searchsorted(ends, positions, right=True)
+        places = (positions + shifts.index_select(0, lanes)).remainder_(rows_per_lane)
+        return lanes, self.numbers.index_select(0, places.add_(lanes, alpha=rows_per_lane))
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Where the decisions at `positions` lie among the rows of all lanes, int64 [B] both."""
+        lanes, numbers = self.find(positions)
+        rows_per_lane = self.numbers.shape[0] // self.bounds.shape[1]
+        return numbers.remainder_(rows_per_lane).add_(lanes, alpha=rows_per_lane)
+
+
 class Drawable:
     """Which rows can be drawn: those with an outcome that no writer is about to overwrite.
 
-    `table` and `numbers` are int64 [R]: place and row number, by lane, oldest first; the first `size` count.
+    `table` is in memory of the host; `size` is how many there are.
     """
 
-    def __init__(self, lanes: int, rows_per_lane: int, pinned: bool) -> None:
-        self.table = torch.zeros(lanes * rows_per_lane, dtype=torch.int64, pin_memory=pinned)
-        self.numbers = np.zeros(lanes * rows_per_lane, np.int64)
+    def __init__(self, lanes: int, rows_per_lane: int) -> None:
+        self.table = Table(
+            torch.zeros(lanes * rows_per_lane, dtype=torch.int64), torch.zeros(2, lanes, dtype=torch.int64)
+        )
         self.size = 0
         self._rows_per_lane = rows_per_lane
-        self.head = np.zeros(lanes, np.int64)
-        self._of_lane = [np.empty(0, np.int64)] * lanes  # row numbers
+        self._numbers = self.table.numbers.numpy().reshape(lanes, rows_per_lane)
+        self.head, self._begin, self._count = np.zeros((3, lanes), np.int64)
 
-    def update(self, head: np.ndarray, low: np.ndarray, complete: np.ndarray) -> bool:
+    def update(self, head: np.ndarray, low: np.ndarray, complete: np.ndarray) -> np.ndarray | None:
         """Take over a ring's `head` and the first row that counts, `low`, int64 [lanes] each, and `complete` bool
-        [lanes, rows]; whether anything is new."""
-        changed = np.flatnonzero(head != self.head)
-        for lane in changed:
-            numbers = np.arange(low[lane], max(low[lane], head[lane] - 1))  # the newest row is pending
-            self._of_lane[lane] = numbers[complete[lane, numbers % self._rows_per_lane]]
-        if len(changed):
-            self.head[:] = head
-            self.size = sum(map(len, self._of_lane))
-            np.concatenate(self._of_lane, out=self.numbers[: self.size])
-            places, lane_begins = self.table.numpy()[: self.size], np.arange(len(head)) * self._rows_per_lane
-            np.remainder(self.numbers[: self.size], self._rows_per_lane, out=places)
-            places += np.repeat(lane_begins, [len(numbers) for numbers in self._of_lane])
-        return len(changed) > 0
+        [lanes, rows], none of which is ever lower than before.
+
+        Returns the places of the table's new numbers, int64, or None if nothing has changed.
+        """
+        changed, rows = np.flatnonzero(head != self.head), self._rows_per_lane
+        places = [self._update_lane(lane, int(head[lane]), int(low[lane]), complete[lane]) for lane in changed.tolist()]
+        if not places:
+            return None
+        self.head[:] = head
+        ends, shifts = self.table.bounds.numpy()
+        np.cumsum(self._count, out=ends)
+        np.remainder(self._begin - ends + self._count, rows, out=shifts)
+        self.size = int(ends[-1])
+        return np.concatenate(places)
+
+    def _update_lane(self, lane: int, head: int, low: int, complete: np.ndarray) -> np.ndarray:
+        rows, numbers = self._rows_per_lane, self._numbers[lane]
+        begin, count = int(self._begin[lane]), int(self._count[lane])
+        gone = bisect.bisect_left(range(count), low, key=lambda index: numbers[(begin + index) % rows])
+        begin, count = (begin + gone) % rows, count - gone
+        # The newest row is pending, and so was the newest one of the last time.
+        new = np.arange(max(low, int(self.head[lane]) - 1), head - 1)
+        new = new[complete[new % rows]]
+        places = (begin + count + np.arange(len(new))) % rows
+        numbers[places] = new
+        self._begin[lane], self._count[lane] = begin, count + len(new)
+        return places + lane * rows
 
 
 def following(lanes: int, rows_per_lane: int, device: torch.device) -> Tensor:
@@ -96,7 +138,7 @@ class InPlace:
     def __init__(self, ring: ReplayRing) -> None:
         self.device = torch.device("cpu")
         self._ring = ring
-        self._drawable = Drawable(ring.lanes, ring.rows_per_lane, pinned=False)
+        self._drawable = Drawable(ring.lanes, ring.rows_per_lane)
         columns, seen = rows_of(ring)
         self.columns = Columns(*map(torch.from_numpy, columns))
         self.seen = SeenColumns(*map(torch.from_numpy, seen)) if seen else None
@@ -110,27 +152,25 @@ class InPlace:
     def refresh(self) -> int:
         head = self._ring.heads()
         low = np.maximum(0, head + 1 - self._ring.rows_per_lane)  # as `ReplayRing.windows`
-        if self._drawable.update(head, low, self._ring.rows["complete"]):
+        if self._drawable.update(head, low, self._ring.rows["complete"]) is not None:
             self.size.fill_(max(1, self._drawable.size))
         return self._drawable.size
 
     def overtaken(self, positions: Tensor) -> bool:
-        drawn = positions.numpy()
-        lanes = self._drawable.table.numpy()[drawn] // self._ring.rows_per_lane
-        return bool((self._drawable.numbers[drawn] < self._ring.windows()[0][lanes]).any())
+        lanes, numbers = (found.numpy() for found in self.table.find(positions))
+        return bool((numbers < self._ring.windows()[0][lanes]).any())
 
 
 class Mirror:
     """A copy of the ring on a device, to which `refresh` adds what is new: drawing then needs nothing of the host.
 
-    New rows go through page-locked chunks where there is CUDA (which has not been run), and are copied as they are
-    elsewhere. A row that its writer may have overwritten while it was copied is left out.
+    New rows go through `Uploads`, so that `refresh` does not wait for updates that are enqueued (which has not been run
+    on a GPU). A row that its writer may have overwritten while it was copied is left out.
     """
 
     def __init__(self, ring: ReplayRing, device: torch.device) -> None:
         self.device, self._ring = device, ring
-        cuda = device.type == "cuda"
-        self._drawable = Drawable(ring.lanes, ring.rows_per_lane, pinned=cuda)
+        self._drawable = Drawable(ring.lanes, ring.rows_per_lane)
         self._head = np.zeros(ring.lanes, np.int64)
         self._complete = np.zeros((ring.lanes, ring.rows_per_lane), np.bool_)
         columns, seen = rows_of(ring)
@@ -140,15 +180,12 @@ class Mirror:
         self._copies = [one.new_zeros(rows, *one.shape[1:], device=device) for one in like]
         self.columns = Columns(*self._copies[: len(columns)])
         self.seen = SeenColumns(*self._copies[len(columns) :]) if seen else None
-        self._chunk = [one.new_zeros(CHUNK_ROWS, *one.shape[1:]) for one in like]
-        self._places = torch.zeros(CHUNK_ROWS, dtype=torch.int64)
-        if cuda:
-            self._chunk = [column.pin_memory() for column in self._chunk]
-            self._places = self._places.pin_memory()
-        self._copied = torch.cuda.Event(blocking=True) if cuda else None  # a wait sleeps: the workers need the core
-        self.table = torch.zeros_like(self._drawable.table, device=device)
+        self.table = Table(*(torch.zeros_like(tensor, device=device) for tensor in self._drawable.table))
         self.following = following(ring.lanes, ring.rows_per_lane, device)
         self.size = torch.ones((), dtype=torch.float64, device=device)
+        places = torch.zeros(1, dtype=torch.int64, device="cpu").expand(CHUNK_ROWS)
+        self._new_columns = Uploads([places, *(one.expand(CHUNK_ROWS, *one.shape[1:]) for one in like)], device)
+        self._new_numbers = Uploads([places, places, self._drawable.table.bounds], device)
 
     @property
     def head(self) -> np.ndarray:
@@ -162,12 +199,11 @@ class Mirror:
         if len(numbers):
             self._head[:] = head
             # From where nothing was overwritten while it was copied: a row before that may have lost its successor.
-            # The device has read the table of the last refresh, which `_copy` waits for; for more than that nobody
-            # waits, as the new rows are copied behind all updates that were enqueued.
-            self._drawable.update(head, self._ring.windows()[0], self._complete)
-            self.table.copy_(self._drawable.table, non_blocking=True)
+            changed = self._drawable.update(head, self._ring.windows()[0], self._complete)
+            assert changed is not None
+            for start in range(0, max(1, len(changed)), CHUNK_ROWS):
+                self._copy_table(changed[start : start + CHUNK_ROWS])
             self.size.fill_(max(1, self._drawable.size))
-            self._record()
         return self._drawable.size
 
     def overtaken(self, positions: Tensor) -> bool:
@@ -184,27 +220,28 @@ class Mirror:
 
     def _copy(self, lanes: np.ndarray, numbers: np.ndarray) -> None:
         count, slots = len(numbers), numbers % self._ring.rows_per_lane
-        self._wait()
-        places = self._places[:count]
-        places.numpy()[:] = lanes * self._ring.rows_per_lane + slots
-        for chunk, rows in zip(self._chunk, self._rows, strict=True):
-            np.take(rows, places.numpy(), axis=0, out=chunk.numpy()[:count], mode="clip")
+        places, *chunk = self._new_columns.buffers()
+        places.numpy()[:count] = lanes * self._ring.rows_per_lane + slots
+        for column, rows in zip(chunk, self._rows, strict=True):
+            np.take(rows, places.numpy()[:count], axis=0, out=column.numpy()[:count], mode="clip")
         complete = self._ring.rows["complete"][lanes, slots]
         overtaken = numbers < self._ring.windows()[0][lanes]
         self._complete[lanes, slots] = complete & ~overtaken
-        on_device = places.to(self.device, non_blocking=True)
-        for column, chunk in zip(self._copies, self._chunk, strict=True):
-            column.index_copy_(0, on_device, chunk[:count].to(self.device, non_blocking=True))
-        self._record()
+        places, *chunk = self._new_columns.send([count] * (1 + len(chunk)))
+        for target, column in zip(self._copies, chunk, strict=True):
+            target.index_copy_(0, places, column)
+        self._new_columns.end()
 
-    def _wait(self) -> None:
-        """Until the device has read what the host is going to overwrite."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def _record(self) -> None:
-        if self._copied is not None:
-            self._copied.record()
+    def _copy_table(self, changed: np.ndarray) -> None:
+        """Send the numbers at these places of the table, and all bounds."""
+        places, numbers, bounds = self._new_numbers.buffers()
+        places.numpy()[: len(changed)] = changed
+        numbers.numpy()[: len(changed)] = self._drawable.table.numbers.numpy()[changed]
+        bounds.copy_(self._drawable.table.bounds)
+        places, numbers, bounds = self._new_numbers.send([len(changed), len(changed), len(bounds)])
+        self.table.numbers.index_copy_(0, places, numbers)
+        self.table.bounds.copy_(bounds)
+        self._new_numbers.end()
 
 
 Source = InPlace | Mirror
@@ -233,8 +270,8 @@ def empty_batch(columns: Columns, batch_size: int) -> Batch:
 def draw(source: Source, random: RandomNumbers, config: SacConfig, positions: Tensor, batch: Batch) -> None:
     """Fill `batch` with decisions drawn uniformly, with replacement.
 
-    `positions`, int64 [B], is filled with their places in the table. Reads no value on the host. `refresh` must have
-    found something to draw.
+    `positions`, int64 [B], is filled with where they stand among all that can be drawn. Reads no value on the host.
+    `refresh` must have found something to draw.
     """
     columns, row = source.columns, draw_rows(source, random, positions)
     both = torch.cat([row, source.following.index_select(0, row)])
@@ -251,4 +288,4 @@ def draw_rows(source: Source, random: RandomNumbers, positions: Tensor) -> Tenso
     """int64 [B]: the places of decisions drawn uniformly; `positions` is as in `draw`."""
     # A product that was rounded up would be one more than the last position.
     positions.copy_((random.rows * source.size).clamp_(max=source.size - 1))
-    return source.table.index_select(0, positions)
+    return source.table.rows(positions)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dsrl_async.host.graphs import Captured, capture
+from dsrl_async.run.learner.compiling import compiled
 from dsrl_async.run.learner.sampling import Source, draw, empty_batch
 from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import RandomNumbers, SacAgent
@@ -29,6 +30,7 @@ class Updates:
         self.batch = empty_batch(source.columns, batch_size)
         self.metrics = torch.zeros(len(METRIC_NAMES), device=agent.device)
         self.captured: Captured | None = None
+        self._fused: Callable[[], None] | None = None
 
     def draw(self) -> None:
         """First half of an update: a batch."""
@@ -36,11 +38,26 @@ class Updates:
 
     def learn(self, update_actor: bool) -> None:
         """Second half: the gradient steps."""
+        if update_actor and self._fused is not None:
+            self._fused()
+        else:
+            self._learn(update_actor)
+
+    def _learn(self, update_actor: bool) -> None:
         self.metrics.copy_(self.agent.learn(self.batch, self.random, update_actor))
 
     def whole(self, update_actor: bool) -> None:
         self.draw()
         self.learn(update_actor)
+
+    def compile(self) -> None:
+        """Have torch.compile fuse the kernels of the gradient steps, in those updates that train the actor: nearly all.
+
+        The agent stays what it was.
+        """
+        before = self.agent.state_tensors()
+        self._fused = compiled(lambda: self._learn(True))
+        self.agent.load_state_tensors(before)
 
     def capture(self) -> None:
         """Have `run` replay CUDA graphs from now on, on a GPU (see `graphs.capture`).

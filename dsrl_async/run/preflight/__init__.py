@@ -4,6 +4,7 @@ from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
 from dsrl_async.run.preflight.host import (
     check_channel,
+    check_compiler,
     check_descriptors,
     check_device,
     check_devices,
@@ -38,6 +39,7 @@ __all__ = [
     "actors_that_fit",
     "check_channel",
     "check_checkpoint",
+    "check_compiler",
     "check_descriptors",
     "check_device",
     "check_devices",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -169,6 +170,23 @@ def check_channel() -> None:
         channel.check_channel()
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check_compiler(config: Config) -> None:
+    """Raises ConfigError where torch.compile cannot do what a setting asks for: it makes kernels for the CPU by a C++
+    compiler, and an update that runs the policy is too long for it."""
+    if config.learner.compile and config.sac.algorithm == "na":
+        raise ConfigError(
+            "learner.compile: updates of sac.algorithm na run the policy, and are not compiled; leave it out"
+        )
+    for key, device in zip(("policy.compile", "learner.compile"), DEVICE_KEYS, strict=True):
+        if get_key(config, key) and cuda_index(config, device) is None:
+            compiler = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]  # as torch chooses
+            if shutil.which(compiler) is None:
+                raise ConfigError(
+                    f"{key}: on the CPU torch.compile needs a C++ compiler, and there is no {compiler}; install one "
+                    f"(on Debian or Ubuntu: apt-get install g++), name one in the variable CXX, or leave {key} out"
+                )
 
 
 def check_films(config: Config) -> None:

@@ -45,10 +45,10 @@ def row_bytes(config: Config, horizon: int, of_actions: ActionRow | None = None)
 
 
 def mirror_bytes(config: Config, horizon: int, of_actions: ActionRow | None = None) -> int:
-    """Memory of a `sampling.Mirror` of the replay ring on its device: the columns, and two tables of places."""
+    """Memory of a `sampling.Mirror` of the replay ring on its device: the columns, the table, rows' successors."""
     columns = ring_bytes(config, horizon, of_actions)
     rows = config.replay.capacity // config.actors * config.actors
-    return sum(size for name, size in columns.items() if name not in NOT_MIRRORED) + 2 * 8 * rows
+    return sum(size for name, size in columns.items() if name not in NOT_MIRRORED) + 2 * 8 * (rows + config.actors)
 
 
 def policy_copy(config: Config, policy: PolicyNeeds, on_gpu: bool) -> PolicyMemory:

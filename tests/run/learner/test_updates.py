@@ -343,9 +343,9 @@ def test_bfloat16_is_for_convolutions_and_products() -> None:
         kept = [*updates.agent._tensors().values(), updates.agent.critic.flat_grad, updates.agent.actor.flat_grad]
         assert {tensor.dtype for tensor in kept} == {torch.float32}
         assert updates.metrics.isfinite().all()
-    # the last layers: of the actor twice, of the critics three times, and back through one actor and two critics, of
-    # which one is not trained
-    in_any_case = 5 + (2 + 2 + 1)
+    # the last layers: of the actor twice, of the critics three times, and back to the actor's weights and input and to
+    # the trained critic's weights; the one number that a Q head gives goes back to its input by no matrix product
+    in_any_case = 5 + (2 + 1)
     everything = sum(rounded[torch.float32])
     assert rounded[torch.float32] == [0, everything]
     assert rounded[torch.bfloat16] == [everything - in_any_case, in_any_case]

@@ -255,3 +255,23 @@ def test_a_run_that_is_to_be_filmed_needs_the_library(monkeypatch: pytest.Monkey
         launch.main([*filmed, "--evaluation.every-decisions", "100"])
     with pytest.raises(ConfigError, match=r"^policy.checkpoint"):  # there is no evaluation that could be filmed
         launch.main(filmed)
+
+
+@pytest.mark.parametrize("key", ["policy", "learner"])
+def test_without_a_compiler_nothing_is_compiled_for_the_cpu(
+    key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = validate({"device": "cpu", key: {"compile": True}})
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"{key}\.compile: .* there is no g\+\+; install one .* leave {key}"):
+        preflight.check_compiler(config)
+    preflight.check_compiler(validate({"device": "cpu"}))
+    (tmp_path / "clang++").touch(0o755)
+    monkeypatch.setenv("CXX", "clang++ -march=native")
+    preflight.check_compiler(config)
+
+
+def test_updates_that_run_the_policy_are_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"learner\.compile: updates of sac\.algorithm na run the policy"):
+        preflight.check_compiler(validate({"sac": {"algorithm": "na"}, "learner": {"compile": True}}))

@@ -257,7 +257,7 @@ def check_batch(updates: Any) -> None:
 
     batch, count = updates.batch, len(updates.batch.reward)
     images, states = batch.images.numpy(), batch.states.numpy()
-    places = updates.source.table.numpy()[updates.positions.numpy()]
+    lanes, _ = updates.source.table.find(updates.positions)
     drawn = rows.Drawn(
         images=images[:count],
         states=states[:count],
@@ -268,7 +268,7 @@ def check_batch(updates: Any) -> None:
         steps=None,
         terminal=None,
         discount=batch.discount.numpy(),
-        lanes=places // (len(updates.source.table) // int(setting("LANES"))),
+        lanes=lanes.numpy(),
     )
     found = rows.problems(drawn, int(setting("LANES")), updates.agent.config.gamma)
     board().add("draws")

@@ -126,7 +126,6 @@ class Reader:
         )
         self.positions = torch.zeros(BATCH, dtype=torch.int64)
         self.batch = empty_batch(self.source.columns, BATCH)
-        self._rows_per_lane = ring.rows_per_lane
         count = BATCH * CHECKED
         self._images = np.zeros((CHECKED, 2 * BATCH, PIXELS), np.uint8)
         self._states = np.zeros((CHECKED, 2 * BATCH, 2 * WORDS), np.float32)
@@ -145,12 +144,11 @@ class Reader:
             self.result.redrawn += 1
             return
         at = self._filled
-        here, positions = slice(at * BATCH, (at + 1) * BATCH), self.positions.numpy()
+        here = slice(at * BATCH, (at + 1) * BATCH)
         self._images[at], self._states[at] = self.batch.images.numpy(), self.batch.states.numpy()
         self._noise[here], self._reward[here] = self.batch.noise.numpy(), self.batch.reward.numpy()
         self._discount[here] = self.batch.discount.numpy()
-        self._lane[here] = self.source.table.numpy()[positions] // self._rows_per_lane
-        self._number[here] = self.source._drawable.numbers[positions]
+        self._lane[here], self._number[here] = self.source.table.find(self.positions)
         self._filled += 1
         if self._filled == CHECKED:
             self.check()
