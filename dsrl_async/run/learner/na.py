@@ -87,7 +87,7 @@ class KeptPrefixes:
 
     def __init__(self, flow: PolicyFlow, source: Source) -> None:
         self._flow, self._source = flow, source
-        lanes, rows = len(source.head), len(source.table)
+        lanes, rows = len(source.head), len(source.following)
         self._rows_per_lane = rows // lanes
         self._head = np.zeros(lanes, np.int64)  # below it all is encoded
         self.columns = tuple(column.new_empty(rows, *column.shape[1:]) for column in flow.batch.prefix())

@@ -171,7 +171,7 @@ def test_kept_prefixes_follow_the_ring(policy: Pi0Policy, source: Callable[[Repl
         encoded = 0
         size = updates.refresh()
         assert encoded == np.minimum(ring.head - before, ring.rows_per_lane).sum()
-        rows = updates.source.table[:size]
+        rows = updates.source.table.rows(torch.arange(size))
         seen = updates.source.seen
         assert seen is not None
         assert updates.prefixes is not None
