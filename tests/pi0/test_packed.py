@@ -53,7 +53,9 @@ def test_gelu_is_of_the_product_before_it_is_rounded() -> None:
     x, weight, bias = normal(40, 96), normal(352, 96, seed=1) / 10, normal(352, seed=2)
     exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    assert rms_error(PackedLinear(weight, bias).gelu(x), exact) < 0.9 * rms_error(plain, exact)
+    ours = PackedLinear(weight, bias).gelu(x)
+    assert rms_error(ours, exact) < 0.9 * rms_error(plain, exact)
+    assert (ours == exact.bfloat16()).float().mean() > 0.98, "with tanh: without it, one in eight differs"
 
     gate, up = F.linear(x.double(), weight.double()).chunk(2, -1)
     exact = F.gelu(gate, approximate="tanh") * up
