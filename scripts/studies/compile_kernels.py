@@ -153,12 +153,13 @@ def main() -> None:
         return
     print("| kernel | of | tile | warps |", *(f"sm_{capability} |" for capability in args.targets))
     print("|---|---|---|---|" + "---|" * len(args.targets))
-    table: dict[tuple[str, ...], list[str]] = {}
+    table: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
         key: tuple[str, ...] = (f"`{row['kernel']}`", row["of"], row["tile"], str(row["warps"]))
-        table.setdefault(key, []).append(f"{row['registers']}, {row['spilled_bytes']}, {row['shared_kb']:.0f}")
+        cell = f"{row['registers']}, {row['spilled_bytes']}, {row['shared_kb']:.0f}"
+        table.setdefault(key, {})[row["sm"]] = cell
     for names, cells in table.items():
-        print("|", " | ".join([*names, *cells]), "|")
+        print("|", " | ".join([*names, *(cells.get(capability, "") for capability in args.targets)]), "|")
 
 
 if __name__ == "__main__":
