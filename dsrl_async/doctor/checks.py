@@ -133,7 +133,7 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
         on = ", ".join(f"{name} {number}" for name, number in found.items())
         shapes = (
             f"{spec.cameras} cameras of {spec.image_size} pixels, a state of {spec.state_dim} and actions of "
-            f"{spec.action_dim} numbers, {len(spec.prompts)} prompts, {record.episode_steps} steps"
+            f"{spec.action_dim} numbers, {counted(len(spec.prompts), 'prompt')}, {record.episode_steps} steps"
         )
         where = f" in {record.file}" if record.file is not None else ""
         yield Finding("environment", "ok", f"{record.name}{where} on {on}: {shapes}")
@@ -161,9 +161,13 @@ def check_environment(config: Config, options: Options) -> Iterator[Finding]:
     yield Finding(
         "environment",
         "ok",
-        f"{config.env.name}: {len(spec.prompts)} tasks with {states} initial states and assets, from {names}, on "
-        f"{', '.join(versions)}",
+        f"{config.env.name}: {counted(len(spec.prompts), 'task')} with {states} initial states and assets, "
+        f"from {names}, on {', '.join(versions)}",
     )
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def check_policy(config: Config, options: Options) -> Iterator[Finding]:

@@ -57,7 +57,8 @@ def build_parser(all_settings: bool = False) -> Parser:
     add(
         "--config",
         metavar="YAML",
-        help="a file with the settings of environment and policy, if there is no --checkpoint",
+        help="the settings of environment and policy, if there is no --checkpoint: a file, or the name of one that is "
+        "shipped",
     )
     add(
         "--suite",
@@ -97,7 +98,8 @@ def build_parser(all_settings: bool = False) -> Parser:
     add(
         "--video",
         metavar="DIR",
-        help="write films (mp4) of some successes and some failures to this directory; needs the extra video",
+        help="write films (mp4) of some successes and some failures to this directory; filming renders "
+        "every step and takes long; needs the extra video",
     )
     add("--videos", type=int, default=4, metavar="N", help="number of films (default 4)")
     add_sections(parser, {key: field for key, field in leaf_fields() if key.startswith(SETTINGS)}, shown=all_settings)

@@ -26,7 +26,8 @@ class ProgressBar:
     """
 
     def __init__(self, evaluation: Evaluation, outcomes: dict[int, Outcome], console: Console) -> None:
-        self._name, self._total = f"{evaluation.mode} policy", len(evaluation.episodes)
+        self._name = "base policy" if evaluation.mode == "base" else "steered policy"
+        self._total = len(evaluation.episodes)
         self._outcomes, self._console = outcomes, console
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

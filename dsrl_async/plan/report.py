@@ -107,6 +107,7 @@ def show(
 
     each = network[0].actors // network[0].nodes
     console.print(
+        "\nA run uses one machine; this is what more of them would be worth."
         f"\nMany machines, each with a policy and {each} actors, and one with the learner "
         f"({payload.transition:,} bytes per decision to it, {payload.weights:,} per machine and publication from it):"
     )
