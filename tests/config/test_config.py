@@ -297,6 +297,26 @@ def test_policy_and_environment_must_fit(settings: dict, words: str) -> None:
         preflight.check_run(validate(settings))
 
 
+def test_the_base_policys_noise_is_for_those_who_can_learn_from_it() -> None:
+    base = {"warmup": "base"}
+    for layout in ("repeat", "knots"):
+        with pytest.raises(ConfigError, match=f"^replay.warmup: base is noise that no vector of .* {layout} describes"):
+            validate({"replay": base, "sac": {"noise_layout": layout}})
+        validate({"replay": base, "sac": {"noise_layout": layout, "algorithm": "na"}})
+    for layout in ("per_slot", "shift"):
+        assert validate({"replay": base, "sac": {"noise_layout": layout}}).warmup == "base"
+    assert (validate({}).warmup, validate({"sac": {"algorithm": "na"}}).warmup) == ("gaussian", "base")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "linear"])
+def test_rates_fall_from_the_beginning_to_the_end_of_a_schedule(schedule: str) -> None:
+    sac = validate({"sac": {"lr_schedule": schedule, "lr_decay_begin": 10, "lr_decay_end": 20}}).sac
+    expected = {"constant": [1, 1, 1, 1, 1], "step": [1, 0.2, 0.2, 0.2, 0.2], "linear": [1, 1, 0.6, 0.2, 0.2]}
+    assert [sac.lr_fraction(updates) for updates in (9, 10, 15, 20, 10**9)] == pytest.approx(expected[schedule])
+    with pytest.raises(ConfigError, match="lr_decay_begin must be below lr_decay_end with lr_schedule linear"):
+        validate({"sac": {"lr_schedule": "linear", "lr_decay_begin": 20, "lr_decay_end": 20}})
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "norm_stats.json", "tokenizer.json", "config.json"])
 def test_damaged_policy_is_said_before_anything_is_started(tmp_path: Path, name: str) -> None:
     shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy")

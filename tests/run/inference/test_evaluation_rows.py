@@ -114,6 +114,32 @@ def test_what_is_answered_and_counted(
         assert mode is None or modes.count(mode) == len(of_evaluation)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "algorithm", "expected"),
+    [
+        (None, "sac", NoiseMode.WARM_UP),
+        (None, "na", NoiseMode.BASE),
+        ("gaussian", "na", NoiseMode.WARM_UP),
+        ("actor", "sac", NoiseMode.STOCHASTIC),
+        ("base", "sac", NoiseMode.BASE),
+    ],
+)
+def test_the_noise_of_the_warm_up(warmup: str | None, algorithm: str, expected: NoiseMode) -> None:
+    base = configure()
+    replay = base.replay.model_copy(update={"warmup": warmup})
+    sac = base.sac.model_copy(update={"algorithm": algorithm, "noise_layout": "shift"})
+    server, _, notes = serve(base.model_copy(update={"replay": replay, "sac": sac}))
+    server.policy_version = -1  # as before the first weights
+    server.slots.request(0, 1, 1)
+    answered = server.serve_ready(server.slots.ready())
+    if expected == NoiseMode.STOCHASTIC:
+        assert answered == 0
+        server.policy_version = 0
+        answered = server.serve_ready(server.slots.ready())
+    assert answered == 1
+    assert notes[0].tolist() == [expected]
+
+
 def test_nothing_is_answered_before_the_snapshot_is_there() -> None:
     server, _, _ = serve(configure())
     server.slots.request(ACTORS, 1, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
 from dsrl_async.config.settings import Config
@@ -221,6 +222,43 @@ def test_rows_of_every_mode_share_a_batch(spec: EnvironmentSpec, small_config: C
     assert torch.equal(alone[NoiseMode.WARM_UP][1], normal[:, :1].expand_as(normal))
     assert torch.equal(alone[NoiseMode.SNAPSHOT_STOCHASTIC][0], by_hand(steered, steered.snapshot, deterministic=False))
     assert torch.equal(alone[NoiseMode.DETERMINISTIC][0], by_hand(steered, steered.actor, deterministic=True))
+
+
+@pytest.mark.parametrize("layout", ["knots", "shift"])
+def test_layouts_of_the_noise(spec: EnvironmentSpec, small_config: Config, layout: str) -> None:
+    """What the policy starts from is laid out from what the ring gets; a shift has numbers of its own beside them."""
+    rows = len(NoiseMode)
+    sac = small_config.sac.model_copy(update={"noise_layout": layout, "noise_knots": 3, "noise_shift": 0.6})
+    steered = load_steered(small_config.model_copy(update={"actors": rows, "sac": sac}), spec)
+    generator = torch.Generator().manual_seed(1)
+    for buffer in steered.inputs.values():
+        filled = torch.randn(buffer.shape, generator=generator)
+        buffer.copy_(filled if buffer.is_floating_point() else filled.abs() * 50)
+    steered.fill_prompts(np.zeros(rows, np.int64))
+    steered.fill_modes(np.array(list(NoiseMode), np.uint8))
+    steered.run()
+    normal, got, noise = steered.standard_normal, steered.policy.noise, steered.noise
+    assert normal.shape == (rows, 352 if layout == "shift" else 320)
+    of_slots = normal[:, :320].view(rows, 10, 32)
+    steered_rows = torch.tensor([mode != NoiseMode.BASE for mode in NoiseMode])
+    assert torch.equal(got[NoiseMode.BASE], of_slots[NoiseMode.BASE])
+    if layout == "shift":
+        own = (got - 0.6 * noise[:, None])[steered_rows]  # the same in all modes
+        torch.testing.assert_close(own, 0.8 * of_slots[steered_rows], rtol=1e-5, atol=1e-6)
+        assert torch.equal(noise[NoiseMode.WARM_UP], normal[NoiseMode.WARM_UP, 320:])
+        assert (noise[NoiseMode.BASE] == 0).all()
+    else:
+        knots = noise.view(rows, 3, 32)[steered_rows]
+        assert torch.equal(got[steered_rows][:, 0], knots[:, 0])
+        assert torch.equal(got[steered_rows][:, 9], knots[:, 2])
+        assert torch.equal(noise[NoiseMode.WARM_UP], normal[NoiseMode.WARM_UP, :96])
+    magnitude = small_config.sac.action_magnitude
+    assert (noise[[NoiseMode.STOCHASTIC, NoiseMode.DETERMINISTIC]].abs() <= magnitude).all()
+    before = noise.clone()
+    normal[:, -noise.shape[1] :].add_(1) if layout == "shift" else normal.add_(1)
+    steered.run()
+    assert torch.equal(noise[NoiseMode.DETERMINISTIC], before[NoiseMode.DETERMINISTIC])
+    assert not torch.equal(noise[NoiseMode.STOCHASTIC], before[NoiseMode.STOCHASTIC])
 
 
 def load_steered(config: Config, spec: EnvironmentSpec) -> SteeredPolicy:

@@ -25,6 +25,7 @@ from dsrl_async.run import checkpoints
 from dsrl_async.run.learner.learner import Learner
 from dsrl_async.run.learner.na import NaUpdates, PolicyFlow, make_na_updates
 from dsrl_async.run.learner.sampling import InPlace, Mirror, SeenColumns, Source
+from dsrl_async.sac.layout import NoiseLayout
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.memory import create_memory
@@ -103,7 +104,7 @@ def states_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 # --- the flow ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["repeat", "per_slot"])
+@pytest.mark.parametrize("layout", ["repeat", "per_slot", "knots", "shift"])
 def test_actions_are_those_of_the_policys_own_sampler(policy: Pi0Policy, layout: str) -> None:
     """Seven rows through buffers of four equal one `Sampler` of seven, for either prompt: the normalised actions of the
     slots that are executed."""
@@ -113,7 +114,8 @@ def test_actions_are_those_of_the_policys_own_sampler(policy: Pi0Policy, layout:
     pictures = torch.randint(0, 256, (7, 2, size, size, 3), dtype=torch.uint8, generator=generator)
     states, tasks = torch.randn(7, 8, generator=generator), torch.tensor([0, 1, 1, 0, 0, 1, 0])
     noise = torch.randn(7, config.sac.noise_width(10), generator=generator)
-    found = PolicyFlow(policy, config)(SeenColumns(pictures, tasks), states, noise)
+    of_slots = torch.randn(7, 10, 32, generator=generator) if layout == "shift" else None
+    found = PolicyFlow(policy, config)(SeenColumns(pictures, tasks), states, noise, of_slots)
 
     sampler = Sampler(policy.loaded.model, 7, int(policy.prompt_lengths.max()), 2)
     scale_images(pictures, out=sampler.images)
@@ -121,12 +123,39 @@ def test_actions_are_those_of_the_policys_own_sampler(policy: Pi0Policy, layout:
     sampler.tokens.copy_(tokens[:, : sampler.language_length])
     sampler.token_mask.copy_(mask[:, : sampler.language_length])
     sampler.state.copy_(policy.loaded.normaliser.state(states))
-    sampler.noise.copy_(noise.view(7, 10, 32) if layout == "per_slot" else noise[:, None].expand(-1, 10, -1))
+    sampler.noise.copy_(NoiseLayout(config.sac, 10).expand(noise, of_slots))
     sampler.run()
     assert found.shape == (7, 5 * 7)
     torch.testing.assert_close(found, sampler.actions[:, :5, :7].flatten(1), rtol=1e-5, atol=1e-5)
-    other = PolicyFlow(policy, config)(SeenColumns(pictures, 1 - tasks), states, noise)
+    other = PolicyFlow(policy, config)(SeenColumns(pictures, 1 - tasks), states, noise, of_slots)
     assert (other - found).abs().max() > 1e-3  # the prompt matters
+
+
+def test_the_slots_own_noise_is_drawn_for_each_sampling_and_follows_from_the_seed(
+    policy: Pi0Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `shift`, in an update and in a step of the noise critic, other numbers each time."""
+    memory, seen = make_memory(config := configure(noise_layout="shift", noise_critic_steps=1.0)), list[Tensor]()
+    expand = NoiseLayout.expand
+
+    def noted(layout: NoiseLayout, noise: Tensor, of_slots: Tensor | None = None) -> Tensor:
+        assert of_slots is not None
+        seen.append(of_slots.clone())
+        return expand(layout, noise, of_slots)
+
+    monkeypatch.setattr(NoiseLayout, "expand", noted)
+    states = []
+    for _ in range(2):
+        updates = make_updates(config, policy, memory)
+        for _ in range(2):
+            assert updates.draw_batch()
+            updates.run()
+        states.append(updates.agent.state_tensors())
+    assert states_equal(*states)
+    drawn = seen[: len(seen) // 2]
+    assert len(drawn) == 8  # two parts of the five rows, for the target and the noise critic, twice
+    assert torch.cat(drawn).flatten(1).unique(dim=0).shape == (4 * 5, 320)
+    assert all(torch.equal(first, second) for first, second in zip(drawn, seen[len(drawn) :], strict=True))
 
 
 def test_batches_hold_the_actions_and_what_the_policy_sees_of_the_right_observations(policy: Pi0Policy) -> None:

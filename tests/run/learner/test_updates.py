@@ -56,6 +56,7 @@ OTHER: dict[str, object] = {
     "state_latent_dim": 0,
 }
 """The other value of nearly every setting that changes what is computed."""
+FALLING: dict[str, object] = {"lr_schedule": "linear", "lr_decay_begin": 1, "lr_decay_end": 4, "train_actor_steps": 0}
 DOCUMENT = CONFIGS / "libero_spatial_pi0.yaml"
 
 
@@ -111,6 +112,7 @@ def static_storages(updates: Updates) -> dict[int, str]:
         **agent._tensors(),
         **{name: module.flat_grad for name, module in (("actor_grad", agent.actor), ("critic_grad", agent.critic))},
         **vars(agent),
+        **{f"{name} rate": optimiser.falling_lr for name, optimiser in agent.optimisers.items()},
     }
     for name, value in owners.items():
         for leaf in tree_leaves(value):
@@ -140,7 +142,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("update_actor", [False, True])
-@pytest.mark.parametrize("changes", [{}, OTHER])
+@pytest.mark.parametrize("changes", [{}, OTHER, FALLING])
 def test_no_sync_and_the_same_trace_for_any_input(
     changes: dict[str, object], update_actor: bool, mirrored: bool
 ) -> None:
@@ -228,7 +230,7 @@ def traced(updates: Updates, update_actor: bool) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize("changes", [{}, OTHER])
+@pytest.mark.parametrize("changes", [{}, OTHER, FALLING])
 def test_replaying_what_was_traced_equals_eager_updates(changes: dict[str, object], mirrored: bool) -> None:
     """What a GPU does: the operations of one update, again and again, while the ring grows and goes round."""
     config = with_settings({**changes, "train_actor_steps": 2})
@@ -478,6 +480,42 @@ def test_adam_is_torchs_adam() -> None:
         theirs.step()
     torch.testing.assert_close(parameter, reference.detach(), rtol=1e-6, atol=1e-7)
     assert ours.state["step"] == 5
+
+
+def test_rates_that_fall_at_a_step_are_those_of_a_resume_with_lower_rates() -> None:
+    """Bit for bit: three updates with the rates and three with a fifth of them, but for the temperature's."""
+    ring, of_both = make_ring(), {"train_actor_steps": 0}
+    write(ring, 20, seed=0)
+    stepping = make_updates({"lr_schedule": "step", "lr_decay_begin": 3, "lr_final_fraction": 0.2} | of_both, ring)
+    before = make_updates(dict(of_both), ring)
+    learn(stepping, 6)
+    learn(before, 3)
+    lower = {name: 0.2 * getattr(SMALL, name) for name in ("actor_lr", "critic_lr")}
+    after = make_updates(lower | of_both, ring)
+    after.agent.load_state_tensors(before.agent.state_tensors())
+    learn(after, 3)
+    assert_same(state_of(stepping), state_of(after))
+    assert stepping.agent.updates == 6
+
+
+def test_a_schedule_goes_on_where_it_was_when_the_agent_was_saved() -> None:
+    ring = make_ring()
+    write(ring, 20, seed=0)
+    straight, saved, resumed = (make_updates(FALLING, ring) for _ in range(3))
+    learn(straight, 5)
+    learn(saved, 3)
+    resumed.agent.load_state_tensors(saved.agent.state_tensors())
+    learn(resumed, 2)
+    assert_same(state_of(straight), state_of(resumed))
+    constant = make_updates({"train_actor_steps": 0}, ring)
+    learn(constant, 5)
+    assert (constant.agent.actor.flat != straight.agent.actor.flat).any()
+
+
+def learn(updates: Updates, count: int) -> None:
+    for _ in range(count):
+        assert updates.draw_batch()
+        updates.run()
 
 
 def measured(*options: str) -> None:
