@@ -87,7 +87,7 @@ class KeptPrefixes:
 
     def __init__(self, flow: PolicyFlow, source: Source) -> None:
         self._flow, self._source = flow, source
-        lanes, rows = len(source.head), len(source.following)
+        lanes, rows = len(source.refreshed_to), len(source.following)
         self._rows_per_lane = rows // lanes
         self._head = np.zeros(lanes, np.int64)  # below it all is encoded
         self.columns = tuple(column.new_empty(rows, *column.shape[1:]) for column in flow.batch.prefix())
@@ -95,7 +95,7 @@ class KeptPrefixes:
 
     def refresh(self) -> None:
         """Encode what is new since the last time, of what the source has been refreshed with."""
-        head, seen = self._source.head.copy(), self._source.seen
+        head, seen = self._source.refreshed_to.copy(), self._source.seen
         assert seen is not None
         first = np.maximum(self._head, head - self._rows_per_lane)
         new = [

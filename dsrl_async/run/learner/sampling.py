@@ -6,7 +6,7 @@
 * `seen`: those that only DSRL-NA's rows have, or None;
 * `table`: which decisions can be drawn, by lane, oldest first, so that what is drawn depends on what the ring holds and
   not on where in the ring it lies; and `size`, how many there are;
-* `head`: int64 [lanes], the ring's, as of the last `refresh`;
+* `refreshed_to`: int64 [lanes], the heads of the ring as of the last `refresh`;
 * `refresh()` brings them up to date and returns how many decisions can be drawn;
 * `overtaken(positions)`: whether a writer may have come round to one of the drawn rows meanwhile.
 """
@@ -93,7 +93,7 @@ class Drawable:
         self.size = 0
         self._rows_per_lane = rows_per_lane
         self._numbers = self.table.numbers.numpy().reshape(lanes, rows_per_lane)
-        self.head, self._begin, self._count = np.zeros((3, lanes), np.int64)
+        self.refreshed_to, self._begin, self._count = np.zeros((3, lanes), np.int64)
 
     def update(self, head: np.ndarray, low: np.ndarray, complete: np.ndarray) -> np.ndarray | None:
         """Take over a ring's `head` and the first row that counts, `low`, int64 [lanes] each, and `complete` bool
@@ -101,11 +101,11 @@ class Drawable:
 
         Returns the places of the table's new numbers, int64, or None if nothing has changed.
         """
-        changed, rows = np.flatnonzero(head != self.head), self._rows_per_lane
+        changed, rows = np.flatnonzero(head != self.refreshed_to), self._rows_per_lane
         places = [self._update_lane(lane, int(head[lane]), int(low[lane]), complete[lane]) for lane in changed.tolist()]
         if not places:
             return None
-        self.head[:] = head
+        self.refreshed_to[:] = head
         ends, shifts = self.table.bounds.numpy()
         np.cumsum(self._count, out=ends)
         np.remainder(self._begin - ends + self._count, rows, out=shifts)
@@ -118,7 +118,7 @@ class Drawable:
         gone = bisect.bisect_left(range(count), low, key=lambda index: numbers[(begin + index) % rows])
         begin, count = (begin + gone) % rows, count - gone
         # The newest row is pending, and so was the newest one of the last time.
-        new = np.arange(max(low, int(self.head[lane]) - 1), head - 1)
+        new = np.arange(max(low, int(self.refreshed_to[lane]) - 1), head - 1)
         new = new[complete[new % rows]]
         places = (begin + count + np.arange(len(new))) % rows
         numbers[places] = new
@@ -146,8 +146,8 @@ class InPlace:
         self.size = torch.ones((), dtype=torch.float64)
 
     @property
-    def head(self) -> np.ndarray:
-        return self._drawable.head
+    def refreshed_to(self) -> np.ndarray:
+        return self._drawable.refreshed_to
 
     def refresh(self) -> int:
         head = self._ring.heads()
@@ -188,7 +188,7 @@ class Mirror:
         self._new_numbers = Uploads([places, places, self._drawable.table.bounds], device)
 
     @property
-    def head(self) -> np.ndarray:
+    def refreshed_to(self) -> np.ndarray:
         return self._head
 
     def refresh(self) -> int:
