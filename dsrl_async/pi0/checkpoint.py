@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dsrl_async.pi0.config import CONFIG, EMBEDDED_POLICY, NORM_STATS, TOKENIZER, WEIGHTS, Pi0Config
 from dsrl_async.pi0.files import NormStats, PolicyFiles, find_policy, make_config, read_content, save_norm_stats
@@ -77,10 +78,27 @@ def load_model(
     return _read_model(config, tensors, device, dtype)
 
 
+class WithoutCompiler(TorchFunctionMode):
+    """Keeps torch from importing its compiler for a model on the meta device, which takes over a second and 50 MB.
+
+    It would for random numbers and ranges: weights are left as they are there, and ranges are made on the CPU.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        if function in (torch.arange, torch.linspace):
+            kwargs = {**kwargs, "device": "cpu"}
+        return function(*args, **kwargs)
+
+
 @torch.no_grad()
 def empty_model(config: Pi0Config, device: torch.device | str, dtype: torch.dtype, fp8: bool = False) -> Pi0:
     """A frozen model whose parameters have memory but no values yet; `fp8` as in `read_policy`."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutCompiler():
         model = Pi0(config).set_dtype(dtype)
         if fp8:
             use_fp8(model, fp8_weights(config))

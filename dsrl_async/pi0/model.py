@@ -249,7 +249,8 @@ class VisionTower(nn.Module):
         super().__init__()
         width = config.vision_width
         self.patch = nn.Conv2d(3, width, config.patch_size, config.patch_size)
-        self.position = nn.Parameter(torch.randn(config.image_tokens, width) * 0.02)
+        self.position = nn.Parameter(torch.empty(config.image_tokens, width))
+        nn.init.normal_(self.position, std=0.02)
         self.blocks = [VisionLayer(width, config.vision_heads, config.vision_mlp) for _ in range(config.vision_depth)]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = nn.LayerNorm(width, EPSILON)

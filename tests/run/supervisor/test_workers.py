@@ -73,7 +73,8 @@ def session(tmp_path: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPat
     config = validate({"actors": 5, "replay": {"capacity": 500}})
     arena = create_memory(config, spec, 10)
     (tmp_path / "logs").mkdir()
-    return SimpleNamespace(config=config, run_dir=tmp_path, arena=arena, counters=Counters(arena), horizon=10)
+    run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10, spec=spec)
+    return SimpleNamespace(config=config, run_dir=tmp_path, arena=arena, counters=Counters(arena), horizon=10, run=run)
 
 
 def make_workers(session: Any) -> Workers:
@@ -105,7 +106,6 @@ def test_what_a_model_process_is_told_for_all_to_see_holds_no_key(
         told.append((job, Channel(*json.loads(os.pread(job["channel_fd"], 10_000, 0)))))
         return PretendedProcess(1)
 
-    session.run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10, spec=None)
     monkeypatch.setattr(processes, "start", start)
     run = Supervisor(session)
     run._start_missing()
@@ -275,7 +275,6 @@ def test_silence_is_measured_by_the_heartbeat_of_ones_own_kind(session: Any, mon
 def started(session: Any, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     """A supervisor whose model processes are started, and pretended."""
     monkeypatch.setattr(processes, "start", lambda *arguments: PretendedProcess(1))
-    session.run = SimpleNamespace(policy=SimpleNamespace(directory="policy"), horizon=10, spec=None)
     run = Supervisor(session)
     run._start_missing()
     return run
