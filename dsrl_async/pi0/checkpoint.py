@@ -79,7 +79,7 @@ def load_model(
 
 
 class WithoutCompiler(TorchFunctionMode):
-    """Keeps torch from importing its compiler for a model on the meta device, which takes over a second and 50 MB.
+    """Keeps torch from importing its compiler for a model on the meta device, which takes a second and 100 MB.
 
     It would for random numbers and ranges: weights are left as they are there, and ranges are made on the CPU.
     """

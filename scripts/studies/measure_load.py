@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +48,7 @@ if __name__ == "__main__":
                 "weights_bytes": weights,
                 "ratio": round(peak / weights, 4),
                 "seconds": round(seconds, 2),
+                "compiler": "torch._dynamo" in sys.modules,
             }
         )
     )

@@ -788,3 +788,4 @@ def test_loading_takes_no_second_copy(tmp_path: Path) -> None:
     result = json.loads(line)
     assert result["weights_bytes"] == 4 * parameter_count(config) > 400e6
     assert result["peak_rss_bytes"] - result["before_bytes"] <= 1.15 * result["weights_bytes"]
+    assert not result["compiler"], "torch's compiler was imported, which takes a second and 100 MB"
