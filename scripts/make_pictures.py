@@ -62,7 +62,7 @@ FRAME, GAP, CAPTION = 256, 12, 34  # pixels of the GIF
 COLOURS_OF_GIF = 160
 HOLD = 12  # frames for which an episode's end is shown
 PATIENCE_S = 20.0  # for TensorBoard's page
-BOARD, REPORT = (1240, 900), (1080, 1500)  # pixels of the pictures of pages
+BOARD, REPORT = (1240, 740), (1080, 1500)  # pixels of the pictures of pages
 WORKERS_SHOWN, TRACE_S = 6, 1.0
 COLOURS = {
     "physics": "#2f9150",
