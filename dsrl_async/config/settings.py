@@ -628,6 +628,10 @@ class Config(Section):
     def _check(self) -> Config:
         if self.serial and (self.device == "cuda" or (self.learner.device or "cpu") != "cpu"):
             raise ValueError("serial mode runs on the CPU; drop --serial or set device and learner.device to cpu")
+        if self.learner.compile and self.sac.algorithm == "na":
+            raise ValueError(
+                "learner.compile cannot fuse an update of sac.algorithm na, which samples the policy; leave it out"
+            )
         if self.replay.capacity < self.actors * MIN_LANE_ROWS:
             raise ValueError(
                 f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {self.actors} actors "

@@ -95,6 +95,8 @@ def test_a_policy_without_normalised_actions_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sac\.algorithm: na .* which a Pi0 gives and my_policy:MyPolicy does not"):
         check_algorithm(config, theirs)
     check_algorithm(validate({}), theirs)
+    with pytest.raises(ConfigError, match=r"learner\.compile cannot fuse an update of sac\.algorithm na"):
+        validate({"sac": {"algorithm": "na"}, "learner": {"compile": True}})
 
 
 @pytest.mark.parametrize(
