@@ -71,6 +71,9 @@ class Agent:
         self._batches: dict[tuple[int, int], SteeredPolicy] = {}
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        return f"<Agent {str(self.checkpoint)!r}: {self.mode}, {len(self.prompts)} prompts, device {self._device}>"
+
     def act(
         self,
         observation: Observation,

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--time-limit-s must be positive")
     found = list(findings(rest, Options(own.measure, own.time_limit_s)))
     stopped = any(finding.status == "problem" for finding in found)
-    about = asked(finding.message for finding in found)
+    about = asked(finding.message for finding in found if finding.status == "problem" or not stopped)
     if own.json:
         content = {
             "ok": not stopped,

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from support.commands import call
 from support.gpus import found_gpus
 from support.paths import FIXTURES
@@ -145,7 +146,8 @@ def cause(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             monkeypatch.setenv("MUJOCO_GL", "bogus")
             arguments += ["--config", "libero_spatial_small"]
         case "shm":
-            monkeypatch.setattr(checks.os, "statvfs", lambda _: SimpleNamespace(f_blocks=16, f_frsize=4096))
+            whole, small = os.statvfs, SimpleNamespace(f_blocks=16, f_frsize=4096)
+            monkeypatch.setattr(checks.os, "statvfs", lambda path: small if path == "/dev/shm" else whole(path))
         case "memfd":
 
             def forbidden(name: str) -> int:
@@ -183,6 +185,18 @@ def test_the_question_that_a_finding_is_about_is_answered(cause: list[str], ques
     assert all(sentence in words for sentence in (known.question, known.answer, *known.mend))
     assert all(f"\n    {command.run}\n" in printed for command in known.find_out)
     assert printed.splitlines()[-1].startswith("This run can")
+
+
+def test_what_ends_a_run_is_answered_before_what_slows_it(tmp_path: Path) -> None:
+    """A missing directory needs no page about idle workers."""
+    few = {"actors": 64, "inference": {"threads": 64}}
+    (tmp_path / "few.yaml").write_text(yaml.safe_dump(few))
+    arguments = ["doctor", "--json", "--device", "cpu", "--config", str(tmp_path / "few.yaml")]
+    slow = json.loads(call(*arguments).stdout)["questions"]
+    broken = json.loads(call(*arguments, "--policy.checkpoint", str(tmp_path / "nothing")).stdout)
+    assert any(finding["status"] == "warning" for finding in broken["findings"])
+    assert slow
+    assert not set(slow) & set(broken["questions"])
 
 
 def test_no_question_without_a_cause() -> None:

@@ -22,7 +22,7 @@ from dsrl_async.telemetry.screen import WIDE, Screen, layout, short_number
 
 WAITS = (
     Wait("inference", "compiling or capturing the policy", 7.2, "3 of 20 sizes"),
-    Wait("template", "making the environment, compiling its scene", 123.4, "taken for dead after 120 s"),
+    Wait("template", "making the environment, compiling its scene", 123.4, "120 s are allowed"),
     Wait("workers", "first reset", 4.0, "11 of 2000 ready, try 2 of 3"),
 )
 

@@ -70,5 +70,5 @@ def wait_of_workers(
 
 
 def patience(seconds: float, patience_s: float) -> str:
-    """When a process is taken for dead that has been silent for so long, if that is worth saying."""
-    return f"taken for dead after {patience_s:g} s" if seconds >= WORTH_SAYING * patience_s else ""
+    """How long a process may be silent before it is taken for dead, if that is worth saying."""
+    return f"{patience_s:g} s are allowed" if seconds >= WORTH_SAYING * patience_s else ""

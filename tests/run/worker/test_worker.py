@@ -18,7 +18,9 @@ from dsrl_async.run.worker.worker import (
     episode_seed,
 )
 from dsrl_async.shm.arena import Arena
+from dsrl_async.shm.memory import create_memory
 
+HORIZON = 10
 CONTINUES = ChunkOutcome(steps=5, success_step=-1, terminated=False, truncated=False)
 SUCCEEDS = ChunkOutcome(steps=3, success_step=2, terminated=True, truncated=False)
 RUNS_OUT = ChunkOutcome(steps=2, success_step=-1, terminated=False, truncated=True)
@@ -67,6 +69,7 @@ def play(
             np.full((1, 10, 7), number, np.float32),
             np.full((1, 32), number, np.float32),
             policy_version=number,
+            normalised=None if lane.slots.normalised_chunk is None else np.full((1, 10, 7), -number, np.float32),
         )
         assert lane.ready()
         lane.advance()
@@ -88,6 +91,15 @@ def test_transitions_of_a_success_then_a_truncated_episode(memory: Arena, small_
     assert rows["image"][:7, 0, 0, 0].tolist() == [100, 101, 102, 102, 103, 104, 104]
     assert lane.ring.head.tolist() == [0, 7]
     assert [actions.shape for actions in environment.actions] == [(5, 7)] * 4
+
+
+def test_rows_of_actions_hold_what_the_policy_computes_and_the_robot_gets_its_own_units(small_config: Config) -> None:
+    config = configured(small_config, sac={"algorithm": "na"})
+    memory = create_memory(config, TABLETOP, HORIZON)
+    lane, environment = play(memory, config, [CONTINUES, CONTINUES, RUNS_OUT])
+    assert [actions[0, 0] for actions in environment.actions] == [0, 1, 2]
+    assert lane.ring.rows["action"][1, :3].min(axis=1).tolist() == [0, -1, -2]
+    assert lane.ring.rows["action"][1, :3].max(axis=1).tolist() == [0, -1, -2]
 
 
 def test_counters_and_episode_log(memory: Arena, small_config: Config) -> None:
