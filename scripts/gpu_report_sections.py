@@ -1026,9 +1026,8 @@ def write_checkpoint(directory: Path, config: Pi0Config) -> None:
         for left in range(math.prod(part.shape), 0, -synthetic.CHUNK):
             yield piece[:left]
 
-    synthetic.random_bfloat16 = repeated
     parts = [part for rows in model_tensors(config).values() for part in rows]
-    synthetic.write_tensors(directory / WEIGHTS, parts, "", 0, {})
+    synthetic.write_tensors(directory / WEIGHTS, parts, "", 0, {}, repeated)
     config.save(directory / CONFIG)
     save_norm_stats(synthetic.random_norm_stats(config, 0), directory / NORM_STATS)
     synthetic.write_tokenizer(directory / TOKENIZER)

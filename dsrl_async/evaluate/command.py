@@ -57,8 +57,7 @@ def build_parser(all_settings: bool = False) -> Parser:
     add(
         "--config",
         metavar="YAML",
-        help="the settings of environment and policy, if there is no --checkpoint: a file, or the name of one that is "
-        "shipped",
+        help="settings, without --checkpoint: a file, or the name of a shipped one",
     )
     add(
         "--suite",

@@ -16,7 +16,7 @@ import math
 import string
 import typing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,14 @@ def moments(part: Part) -> tuple[float, float]:
     return 0.0, math.prod(part.shape[1:]) ** -0.5
 
 
-def write_tensors(path: Path, parts: list[Part], prefix: str, seed: int, metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: Path,
+    parts: list[Part],
+    prefix: str,
+    seed: int,
+    metadata: dict[str, str],
+    draw: Callable[[Part, int], Iterator[NDArray[np.uint16]]] = random_bfloat16,
+) -> None:
     """Writes a safetensors file of bfloat16 tensors as they are drawn."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
@@ -89,7 +96,7 @@ def write_tensors(path: Path, parts: list[Part], prefix: str, seed: int, metadat
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            for piece in random_bfloat16(part, seed):
+            for piece in draw(part, seed):
                 file.write(piece.tobytes())
 
 

@@ -14,6 +14,7 @@ from torch.nn.attention import _cur_sdpa_kernel_backends as enabled_kernels
 from torch.overrides import TorchFunctionMode
 
 import dsrl_async.pi0.model as network
+import dsrl_async.pi0.sampler as sampling
 from dsrl_async.host.tracing import OperationTrace
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.model import ATTENTION_KERNELS, MASKED, Pi0, Rope, attend, rope_frequency, rotate_, rotate_apart_
@@ -102,7 +103,8 @@ def test_a_repeated_key_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)
         return out.transpose(1, 2).flatten(2)
 
-    monkeypatch.setattr(network, "attend", with_repeated_keys)
+    repeating = network.TORCH_LAYER._replace(attend=with_repeated_keys)
+    monkeypatch.setattr(sampling, "TORCH", network.TORCH._replace(vlm=repeating, expert=repeating))
     calls = calls_of(make_sampler(make_model(small_config())[0], batch=2, steps=1))
     with pytest.raises(AssertionError, match="stride 0"):
         check(calls[-1])

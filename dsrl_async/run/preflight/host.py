@@ -173,12 +173,7 @@ def check_channel() -> None:
 
 
 def check_compiler(config: Config) -> None:
-    """Raises ConfigError where torch.compile cannot do what a setting asks for: it makes kernels for the CPU by a C++
-    compiler, and an update that runs the policy is too long for it."""
-    if config.learner.compile and config.sac.algorithm == "na":
-        raise ConfigError(
-            "learner.compile: updates of sac.algorithm na run the policy, and are not compiled; leave it out"
-        )
+    """Raises ConfigError where a setting asks for torch.compile on the CPU, and there is no C++ compiler for it."""
     for key, device in zip(("policy.compile", "learner.compile"), DEVICE_KEYS, strict=True):
         if get_key(config, key) and cuda_index(config, device) is None:
             compiler = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[0]  # as torch chooses

@@ -270,8 +270,3 @@ def test_without_a_compiler_nothing_is_compiled_for_the_cpu(
     (tmp_path / "clang++").touch(0o755)
     monkeypatch.setenv("CXX", "clang++ -march=native")
     preflight.check_compiler(config)
-
-
-def test_updates_that_run_the_policy_are_not_compiled() -> None:
-    with pytest.raises(ConfigError, match=r"learner\.compile: updates of sac\.algorithm na run the policy"):
-        preflight.check_compiler(validate({"sac": {"algorithm": "na"}, "learner": {"compile": True}}))

@@ -118,7 +118,7 @@ def test_memory_of_a_learner_of_dsrl_na(sac: dict[str, Any], monkeypatch: pytest
     mirror = Mirror(ring, agent.device)
     monkeypatch.setattr(PolicyFlow, "__init__", lambda *_: None)
     monkeypatch.setattr(PolicyFlow, "keeps", False, raising=False)
-    monkeypatch.setattr(PolicyFlow, "__call__", lambda _, seen, states, noise: noise.new_zeros(len(noise), 35))
+    monkeypatch.setattr(PolicyFlow, "__call__", lambda _, seen, states, noise, slots: noise.new_zeros(len(noise), 35))
     updates = NaUpdates(agent, mirror, config.sac.batch_size, PolicyFlow(None, config))  # type: ignore[arg-type]
     assert mirror.seen is not None
     columns = [*mirror.columns, *mirror.seen]
