@@ -57,7 +57,7 @@ def build_parser(all_settings: bool = False) -> Parser:
     add(
         "--config",
         metavar="YAML",
-        help="settings, without --checkpoint: a file, or the name of a shipped one",
+        help="settings, without --checkpoint: a file, or a shipped one's name",
     )
     add(
         "--suite",
