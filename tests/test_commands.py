@@ -320,7 +320,7 @@ def test_an_interrupt_that_python_loses_while_it_imports_is_heeded(monkeypatch: 
             signal.raise_signal(signal.SIGINT)
         return SimpleNamespace(main=lambda arguments: 0)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(command, "importlib", SimpleNamespace(import_module=import_module))
     try:
         assert command.run_command("launch") == 130
