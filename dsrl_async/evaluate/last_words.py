@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsrl_async.config.command_line import program
+from dsrl_async.host.output import last_lines
 
 
 def last_words(options: argparse.Namespace, suites: Mapping[str, Mapping[str, Any]], wall_s: float) -> list[str]:
@@ -18,12 +19,8 @@ def last_words(options: argparse.Namespace, suites: Mapping[str, Mapping[str, An
     where = [kept if options.out else "kept nowhere: --out DIR keeps episodes and results"]
     if options.video:
         where.append(f"films in {options.video}")
-    lines = {
-        "came out": f"{'; '.join(parts)} (in {wall_s / 60:.1f} min)",
-        "where": ", ".join(where),
-        "next": what_next(options, {policy for _, policy, _ in results}),
-    }
-    return [f"{name + ':':10}{words}" for name, words in lines.items()]
+    came_out = f"{'; '.join(parts)} (in {wall_s / 60:.1f} min)"
+    return last_lines(came_out, ", ".join(where), what_next(options, {policy for _, policy, _ in results}))
 
 
 def rate(policy: str, result: Mapping[str, Any]) -> str:

@@ -94,6 +94,12 @@ def is_for_a_person() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))
 
 
+def last_lines(came_out: str, where: str, next: str) -> list[str]:
+    """What a command that has done its work says to a person: three lines, see `print_to_person`."""
+    lines = {"came out": came_out, "where": where, "next": next}
+    return [f"{name + ':':10}{words}" for name, words in lines.items()]
+
+
 def print_to_person(lines: Iterable[str]) -> None:
     """Print lines to stderr as they are: a command in them can be copied. That nobody reads them is no error."""
     with contextlib.suppress(OSError):

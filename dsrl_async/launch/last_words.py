@@ -9,6 +9,7 @@ from typing import Any
 
 from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
+from dsrl_async.host.output import last_lines
 from dsrl_async.run import checkpoints
 from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.supervisor import ending
@@ -24,8 +25,7 @@ def last_words(run_dir: Path, summary: Mapping[str, Any], began: str) -> list[st
     where = f"{run_dir}, " + ("no checkpoint" if saved is None else f"last checkpoint {saved.name}")
     if ending.has_failed(reason):
         where += f", log {failed_log(run_dir, ending.what_failed(reason))}"
-    lines = {"came out": what_came_out(summary, began), "where": where, "next": what_next(run_dir, summary, saved)}
-    return [f"{name + ':':10}{words}" for name, words in lines.items()]
+    return last_lines(what_came_out(summary, began), where, what_next(run_dir, summary, saved))
 
 
 def what_came_out(summary: Mapping[str, Any], began: str) -> str:
