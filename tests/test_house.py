@@ -54,16 +54,19 @@ HOUSE = {
     "run.evaluation",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
+    # Many of them: a supervisor without a learner on each GPU or machine, and what joins them.
+    "groups": f"{GROUND} {MACHINE} telemetry {RUN}",
     # What a run has learned, for other programs.
     "agent": f"{GROUND} {MACHINE} {RUN}",
     # The commands, and what lists them.
     "__main__": "config host",
-    "launch": BELOW_COMMANDS,
-    "evaluate": f"{BELOW_COMMANDS} agent",
+    "launch": f"{BELOW_COMMANDS} groups",
+    "evaluate": f"{BELOW_COMMANDS} agent groups",
     "report": BELOW_COMMANDS,
-    "plan": BELOW_COMMANDS,
-    "doctor": BELOW_COMMANDS,
-    "bench": f"{BELOW_COMMANDS} launch plan",  # it measures the command, and simulates devices with the plan's figures
+    "plan": f"{BELOW_COMMANDS} groups",
+    "doctor": f"{BELOW_COMMANDS} groups",
+    # It measures the command, and simulates devices with the figures of the plan.
+    "bench": f"{BELOW_COMMANDS} groups launch plan",
     "pretraining": f"{BELOW_COMMANDS} evaluate",  # it counts successes as an evaluation does
 }
 """Room -> rooms that it may import, besides itself. A room names only rooms above it in this table, so nothing points

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -56,21 +56,31 @@ class Process(Protocol):
 
 
 def start(module: str, job: dict[str, Any], fds: Iterable[int], log: Path, threads: int) -> subprocess.Popen[bytes]:
-    """Run `python -m module '<json>'` in a session of its own, so that Ctrl-C reaches only the supervisor.
+    """Run `python -m module '<json>'`, see `start_tied`; what it is told are the `job`, `parent` and `threads`.
 
-    `threads` limits the process's numeric libraries, whose `WAIT_POLICY` the user's environment can override; its
-    output is appended to `log`. From its first moment on, the process is tied to this one, see `tether`.
+    `threads` limits the process's numeric libraries, whose `WAIT_POLICY` the user's environment can override.
     """
     environment = WAIT_POLICY | os.environ | {name: str(threads) for name in THREAD_VARIABLES}
     argument = json.dumps({**job, "parent": os.getpid(), "threads": threads})
+    return start_tied(["-m", module, argument], fds, log, environment)
+
+
+def start_tied(
+    arguments: Sequence[str], fds: Iterable[int], log: Path, environment: Mapping[str, str], stdin: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Run Python with `arguments` in a session of its own, so that Ctrl-C reaches only the supervisor.
+
+    Its output is appended to `log`, and it reads `stdin`, a descriptor, if there is one. From its first moment on, the
+    process is tied to this one, see `tether`.
+    """
     tied = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid())]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, tether.LEFT_TO_THE_PARENT)  # until the child ignores them
     output = logs.open_log(log)
     try:
         return subprocess.Popen(
-            [*tied, sys.executable, "-m", module, argument],
+            [*tied, sys.executable, *arguments],
             pass_fds=tuple(fds),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=output,
             stderr=output,
             start_new_session=True,
