@@ -312,6 +312,19 @@ def test_a_module_that_imports_torch_by_way_of_another_is_found() -> None:
     assert "serial imports torch" in imports_torch([f"{PACKAGE}.launch", *(f"{PACKAGE}.{name}" for name in WITH_TORCH)])
 
 
+KNOWS_RAY = {"groups.placer", "groups.ray_host"}
+"""Modules that import Ray: it ends its process when a cluster is lost, so that must be one of its own."""
+
+
+def with_ray(sources: Mapping[str, str]) -> set[str]:
+    return {found.module for found in imports_of(sources) if found.imported.partition(".")[0] == "ray"}
+
+
+def test_only_the_placer_and_what_it_starts_import_ray() -> None:
+    assert with_ray(read_sources()) == KNOWS_RAY
+    assert with_ray(with_line("run.supervisor.supervisor", "import ray")) == {"run.supervisor.supervisor"}
+
+
 STATE = """
 import logging, os, signal, sys, threading
 def state():
