@@ -158,9 +158,12 @@ def _types() -> dict[str, Any]:
     return typing.get_type_hints(Pi0Config)
 
 
-def tabletop_config() -> Pi0Config:
-    """The embedded policy: a miniature Pi0 (about 0.7 M parameters) for the tabletop scene."""
-    return Pi0Config(
+def tabletop_config(pi05: bool = False, state_in_prompt: bool = False) -> Pi0Config:
+    """The embedded policy: a miniature Pi0 (about 0.7 M parameters) for the tabletop scene.
+
+    With `pi05` a Pi0.5 with openpi's scaling by quantiles, which reads the state in the prompt or not at all.
+    """
+    config = Pi0Config(
         image_size=64,
         patch_size=16,
         vision_width=96,
@@ -178,6 +181,11 @@ def tabletop_config() -> Pi0Config:
         max_token_len=12,
         action_horizon=10,
     )
+    if pi05:
+        config = dataclasses.replace(config, pi05=True, normalisation="quantile")
+    if state_in_prompt:  # eight numbers and the words around them, and a token for each of the 257 numbers
+        config = dataclasses.replace(config, state_in_prompt=True, max_token_len=24, vocab_size=320)
+    return config
 
 
 def libero_small_config() -> Pi0Config:

@@ -1,6 +1,7 @@
 """Makes the embedded tabletop policy: demonstrations, flow-matching pretraining, checkpoint.
 
     python -m dsrl_async.pretraining.tabletop --out runs/tabletop_pi0
+    python -m dsrl_async.pretraining.tabletop --out runs/tabletop_pi05 --model pi05 --discrete-state-input
 
 It goes through the two stages of `dsrl_async.pretraining.training`, with an auxiliary loss on the block's position in
 the first. Each demonstration goes to a random plate, so the policy is multimodal: the plate that it chooses depends on
@@ -37,6 +38,7 @@ from dsrl_async.pretraining.training import (
     StageSettings,
     action_chunks,
     build_tokenizer,
+    close_gates,
     progress_bar,
     statistics,
 )
@@ -60,14 +62,21 @@ def read_demonstrations(
     block = data["block_position"]
     scale = block.std(0)
     block = (block - block.mean(0)) / scale
-    tokens, token_mask = (part.expand(len(chunks), -1) for part in tokenizer([prompt]))
     state, chunks = normaliser.state(data["state"]), normaliser.actions(chunks)
+    if config.state_in_prompt:
+        tokens, token_mask = tokenizer([prompt] * len(state), state[:, : config.robot_state_dim])
+    else:
+        tokens, token_mask = (part.expand(len(chunks), -1) for part in tokenizer([prompt]))
     return Demonstrations(data["images"], tokens, token_mask, state, chunks, block, scale, ("block",)), stats
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tabletop_pi0"), help="checkpoint directory to write")
+    parser.add_argument("--model", choices=("pi0", "pi05"), default="pi0", help="Pi0, or Pi0.5 with its adaptive norms")
+    parser.add_argument(
+        "--discrete-state-input", action="store_true", help="Pi0.5 reads the state in the prompt, else not at all"
+    )
     tabletop_demonstrations.add_options(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training")
@@ -82,18 +91,22 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    pi05 = args.model == "pi05"
+    if args.discrete_state_input and not pi05:
+        raise ValueError("--discrete-state-input is for --model pi05: a Pi0 reads the state from a token of its own")
     torch.set_num_threads(args.threads)
     console = Console()
     start = time.monotonic()
     tabletop_demonstrations.provide(args, console)
     made = time.monotonic()
     torch.manual_seed(args.seed)
-    config = tabletop_config()
+    config = tabletop_config(pi05, args.discrete_state_input)
     prompts = TABLETOP.prompts
     tokenizer = build_tokenizer(config, prompts)
     with waiting("reading the demonstrations", console):
         data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
     model = Pi0(config)
+    close_gates(model)
     joint_stage = StageSettings(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
     expert_stage = StageSettings(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
     console.print(f"{len(data)} frames, {sum(p.numel() for p in model.parameters()):,} parameters")

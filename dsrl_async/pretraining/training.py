@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.pi0.model import Pi0, Prefix, key_mask
+from dsrl_async.pi0.model import GemmaNorm, Pi0, Prefix, key_mask
 from dsrl_async.pi0.processing import PromptTokenizer, scale_images
+from dsrl_async.pi0.tokenizer import STATE_BINS
 
 PADDING_WEIGHT = 0.1
 """Loss weight of the action dimensions beyond those of the robot, whose target is zero."""
@@ -80,15 +81,31 @@ class StageSettings:
 def build_tokenizer(config: Pi0Config, prompts: Sequence[str]) -> PromptTokenizer:
     """Makes a word-level tokenizer for the prompts and some variations.
 
+    Where prompts hold the state (`tokenizer.prompt_ids`), each of its numbers is a word.
+
     Raises ValueError when the prompts have more words than the config embeds.
     """
-    words = " ".join((*prompts, GENERIC_WORDS))
-    entries = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *dict.fromkeys(words.split())]
+    words = " ".join((*prompts, GENERIC_WORDS)).split()
+    separators = [" "]
+    if config.state_in_prompt:
+        separators += [",", ";", "\n"]
+        words += ["Task:", ",", "State:", ";", "Action:", *map(str, range(-1, STATE_BINS))]
+    entries = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *dict.fromkeys(words)]
     if len(entries) > config.vocab_size:
         raise ValueError(f"the prompts need {len(entries)} tokens, the policy embeds {config.vocab_size}")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(entries)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    splits = [pre_tokenizers.Split(text, "removed" if text == " " else "isolated") for text in separators]
+    tokenizer.pre_tokenizer = splits[0] if len(splits) == 1 else pre_tokenizers.Sequence(splits)
     return PromptTokenizer(tokenizer, config.max_token_len)
+
+
+@torch.no_grad()
+def close_gates(model: Pi0) -> None:
+    """Start a Pi0.5's adaptive norms as plain ones, whose sublayers add nothing yet, as openpi does."""
+    for module in model.modules():
+        if isinstance(module, GemmaNorm) and module.adaptive:
+            nn.init.zeros_(module.dense.weight)
+            nn.init.zeros_(module.dense.bias)
 
 
 def statistics(values: Tensor, smallest_std: float = SMALLEST_STD) -> dict[str, list[float]]:

@@ -15,12 +15,15 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsrl_async.config.load import validate
 from dsrl_async.pi0.checkpoint import load_policy
 from dsrl_async.pi0.config import libero_small_config, tabletop_config
+from dsrl_async.pi0.model import GemmaNorm
 from dsrl_async.pretraining import libero as libero_program
 from dsrl_async.pretraining import tabletop
 from dsrl_async.pretraining import training as pretraining
 from dsrl_async.pretraining.training import action_chunks, build_tokenizer
+from dsrl_async.run.preflight import check_run
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,54 @@ def test_the_script_writes_a_policy_that_loads(
     assert one.config == tabletop_config()
     other = two.model.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.model.state_dict().items()), "not seeded"
+
+
+@pytest.mark.parametrize("state_in_prompt", [False, True])
+def test_a_pi05_of_the_same_command_acts_in_the_tabletop(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state_in_prompt: bool
+) -> None:
+    save_file(data := demonstrations(), tmp_path / "data.safetensors")
+    options = {"--data": tmp_path / "data.safetensors", "--out": tmp_path / "policy", "--model": "pi05"}
+    options |= {"--joint-steps": 3, "--expert-steps": 3, "--threads": 1}
+    options |= {"--joint-batch": 4, "--expert-batch": 4, "--samples": 2}
+    arguments = [str(part) for pair in options.items() for part in pair]
+    monkeypatch.setattr(sys, "argv", ["tabletop.py", *arguments, *["--discrete-state-input"] * state_in_prompt])
+    script.main()
+
+    run = check_run(validate({"policy": {"checkpoint": str(tmp_path / "policy")}}))
+    assert run.policy.description.startswith("Pi0.5")
+    assert not run.warnings, "a word of its prompts, or a number of its states, is unknown to the tokenizer"
+    loaded = load_policy(tmp_path / "policy")
+    assert loaded.config == tabletop_config(pi05=True, state_in_prompt=state_in_prompt)
+    gates = [norm.dense.weight for norm in loaded.model.modules() if isinstance(norm, GemmaNorm) and norm.adaptive]
+    assert gates
+    assert all(bool(gate.any()) for gate in gates), "they begin as zeros, and are trained"
+
+    policy = run.policy.load(run.config.policy, torch.device("cpu"), run.spec.prompts, lambda: None)
+    batch = policy.batch(2, int(policy.prompt_lengths.max()))
+    batch.noise.normal_(generator=torch.Generator().manual_seed(0)).copy_(batch.noise[:1].expand_as(batch.noise))
+    batch.images.copy_(data["images"][:1].expand_as(batch.images))
+    batch.state.copy_(torch.stack([data["state"].amin(0), data["state"].amax(0)]) * 1.5)  # beyond what it has seen
+    batch.fill_prompts(np.zeros(2, np.int64))
+    batch.encode()
+    batch.denoise()
+    assert batch.actions.isfinite().all()
+    assert torch.equal(*batch.actions) is not state_in_prompt, "the state is seen in the prompt, and nowhere else"
+
+
+def test_a_prompt_with_the_state_has_a_token_for_every_number() -> None:
+    prompt = "put the block on the red plate"
+    tokenizer = build_tokenizer(tabletop_config(pi05=True, state_in_prompt=True), [prompt])
+    state = np.array([-2, -1, 0, 0.5, 1, 2, -0.7, 0.3], np.float32)
+    words = [tokenizer.tokenizer.id_to_token(number) for number in tokenizer.ids(prompt, state)]
+    numbers = ["-1", "0", "128", "192", "255", "255", "38", "166"]
+    assert words == ["<bos>", "Task:", *prompt.split(), ",", "State:", *numbers, ";", "\n", "Action:"]
+
+
+def test_the_state_in_the_prompt_is_for_a_pi05(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tabletop.py", "--discrete-state-input"])
+    with pytest.raises(ValueError, match="is for --model pi05"):
+        script.main()
 
 
 STATES = {"pick_up_the_bowl": [0, 1, 3, 3], "open_the_drawer": [2, 0, 1]}
