@@ -91,6 +91,8 @@ class Asked:
     group: int
     incarnation: int
     job: dict[str, Any]
+    lines: list[str]
+    """What the group has been told since its start."""
     host: Any
     """Handle of a `Host`."""
     answer: Any
@@ -152,9 +154,13 @@ class Placer:
             getattr(self, f"do_{what}")(*words)
         return True
 
-    def do_start(self, group: int, incarnation: int, job: dict[str, Any]) -> None:
+    def do_start(self, group: int, incarnation: int, job: dict[str, Any], lines: list[str]) -> None:
         host = self.host.remote()
-        self.asked[group] = Asked(group, incarnation, job, host, host.start.remote(__version__, job))
+        self.asked[group] = Asked(group, incarnation, job, lines, host, host.start.remote(__version__, job))
+
+    def do_tell(self, group: int, line: str) -> None:
+        if (asked := self.asked.get(group)) is not None:
+            asked.lines.append(line)
 
     def do_end(self, group: int) -> None:
         if (asked := self.asked.get(group)) is not None:
@@ -189,7 +195,9 @@ class Placer:
 
     def ask(self, asked: Asked) -> Any:
         host = asked.host
-        return host.start.remote(__version__, asked.job) if asked.where is None else host.watch.remote(asked.known)
+        if asked.where is None:
+            return host.start.remote(__version__, asked.job)
+        return host.watch.remote(asked.known, asked.lines)
 
     def take(self, asked: Asked, answer: Any) -> None:
         asked.answer = None
@@ -224,7 +232,7 @@ class Placer:
         """Write what a host has fetched to the group's directory here."""
         for name, part in look.parts.items():
             path = Path(asked.job["run_dir"]) / name
-            is_log = name.endswith(".log")
+            is_log = name.endswith((".log", ".jsonl"))
             with contextlib.suppress(OSError):  # of a full disk, other files than logs are missing
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("ab" if is_log else "wb") as file:

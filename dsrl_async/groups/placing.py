@@ -20,6 +20,8 @@ from dsrl_async.host import processes
 MEMBER = "dsrl_async.groups.member"
 LOG = "logs/supervisor.log"
 """The output of a group's supervisor, in the group's directory."""
+TOLD = "told.jsonl"
+"""In the group's directory: what it is told while it runs, see `Placement.tell`."""
 END_S = 10.0
 """How long the groups may take for a clean end before they are killed."""
 ASK_AGAIN_S = 0.2

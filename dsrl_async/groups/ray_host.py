@@ -13,12 +13,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsrl_async import __version__
-from dsrl_async.groups.placing import LOG, start_member
+from dsrl_async.groups.placing import LOG, TOLD, start_member
 from dsrl_async.host import processes
 
 PREFIX = "dsrl_async-group-"
@@ -48,6 +48,7 @@ class Host:
         sweep()
         self._directory = Path(tempfile.mkdtemp(prefix=PREFIX))
         self._lock = _lock(self._directory)
+        self._told = 0
 
     def start(self, version: str, job: Mapping[str, Any]) -> str:
         """Start the group's process; returns where this is, in words.
@@ -68,12 +69,16 @@ class Host:
         gpus = ", ".join(map(str, ray.get_gpu_ids()))
         return f"node {address}" + (f", GPU {gpus}" if gpus else "")
 
-    def watch(self, known: Mapping[str, int]) -> Look:
+    def watch(self, known: Mapping[str, int], lines: Sequence[str]) -> Look:
         """Wait for the end of the group's process, a second at most, and read what is new in its files.
 
-        `known` says how many bytes of each log were fetched.
+        `known` says how many bytes of each log were fetched, and `lines` are all that the group has been told.
         """
         assert self._popen is not None
+        if lines[self._told :]:
+            with (self._directory / TOLD).open("a") as file:
+                file.writelines(f"{line}\n" for line in lines[self._told :])
+            self._told = len(lines)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(WATCH_S)
         code = self._popen.poll()
@@ -95,8 +100,10 @@ class Host:
         _remove(self._directory)
 
     def _news(self, known: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-        for path in sorted((self._directory / LOG).parent.glob("*.log")):
+        for path in (*(self._directory / LOG).parent.glob("*.log"), *self._directory.glob("*.jsonl")):
             name = str(path.relative_to(self._directory))
+            if name == TOLD:
+                continue
             with contextlib.suppress(OSError), path.open("rb") as file:
                 file.seek(known.get(name, 0))
                 if part := file.read(LONGEST_PART):

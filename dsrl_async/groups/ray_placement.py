@@ -38,7 +38,9 @@ CLOSE_S = 20.0
 class _Asked(NamedTuple):
     incarnation: int
     job: dict[str, Any]
-    told: bool
+    lines: list[str]
+    """What the group was told."""
+    sent: bool
     """Whether a placer knows of it."""
 
 
@@ -70,7 +72,7 @@ class RayPlacement:
 
     def start(self, group: int, incarnation: int, job: dict[str, Any]) -> None:
         assert group not in self._asked
-        self._asked[group] = _Asked(incarnation, job, False)
+        self._asked[group] = _Asked(incarnation, job, [], False)
         self._ask()
 
     def poll(self) -> list[Event]:
@@ -90,9 +92,15 @@ class RayPlacement:
             return dict.fromkeys(self._asked, place + (f" ({self._why})" if self._why else ""))
         return {group: waits for group, waits in self._waits.items() if group in self._asked}
 
+    def tell(self, group: int, line: str) -> None:
+        if (asked := self._asked.get(group)) is not None:
+            asked.lines.append(line)
+            if asked.sent:
+                self._say("tell", group, line)
+
     def end(self, group: int) -> None:
         if (asked := self._asked.get(group)) is not None:
-            if asked.told:
+            if asked.sent:
                 self._say("end", group)
             else:
                 self._give_up(group, "killed")
@@ -127,9 +135,9 @@ class RayPlacement:
     def _ask(self) -> None:
         """Tell the placer of what it does not know yet."""
         for group, asked in self._asked.items():
-            if self._ready and not asked.told:
-                self._asked[group] = asked._replace(told=True)
-                self._say("start", group, asked.incarnation, asked.job)
+            if self._ready and not asked.sent:
+                self._asked[group] = asked._replace(sent=True)
+                self._say("start", group, asked.incarnation, asked.job, asked.lines)
 
     def _say(self, *words: Any) -> None:
         self._out += json.dumps(words).encode() + b"\n"
@@ -180,7 +188,7 @@ class RayPlacement:
         self._popen, self._ready, self._waits = None, False, {}
         how = processes.how_ended(code)
         self._why = processes.last_line(self._log, self._log_start) if code > 0 else how
-        for group in [group for group, asked in self._asked.items() if asked.told]:
+        for group in [group for group, asked in self._asked.items() if asked.sent]:
             self._give_up(group, f"the placer, which talks to Ray, ended ({how})")
         self._failures += 1
         self._again = time.monotonic() + min(LONGEST_AGAIN_S, AGAIN_S * 2 ** (self._failures - 1))

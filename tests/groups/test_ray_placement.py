@@ -71,7 +71,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
 def test_groups_are_placed_watched_and_ended(cluster: Cluster) -> None:
     cluster.start(0)
     cluster.start(1, seconds=0.5, code=processes.FATAL)
-    cluster.start(2, unavailable=2)
+    cluster.start(2, unavailable=2, answers=2)
+    cluster.placement.tell(2, "early")
     cluster.start(3, dies=True)
     cluster.start(4, pending=True)
     assert "10.0.0.1:6379" in cluster.placement.waits()[4]
@@ -84,6 +85,11 @@ def test_groups_are_placed_watched_and_ended(cluster: Cluster) -> None:
     assert cluster.said(Ended, 2) == []  # who cannot be reached for a while has not ended
     cluster.until(lambda: cluster.placement.waits() == {4: "Ray to start it"})
     assert cluster.log(1) == "group 1 has begun\nthe policy cannot be read\n"
+
+    cluster.placement.tell(2, "late")
+    heard = cluster.run_dir / "groups" / "2" / "heard.jsonl"
+    cluster.until(heard.is_file)
+    assert heard.read_text() == "early\nlate\n"
 
     cluster.placement.end(0)
     cluster.placement.end(4)
@@ -143,10 +149,10 @@ def test_a_host_starts_a_group_once_and_refuses_another_version(
     for _ in range(2):  # the answer to the first call was lost on its way
         assert host.start(__version__, {"group": 5}) == "node 10.0.0.2, GPU 1"
     assert len([child for child in psutil.Process().children() if "sleeping_member" in " ".join(child.cmdline())]) == 1
-    look = host.watch({})
+    look = host.watch({}, [])
     while look.ended is None:
         host.end()  # it is not heeded before the group has begun
-        look = host.watch({})
+        look = host.watch({}, [])
     host.leave()
     assert list(tmp_path.iterdir()) == []
 

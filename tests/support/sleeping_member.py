@@ -4,10 +4,16 @@ import json
 import signal
 import sys
 import time
+from pathlib import Path
 
 job = json.load(sys.stdin)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 print(f"group {job['group']} has begun", flush=True)
+if job.get("answers"):
+    told = Path(job["run_dir"]) / "told.jsonl"
+    while not told.is_file() or told.read_text().count("\n") < job["answers"]:
+        time.sleep(0.05)
+    (told.parent / "heard.jsonl").write_text(told.read_text())
 time.sleep(job.get("seconds", 600))
 print("the policy cannot be read", flush=True)
 sys.exit(job.get("code", 1))
