@@ -129,6 +129,13 @@ class Pi0Batch:
         self.sampler.denoise()
         self.actions.copy_(self.normaliser.robot_actions(self.sampler.actions, self.state))
 
+    @torch.no_grad()
+    def normalise(self) -> None:
+        self.sampler.actions.copy_(self.normaliser.of_robot_actions(self.actions, self.state))
+
+    def invert(self, refinements: int) -> None:
+        self.sampler.invert(refinements)
+
 
 def language_lengths(policy: LoadedPolicy, prompts: Sequence[str]) -> NDArray[np.int64]:
     """`tokenizer.language_slots` of a loaded policy, int64 [prompts]."""

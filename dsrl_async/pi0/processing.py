@@ -70,6 +70,13 @@ class Normaliser(nn.Module):
             out = out + F.pad(state[:, None, :dims], (0, self.config.robot_action_dim - dims))
         return out
 
+    def of_robot_actions(self, actions: Tensor, state: Tensor) -> Tensor:
+        """The inverse of `robot_actions`: [B, H, robot_action_dim] and [B, robot_state_dim] -> [B, H, action_dim]."""
+        config = self.config
+        if dims := config.delta_action_dims:
+            actions = actions - F.pad(state[:, None, :dims], (0, config.robot_action_dim - dims))
+        return self.actions(actions)
+
 
 class PromptTokenizer:
     """Turns prompts into token ids as openpi's PaliGemma tokenizer does."""

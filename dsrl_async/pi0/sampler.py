@@ -161,6 +161,25 @@ class Sampler:
             for step in self._steps:
                 self._step(step)
 
+    @torch.no_grad()
+    def invert(self, refinements: int) -> None:
+        """`denoise` backwards, after `encode`: from `actions` to a `noise` of which `denoise` would make them.
+
+        Each Euler step x' = x + d v(x, t), of the same d and t as in `denoise`, is undone by iterating
+        x <- x' - d v(x, t) from x = x', once and `refinements` times more. Where that does not converge, `noise` is not
+        what was looked for: `denoise`, which has to be called for `actions` to mean something again, says how far off.
+        """
+        self.noise.copy_(self.actions)
+        extend = self._region(self._state_end, self._actions_end, self._mask.shape[-1])
+        with sdpa_kernel(ATTENTION_KERNELS, set_priority=True):
+            for step in reversed(self._steps):
+                for _ in range(1 + refinements):
+                    velocity = self.model.run_actions(
+                        self.actions, step, self._rope, self._mask, extend, self._action_scratch, self._kernels
+                    )
+                    torch.add(self.noise, velocity, alpha=-self._delta, out=self.actions)
+                self.noise.copy_(self.actions)
+
     def _run_encode(self) -> None:
         model, end, state_end = self.model, self._prefix_end, self._state_end
         self._mask[..., self._language].copy_(key_mask(self.token_mask, 0, 0, model.dtype))

@@ -107,6 +107,14 @@ class NormalisedBatch(PolicyBatch, Protocol):
     def load_prefix(self, prefix: tuple[Tensor, ...]) -> None:
         """Instead of `encode`: the first rows get what `prefix` gave for others, in tensors [n, ...], n <= B."""
 
+    def normalise(self) -> None:
+        """Writes `normalised_actions` from `actions` and `state`, as inputs: what `denoise` would have scaled so."""
+
+    def invert(self, refinements: int) -> None:
+        """`denoise` backwards, after `encode`: from `normalised_actions`, as an input, to a `noise` of which it would
+        make them, each step with so many refinements. How near that comes, `denoise` says; until then the actions mean
+        nothing."""
+
 
 class FrozenPolicy(Protocol):
     """A policy that is loaded, for the prompts of a run."""
