@@ -565,6 +565,33 @@ class EvaluationConfig(Section):
         return min(self.actors, self.episodes) if wanted else 0
 
 
+class GroupConfig(Section):
+    """Groups, where there are any: how they share a run (docs/cluster.md)."""
+
+    gpus: Announced[int] = Field(1, ge=0, le=64)
+    """GPUs that each group has, of which its policy uses the first; 0: its policy is computed on the CPU."""
+    cpus: Announced[int] = Field(1, gt=0, le=1024)
+    """ray: CPU cores that each group asks the cluster for."""
+    publish_s: Announced[float] = Field(1.0, gt=0, le=60)
+    """Seconds between two broadcasts of the actor's weights to the groups."""
+    window_rows: Announced[int] = Field(256, ge=32, le=65_536)
+    """How many rows a group may have under way to the learner's side."""
+    wait_s: Announced[float] = Field(300.0, gt=0)
+    """ray: how long a run waits for a cluster that is gone before it writes a checkpoint and ends."""
+    address: Announced[str | None] = None
+    """ray: the address by which groups reach this machine; null means the one that it reaches the cluster from."""
+    ports: Announced[list[int] | None] = None
+    """ray: two ports of this machine for rows and weights; null means free ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> GroupConfig:
+        if self.ports is not None and not (
+            len(set(self.ports)) == len(self.ports) == 2 and all(0 < port < 65536 for port in self.ports)
+        ):
+            raise ValueError("ports must be two different numbers below 65536, such as [7001, 7002]")
+        return self
+
+
 class LogConfig(Section):
     """What the run shows of itself while it goes on."""
 
@@ -582,7 +609,12 @@ class Config(Section):
     """The run as a whole."""
 
     actors: Announced[int] = Field(16, gt=0, le=MOST_ACTORS)
-    """How many environment workers: processes that run one environment each."""
+    """How many environment workers, in each of the `groups`: processes that run one environment each."""
+    groups: Announced[int] = Field(1, gt=0, le=1024)
+    """How many groups: environment workers with a policy on a GPU of their own, all for one learner (docs/cluster.md).
+    """
+    ray: Announced[str | None] = None
+    """Address of a Ray cluster on whose machines the groups are, or `auto`; null: all of them are on this machine."""
     seed: Announced[int] = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     run_dir: Free[str | None] = None
@@ -622,6 +654,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    group: GroupConfig = GroupConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
@@ -632,10 +665,13 @@ class Config(Section):
             raise ValueError(
                 "learner.compile cannot fuse an update of sac.algorithm na, which samples the policy; leave it out"
             )
-        if self.replay.capacity < self.actors * MIN_LANE_ROWS:
+        if self.grouped:
+            self._check_groups()
+        actors = self.groups * self.actors
+        if self.replay.capacity < actors * MIN_LANE_ROWS:
             raise ValueError(
-                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {self.actors} actors "
-                f"({self.actors * MIN_LANE_ROWS}); raise it or lower actors"
+                f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {actors} actors "
+                f"({actors * MIN_LANE_ROWS}); raise it or lower actors"
             )
         if self.replay.capacity < self.replay.warmup_decisions:
             raise ValueError("replay.capacity must not be below replay.warmup_decisions")
@@ -650,6 +686,29 @@ class Config(Section):
                 "cannot learn from it; take gaussian or actor, sac.noise_layout shift or per_slot, or sac.algorithm na"
             )
         return self
+
+    def _check_groups(self) -> None:
+        if self.serial:
+            raise ValueError("serial mode is one process, and groups are many; leave out serial, or groups and ray")
+        if self.evaluation.lanes:
+            raise ValueError(
+                "evaluation.every_decisions and every_minutes do not go with groups yet; leave them out, and evaluate "
+                "the checkpoints of the run"
+            )
+        if self.groups * self.actors > MOST_ACTORS:
+            raise ValueError(
+                f"{self.groups} groups of {self.actors} actors are more than {MOST_ACTORS} environments; lower groups "
+                "or actors"
+            )
+        if self.device == "cuda" and self.group.gpus == 0:
+            raise ValueError("device: cuda asks for the GPU that group.gpus: 0 denies; leave one of them out")
+        if self.ray is None and (self.group.address or self.group.ports):
+            raise ValueError("group.address and group.ports are for groups on other machines; give ray, too")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether environments and policy are in groups, and not processes of this run's own."""
+        return self.groups > 1 or self.ray is not None
 
     @property
     def warmup(self) -> Literal["gaussian", "actor", "base"]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from dsrl_async.config.command_line import load_config, make_paths_absolute
 from dsrl_async.config.load import to_yaml
-from dsrl_async.config.settings import Config
+from dsrl_async.config.settings import Config, ConfigError
 from dsrl_async.host import logs
 from dsrl_async.host.command import what_is_wrong
 from dsrl_async.host.files import write_text
@@ -50,6 +50,8 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     stop = StopRequest()
     config = load_config(argv)
     make_paths_absolute(config.policy)
+    if config.grouped:
+        raise ConfigError("groups: this version does not have them yet; leave out groups and ray")
 
     def heed_stop() -> None:
         if stop.reason:
