@@ -42,6 +42,8 @@ class Program(NamedTuple):
     module: str
     settings: Mapping[str, Any] = {}
     """Values of JSON that the process is told beside its job."""
+    fds: Sequence[int] = ()
+    """Descriptors that it inherits beside those of its job."""
 
 
 class Process(Protocol):

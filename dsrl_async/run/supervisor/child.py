@@ -19,7 +19,13 @@ class Kind(StrEnum):
     WORKER = "actor"
     """An environment worker of the training, of which there is one for each lane."""
     EVALUATION = "evaluation"
-    """An environment worker of the evaluation. There is one process of each other kind."""
+    """An environment worker of the evaluation."""
+    GROUP = "group"
+    """A group of environment workers with an inference process of its own (`groups`)."""
+    DOWNLINK = "downlink"
+    """Takes what groups send, where the learner is."""
+    UPLINK = "uplink"
+    """Sends what the learner needs, from where the group is. There is one process of each other kind."""
 
 
 @dataclass(eq=False)
@@ -44,6 +50,8 @@ class Child:
     @property
     def name(self) -> str:
         """`actor-007` for the environment worker of lane 7, `evaluation-000`, and the kind for the others."""
+        if self.kind is Kind.GROUP:
+            return f"group-{self.number}"
         return f"{self.kind}-{self.number:03d}" if self.is_worker else self.kind.value
 
     @property

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from dsrl_async.config.command_line import program
 from dsrl_async.host import processes
 from dsrl_async.host.machine import cpu_threads
 from dsrl_async.host.vigil import Vigil
 from dsrl_async.run import checkpoints
-from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_secret
+from dsrl_async.run.channel import SocketDirectory, make_ends, write_secret
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.child import Child, Kind
 from dsrl_async.run.supervisor.session import Session
@@ -30,8 +30,7 @@ WATCH_INTERVAL_S = 0.05
 QUICK_S = 15.0  # a process that dies younger than this, or before it got anywhere, died of starting
 QUICK_FAILURES = 3  # so many in a row of the same process end the run
 LOADING_S = 900.0  # silence of a model process that is loading: compiling for one batch size may take minutes
-WORKERS_STOP_S, MODELS_STOP_S = 3.0, 5.0  # how long a clean end may take before SIGKILL
-WORKER_STOP_S = 0.05  # and for each environment worker, where there are more of them than cores
+MODELS_STOP_S = 5.0  # how long a clean end may take before SIGKILL
 CHECKPOINT_SILENCE_S = 20.0  # the learner may take long over a last checkpoint, but not in silence
 PROGRAMS = {
     Kind.INFERENCE: processes.Program("dsrl_async.run.inference.server"),
@@ -40,30 +39,73 @@ PROGRAMS = {
 }
 
 
+MODELS = (Kind.INFERENCE, Kind.DOWNLINK, Kind.LEARNER, Kind.UPLINK)
+"""Processes of which a run has one each: one that answers observations or stands for groups that do, and one that
+learns or stands for the learner elsewhere."""
+
+
+class Crew(Protocol):
+    """Who takes the decisions of a run: its environment workers (`Workers`), or groups of them elsewhere."""
+
+    @property
+    def kinds(self) -> Sequence[Kind]:
+        """Of what is replaced if it ends."""
+
+    @property
+    def children(self) -> Sequence[Child]:
+        """Those that are processes of this one's."""
+
+    def start_missing(self) -> str | None:
+        """Start who is not there; returns why the run must end, if it must."""
+
+    def waits(self, patience_s: float, tries: int) -> Sequence[Wait]:
+        """What is waited for."""
+
+    def got_somewhere(self, child: Child) -> bool:
+        """Whether this incarnation of one of the children did what it is for."""
+
+    def problem_of(self, child: Child) -> str | None:
+        """What is known of why one of the children has ended."""
+
+    def start_no_more(self) -> None:
+        """Prepare for the end."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until all have ended, who were told to; returns False if some still run after so long."""
+
+    @property
+    def end_s(self) -> float:
+        """How long they may take for that."""
+
+    def kill(self) -> None:
+        """End those that are still there."""
+
+
 class Supervisor:
     """The processes of one asynchronous run. They read their configuration from the run directory.
 
-    Benchmarks give other `programs`; without one for the learner there is none.
+    Benchmarks give other `programs`; without one for the learner there is none. A `crew` stands in the place of
+    environment workers of this process's own.
     """
 
-    def __init__(self, session: Session, programs: Mapping[Kind, processes.Program] = PROGRAMS) -> None:
+    def __init__(
+        self, session: Session, programs: Mapping[Kind, processes.Program] = PROGRAMS, crew: Crew | None = None
+    ) -> None:
         self.programs = programs
         self.session, self.config, self.run_dir = session, session.config, session.run_dir
         self.arena, self.counters = session.arena, session.counters
         self.observation_ready, self.transition_ready = events.create(), events.create()
-        self.wake = [events.create() for _ in range(self.config.lanes)]
+        self.wake = [events.create() for _ in range(self.config.lanes if crew is None else 0)]
         self._sockets = SocketDirectory()
         self._channel = make_ends(self._sockets.endpoint)
         logs = self.run_dir / "logs"
-        self.inference = Child(Kind.INFERENCE, logs)
-        self.learner = Child(Kind.LEARNER, logs) if Kind.LEARNER in programs else None
-        self.models = [self.inference] if self.learner is None else [self.inference, self.learner]
+        self.models = [Child(kind, logs) for kind in MODELS if kind in programs]
+        self.learner = next((child for child in self.models if child.kind in (Kind.LEARNER, Kind.UPLINK)), None)
         notify_fds = (self.observation_ready, self.transition_ready)
-        self.workers = Workers(session, self.wake, notify_fds, programs[Kind.WORKER])
-        self.children = [*self.models, self.workers.template, *self.workers.by_lane]
-        self.restarts = {kind.value: 0 for kind in (Kind.WORKER, Kind.INFERENCE, Kind.LEARNER, Kind.TEMPLATE)}
-        if self.config.evaluation.lanes:
-            self.restarts[Kind.EVALUATION] = 0
+        self.crew = crew or Workers(session, self.wake, notify_fds, programs[Kind.WORKER])
+        self.children = [*self.models, *self.crew.children]
+        kinds = {*(child.kind for child in self.models), *self.crew.kinds}
+        self.restarts = {kind.value: 0 for kind in Kind if kind in kinds}
         self._vigil = Vigil(self.config.heartbeat_timeout_s)
         self._graphs = {
             Kind.INFERENCE: self.counters.inference_graphs,
@@ -72,6 +114,7 @@ class Supervisor:
         self._heartbeats = {
             Kind.INFERENCE: self.counters.inference_heartbeat_ns,
             Kind.LEARNER: self.counters.learner_heartbeat_ns,
+            Kind.UPLINK: self.counters.learner_heartbeat_ns,
             Kind.TEMPLATE: self.counters.template_heartbeat_ns,
             Kind.WORKER: self.counters.actor_heartbeat_ns,
         }
@@ -91,7 +134,8 @@ class Supervisor:
             self._stop_children()
         except Exception as error:
             reason = ending.with_consequence(reason, *self._own_error(error))
-            processes.kill_all(child.popen for child in self.children if child.popen is not None)
+            processes.kill_all(running(self.children))
+            self.crew.kill()
         if (why := self._why_nothing_was_saved()) is not None:
             reason = ending.without_checkpoint(reason, why, checkpoints.what_is_left(self.run_dir))
             logger.error(reason)
@@ -107,7 +151,9 @@ class Supervisor:
 
     def _why_nothing_was_saved(self) -> str | None:
         """Why there is no last checkpoint; None if there is one, or no learner that would write it."""
-        if (learner := self.learner) is None or (learner.popen is not None and learner.popen.returncode == 0):
+        if (learner := self.learner) is None or learner.kind is Kind.UPLINK:
+            return None
+        if learner.popen is not None and learner.popen.returncode == 0:
             return None
         if (gone := self.session.missing_directory()) is not None:
             return gone
@@ -130,14 +176,15 @@ class Supervisor:
         failed_saves = 0
         uncaptured: list[Child] = []
         while True:
-            self._start_missing()
-            if (reason := self.session.reason_to_stop() or self._give_up_dead()) is not None:
+            hopeless = self._start_missing()
+            if (reason := self.session.reason_to_stop() or hopeless or self._give_up_dead()) is not None:
                 return reason
             if (failed := int(self.counters.learner_failed_checkpoints[0])) > failed_saves:
                 failed_saves = failed
                 logger.warning("a checkpoint could not be written; learning goes on, see %s", self.run_dir / "logs")
             for child in self.models:
-                if child not in uncaptured and self._graphs[child.kind][0] == Graphs.FAILED:
+                graphs = self._graphs.get(child.kind)
+                if child not in uncaptured and graphs is not None and graphs[0] == Graphs.FAILED:
                     uncaptured.append(child)
                     logger.warning("the %s process does without CUDA graphs: %s says why", child.name, child.log)
             self.session.answer_warnings()
@@ -150,46 +197,44 @@ class Supervisor:
         """What is waited for: the processes that have not begun with their work."""
         waits = []
         counters = self.counters
-        for child, said in ((self.inference, counters.inference_start), (self.learner, counters.learner_start)):
-            if child is None or self._last_beat(child) is not None:
+        said = {Kind.INFERENCE: counters.inference_start, Kind.LEARNER: counters.learner_start}
+        for child in self.models:
+            if child.kind not in said or self._last_beat(child) is not None:
                 continue
             ready, sizes = counters.inference_prepared.tolist()
-            detail = f"{ready} of {sizes} sizes" if child is self.inference and ready < sizes else ""
-            waits.append(wait_of(child, said, LOADING_S, QUICK_FAILURES, detail))
-        return (*waits, *self.workers.waits(self.config.heartbeat_timeout_s, QUICK_FAILURES))
+            detail = f"{ready} of {sizes} sizes" if child.kind is Kind.INFERENCE and ready < sizes else ""
+            waits.append(wait_of(child, said[child.kind], LOADING_S, QUICK_FAILURES, detail))
+        return (*waits, *self.crew.waits(self.config.heartbeat_timeout_s, QUICK_FAILURES))
 
     def _wake(self, lane: int) -> None:
         events.notify(self.wake[lane])
 
     # ---- starting
 
-    def _start_missing(self) -> None:
+    def _start_missing(self) -> str | None:
+        """Start who is not there; returns why the run must end, if it must."""
         for child in self.models:
             if child.popen is None:
-                child.begin()
-                child.popen = self._start_inference(child) if child is self.inference else self._start_learner(child)
-        self.workers.start_missing()
+                self._start(child)
+        return self.crew.start_missing()
 
-    def _start_inference(self, child: Child) -> processes.Process:
-        job = {
-            "spec": self.session.run.spec,
-            "observation_ready_fd": self.observation_ready,
-            "wake_fds": self.wake,
-        }
-        fds = [self.observation_ready, *self.wake]
-        return self._start(child, job, fds, self._channel.subscriber, self.config.inference.threads)
-
-    def _start_learner(self, child: Child) -> processes.Process:
-        run = self.session.run
-        job = {"horizon": run.horizon, "prompts": run.spec.prompts, "transition_ready_fd": self.transition_ready}
-        fds = [self.transition_ready]
-        return self._start(child, job, fds, self._channel.publisher, self.config.learner.threads)
-
-    def _start(
-        self, child: Child, job: dict[str, Any], fds: list[int], end: Channel, threads: int | None
-    ) -> processes.Process:
-        """Start a model process, which gets its `end` of the channel through a descriptor: it holds a secret key."""
-        program, channel_fd = self.programs[child.kind], write_secret(end)
+    def _start(self, child: Child) -> None:
+        """Start a model process, which gets its end of the channel through a descriptor: it holds a secret key."""
+        child.begin()
+        run, program, threads = self.session.run, self.programs[child.kind], self.config.learner.threads
+        job: dict[str, Any] = {"transition_ready_fd": self.transition_ready}
+        fds, end = [self.transition_ready], self._channel.publisher
+        if child.kind is Kind.LEARNER:
+            job |= {"horizon": run.horizon, "prompts": run.spec.prompts}
+        elif child.kind is Kind.INFERENCE:
+            job = {"spec": run.spec, "observation_ready_fd": self.observation_ready, "wake_fds": self.wake}
+            fds, end = [self.observation_ready, *self.wake], self._channel.subscriber
+            threads = self.config.inference.threads
+        else:  # it computes nothing
+            threads = 1
+            if child.kind is Kind.DOWNLINK:
+                end = self._channel.subscriber
+        channel_fd = write_secret(end)
         job |= {
             "arena": self.arena.describe(),
             "run_dir": str(self.run_dir),
@@ -197,8 +242,8 @@ class Supervisor:
             **program.settings,
         }
         try:
-            fds = [self.arena.fd, channel_fd, *fds]
-            return processes.start(program.module, job, fds, child.log, cpu_threads(threads))
+            fds = [self.arena.fd, channel_fd, *fds, *program.fds]
+            child.popen = processes.start(program.module, job, fds, child.log, cpu_threads(threads))
         finally:
             os.close(channel_fd)
 
@@ -215,8 +260,7 @@ class Supervisor:
                 continue
             if code == processes.FATAL:
                 return ending.failure(processes.last_line(child.log, child.log_start))
-            if child is self.workers.template:
-                how = self.workers.problem or how
+            how = self.crew.problem_of(child) or how
             message = f"{program('doctor')} looks for the reason"
             if not how and code >= 0:
                 message = processes.last_line(child.log, child.log_start)
@@ -241,7 +285,7 @@ class Supervisor:
             beat = child.started
             if child in self.models:
                 patience_s = LOADING_S
-            if child is self.inference:
+            if child.kind is Kind.INFERENCE:
                 beat = max(beat, int(self.counters.inference_loading_ns[0]) * 1e-9)
         silent_s = self._vigil.silent_s(beat)
         if silent_s <= patience_s:
@@ -258,31 +302,30 @@ class Supervisor:
         """Whether this incarnation did what it is for; of a model process a sign of life is enough."""
         if child in self.models:
             return self._last_beat(child) is not None
-        return self.workers.got_somewhere(child)
+        return self.crew.got_somewhere(child)
 
     # ---- stopping
 
     def _stop_children(self) -> None:
         """End the environment workers, then the others, so that the last checkpoint holds all transitions."""
         if self.session.missing_directory() is not None:  # there is no place for one
-            processes.kill_all(child.popen for child in self.models if child.popen is not None)
-        self.workers.end_template()
-        workers = [child.popen for child in self.workers.by_lane if child.popen is not None]
-        self._vigil = Vigil(WORKERS_STOP_S)  # patience is shorter from here on
+            processes.kill_all(running(self.models))
+        self.crew.start_no_more()
+        told, patience_s = time.monotonic(), self.crew.end_s
+        self._vigil = Vigil(MODELS_STOP_S)  # patience is shorter from here on
         self._tell_to_stop(Stop.WORKERS)
-        told, patience_s = time.monotonic(), WORKERS_STOP_S + WORKER_STOP_S * len(workers)
-        while not processes.wait_all(workers, time.monotonic() + 0.2):
+        while not self.crew.wait(0.2):
             self._vigil.look()
             if self._vigil.silent_s(told) > patience_s:
                 break
-        processes.kill_all(workers)
+        self.crew.kill()
         self._tell_to_stop(Stop.EVERYONE)
         self._wait_models()
         if (learner := self.learner) is not None and self._died_at_the_end(learner):
-            logger.warning("%s ended before it wrote the last checkpoint; another one writes it", learner.name)
+            left = "wrote the last checkpoint" if learner.kind is Kind.LEARNER else "had sent all rows"
+            logger.warning("%s ended before it %s; another one is started for that", learner.name, left)
             self.restarts[learner.kind] += 1
-            learner.begin()
-            learner.popen = self._start_learner(learner)
+            self._start(learner)
             self._wait_models()
 
     def _died_at_the_end(self, learner: Child) -> bool:
@@ -293,7 +336,7 @@ class Supervisor:
 
     def _wait_models(self) -> None:
         """Wait until inference and learner have ended; kill who takes too long."""
-        models = [child.popen for child in self.models if child.popen is not None]
+        models = running(self.models)
         told, learner = time.monotonic(), self.learner
         while not processes.wait_all(models, time.monotonic() + 0.2):
             self._vigil.look()
@@ -309,3 +352,8 @@ class Supervisor:
         self.counters.stop = who
         for fd in (self.observation_ready, self.transition_ready, *self.wake):
             events.notify(fd)
+
+
+def running(children: Iterable[Child]) -> list[processes.Process]:
+    """The processes that there are."""
+    return [child.popen for child in children if child.popen is not None]

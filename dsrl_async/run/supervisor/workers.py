@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from dsrl_async.telemetry.monitor import Wait
 logger = logging.getLogger(__name__)
 
 STARTING_WORKERS = 2  # so many at once at least, and one for each core: more would only slow each other down
+WORKERS_STOP_S = 3.0  # how long a clean end may take before SIGKILL
+WORKER_STOP_S = 0.05  # and for each environment worker, where there are more of them than cores
 ANSWER_WAIT_S = 0.05  # how long the supervisor waits for a fork before it looks after the other processes
 
 
@@ -57,6 +60,15 @@ class Workers:
         self._forker: Template | None = None  # our side of the template
         self._asked: Child | None = None  # the worker that the template was asked for
         self._limit = max(STARTING_WORKERS, available_cpus())
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        kinds = (Kind.WORKER, Kind.TEMPLATE)
+        return (*kinds, Kind.EVALUATION) if self._session.config.evaluation.lanes else kinds
+
+    @property
+    def children(self) -> list[Child]:
+        return [self.template, *self.by_lane]
 
     def start_missing(self) -> None:
         """Start the template, or as many of the missing workers as may come up at once, if it is there to fork them.
@@ -155,10 +167,25 @@ class Workers:
             self._asked = None
         template.close()
 
+    def start_no_more(self) -> None:
+        self.end_template()
+
     @property
-    def problem(self) -> str | None:
+    def end_s(self) -> float:
+        return WORKERS_STOP_S + WORKER_STOP_S * len(self._running())
+
+    def wait(self, seconds: float) -> bool:
+        return processes.wait_all(self._running(), time.monotonic() + seconds)
+
+    def kill(self) -> None:
+        processes.kill_all(self._running())
+
+    def _running(self) -> list[processes.Process]:
+        return [worker.popen for worker in self.by_lane if worker.popen is not None]
+
+    def problem_of(self, child: Child) -> str | None:
         """Why the template is of no use any more, if that is so."""
-        return self._forker.problem if self._forker is not None else None
+        return self._forker.problem if child is self.template and self._forker is not None else None
 
     def got_somewhere(self, child: Child) -> bool:
         """Whether a worker has ended an episode since it was started, or waits for one to evaluate, or the template can

@@ -77,6 +77,11 @@ def session(tmp_path: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPat
     return SimpleNamespace(config=config, run_dir=tmp_path, arena=arena, counters=Counters(arena), horizon=10, run=run)
 
 
+def workers_of(run: Supervisor) -> Workers:
+    assert isinstance(run.crew, Workers)
+    return run.crew
+
+
 def make_workers(session: Any) -> Workers:
     return Workers(session, [0] * 5, [], Program("nothing"))
 
@@ -87,7 +92,8 @@ def test_names_are_those_of_logs_and_metrics(session: Any) -> None:
         *("inference", "learner", "template"),
         *(f"actor-{lane:03d}" for lane in range(5)),
     ]
-    assert [(child.kind, child.number) for child in run.workers.by_lane] == [(Kind.WORKER, lane) for lane in range(5)]
+    lanes = [(child.kind, child.number) for child in workers_of(run).by_lane]
+    assert lanes == [(Kind.WORKER, lane) for lane in range(5)]
     assert run.children[-1].log == session.run_dir / "logs" / "actor-004.log"
     assert run.restarts == {"actor": 0, "inference": 0, "learner": 0, "template": 0}
     assert run.pids() == {}
@@ -147,7 +153,7 @@ def test_loading_may_take_long_but_not_in_silence(
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)  # the supervisor has been awake since then
     run, now = Supervisor(session), 10_000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    child, popen = run.inference, PretendedProcess(1)
+    child, popen = run.models[0], PretendedProcess(1)
     child.begin()
     child.popen, child.started = popen, now - seconds_ago["started"]
     for name in ("loading", "heartbeat"):
@@ -231,7 +237,7 @@ def test_whoever_died_is_counted_by_kind_and_missing(
     session: Any, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Supervisor(session)
-    run.workers.start_missing()
+    workers_of(run).start_missing()
     victim = next(child for child in run.children if child.kind is kind)
     victim.begin()
     victim.popen = PretendedProcess(1, returncode=-11)
@@ -287,7 +293,7 @@ def as_words(run: Supervisor) -> dict[str, str]:
 def test_what_is_waited_for_is_what_the_processes_say(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PretendedTemplate, "answers", False)
     run, counters = started(session, monkeypatch), session.counters
-    template: Any = run.workers._forker
+    template: Any = workers_of(run)._forker
     template.prepared = False
     assert as_words(run) == {
         "inference": "importing PyTorch",
@@ -316,9 +322,9 @@ def test_what_is_waited_for_is_what_the_processes_say(session: Any, monkeypatch:
     counters.inference_heartbeat_ns[0] = time.monotonic_ns()
     for lane in range(4):
         run._start_missing()
-        run.workers._slots.request(lane, run.workers.by_lane[lane].incarnation, 1)
+        workers_of(run)._slots.request(lane, workers_of(run).by_lane[lane].incarnation, 1)
     assert as_words(run) == {"workers": "starting, 4 of 5 ready"}
-    run.workers._slots.request(4, run.workers.by_lane[4].incarnation, 1)
+    workers_of(run)._slots.request(4, workers_of(run).by_lane[4].incarnation, 1)
     assert as_words(run) == {}
 
 
