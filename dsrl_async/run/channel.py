@@ -55,7 +55,7 @@ def make_ends(endpoint: str) -> Ends:
 
 
 def write_secret(ends: Channel | tuple[Channel, ...]) -> int:
-    """Put an end, or several, into an anonymous file; returns its descriptor, which the child that reads it inherits."""
+    """Put an end, or several, into an anonymous file; returns its descriptor, which the child inherits to read it."""
     fd = os.memfd_create("dsrl_async-channel", os.MFD_CLOEXEC)
     os.fchmod(fd, 0o600)
     os.write(fd, json.dumps(ends).encode())

@@ -15,6 +15,7 @@ from dsrl_async import __version__
 from dsrl_async.groups import wire
 from dsrl_async.groups.wire import BadMessage, Complaints, Hello, State, check_rows, collect, replay, row_type
 from dsrl_async.run.channel import write_secret
+from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
 from dsrl_async.shm.replay import ReplayRing, replay_fields
 
@@ -67,14 +68,8 @@ def test_every_column_travels_and_the_layout_is_the_rings() -> None:
     }
     assert len(layouts) == 2  # whatever the lanes and their length
     fields = replay_fields(1, 2, state_dim=8, noise_width=32)
-    row = row_type(ReplayRing(wire_arena(fields)))
+    row = row_type(ReplayRing(Arena.create(fields)))
     assert row.itemsize == 64 * 64 * 3 + 8 * 4 + 32 * 4 + 3 * 8 + 3 * 4 + 2
-
-
-def wire_arena(fields: dict) -> object:  # type: ignore[type-arg]
-    from dsrl_async.shm.arena import Arena
-
-    return Arena.create(fields)
 
 
 def test_a_row_that_is_overwritten_before_it_is_collected_is_no_row() -> None:
@@ -129,8 +124,7 @@ def test_garbled_frames_are_refused_or_are_rows_that_a_ring_takes(frame: bytes, 
             garbled = rows.tobytes()
     try:
         rows = check_rows(garbled, dtype, 2)
-    except BadMessage as error:
-        assert error.kind == "rows"
+    except BadMessage:
         return
     ring.begin_episode(
         0, ring.rows["image"][0, 0], ring.rows["state"][0, 0], wire.Seen(ring.rows["policy_images"][0, 0], 0)
