@@ -247,7 +247,7 @@ class State(NamedTuple):
         numbers = np.frombuffer(frame, "<i8")
         if numbers.min() < 0 or numbers.max() > LARGEST:
             raise BadMessage("state", "has numbers that count nothing")
-        return cls(*numbers[:counts].tolist(), stored=numbers[counts:])
+        return cls(*numbers[:counts].tolist(), numbers[counts:])
 
 
 # ---- sockets
