@@ -247,7 +247,8 @@ class State(NamedTuple):
         numbers = np.frombuffer(frame, "<i8")
         if numbers.min() < 0 or numbers.max() > LARGEST:
             raise BadMessage("state", "has numbers that count nothing")
-        return cls(*numbers[:counts].tolist(), numbers[counts:])
+        updates, granted, warmup, stop, reported = numbers[:counts].tolist()
+        return cls(updates, granted, warmup, stop, reported, numbers[counts:])
 
 
 # ---- sockets
