@@ -360,6 +360,8 @@ def operations() -> dict[str, tuple[Any, ...]]:
 def test_what_torch_is_told_of_an_operation_is_so(name: str) -> None:
     """Shapes and types without computing, what it changes, and that nothing it returns shares memory."""
     operation = getattr(torch.ops.dsrl_async, name).default
+    changed = {one.name for one in operation._schema.arguments if one.alias_info and one.alias_info.is_write}
+    assert changed == {"rms_norm": {"out"}, "rotate": {"cache"}, "normed_rotate": {"cache"}}.get(name, set())
     torch.library.opcheck(operation, operations()[name], test_utils=("test_schema", "test_faketensor"))
 
 
