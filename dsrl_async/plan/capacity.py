@@ -21,7 +21,7 @@ from dsrl_async.config.settings import MOST_ACTORS
 from dsrl_async.plan.simulation import EnvironmentTimes, simulate
 from dsrl_async.run.inference.batching import choose_batch
 
-Bound = Literal["environments", "device", "cores", "learner", "memory", "actors", "machines", "network"]
+Bound = Literal["environments", "device", "cores", "learner", "memory", "actors", "machines", "network", "downlink"]
 BUSY = 0.95
 """A device counts as busy from this share of the time on, and a throughput as enough from this share of the most."""
 DECISIONS, DECISIONS_PER_ACTOR = 4000, 20
@@ -58,7 +58,10 @@ class CapacityInputs:
     replay_ratio: float = 1.0
     """Gradient updates per decision. Workers wait for the learner."""
     most_actors: int = MOST_ACTORS
-    """How many workers the memory holds, at most `MOST_ACTORS`."""
+    """How many workers the memory holds, of each group, at most `MOST_ACTORS`."""
+    groups: int = 1
+    """How many groups the machine runs, each with a device and workers of its own; all share the cores and the
+    learner, which has a part of one device if `learner_shares_device`."""
 
     def service_s(self, size: int) -> float:
         """Seconds that a batch takes: on a line between the known sizes, and in proportion beyond the largest."""
@@ -71,11 +74,12 @@ class Prediction(NamedTuple):
     """What a run with this many workers would do."""
 
     actors: int
+    """Those of a group."""
     decisions_per_s: float
     env_steps_per_s: float
     updates_per_s: float
     device_busy: float
-    """Share of the time in which the device computes the policy."""
+    """Share of the time in which a group's device computes the policy."""
     cores_busy: float
     """Mean number of busy cores."""
     bound: Bound
@@ -83,7 +87,7 @@ class Prediction(NamedTuple):
 
 
 def predict(inputs: CapacityInputs, actors: int) -> Prediction:
-    """Throughput with this many workers, whether or not the memory holds them."""
+    """Throughput with this many workers in each group, whether or not the memory holds them."""
     times, sizes = inputs.environment, inputs.batch_sizes
     service_s = {size: inputs.service_s(size) for size in sizes}
     decisions = DECISIONS + DECISIONS_PER_ACTOR * actors
@@ -94,11 +98,13 @@ def predict(inputs: CapacityInputs, actors: int) -> Prediction:
     device_s = queue.device_busy / queue.decisions_per_s
     update_s = inputs.replay_ratio * inputs.update_s
     core_s = environment_s * inputs.environment_cores + device_s * inputs.device_cores + update_s * inputs.update_cores
-    rates: dict[Bound, float] = {"device" if queue.device_busy >= BUSY else "environments": queue.decisions_per_s}
+    acting: Bound = "device" if queue.device_busy >= BUSY else "environments"
+    rates: dict[Bound, float] = {acting: inputs.groups * queue.decisions_per_s}
     if inputs.learner_shares_device:
         # while the updates have the device more actors get ready: the batches are as large as they can be
         count, size = choose_batch(actors, sizes)
-        rates["device"] = min(queue.decisions_per_s, 1 / (service_s[size] / count + update_s))
+        # the other groups have their devices to themselves: rate = groups * q - rate * update_s * q
+        rates["device"] = min(rates[acting], inputs.groups / (service_s[size] / count + update_s))
     if core_s > 0:
         rates["cores"] = inputs.cores / core_s
     if update_s > 0:
@@ -110,7 +116,7 @@ def predict(inputs: CapacityInputs, actors: int) -> Prediction:
         decisions_per_s=rate,
         env_steps_per_s=rate * inputs.steps_per_decision,
         updates_per_s=rate * inputs.replay_ratio,
-        device_busy=rate * device_s,
+        device_busy=rate * device_s / inputs.groups,
         cores_busy=rate * core_s,
         bound=bound,
     )
@@ -168,7 +174,7 @@ class Payload(NamedTuple):
 
 
 class Machines(NamedTuple):
-    """What several machines with workers and a policy would do, beside one with the learner and the replay ring."""
+    """What several machines with a group each would do, beside one with the learner and the replay ring."""
 
     nodes: int
     actors: int
@@ -179,31 +185,65 @@ class Machines(NamedTuple):
     """Traffic into the learner's machine."""
     weights_bytes_per_s: float
     """Traffic out of the learner's machine."""
+    weights_every_s: float
+    """Seconds between two publications to a machine."""
     bound: Bound
 
 
-def machines(
-    inputs: CapacityInputs, nodes: Sequence[int], payload: Payload, publish_interval: int, network_bytes_per_s: float
-) -> list[Machines]:
+class Link(NamedTuple):
+    """What carries rows to the learner's machine, and weights from it."""
+
+    bytes_per_s: float
+    """Bandwidth of the learner's machine in each direction."""
+    publish_interval: int
+    """Updates between two publications of the learner."""
+    publish_s: float
+    """Seconds that pass at least between two publications to a machine."""
+
+
+ROW_S = 100e-6
+"""What a row takes of the downlink, a process of one thread that stores what arrives."""
+ENCRYPTED_BYTES_PER_S = 600e6
+"""What ZeroMQ's one I/O thread encrypts and sends of the weights, which go to each machine by themselves."""
+
+
+def machines(inputs: CapacityInputs, nodes: Sequence[int], payload: Payload, link: Link) -> list[Machines]:
     """For each number in `nodes`: that many times what one machine does without the learner, as far as the learner's
-    machine keeps up.
+    machine keeps up with updates and rows.
 
     Each has as many workers as are enough there, which are more than beside a learner that takes cores and the device
-    from them. `network_bytes_per_s` is the bandwidth of the learner's machine in each direction.
+    from them. Weights hold nobody up: where they would fill the link or the thread that encrypts them, they come less
+    often.
     """
-    without_learner = replace(inputs, update_s=0.0, learner_shares_device=False)
-    acting = judge(without_learner, curve(without_learner)).enough
+    alone = replace(inputs, update_s=0.0, learner_shares_device=False, groups=1)
+    acting = judge(alone, curve(alone)).enough
     update_s = inputs.replay_ratio * inputs.update_s
     found = []
     for count in nodes:
-        weights = inputs.replay_ratio / publish_interval * payload.weights * count  # bytes per decision
         rates: dict[Bound, float] = {
             "machines": count * acting.decisions_per_s,
             "learner": 1 / update_s if update_s > 0 else math.inf,
-            "network": network_bytes_per_s / max(payload.transition, weights),
+            "network": link.bytes_per_s / payload.transition,
+            "downlink": 1 / ROW_S,
         }
         bound = min(rates, key=rates.__getitem__)
         rate = rates[bound]
-        updates, transitions = rate * inputs.replay_ratio, rate * payload.transition
-        found.append(Machines(count, count * acting.actors, rate, updates, transitions, rate * weights, bound))
+        updates, weights = rate * inputs.replay_ratio, count * payload.weights
+        every_s = max(
+            link.publish_interval / updates,
+            link.publish_s,
+            weights / min(link.bytes_per_s, ENCRYPTED_BYTES_PER_S),
+        )
+        found.append(
+            Machines(
+                nodes=count,
+                actors=count * acting.actors,
+                decisions_per_s=rate,
+                updates_per_s=updates,
+                transition_bytes_per_s=rate * payload.transition,
+                weights_bytes_per_s=weights / every_s,
+                weights_every_s=every_s,
+                bound=bound,
+            )
+        )
     return found

@@ -1,8 +1,9 @@
 """The command: `python -m dsrl_async.plan [--measure] [option ...] [any option of launch]`.
 
-Predicts decisions, environment steps and gradient updates per second against the number of environment workers, says
-how many are enough and what bounds them, and what many machines would do. Times come from a short measurement of this
-machine (--measure), from the options below, or from both: an option overrides what was measured.
+Predicts decisions, environment steps and gradient updates per second against the number of environment workers (of
+each of `--groups`), says how many are enough and what bounds them, and what many machines would do. Times come from a
+short measurement of this machine (--measure), from the options below, or from both: an option overrides what was
+measured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rich.console import Console
 from dsrl_async.config.command_line import Parser, add_help_all, add_sections, program
 from dsrl_async.config.load import leaf_fields
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.plan.capacity import curve, judge, machines
+from dsrl_async.plan.capacity import Link, curve, judge, machines
 from dsrl_async.plan.gpus import ABOVE_BOUND, GPUS
 from dsrl_async.plan.report import plot, show
 from dsrl_async.plan.resolve import read
@@ -90,8 +91,8 @@ def main(argv: Sequence[str]) -> int:
         config, inputs, payload, policy_settings = read(own, rest)
         points = curve(inputs)
         verdict = judge(inputs, points)
-        link = own.network_gbit * GIGABIT
-        network = machines(inputs, own.nodes, payload, config.learner.publish_interval, link)
+        link = Link(own.network_gbit * GIGABIT, config.learner.publish_interval, config.group.publish_s)
+        network = machines(inputs, own.nodes, payload, link)
         if own.plot:
             plot(own.plot, points, verdict)
     except OSError as error:  # a policy's files cannot be read, or the picture cannot be written: give others

@@ -21,11 +21,19 @@ PICTURES = (".pdf", ".png", ".svg")
 MORE: dict[Bound, str] = {
     "device": "a faster device{or_less} would give more; more actors would not",
     "cores": "more cores would give more; more actors would not",
-    "learner": "a lower replay_ratio or a quicker update would give more; more actors would not",
+    "learner": "a lower replay_ratio, a larger batch with fewer updates or a quicker update would give more; more "
+    "actors or groups would not",
     "actors": "more machines would give more",
     "memory": "more memory or a smaller replay.capacity would allow more actors, and they would give more",
 }
 """What would help, for each bound."""
+NO_MORE: dict[Bound, str] = {
+    "learner": "the learner is the bound, and more machines give nothing. What would, in this order: a lower "
+    "replay_ratio, a larger sac.batch_size with fewer updates, a quicker update",
+    "network": "the rows fill the link of the learner's machine, and more machines give nothing",
+    "downlink": "the rows keep the process busy that stores them, and more machines give nothing",
+}
+"""What is said of the first number of machines that is too many, by its bound."""
 LESS = {
     "denoise_steps": ", fewer policy.denoise_steps or policy.compile",
     "options": ", or a policy whose policy.options let it do less,",
@@ -39,18 +47,22 @@ def sentence(inputs: CapacityInputs, verdict: Verdict, policy_settings: Set[str]
     actors, saturate, reach = f"{at.actors} actors", "saturate", "reach"
     if at.actors == 1:
         actors, saturate, reach = "1 actor", "saturates", "reaches"
+    device = "the device"
+    if inputs.groups > 1:
+        actors = f"{inputs.groups} groups of {actors}"
+        device, saturate, reach = "their devices", "saturate", "reach"
     rates = f"{at.decisions_per_s:,.4g} decisions/s ({at.env_steps_per_s:,.4g} env steps/s, "
     rates += f"{at.updates_per_s:,.4g} updates/s), {BUSY:.0%} of the most that is possible here"
     if bound == "device":
         more = MORE[bound].format(or_less="".join(words for key, words in LESS.items() if key in policy_settings))
-        return f"{actors} {saturate} the device: {rates}. The device is the bound: {more}."
+        return f"{actors} {saturate} {device}: {rates}. The device is the bound: {more}."
     what = {
         "cores": f"The {inputs.cores:g} CPU cores are the bound",
         "learner": f"The learner is the bound, at a replay ratio of {inputs.replay_ratio:g}",
         "actors": f"The {MOST_ACTORS} actors that a run may have are the bound",
         "memory": f"Memory is the bound: it holds {inputs.most_actors} actors",
     }[bound]
-    busy = f"The device computes the policy for {at.device_busy:.0%} of the time."
+    busy = f"{'A' if inputs.groups > 1 else 'The'} device computes the policy for {at.device_busy:.0%} of the time."
     return f"{actors} {reach} {rates}. {busy} {what}: {MORE[bound]}."
 
 
@@ -107,8 +119,8 @@ def show(
 
     each = network[0].actors // network[0].nodes
     console.print(
-        "\nA run uses one machine; this is what more of them would be worth."
-        f"\nMany machines, each with a policy and {each} actors, and one with the learner "
+        "\nMore machines join a run with --ray (docs/cluster.md); this is what they would be worth."
+        f"\nMany machines, each with a group of {each} actors, and one with the learner "
         f"({payload.transition:,} bytes per decision to it, {payload.weights:,} per machine and publication from it):"
     )
     rows_of_machines = [
@@ -119,12 +131,16 @@ def show(
             f"{one.updates_per_s:,.4g}",
             f"{one.transition_bytes_per_s / 1e6:,.3g}",
             f"{one.weights_bytes_per_s / 1e6:,.3g}",
+            f"{one.weights_every_s:.3g}",
             one.bound,
         )
         for one in network
     ]
-    columns = ["machines", "actors", "decisions/s", "updates/s", "in MB/s", "out MB/s", "bound"]
+    columns = ["machines", "actors", "decisions/s", "updates/s", "in MB/s", "out MB/s", "weights every s", "bound"]
     console.print(table_of(columns, rows_of_machines))
+    if (full := next((one for one in network if one.bound in NO_MORE), None)) is not None:
+        machines = "1 machine" if full.nodes == 1 else f"{full.nodes} machines"
+        console.print(f"{machines}: {NO_MORE[full.bound]}.")
     console.print(
         f"Were only the environments elsewhere, a decision would take {payload.observation:,} bytes to the policy and "
         f"{payload.action_chunk:,} back."

@@ -106,11 +106,13 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
     need = preflight.memory_needed(planned, environment, spec, policy)
     memory = available_memory() if own.memory_gib is None else own.memory_gib * 2**30
     most_actors = preflight.actors_that_fit(planned, environment, spec, policy, memory)
+    most_actors //= config.groups
     if most_actors < 1:
         lower = preflight.what_to_lower(planned, environment, spec, policy, "replay.capacity")
+        of_each = "" if config.groups == 1 else f" for each of {config.groups} groups"
         raise ConfigError(
-            f"the memory of {memory / 2**30:.3g} GiB holds no environment worker beside replay, policy and learner, "
-            f"which need {need.without_workers / 2**30:.3g}; lower {lower}, or give more with --memory-gib"
+            f"the memory of {memory / 2**30:.3g} GiB holds no environment worker{of_each} beside replay, policy and "
+            f"learner, which need {need.without_workers / 2**30:.3g}; lower {lower}, or give more with --memory-gib"
         )
     known: dict[str, Any] = {"steps_per_decision": config.env.chunk, "environment": EnvironmentTimes(reset_s=0.0)}
     if run is not None:
@@ -136,6 +138,7 @@ def read(own: argparse.Namespace, rest: Sequence[str]) -> Question:
         learner_shares_device=on_gpu and config.learner.device is None,
         replay_ratio=config.replay_ratio,
         most_actors=most_actors,
+        groups=config.groups,
     )
     return Question(config, inputs, payload_of(config, spec, sizes.action_horizon), policy_settings)
 

@@ -19,7 +19,17 @@ from support.commands import call
 from dsrl_async.bench.pipeline import DEVICES
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import InferenceConfig
-from dsrl_async.plan.capacity import CapacityInputs, Payload, curve, judge, machines, predict
+from dsrl_async.plan.capacity import (
+    ROW_S,
+    CapacityInputs,
+    Link,
+    Machines,
+    Payload,
+    curve,
+    judge,
+    machines,
+    predict,
+)
 from dsrl_async.plan.report import sentence
 from dsrl_async.plan.simulation import EnvironmentTimes
 from dsrl_async.policies.user import USER_SETTINGS
@@ -182,14 +192,35 @@ def test_what_would_help_is_a_setting_of_the_policy(monkeypatch: pytest.MonkeyPa
 # ---- many machines
 
 
-def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
-    """A machine, whose memory holds one actor, does 1 / 1.1 decisions per second."""
+def test_groups_of_a_machine_multiply_devices_and_share_cores_and_learner() -> None:
+    """A group with an actor does 1 / 1.1 decisions per second, and is busy with them for a tenth of the time."""
+    one, four = (predict(figures(groups=groups), 1) for groups in (1, 4))
+    assert four.decisions_per_s == pytest.approx(4 * one.decisions_per_s)
+    assert four.device_busy == pytest.approx(one.device_busy)
+    assert four.cores_busy == pytest.approx(4 * one.cores_busy)
+    few_cores = predict(figures(groups=4, cores=2), 1)
+    assert (few_cores.bound, few_cores.decisions_per_s) == ("cores", pytest.approx(2 / 1.1))
+    learner = predict(figures(groups=4, update_s=0.5), 1)
+    assert (learner.bound, learner.decisions_per_s) == ("learner", pytest.approx(2))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_learner_takes_its_part_of_one_device(groups: int) -> None:
+    """Without it, a device of 100 actors does 40 decisions per second; with it, the first one does fewer."""
+    most = predict(figures(groups=groups, update_s=0.001, learner_shares_device=True), 100)
+    updating = 0.001 * most.decisions_per_s
+    assert most.bound == "device"
+    assert most.decisions_per_s == pytest.approx(40 * (groups - updating), rel=0.02)
+
+
+def at(nodes: Sequence[int], bytes_per_s: float = 1e9, publish_s: float = 0.0) -> list[Machines]:
+    """Of machines whose memory holds one actor, which does 1 / 1.1 decisions per second."""
     basis = figures(update_s=0.1, replay_ratio=2.0, most_actors=1)
     payload = Payload(observation=1000, action_chunk=10, transition=100, weights=5000)
+    return machines(basis, nodes, payload, Link(bytes_per_s, publish_interval=10, publish_s=publish_s))
 
-    def at(nodes: Sequence[int], network_bytes_per_s: float = 1e9) -> Any:
-        return machines(basis, nodes, payload, publish_interval=10, network_bytes_per_s=network_bytes_per_s)
 
+def test_machines_add_up_until_the_learner_is_full() -> None:
     few, many = at([3, 100])
     assert few.decisions_per_s == pytest.approx(3 / 1.1)
     assert (few.actors, few.bound) == (3, "machines")
@@ -199,10 +230,44 @@ def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
     assert many.bound == "learner"
     assert many.decisions_per_s == pytest.approx(5)
     assert many.updates_per_s == pytest.approx(10)
-    (thin,) = at([3], network_bytes_per_s=3000)
+
+
+def test_rows_fill_a_link_and_weights_come_less_often() -> None:
+    (thin,) = at([3], bytes_per_s=150)
     assert thin.bound == "network"
-    assert thin.decisions_per_s == pytest.approx(1)  # 1 x 2 / 10 x 5000 x 3
-    assert thin.weights_bytes_per_s == pytest.approx(3000)
+    assert thin.decisions_per_s == pytest.approx(1.5)  # of 100 bytes
+    assert thin.weights_every_s == pytest.approx(100)  # 5000 bytes to three machines
+    assert thin.weights_bytes_per_s == pytest.approx(150)
+
+
+def test_weights_come_no_more_often_than_they_may() -> None:
+    (often,), (seldom,) = at([3]), at([3], publish_s=4.0)
+    assert often.weights_every_s == pytest.approx(10 / often.updates_per_s)
+    assert seldom.weights_every_s == 4.0
+    assert seldom.decisions_per_s == often.decisions_per_s
+
+
+def test_so_many_rows_that_the_downlink_is_full() -> None:
+    basis = figures(most_actors=1)
+    (many,) = machines(basis, [20_000], Payload(1, 1, 1, 1), Link(1e12, 10, 1.0))
+    assert (many.bound, many.decisions_per_s) == ("downlink", pytest.approx(1 / ROW_S))
+
+
+def test_the_first_number_of_machines_that_is_too_many_is_told() -> None:
+    given = ["--env-ms", "150", "--gpu", "h100", "--cores", "64", "--memory-gib", "64", "--nodes", "1", "2", "64"]
+    text = " ".join(run(*given, "--update-ms", "10", "--replay-ratio", "0.3").split())
+    assert "2 machines: the learner is the bound, and more machines give nothing." in text
+    assert "is the bound, and more machines" not in run(*given)  # without a learner all goes on
+
+
+def test_groups_of_this_machine_are_those_of_the_run() -> None:
+    given = ["--env-ms", "150", "--device-ms", "1:7", "32:153", "--cores", "640", "--memory-gib", "64"]
+    one, four = (json.loads(run(*given, "--groups", groups, "--json")) for groups in ("1", "4"))
+    assert four["enough"]["decisions_per_s"] == pytest.approx(4 * one["enough"]["decisions_per_s"], rel=0.02)
+    assert four["enough"]["actors"] == one["enough"]["actors"]
+    assert four["figures"]["groups"] == 4
+    text = run(*given, "--groups", "4")
+    assert f"4 groups of {one['enough']['actors']} actors saturate their devices" in text
 
 
 # ---- input that cannot be
@@ -225,7 +290,11 @@ def test_machines_add_up_until_the_learner_or_its_link_is_full() -> None:
         ([*GIVEN, "--update-ms", "inf"], "--update-ms must be a positive number"),
         ([*GIVEN, "--reset-s", "-1"], "--reset-s must not be negative"),
         ([*GIVEN, "--episode-decisions", "0"], "--episode-decisions must be at least 1"),
-        ([*GIVEN, "--memory-gib", "0.1"], "holds no environment worker"),
+        ([*GIVEN, "--memory-gib", "0.1"], "holds no environment worker beside"),
+        (
+            [*GIVEN, "--memory-gib", "1.5", "--groups", "200", "--replay.capacity", "60000"],
+            "holds no environment worker for each of 200 groups",
+        ),
         ([*GIVEN, "--memory-gib", "60", "--sac.num-q-heads", "1000000"], "lower sac.num_q_heads, or give more"),
         ([*GIVEN, "--nodes", "0"], "--nodes must be at least 1"),
         ([*GIVEN, "--network-gbit", "0"], "--network-gbit must be a positive number"),
