@@ -18,10 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 
+from dsrl_async import __version__
 from dsrl_async.config.files import how_to_install
+from dsrl_async.config.load import to_yaml
 from dsrl_async.config.settings import MIN_LANE_ROWS, Config, ConfigError, EvaluationConfig
+from dsrl_async.doctor.cluster import look_at_cluster
 from dsrl_async.doctor.probes import cuda, egl_devices, render
 from dsrl_async.envs import graphics, libero_files
+from dsrl_async.groups.ray_placement import check_library, own_address
 from dsrl_async.host import processes
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus, available_memory, cpu_threads
@@ -40,6 +44,8 @@ SOFTWARE_RENDERERS = ("llvmpipe", "softpipe", "swrast", "software")
 ACTORS_PER_CPU = 2
 """More environment workers than this on a core wait for one another; LIBERO's simulate nearly all of the time."""
 GIB = 2**30
+CLUSTER_PATIENCE = 5
+"""How much longer than another process that of the check of a cluster may take: it may start one, and asks others."""
 
 
 class Finding(NamedTuple):
@@ -412,6 +418,69 @@ def check_run_directory(config: Config, options: Options) -> Iterator[Finding]:
     )
 
 
+def check_cluster(config: Config, options: Options) -> Iterator[Finding]:
+    """Ask every machine of the Ray cluster that could have a group."""
+    if config.ray is None:
+        return
+    check_library()
+    group = config.group
+    of_a_group = config.model_copy(update={"groups": 1, "ray": None, "resume": None, "run_dir": None})
+    address = own_address(config.ray, group.address)
+    limit_s = CLUSTER_PATIENCE * options.time_limit_s
+    question = {
+        "ray": config.ray,
+        "gpus": group.gpus,
+        "cpus": group.cpus,
+        "address": address,
+        "ports": group.ports or [0, 0],
+        "config": to_yaml(of_a_group),
+        "time_limit_s": limit_s / 2,
+    }
+    found = ask(look_at_cluster, limit_s, argument=question)
+    needs = f"{counted(group.gpus, 'GPU')} and {counted(group.cpus, 'CPU')}"
+    said = f"Ray {found['ray']}, {counted(found['nodes'], 'machine')}: room for {counted(found['rooms'], 'group')} of "
+    if found["rooms"] == 0:
+        yield Finding("ray", "problem", f"{said}{needs}; add machines, or lower group.gpus or group.cpus")
+    elif found["rooms"] < config.groups:
+        late = counted(config.groups - found["rooms"], "group")
+        yield Finding("ray", "warning", f"{said}{needs}; {late} will wait until a machine joins")
+    else:
+        yield Finding("ray", "ok", f"{said}{needs}")
+    for machine in found["machines"]:
+        yield from _machine(machine, address)
+    if not all(machine.get("token", True) for machine in found["machines"]):
+        yield Finding(
+            "ray",
+            "warning",
+            "this cluster has no token: whoever reaches it runs programs on it in your name; set RAY_AUTH_MODE=token "
+            "on every machine before `ray start` (docs/cluster.md)",
+        )
+
+
+def _machine(machine: dict[str, Any], address: str) -> Iterator[Finding]:
+    """What is to be said of a machine of the cluster, which is what its doctor finds, and whether it reaches this one."""
+    where = f"node {machine['where']}"
+    if "error" in machine:
+        yield Finding("ray", "problem", f"{where}: dsrl_async cannot be used there: {machine['error']}")
+        return
+    if machine["version"] != __version__:
+        versions = f"dsrl_async {machine['version']} is there, and {__version__} here"
+        yield Finding("ray", "problem", f"{where}: {versions}; install the same")
+    if machine["unreached"]:
+        ports = " and ".join(machine["unreached"])
+        yield Finding(
+            "ray",
+            "problem",
+            f"{where}: it does not reach {address}, port {ports}; set group.address to an address of this machine that "
+            "it reaches, and open group.ports in the firewall",
+        )
+    bad = [found for found in machine["findings"] if found["check"] != "run directory" and found["status"] != "ok"]
+    for finding in bad:
+        yield Finding("ray", finding["status"], f"{where}: {finding['check']}: {finding['message']}")
+    if not bad and machine["version"] == __version__ and not machine["unreached"]:
+        yield Finding("ray", "ok", f"{where}: Python {machine['python']}, and all that a group needs")
+
+
 CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
     "environment": check_environment,
     "graphics": check_graphics,
@@ -424,6 +493,7 @@ CHECKS: dict[str, Callable[[Config, Options], Iterator[Finding]]] = {
     "open files": check_descriptors,
     "channel": check_channel,
     "run directory": check_run_directory,
+    "ray": check_cluster,
 }
 
 
