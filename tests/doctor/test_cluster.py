@@ -98,8 +98,12 @@ def test_every_machine_with_room_for_a_group_is_asked(monkeypatch: pytest.Monkey
     ]
     asked: list[dict[str, Any]] = []
 
+    def answer(question: dict[str, Any]) -> str:
+        asked.append(question)
+        return f"answer {len(asked)}"
+
     def remote(**_: Any) -> Any:
-        call = SimpleNamespace(remote=lambda question: asked.append(question) or f"answer {len(asked)}")
+        call = SimpleNamespace(remote=answer)
         return lambda function: SimpleNamespace(options=lambda scheduling_strategy: call)
 
     def get(answer: str) -> dict[str, Any]:
