@@ -458,7 +458,7 @@ def check_cluster(config: Config, options: Options) -> Iterator[Finding]:
 
 
 def _machine(machine: dict[str, Any], address: str) -> Iterator[Finding]:
-    """What is to be said of a machine of the cluster, which is what its doctor finds, and whether it reaches this one."""
+    """What is to be said of a machine of the cluster: what its doctor finds, and whether it reaches this one."""
     where = f"node {machine['where']}"
     if "error" in machine:
         yield Finding("ray", "problem", f"{where}: dsrl_async cannot be used there: {machine['error']}")

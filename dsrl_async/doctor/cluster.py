@@ -1,5 +1,7 @@
-"""What the machines of a Ray cluster have that groups need. `look_at_cluster` runs in a process of its own, like all that
-imports Ray, and `look_here` on each machine, where it asks that machine's own doctor.
+"""What the machines of a Ray cluster have that groups need.
+
+`look_at_cluster` runs in a process of its own, as all does that imports Ray, and `look_here` on each machine, where it
+asks that machine's own doctor.
 """
 
 from __future__ import annotations

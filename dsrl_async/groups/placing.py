@@ -146,7 +146,9 @@ def start_member(job: Mapping[str, Any], log: Path, variables: Mapping[str, str]
     try:
         os.write(stdin, json.dumps(job).encode())
         os.lseek(stdin, 0, os.SEEK_SET)
-        return processes.start_tied(["-m", job.get("module", MEMBER)], [], log, {**processes.WAIT_POLICY, **variables}, stdin)
+        return processes.start_tied(
+            ["-m", job.get("module", MEMBER)], [], log, {**processes.WAIT_POLICY, **variables}, stdin
+        )
     finally:
         os.close(stdin)
 
