@@ -2,6 +2,8 @@
 
     python scripts/plot_learning_curve.py runs/a runs/b --out curve.png --evaluation base.json a.json b.json
 
+Points with their 95 % interval are the evaluations during a run (`evaluation.every_decisions`), if there were any.
+
 Needs matplotlib (`pip install "dsrl_async[plot]"`).
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from dsrl_async.host.command import guard
 
 MIN_EPISODES = 20  # a success rate of fewer episodes is noise and is not drawn
-AXES = (("wall_s", 1 / 60, "minutes"), ("env_steps", 1.0, "environment steps"))
+AXES = {"wall_s": (1 / 60, "minutes"), "env_steps": (1.0, "environment steps"), "decisions": (1.0, "decisions")}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -48,6 +51,27 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     if not lines:
         raise ValueError(f"{path} has no success rate over {MIN_EPISODES} or more episodes yet; let the run go on")
     return lines
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """What the evaluations of the agent during a run found, each with the moment at which it began."""
+    found = []
+    for path in sorted(run.glob("evaluation/*/result.json")):
+        result = json.loads(path.read_text())
+        if result["policy"] == "agent":
+            found.append(json.loads((path.parent / "evaluation.json").read_text()) | result)
+    return found
+
+
+def draw_points(axes: Axes, runs: list[list[dict[str, Any]]], key: str, scale: float) -> None:
+    """Draw the evaluations of each run in the colour of its line."""
+    for number, found in enumerate(runs):
+        rate = np.array([result["success_rate"] for result in found])
+        error = [[result[end] for result in found] for end in ("ci95_low", "ci95_high")]
+        if found:
+            x = np.array([result[key] for result in found]) * scale
+            spread = np.clip([rate - error[0], error[1] - rate], 0, None)
+            axes.errorbar(x, rate, spread, fmt="o", markersize=4, capsize=2, linewidth=1, color=f"C{number}")
 
 
 def draw_runs(axes: Axes, runs: dict[str, list[dict[str, Any]]], key: str, scale: float) -> None:
@@ -81,11 +105,21 @@ def draw_evaluations(axes: Axes, evaluations: dict[str, dict[str, Any]]) -> None
     axes.set_title(f"evaluation, {counts} episodes (95 % interval)", fontsize=10)
 
 
-def draw(runs: list[Path], evaluations: list[Path], title: str | None, out: Path) -> None:
-    """Write the picture. Raises ValueError if a run or an evaluation cannot be drawn."""
+def draw(
+    runs: list[Path],
+    evaluations: list[Path],
+    title: str | None,
+    out: Path,
+    against: Sequence[str] = ("wall_s", "env_steps"),
+) -> None:
+    """Write the picture, with a panel for each of `against`, which are keys of `AXES`.
+
+    Raises ValueError if a run or an evaluation cannot be drawn.
+    """
     names = [run.resolve().name for run in runs]
     labels = names if len(set(names)) == len(names) else [str(run) for run in runs]
     metrics = {label: read_metrics(run) for label, run in zip(labels, runs, strict=True)}
+    points = [read_evaluations(run) for run in runs]
     results = {}
     for path in evaluations:
         try:
@@ -93,23 +127,28 @@ def draw(runs: list[Path], evaluations: list[Path], title: str | None, out: Path
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not an evaluation result: {error}") from error
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
-    widths = [3.0, 3.0] + ([0.8 + 0.5 * len(results)] if results else [])
-    figure, panels = plt.subplots(
+    widths = [3.0] * len(against) + ([0.8 + 0.5 * len(results)] if results else [])
+    figure, rows = plt.subplots(
         1,
         len(widths),
         sharey=True,
+        squeeze=False,
         figsize=(1.5 * sum(widths), 3.8),
         width_ratios=widths,
         layout="constrained",
     )
-    for axes, (key, scale, label) in zip(panels, AXES, strict=False):
+    panels = rows[0]
+    for axes, key in zip(panels, against, strict=False):
+        scale, label = AXES[key]
         draw_runs(axes, metrics, key, scale)
+        draw_points(axes, points, key, scale)
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
-    panels[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        if scale == 1:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if results:
-        draw_evaluations(panels[2], results)
-        panels[2].grid(axis="x", visible=False)
+        draw_evaluations(panels[-1], results)
+        panels[-1].grid(axis="x", visible=False)
     panels[0].set_ylabel("success rate, last 100 episodes")
     panels[0].set_ylim(0, 1.06)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -133,9 +172,12 @@ def main() -> None:
         metavar="JSON",
         help="evaluation results to show as bars, named by their files",
     )
+    parser.add_argument(
+        "--against", nargs="+", choices=AXES, default=["wall_s", "env_steps"], help="what the panels show it against"
+    )
     arguments = parser.parse_args()
     try:
-        draw(arguments.runs, arguments.evaluation, arguments.title, arguments.out)
+        draw(arguments.runs, arguments.evaluation, arguments.title, arguments.out, arguments.against)
     except ValueError as error:
         parser.exit(2, f"{error}\n")
 

@@ -5,6 +5,7 @@
 # other places of the fixtures. Interrupted runs continue, finished ones stay.
 # Usage: bash scripts/reproduce_libero.sh [OUT [TASK [SEEDS...]]]
 source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/reproduction.sh"
 no_options "$@"
 set_up libero,plot
 out=${1:-runs/reproduce_libero} task=${2:-2}
@@ -13,32 +14,15 @@ seeds=("${@:3}")
 mkdir -p "$out/evaluation"
 
 config=(--config "$root/configs/libero_spatial_small.yaml")
-decisions() { # RUN: how many it has made
-    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["decisions"])' "$1/summary.json" 2>/dev/null || echo 0
-}
-train() { # RUN DECISIONS
-    local run=$1 until=$2 arguments=(--resume "$1")
-    [ "$(decisions "$run")" -lt "$until" ] || return 0
-    [ -d "$run" ] || arguments=("${config[@]}" --env.task-ids "[$task]" --seed "${run##*-}" --run-dir "$run")
-    "$python" -m dsrl_async.launch "${arguments[@]}" --max-decisions "$until" --log.console plain | tail -n 1
-    [ "$(decisions "$run")" -ge "$until" ] || { # Ctrl-C ends a run without an error
-        echo "error: $run has ended before $until decisions; run the same command again to continue" >&2
-        exit 1
-    }
-}
 evaluate() { # NAME OPTIONS...
-    play "$1" "${@:2}"
-    play "$1-held-out" "${@:2}" --init-states 40-49 --episodes 50 --env.seeding episode
-}
-play() {
-    local name=$1
-    "$python" -m dsrl_async.evaluate "${@:2}" --suite libero_spatial --tasks "$task" --seed 1000 --processes 2 \
-        --out "$out/evaluation/$name" | tail -n 1 >"$out/evaluation/$name.json"
+    local options=("${@:2}" --suite libero_spatial --tasks "$task" --processes 2)
+    play "$1" "${options[@]}"
+    play "$1-held-out" "${options[@]}" --init-states 40-49 --episodes 50 --env.seeding episode
 }
 evaluate base "${config[@]}"
 for seed in "${seeds[@]}"; do
     run=$out/seed-$seed
-    train "$run" 19000
+    train "$run" 19000 "${config[@]}" --env.task-ids "[$task]"
     evaluate "seed-$seed" --checkpoint "$run"
 done
 evaluations=("${seeds[@]/#/$out/evaluation/seed-}")

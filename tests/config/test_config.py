@@ -25,7 +25,7 @@ from support.paths import CONFIGS, SCRIPTS
 from dsrl_async.config.command_line import load_config
 from dsrl_async.config.load import get_key, leaf_fields, to_yaml, validate
 from dsrl_async.config.settings import Config, ConfigError, EnvConfig
-from dsrl_async.envs import EnvironmentSpec, environment_record, gymnasium_adapter, options
+from dsrl_async.envs import EnvironmentSpec, environment_record, gymnasium_adapter, libero_files, options
 from dsrl_async.pi0.config import EMBEDDED_POLICY, Pi0Config
 from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.run import checkpoints, preflight
@@ -109,6 +109,18 @@ def test_small_libero_file_fits_the_policy_that_comes_with_the_package(monkeypat
     run = preflight.check_run(config)
     assert run.policy.spec.image_size == run.spec.image_size == 96
     assert run.spec.prompts == ("pick up the black bowl from table center and place it on the plate",)
+
+
+@needs_libero
+@pytest.mark.parametrize("suite", ["libero_spatial", "libero_spatial_swap"])
+def test_small_suite_file_trains_all_tasks_also_of_a_variation(monkeypatch: pytest.MonkeyPatch, suite: str) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    if suite not in libero_files.suites():
+        pytest.skip(f"this distribution of LIBERO has no {suite}")
+    run = preflight.check_run(load_config(["--config", "libero_spatial_small_suite", "--env.name", suite]))
+    assert len(run.spec.prompts) == 10
+    assert run.environment.episode_steps == 220
+    assert run.config.evaluation.lanes == 1
 
 
 @needs_libero

@@ -56,6 +56,21 @@ def test_what_a_resume_took_back_is_left_out(tmp_path: Path) -> None:
     assert drawn["as it was"] == drawn["without"] != drawn["all"]
 
 
+def test_evaluations_during_a_run_are_points_of_its_curve(tmp_path: Path) -> None:
+    for name, policy in (("without", None), ("with", "agent"), ("before it learned", "base")):
+        run = tmp_path / name / "run"
+        write_run(run, range(10, 100, 10))
+        if policy is not None:
+            (directory := run / "evaluation" / "00000050").mkdir(parents=True)
+            figures = {"policy": policy, "success_rate": 0.6, "ci95_low": 0.4, "ci95_high": 0.8}
+            (directory / "result.json").write_text(json.dumps(figures))
+            planned = {"decisions": 50, "env_steps": 250, "wall_s": 500.0}
+            (directory / "evaluation.json").write_text(json.dumps(planned))
+    against = ["--against", "decisions"]
+    drawn = {path.name: picture(str(path / "run"), *against, out=path / "curve.png") for path in tmp_path.iterdir()}
+    assert drawn["without"] == drawn["before it learned"] != drawn["with"]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for run, message in ((tmp_path, "has no metrics.jsonl"), (FIXTURES / "run_beb78af", "has no success rate over 20")):
         done = plot(str(run), "--out", str(tmp_path / "curve.png"))

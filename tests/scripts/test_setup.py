@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-SCRIPTS = ("docs", "reproduce_libero", "reproduce_tabletop", "run", "run_aloha_sim", "setup", "test")
+SCRIPTS = (
+    *("docs", "reproduce_libero", "reproduce_libero_suite", "reproduce_tabletop", "run", "run_aloha_sim"),
+    *("setup", "test"),
+)
 PYTHON = r"""#!/usr/bin/env bash
 # A Python that makes environments with itself in them, whose pip says what PIP_SAYS holds and fails if that says ERROR.
 case "$*" in
@@ -77,7 +80,8 @@ def test_help_installs_nothing(checkout: Path, name: str, option: str) -> None:
 
 
 def test_every_script_is_looked_at() -> None:
-    assert sorted(path.stem for path in (ROOT / "scripts").glob("*.sh")) == sorted(SCRIPTS)
+    sourced = ["reproduction"]  # holds functions of others
+    assert sorted(path.stem for path in (ROOT / "scripts").glob("*.sh")) == sorted([*SCRIPTS, *sourced])
 
 
 def test_it_installs_once_and_says_what_it_does(checkout: Path) -> None:
@@ -148,3 +152,33 @@ def test_arguments_that_mean_nothing_install_nothing(checkout: Path, command: tu
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert not (checkout / ".venv").exists()
+
+
+TRAIN = r"""
+python() { # plays a run of 100 decisions, which is interrupted after as many as STEPS_AT_ONCE
+    [ "$1" = -m ] || { command python3 "$@"; return; }
+    echo "$*" >>asked
+    mkdir -p run-3/checkpoints
+    local made=$(($(decisions run-3) + ${STEPS_AT_ONCE:-100}))
+    [ -n "${DIES_EARLY:-}" ] || mkdir "run-3/checkpoints/$made-$made"
+    [ -n "${DIES_EARLY:-}" ] || echo "{\"decisions\": $made}" >run-3/summary.json
+}
+python=python out=.
+"""
+
+
+def test_a_training_goes_on_begins_again_or_stays(tmp_path: Path) -> None:
+    def train(**environment: str) -> int:
+        script = f"set -euo pipefail; source {ROOT}/scripts/reproduction.sh; {TRAIN} train run-3 100 --one two"
+        environment = {**os.environ, **environment}
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=60).returncode
+
+    begin = "-m dsrl_async.launch --one two --seed 3 --run-dir run-3 --max-decisions 100 --log.console plain"
+    resume = "-m dsrl_async.launch --resume run-3 --max-decisions 100 --log.console plain"
+    assert train(DIES_EARLY="1") == 1
+    (tmp_path / "run-3" / "metrics.jsonl").write_text("")
+    assert train(STEPS_AT_ONCE="60") == 1
+    assert not (tmp_path / "run-3" / "metrics.jsonl").exists(), "a directory without checkpoint would be refused"
+    assert train(STEPS_AT_ONCE="60") == 0
+    assert train() == 0
+    assert (tmp_path / "asked").read_text().splitlines() == [begin, begin, resume]
