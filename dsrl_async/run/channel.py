@@ -17,7 +17,7 @@ import stat
 import tempfile
 import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -54,19 +54,28 @@ def make_ends(endpoint: str) -> Ends:
     return Ends(Channel(endpoint, server, client, server_secret), Channel(endpoint, server, client, client_secret))
 
 
-def write_secret(channel: Channel) -> int:
-    """Put an end into an anonymous file; returns its descriptor, which the child that is to read it inherits."""
+def write_secret(ends: Channel | tuple[Channel, ...]) -> int:
+    """Put an end, or several, into an anonymous file; returns its descriptor, which the child inherits to read it."""
     fd = os.memfd_create("dsrl_async-channel", os.MFD_CLOEXEC)
     os.fchmod(fd, 0o600)
-    os.write(fd, json.dumps(channel).encode())
+    os.write(fd, json.dumps(ends).encode())
     return fd
 
 
 def read_secret(fd: int) -> Channel:
-    """Read what `write_secret` wrote, and close the descriptor of this process."""
-    channel = Channel(*json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+    """Read the end that `write_secret` wrote, and close the descriptor of this process."""
+    return Channel(*_read(fd))
+
+
+def read_secrets(fd: int) -> list[Channel]:
+    """As `read_secret`, of several ends."""
+    return [Channel(*end) for end in _read(fd)]
+
+
+def _read(fd: int) -> Any:
+    plain = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
     os.close(fd)
-    return channel
+    return plain
 
 
 def check_channel() -> None:

@@ -26,8 +26,10 @@ LEARNER_METRICS = 16  # room for the metrics of the last update
 
 EVALUATION_LANES = "evaluation/"  # before the names of its lanes' counters
 LANES = -1  # in the shape of a counter: the number of lanes
+GROUPS = -2  # of groups; 0 where the run has none, or is one
 Count = Annotated[np.ndarray, "int64", 1]
 LaneCounts = Annotated[np.ndarray, "int64", LANES]
+GroupCounts = Annotated[np.ndarray, "int64", GROUPS]
 StartStep = Annotated[np.ndarray, "int64", 2]
 """What a process does in its start, a value of `Start`, and since when; what an earlier incarnation said is older than
 its successor."""
@@ -119,6 +121,12 @@ class Counters:
     control_passed_decisions: Count
     """Decisions before that, beside those of the first warm-up, for which the replay ratio asks no updates."""
 
+    control_granted: Count
+    """Decisions that a group's inference process may have handed out; negative before the learner's machine has said
+    it, and 0 in a run that is no group."""
+    control_warmup: Count
+    """How many of those are warm-up."""
+
     control_snapshots: Count
     """How many snapshots of its agent the learner was asked for, each at the beginning of an evaluation."""
     control_evaluation_decisions: Count
@@ -178,6 +186,43 @@ class Counters:
     inference_start: StartStep
     inference_phase_s: Annotated[np.ndarray, "float64", len(INFERENCE_PHASES)]
     """Seconds in each of `INFERENCE_PHASES`."""
+
+    downlink_heartbeat_ns: Count
+    group_started: GroupCounts
+    """The incarnation of each group that the supervisor has started last; the downlink hears no other one. All further
+    counters of groups are the downlink's (`groups.downlink`)."""
+    group_incarnation: GroupCounts
+    """The one whose rows are stored, and that the next two are of."""
+    group_base_head: LaneCounts
+    """The ring's `head` of each lane when that incarnation began: its row n is the ring's row `base + n`."""
+    group_base_decisions: GroupCounts
+    """The sum of `actor_decisions` over the group's lanes then."""
+    group_intent: Annotated[np.ndarray, "int64", LANES, 4]
+    """What a lane's counters are once the row is stored that is being stored: `head`, `actor_decisions`,
+    `actor_env_steps`, `actor_policy_lag`."""
+    group_heard_ns: GroupCounts
+    """When something came from the group."""
+    group_arrived: GroupCounts
+    """Rows that were stored."""
+    group_repeated: GroupCounts
+    """Rows that had been stored before."""
+    group_early: GroupCounts
+    """Rows after one that is missing."""
+    group_granted: GroupCounts
+    """Decisions that this incarnation may have handed out, by the replay ratio."""
+    group_unstored: GroupCounts
+    """Rows that wait in the group, by its last report; so is all that follows."""
+    group_inference_batches: GroupCounts
+    group_inference_rows: GroupCounts
+    group_inference_padded_rows: GroupCounts
+    group_inference_queue_wait_s: Annotated[np.ndarray, "float64", GROUPS]
+    group_inference_phase_s: Annotated[np.ndarray, "float64", GROUPS, len(INFERENCE_PHASES)]
+    group_inference_policy_version: GroupCounts
+    group_inference_graphs: GroupCounts
+    group_inference_uploads: GroupCounts
+    group_inference_prepared: Annotated[np.ndarray, "int64", GROUPS, 2]
+    group_inference_start: Annotated[np.ndarray, "int64", GROUPS, 2]
+    group_inference_heartbeat_ns: GroupCounts
 
     learner_updates: Count
     """Gradient updates."""
@@ -307,8 +352,9 @@ def _field(name: str) -> str:
     return name.replace("_", "/", 1)
 
 
-def counter_fields(lanes: int, evaluation: int = 0) -> Fields:
-    """The arrays of the counters for `lanes` environment workers of the training and so many of the evaluation.
+def counter_fields(lanes: int, evaluation: int = 0, groups: int = 0) -> Fields:
+    """The arrays of the counters for `lanes` environment workers of the training and so many of the evaluation, and for
+    so many groups, whose learner this run has.
 
     What is of the evaluation is in arrays of its own, so that nobody takes it for training's.
     """
@@ -317,7 +363,8 @@ def counter_fields(lanes: int, evaluation: int = 0) -> Fields:
     for name, (dtype, *shape) in _LAYOUTS.items():
         for prefix, size in (("", lanes), (EVALUATION_LANES, evaluation if LANES in shape else 0)):
             if size:
-                fields[prefix + _field(name)] = (tuple(size if n == LANES else n for n in shape), dtype)
+                sizes = {LANES: size, GROUPS: groups}
+                fields[prefix + _field(name)] = (tuple(sizes.get(n, n) for n in shape), dtype)
     return fields
 
 

@@ -26,6 +26,8 @@ from dsrl_async.shm.arena import Arena, Fields
 ROW_FIELDS = ("image", "state", "noise", "reward", "steps", "terminal", "policy_version", "complete")
 ACTION_ROW_FIELDS = ("image", "state", "action", *ROW_FIELDS[3:], "policy_images", "task_index")
 """Those of a row for DSRL-NA."""
+OBSERVED = ("image", "state", "policy_images", "task_index")
+"""Columns that are written when a row is started; the others come with its outcome."""
 
 
 class ActionRow(NamedTuple):

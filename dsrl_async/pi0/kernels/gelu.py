@@ -63,11 +63,9 @@ def normed_geglu_kernel(
     row_inside, inside = row < count, column < mlp
     rows = row.to(tl.int64)
     gate, up = normed_products(
-        x, scale, floor, weight, weight, rows, row_inside, column, mlp + column, inside, width, ROWS, COLUMNS, DEPTH
-    )
-    if HAS_OFFSET:
-        gate += tl.load(offset + column, mask=inside, other=0.0)[None, :]
-        up += tl.load(offset + mlp + column, mask=inside, other=0.0)[None, :]
+        x, scale, floor, offset, weight, rows, row_inside, column, mlp + column, inside, width,
+        HAS_OFFSET, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
     value = (gelu(gate) * up).to(y.dtype.element_ty)
     tl.store(y + rows[:, None] * mlp + column[None, :], value, mask=row_inside[:, None] & inside[None, :])
 

@@ -18,11 +18,11 @@ from dsrl_async.pi0.launch_costs import LaunchCost, Matrices
 
 @triton.jit
 def normed_products(
-    x, scale, floor, low_weight, high_weight, rows, row_inside, low, high, column_inside, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, scale, floor, offset, weight, rows, row_inside, low, high, column_inside, width,
+    HAS_OFFSET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """float32 [ROWS, COLUMNS] twice: the normed `rows` of x [*, width] times the rows `low` of `low_weight` and times
-    the rows `high` of `high_weight`, both [*, width]."""
+    """float32 [ROWS, COLUMNS] twice: the normed `rows` of x [*, width] times the rows `low` of `weight` [*, width], and
+    times its rows `high`; each with its part of `offset` [*], if there is one."""
     low_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     high_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
@@ -34,15 +34,19 @@ def normed_products(
         ).to(tl.float32)
         squares += tl.sum(value * value, axis=1)
         scaled = value * tl.load(scale + channel, mask=inside, other=0.0)[None, :]
-        scaled = scaled.to(low_weight.dtype.element_ty)
+        scaled = scaled.to(weight.dtype.element_ty)
         both = inside[:, None] & column_inside[None, :]
-        weight = tl.load(low_weight + low[None, :] * width + channel[:, None], mask=both, other=0.0)
-        low_sum = tl.dot(scaled, weight, low_sum, input_precision="ieee")
-        weight = tl.load(high_weight + high[None, :] * width + channel[:, None], mask=both, other=0.0)
-        high_sum = tl.dot(scaled, weight, high_sum, input_precision="ieee")
+        factor = tl.load(weight + low[None, :] * width + channel[:, None], mask=both, other=0.0)
+        low_sum = tl.dot(scaled, factor, low_sum, input_precision="ieee")
+        factor = tl.load(weight + high[None, :] * width + channel[:, None], mask=both, other=0.0)
+        high_sum = tl.dot(scaled, factor, high_sum, input_precision="ieee")
     least = tl.load(floor)
     norm = tl.sqrt(squares + least * least)[:, None]
-    return low_sum / norm, high_sum / norm
+    low_sum, high_sum = low_sum / norm, high_sum / norm
+    if HAS_OFFSET:
+        low_sum += tl.load(offset + low, mask=column_inside, other=0.0)[None, :]
+        high_sum += tl.load(offset + high, mask=column_inside, other=0.0)[None, :]
+    return low_sum, high_sum
 
 
 class Tile(NamedTuple):

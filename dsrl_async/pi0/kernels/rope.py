@@ -110,11 +110,9 @@ def normed_rotate_kernel(
     first = head * (2 * HALF) + channel
     rows = row.to(tl.int64)
     low, high = normed_products(
-        x, scale, floor, weight, weight, rows, row_inside, first, first + HALF, inside, width, ROWS, COLUMNS, DEPTH
-    )
-    if HAS_OFFSET:
-        low += tl.load(offset + first, mask=inside, other=0.0)[None, :]
-        high += tl.load(offset + first + HALF, mask=inside, other=0.0)[None, :]
+        x, scale, floor, offset, weight, rows, row_inside, first, first + HALF, inside, width,
+        HAS_OFFSET, ROWS, COLUMNS, DEPTH,
+    )  # fmt: skip
     rows = rows[:, None]
     rotate_and_store(
         low, high, cos, sin, query, cache, rows, rows // tokens, rows % tokens, head[None, :], channel[None, :],

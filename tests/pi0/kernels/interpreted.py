@@ -15,7 +15,7 @@ import pytest
 import support.triton_interpreter
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.pi0_models import fill, make_model, small_config
 from torch import Tensor
@@ -81,6 +81,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 3), st.integers(1, 150), st.booleans())
+@example(seed=0, dtype=torch.bfloat16, rows=3, width=150, shifted=True)
 def test_rms_norm(seed: int, dtype: torch.dtype, rows: int, width: int, shifted: bool) -> None:
     draw = Draw(seed, dtype)
     x, norm, out = draw(2, rows, width), draw.norm(width, shifted), torch.empty(2, rows, width, dtype=dtype)
@@ -95,11 +96,15 @@ def test_rms_norm_of_zeros_is_finite() -> None:
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
 @FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 4), st.integers(2, 150))
-def test_layer_norm(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+@example(seed=0, dtype=torch.bfloat16, rows=4, width=150)
+def test_layer_norm(size: float, seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
+    """The smaller rows have a variance of about epsilon."""
     draw = Draw(seed, dtype)
     x, weight, bias, offset = draw(rows, width) + 3, draw(width), draw(width), draw(width, dtype=torch.float32)
+    x, offset = x * size, offset * size
     out = kernels.layer_norm(x, offset, weight, bias, 1e-6)
     assert_rounded(out, F.layer_norm(x.float() + offset, (width,), weight.float(), bias.float(), 1e-6))
 
@@ -135,8 +140,8 @@ class Rotation:
         table = torch.cat([angle.cos(), -angle.sin(), angle.sin()], dim=-1).to(draw.dtype)
         self.rope = Rope.at(torch.randint(0, 9, (batch, tokens), generator=draw.generator), table)
         self.cos, self.sin = kernels._angles(self.rope)
-        self.cache = torch.full((batch, 2, groups, start + tokens + 2, 2 * half), SENTINEL, dtype=draw.dtype)
-        self.start = start
+        self.room = torch.full((batch, 2, groups, start + tokens + 2, 2 * half + 1), SENTINEL, dtype=draw.dtype)
+        self.cache, self.start = self.room[..., :-1], start
 
     @property
     def rows(self) -> int:
@@ -153,9 +158,9 @@ class Rotation:
         return heads[:, :, : self.heads], heads[:, :, self.heads :].unflatten(2, (2, -1)).permute(0, 2, 3, 1, 4)
 
     def assert_nothing_else_written(self) -> None:
-        outside = torch.ones_like(self.cache)
-        outside[:, :, :, self.start : self.start + self.shape[1]] = 0
-        assert (self.cache[outside.bool()] == SENTINEL).all()
+        outside = torch.ones_like(self.room)
+        outside[:, :, :, self.start : self.start + self.shape[1], :-1] = 0
+        assert (self.room[outside.bool()] == SENTINEL).all()
 
 
 ROTATION = (st.integers(1, 2), st.integers(1, 4), st.integers(0, 3), st.integers(1, 2), st.integers(1, 20))
@@ -164,6 +169,7 @@ ROTATION = (st.integers(1, 2), st.integers(1, 4), st.integers(0, 3), st.integers
 
 @FUZZED
 @given(SEEDS, DTYPES, *ROTATION, st.integers(0, 3))
+@example(seed=0, dtype=torch.bfloat16, batch=2, tokens=4, heads=3, groups=2, half=20, start=3)
 def test_rotate(
     seed: int, dtype: torch.dtype, batch: int, tokens: int, heads: int, groups: int, half: int, start: int
 ) -> None:
@@ -182,6 +188,7 @@ def with_offset(norm: Modulation, weight: Tensor) -> Tensor | None:
 
 @FUZZED
 @given(SEEDS, DTYPES, *ROTATION, st.integers(0, 3), st.integers(1, 150), st.booleans())
+@example(seed=0, dtype=torch.bfloat16, batch=2, tokens=20, heads=3, groups=2, half=20, start=3, width=150, shifted=True)
 def test_normed_rotate(
     seed: int, dtype: torch.dtype, batch: int, tokens: int, heads: int, groups: int, half: int, start: int,
     width: int, shifted: bool,
@@ -202,18 +209,20 @@ def test_normed_rotate(
 
 @FUZZED
 @given(SEEDS, DTYPES, *ROTATION, st.integers(1, 80), st.integers(0, 3))
+@example(seed=0, dtype=torch.bfloat16, batch=2, tokens=4, heads=3, groups=2, half=20, keys=80, spare=3)
 def test_attend(
     seed: int, dtype: torch.dtype, batch: int, tokens: int, heads: int, groups: int, half: int, keys: int, spare: int
 ) -> None:
-    """Some keys are hidden, in the last row all of them; behind the keys there are more, which nobody may see."""
+    """Some keys are hidden, in the last row all of them; behind the keys there are more, which nobody may see, and
+    behind the channels of each."""
     draw = Draw(seed, dtype)
     query = draw(batch, tokens, (1 + heads) * groups, 2 * half)
-    cache, mask = draw(batch, 2, groups, keys + spare, 2 * half), draw(batch, 1, 1, keys + spare)
-    cache[:, :, :, keys:] = 1e4
+    room, mask = draw(batch, 2, groups, keys + spare, 2 * half + spare), draw(batch, 1, 1, keys + spare)
+    room[:, :, :, keys:] = 1e4
     hidden = torch.rand(mask.shape, generator=draw.generator) < 0.5
     hidden[-1] = True
     mask[hidden] = MASKED
-    given_ = query, cache[:, :, :, :keys], mask[..., :keys]
+    given_ = query, room[:, :, :, :keys, : 2 * half], mask[..., :keys]
     exact = attend(*(tensor.float() for tensor in given_))
     actual, usual = kernels.attend(*given_), attend(*given_)
     assert_no_further(actual, usual, exact, 1.1 if actual.numel() > 500 else 4.0)
@@ -226,6 +235,15 @@ def test_more_queries_than_a_program_has() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("dsrl_async.pi0.kernels.attention.query_rows", lambda *_, rows=rows: rows)
             assert (kernels.attend(query, cache, mask) - attend(query, cache, mask)).abs().max() < 1e-5
+
+
+def test_whole_blocks_of_hidden_keys() -> None:
+    """In front of, between and behind those that are seen, as where prompts are padded."""
+    draw = Draw(0, torch.float32)
+    query, cache, mask = draw(3, 2, 4, 20), draw(3, 2, 1, 130, 20), torch.zeros(3, 1, 1, 130)
+    for row, hidden in enumerate((slice(0, 70), slice(30, 100), slice(60, 130))):
+        mask[row, ..., hidden] = MASKED
+    assert (kernels.attend(query, cache, mask) - attend(query, cache, mask)).abs().max() < 1e-5
 
 
 @FUZZED
@@ -248,6 +266,7 @@ def test_geglu(seed: int, dtype: torch.dtype, rows: int, width: int) -> None:
 
 @FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 40), st.integers(1, 90), st.integers(1, 150), st.booleans())
+@example(seed=0, dtype=torch.bfloat16, rows=40, mlp=90, width=150, shifted=True)
 def test_normed_geglu(seed: int, dtype: torch.dtype, rows: int, mlp: int, width: int, shifted: bool) -> None:
     draw = Draw(seed, dtype)
     check_normed_geglu(draw(1, rows, width), draw.norm(width, shifted), draw.weight(2 * mlp, width), 1.5)
@@ -272,6 +291,7 @@ def check_normed_geglu(x: Tensor, norm: Modulation, weight: Tensor, factor: floa
 
 @FUZZED
 @given(SEEDS, st.integers(1, 40), st.integers(1, 40), st.integers(1, 130))
+@example(seed=0, rows=40, inner=40, width=130)
 def test_silu_linear(seed: int, rows: int, inner: int, width: int) -> None:
     draw = Draw(seed, torch.float32)
     x, weight, bias = draw(rows, inner), draw.weight(width, inner), draw(width)
@@ -280,6 +300,7 @@ def test_silu_linear(seed: int, rows: int, inner: int, width: int) -> None:
 
 @FUZZED
 @given(SEEDS, DTYPES, st.integers(1, 40), st.integers(1, 40), st.integers(1, 150), st.booleans())
+@example(seed=0, dtype=torch.bfloat16, rows=40, outputs=40, width=150, shifted=True)
 def test_normed_linear(seed: int, dtype: torch.dtype, rows: int, outputs: int, width: int, shifted: bool) -> None:
     draw = Draw(seed, dtype)
     x, norm, weight, bias = draw(rows, width), draw.norm(width, shifted), draw.weight(outputs, width), draw(outputs)
@@ -290,6 +311,28 @@ def test_normed_linear(seed: int, dtype: torch.dtype, rows: int, outputs: int, w
         kernels.normed_linear(x, norm.scale, norm.floor, offset, weight),
         F.linear(rms_norm(x.float(), norm, dtype=torch.float32), weight, bias),
     )
+
+
+def test_no_result_in_between_is_rounded() -> None:
+    """But what goes into a product: in bfloat16 the error is hardly more than that of rounding the exact result."""
+    draw = Draw(0, torch.bfloat16)
+    attended = draw(2, 24, 4, 40), draw(2, 2, 2, 200, 40), draw(2, 1, 1, 200)
+    x, norm, weight = draw(1, 80, 150), draw.norm(150, True), draw.weight(2 * 70, 150)
+    rotation = Rotation(draw, 1, 80, 3, 2, 20, 3)
+    rotated = draw.weight(rotation.rows, 150)
+    scaled, angles = (norm.scale, norm.floor), (rotation.cos, rotation.sin, rotation.slots)
+    query = kernels.normed_rotate(x, *scaled, with_offset(norm, rotated), rotated, *angles)
+    normed = rms_norm(x.float(), norm)
+    gate, up = linear(normed, weight).chunk(2, dim=-1)
+    exact_query, exact_slots = rotation.rotated(linear(normed, rotated))
+    geglu = kernels.normed_geglu(x, *scaled, with_offset(norm, weight), weight)
+    for actual, exact, factor in (
+        (kernels.attend(*attended), attend(*(tensor.float() for tensor in attended)), 1.3),
+        (geglu, F.gelu(gate, approximate="tanh") * up, 1.1),
+        (query, exact_query, 1.1),
+        (rotation.slots, exact_slots, 1.1),
+    ):
+        assert_no_further(actual, exact.to(torch.bfloat16), exact, factor)
 
 
 def operations() -> dict[str, tuple[Any, ...]]:
@@ -317,6 +360,8 @@ def operations() -> dict[str, tuple[Any, ...]]:
 def test_what_torch_is_told_of_an_operation_is_so(name: str) -> None:
     """Shapes and types without computing, what it changes, and that nothing it returns shares memory."""
     operation = getattr(torch.ops.dsrl_async, name).default
+    changed = {one.name for one in operation._schema.arguments if one.alias_info and one.alias_info.is_write}
+    assert changed == {"rms_norm": {"out"}, "rotate": {"cache"}, "normed_rotate": {"cache"}}.get(name, set())
     torch.library.opcheck(operation, operations()[name], test_utils=("test_schema", "test_faketensor"))
 
 

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.paths import ROOT
 from support.pi0_models import small_config
+from torch import nn
 
 from dsrl_async.host.tracing import OperationTrace
 from dsrl_async.pi0.model import Pi0
@@ -60,6 +63,20 @@ def test_every_kernel_compiles_without_spills() -> None:
         assert row["spilled_bytes"] == 0, row
         assert row["registers"] < 255, row
         assert row["shared_kb"] <= SHARED_KB[row["sm"]], row
+
+
+def test_a_gpu_is_asked_for_gelu_behind_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's operation, given the same, has the other GELU, which is near enough to tell it from anything else."""
+    from dsrl_async.pi0 import kernels
+
+    linear, x = nn.Linear(6, 10), torch.randn(7, 6)
+    calls: list[tuple[Any, Any]] = []
+    operation = torch._addmm_activation
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *given, **options: calls.append((given, options)))
+    kernels._linear_gelu(x.to("meta"), linear)
+    [((bias, _, weight), options)] = calls
+    expected = F.gelu(linear(x), approximate="tanh")
+    assert (operation(bias, x, weight, **options) - expected).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("pi05", [False, True])
