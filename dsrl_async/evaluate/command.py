@@ -51,9 +51,9 @@ def build_parser(all_settings: bool = False) -> Parser:
         metavar="RUN",
         help="a run directory (its last checkpoint counts) or one of its checkpoints; without, the base policy plays",
     )
-    add("--best", action="store_true", help="of --checkpoint's run, play the best agent of the evaluations during it")
+    add("--best", action="store_true", help="play the best agent of the evaluations during --checkpoint's run")
     add("--base", action="store_true", help="play the base policy of --checkpoint's run")
-    add("--compare", action="store_true", help="play both, the base policy of --checkpoint's run and the steered one")
+    add("--compare", action="store_true", help="play the base policy of --checkpoint's run, then the steered one")
     add(
         "--config",
         metavar="YAML",
@@ -84,9 +84,16 @@ def build_parser(all_settings: bool = False) -> Parser:
         help="number of environment workers (default: one for each episode, at most 16; LIBERO: at most one a core)",
     )
     add(
+        "--groups",
+        type=int,
+        default=1,
+        metavar="N",
+        help="deal the episodes out to N policies, each with a GPU and --processes of its own (default 1)",
+    )
+    add(
         "--noise",
         choices=("deterministic", "stochastic"),
-        help="how the actor chooses noise (default: sac.evaluation_noise of the run)",
+        help="how the actor chooses noise (default: sac.evaluation_noise)",
     )
     add(
         "--out",
@@ -97,8 +104,8 @@ def build_parser(all_settings: bool = False) -> Parser:
     add(
         "--video",
         metavar="DIR",
-        help="write films (mp4) of some successes and some failures to this directory; filming renders "
-        "every step and takes long; needs the extra video",
+        help="write films (mp4) of some successes and failures to this directory, which takes long; needs the "
+        "extra video",
     )
     add("--videos", type=int, default=4, metavar="N", help="number of films (default 4)")
     add_sections(parser, {key: field for key, field in leaf_fields() if key.startswith(SETTINGS)}, shown=all_settings)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.envs.recording import unsorted_film, why_no_films
@@ -21,6 +22,18 @@ def check_films(videos: int) -> None:
         raise ConfigError(f"--videos: {videos} films are none; leave out --video instead")
     if (reason := why_no_films()) is not None:
         raise ConfigError(f"--video: {reason}")
+
+
+class Filming(Protocol):
+    """Says which episodes are to be filmed, and where."""
+
+    directory: Path
+
+    def wanted(self, number: int) -> bool:
+        """Say whether to film an episode."""
+
+    def add(self, number: int, success: bool) -> None:
+        """Note that an episode was filmed."""
 
 
 class Films:

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from dsrl_async.agent import load_weights
-from dsrl_async.evaluate.films import Films
+from dsrl_async.evaluate.fan_out import play_in_groups
+from dsrl_async.evaluate.films import Filming, Films
 from dsrl_async.evaluate.progress import ProgressBar
 from dsrl_async.evaluate.resolve import Evaluation
 from dsrl_async.evaluate.results import Outcome, ResultDirectory
@@ -53,14 +54,17 @@ def evaluate(
     remaining = [episode for episode in evaluation.episodes if episode.number not in outcomes]
     complete = False
     try:
-        with (
-            ProgressBar(evaluation, outcomes, console) as bar,
-            closing(play(evaluation, remaining, films, partial(look_up, stop, bar), bar.wait)) as played,
-        ):
-            for outcome in played:
-                outcomes[outcome.number] = outcome
-                if out is not None:
-                    out.add(outcome)
+        with ProgressBar(evaluation, outcomes, console) as bar:
+            meanwhile = partial(look_up, stop, bar)
+            if evaluation.groups == 1:
+                played = play(evaluation, remaining, films, meanwhile, bar.wait)
+            else:
+                played = play_in_groups(evaluation, remaining, films, meanwhile, bar.wait, console.print)
+            with closing(played):
+                for outcome in played:
+                    outcomes[outcome.number] = outcome
+                    if out is not None:
+                        out.add(outcome)
         complete = True
     finally:
         if films is not None and (complete or out is None):  # else they are chosen when all episodes are finished
@@ -78,24 +82,33 @@ def look_up(stop: StopRequest, bar: ProgressBar) -> None:
 def play(
     evaluation: Evaluation,
     episodes: Sequence[Episode],
-    films: Films | None,
+    films: Filming | None,
     meanwhile: Callable[[], object],
     wait: Callable[[str], AbstractContextManager[Say]],
+    more: Callable[[], Sequence[Episode]] | None = None,
+    begin_with: int | None = None,
 ) -> Generator[Outcome]:
     """Play `episodes` in `config.actors` environment workers or fewer; yield their outcomes as they end.
+
+    With `more`, which returns further episodes each time it is called, this goes on for as long as it is not closed,
+    and `begin_with` is the number of one of them if all are of one task.
 
     `meanwhile` is called now and then, and may raise; `wait` says what is being done before there are episodes. The
     workers end with the generator: close it.
     """
-    if not episodes:
-        return
-    run = evaluation.run.with_actors(min(evaluation.config.actors, len(episodes)))
+    run = evaluation.run
+    if more is None:
+        if not episodes:
+            return
+        run = run.with_actors(min(evaluation.config.actors, len(episodes)))
+        if len({episode.task for episode in episodes}) == 1:
+            begin_with = episodes[0].number
     config = run.config
     preflight.check_descriptors(config, "--processes")
     preflight.check_memory(run, lower="--processes", learning=False)
     preflight.check_gpu_memory(run, ["device"])
     fields = {**run_fields(config, run.spec, run.horizon), **assignment_fields(config.actors)}
-    with WorkerPool(config, fields, evaluation=worker_job(run, episodes, films), meanwhile=meanwhile) as pool:
+    with WorkerPool(config, fields, evaluation=worker_job(run, begin_with, films), meanwhile=meanwhile) as pool:
         with wait("loading the policy"):
             server = load_server(evaluation, run, pool)
         with wait("making the environment, compiling its scene"):
@@ -103,14 +116,17 @@ def play(
         with wait("starting the environment workers"):
             pool.fork_workers()
         pool.end_template()
-        dispatcher = Dispatcher(config.seed, episodes, films, pool)
+        dispatcher = Dispatcher(config.seed, episodes, films, pool, endless=more is not None)
         for lane in range(config.actors):
             dispatcher.give(lane)
-        with wait(f"first resets of {config.actors} environment workers"):
-            await_request(server, pool, meanwhile)
-        while dispatcher.playing:
+        if more is None:
+            with wait(f"first resets of {config.actors} environment workers"):
+                await_request(server, pool, meanwhile)
+        while dispatcher.playing or more is not None:
             meanwhile()
             events.clear(pool.observation_ready)
+            if more is not None:
+                dispatcher.add(more())
             for lane in tuple(dispatcher.playing):
                 if dispatcher.ended(lane):
                     yield dispatcher.take_outcome(lane)
@@ -133,15 +149,14 @@ def await_request(server: InferenceServer, pool: WorkerPool, meanwhile: Callable
             events.wait(pool.observation_ready, IDLE_S)
 
 
-def worker_job(run: CheckedRun, episodes: Sequence[Episode], films: Films | None) -> dict[str, Any]:
+def worker_job(run: CheckedRun, begin_with: int | None, films: Filming | None) -> dict[str, Any]:
     """Return what the workers have to know of the evaluation, see `Template`."""
-    one_task = len({episode.task for episode in episodes}) == 1
     return {
         "from_lane": 0,
         "preview": False,
         "video_dir": None if films is None else str(films.directory.absolute()),
         "rate_hz": run.environment.rate_hz,
-        "begin_with": episodes[0].number if one_task else None,  # of several, a worker compiles what it is given
+        "begin_with": begin_with,  # of several tasks, a worker compiles what it is given
     }
 
 
@@ -160,20 +175,36 @@ def load_server(evaluation: Evaluation, run: CheckedRun, pool: WorkerPool) -> In
 class Dispatcher:
     """Gives the lanes one episode after the other, and says what came of each.
 
+    If it is `endless`, lanes for which there is no episode wait for those that are added.
+
     Attributes:
         playing: for each lane that plays, its episode and when that was given (time.monotonic).
     """
 
-    def __init__(self, seed: int, episodes: Sequence[Episode], films: Films | None, pool: WorkerPool) -> None:
+    def __init__(
+        self, seed: int, episodes: Sequence[Episode], films: Filming | None, pool: WorkerPool, endless: bool = False
+    ) -> None:
         self._seed, self._films, self._wake_fds = seed, films, pool.wake_fds
         self._schedule = Schedule(episodes)
         self._assignments, self._counters = Assignments(pool.arena), Counters(pool.arena)
         self._task_index = Slots(pool.arena).task_index
+        self._endless, self._idle = endless, list[int]()
         self.playing: dict[int, tuple[Episode, float]] = {}
+
+    def add(self, episodes: Sequence[Episode]) -> None:
+        """Let further episodes be played."""
+        if episodes:
+            self._schedule.add(episodes)
+            idle, self._idle = self._idle, []
+            for lane in idle:
+                self.give(lane)
 
     def give(self, lane: int) -> None:
         """Give a lane, which plays nothing, its next episode, or tell it that none is left."""
         if (episode := self._schedule.next(lane)) is None:
+            if self._endless:
+                self._idle.append(lane)
+                return
             self._assignments.give(lane, NONE_LEFT)
         else:
             self.playing[lane] = episode, time.monotonic()

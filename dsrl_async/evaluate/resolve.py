@@ -53,6 +53,8 @@ class Evaluation(NamedTuple):
     mode: Mode
     """How the policy's noise is chosen."""
     episodes: list[Episode]
+    groups: int = 1
+    """How many processes with a policy and `actors` environment workers play them; 1: this process itself."""
 
     @property
     def config(self) -> Config:
@@ -134,7 +136,7 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     """
     suite: str | None
     (suite,) = options.suite or [None]
-    for name in ("episodes", "processes", "videos"):
+    for name in ("episodes", "processes", "videos", "groups"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1")
         if (getattr(options, name) or 0) > MOST_EPISODES:
@@ -159,13 +161,16 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     if record.suite is not None:
         everything = {"task_ids": None, "init_states": None, "scene_order": "cycled"}  # which the numbers count
         config = config.model_copy(update={"env": config.env.model_copy(update=everything)})
-    processes = MAX_PROCESSES if record.suite is None else min(MAX_PROCESSES, available_cpus())
-    actors = min(options.processes or processes, len(episodes))
-    replay = config.replay.model_copy(update={"capacity": 2 * actors})  # the workers write it, nobody reads it
-    own = {"actors": actors, "seed": options.seed, "replay": replay, "profile": False, "evaluation": EvaluationConfig()}
-    config = config.model_copy(update=own)
+    groups = min(options.groups, len(episodes))
+    cores = max(1, available_cpus() // groups)
+    processes = MAX_PROCESSES if record.suite is None else min(MAX_PROCESSES, cores)
+    actors = min(options.processes or processes, -(-len(episodes) // groups))
+    own = {"actors": actors, "seed": options.seed, "profile": False, "evaluation": EvaluationConfig()}
+    config = with_small_ring(config.model_copy(update=own))
     run = preflight.check_run(config, before, wait=waiting)
     preflight.check_devices(config, ["device"])
+    if groups > 1:
+        check_groups(run, groups)
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
         checkpoint, mode = None, "base"
@@ -173,7 +178,18 @@ def resolve(options: argparse.Namespace) -> Evaluation:
         how = record.settings["seeding"], "--episodes", "--noise stochastic"
         if (repeated := what_repeats(record.suite, episodes, *how)) is not None:
             raise ConfigError(f"--episodes: {repeated}")
-    return Evaluation(run, checkpoint, mode, episodes)
+    return Evaluation(run, checkpoint, mode, episodes, groups)
+
+
+def check_groups(run: CheckedRun, groups: int) -> None:
+    """Raises ConfigError unless this machine has a GPU for each of the groups, or the memory for all of them."""
+    preflight.check_memory(run, lower="--processes or --groups", learning=False, copies=groups)
+
+
+def with_small_ring(config: Config) -> Config:
+    """The same settings with the smallest replay ring, which the workers write and nobody reads."""
+    replay = config.replay.model_copy(update={"capacity": 2 * config.actors})
+    return config.model_copy(update={"replay": replay})
 
 
 def settings_for_suite(suite: str, env: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,10 @@ class Placement(Protocol):
     """Starts groups and says what becomes of them. None of its functions waits, but for `close`."""
 
     def start(self, group: int, incarnation: int, job: dict[str, Any]) -> None:
-        """Ask for a group; `job` is what `member` reads."""
+        """Ask for a group; `job` is what `member` reads, or the module that it names as `module`."""
+
+    def tell(self, group: int, line: str) -> None:
+        """Append a line to the file `TOLD` of a group that is placed."""
 
     def poll(self) -> list[Event]:
         """What has happened since the last call."""
@@ -74,7 +77,7 @@ class Placement(Protocol):
 class _Group(NamedTuple):
     incarnation: int
     popen: subprocess.Popen[bytes]
-    log: Path
+    run_dir: Path
     log_start: int
 
 
@@ -107,8 +110,13 @@ class LocalPlacement:
         if self._cores:
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(popen.pid, self._cores[group])  # those that it starts inherit them
-        self._running[group] = _Group(incarnation, popen, log, log_start)
+        self._running[group] = _Group(incarnation, popen, Path(job["run_dir"]), log_start)
         self._events.append(Placed(group, incarnation, where))
+
+    def tell(self, group: int, line: str) -> None:
+        if group in self._running:  # else an `Ended` follows
+            with (self._running[group].run_dir / TOLD).open("a") as file:
+                file.write(line + "\n")
 
     def poll(self) -> list[Event]:
         for number, group in list(self._running.items()):
@@ -116,7 +124,7 @@ class LocalPlacement:
                 del self._running[number]
                 how = processes.how_ended(code)
                 if code >= 0:
-                    how = f"{how}: {processes.last_line(group.log, group.log_start)}"
+                    how = f"{how}: {processes.last_line(group.run_dir / LOG, group.log_start)}"
                 self._events.append(Ended(number, group.incarnation, how, code == processes.FATAL))
         events, self._events = self._events, []
         return events
@@ -141,7 +149,10 @@ class LocalPlacement:
 
 
 def start_member(job: Mapping[str, Any], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a group's process, which reads its job from its stdin: there are secret keys in it."""
+    """Start a group's process, which reads its job from its stdin: there are secret keys in it.
+
+    It runs `job["module"]` if there is one, else `MEMBER`.
+    """
     stdin = os.memfd_create("dsrl_async-group", os.MFD_CLOEXEC)
     try:
         os.write(stdin, json.dumps(job).encode())

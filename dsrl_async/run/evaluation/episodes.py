@@ -144,21 +144,25 @@ class Schedule:
 
     def __init__(self, episodes: Iterable[Episode]) -> None:
         self._waiting: dict[int, deque[Episode]] = {}
+        self._task_of: dict[int, int] = {}
+        self.add(episodes)
+
+    def add(self, episodes: Iterable[Episode]) -> None:
+        """Add further episodes, to be handed out after those of the same task that there are."""
         for episode in episodes:
             self._waiting.setdefault(episode.task, deque()).append(episode)
-        self._task_of: dict[int, int] = {}
 
     def next(self, lane: int) -> Episode | None:
         """Return the episode that `lane` plays next, or None if none is left."""
-        task = self._task_of.pop(lane, None)
-        if task not in self._waiting:
-            players = Counter(self._task_of.values())
-            waiting = self._waiting
+        waiting = self._waiting
+        task = self._task_of.get(lane)
+        if task not in waiting:
+            players = Counter(of for other, of in self._task_of.items() if other != lane)
             task = max(waiting, key=lambda other: len(waiting[other]) / (players[other] + 1), default=None)
         if task is None:
             return None
         self._task_of[lane] = task
-        episode = self._waiting[task].popleft()
-        if not self._waiting[task]:
-            del self._waiting[task]
+        episode = waiting[task].popleft()
+        if not waiting[task]:
+            del waiting[task]
         return episode

@@ -188,11 +188,11 @@ def what_to_lower(
     return " or ".join(key for key in sorted(keys, key=lambda key: -spared[key]) if spared[key] > 0.9 * most)
 
 
-def check_memory(run: CheckedRun, lower: str = USUAL, learning: bool = True) -> None:
+def check_memory(run: CheckedRun, lower: str = USUAL, learning: bool = True, copies: int = 1) -> None:
     """Raises ConfigError where processes cannot share memory, or where less of it is available than is needed.
 
     It advises to `lower` something, unless a setting of the agent or of batches takes the most. `learning` is as in
-    `memory_needed`.
+    `memory_needed`. There will be so many `copies` of all of it.
     """
     try:
         order.barrier()
@@ -207,6 +207,7 @@ def check_memory(run: CheckedRun, lower: str = USUAL, learning: bool = True) -> 
         ) from error
     parts = run.config, run.environment, run.spec, run.policy.needs
     need, available = memory_needed(*parts, learning), available_memory()
+    need = MemoryNeed(*(copies * part for part in need[:-1]), workers=need.workers)
     if need.total > available:
         if lower == USUAL and run.config.evaluation.lanes:
             lower = "replay.capacity, actors or evaluation.actors"
