@@ -90,6 +90,7 @@ def build_parser(all_settings: bool = False) -> Parser:
         metavar="N",
         help="deal the episodes out to N policies, each with a GPU and --processes of its own (default 1)",
     )
+    add("--ray", metavar="ADDRESS", help="have the groups on the machines of a Ray cluster; auto: the one at hand")
     add(
         "--noise",
         choices=("deterministic", "stochastic"),

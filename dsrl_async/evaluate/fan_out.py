@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import Any
 
 from dsrl_async.config.command_line import program
 from dsrl_async.config.settings import MIN_LANE_ROWS, ConfigError
@@ -22,7 +21,8 @@ from dsrl_async.evaluate.films import Films
 from dsrl_async.evaluate.lines import Lines
 from dsrl_async.evaluate.resolve import Evaluation
 from dsrl_async.evaluate.results import Outcome
-from dsrl_async.groups.placing import LocalPlacement, Placed, Placement
+from dsrl_async.groups.placing import LocalPlacement, Placed, Placement, local_gpus
+from dsrl_async.groups.ray_placement import RayPlacement
 from dsrl_async.host.waiting import Say
 from dsrl_async.run.evaluation.episodes import Episode
 
@@ -74,7 +74,11 @@ def play_in_groups(
 
 def place(evaluation: Evaluation, directory: Path) -> Placement:
     """Who starts the groups."""
-    return LocalPlacement(evaluation.groups)
+    config, number = evaluation.config, evaluation.groups
+    if evaluation.ray is not None:
+        gpus = config.group.gpus if config.device == "cuda" else 0
+        return RayPlacement(evaluation.ray, directory, gpus, config.group.cpus, config.group.wait_s)
+    return LocalPlacement(number, local_gpus(number, config.group.gpus) if config.device == "cuda" else ())
 
 
 class Groups:

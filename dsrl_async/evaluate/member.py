@@ -83,6 +83,7 @@ def main() -> int:
     job = json.load(sys.stdin)
     processes.prepare_child(os.getppid())
     processes.name_process("evaluation", f"evaluation, group {job['group']}")
+    processes.be_killed_like_others()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # its workers are tied to it
     tempfile.tempdir = job["run_dir"]  # whose files are removed by the one who has started it
     logs.set_up()

@@ -56,10 +56,10 @@ def evaluate(
     try:
         with ProgressBar(evaluation, outcomes, console) as bar:
             meanwhile = partial(look_up, stop, bar)
-            if evaluation.groups == 1:
-                played = play(evaluation, remaining, films, meanwhile, bar.wait)
-            else:
+            if evaluation.grouped:
                 played = play_in_groups(evaluation, remaining, films, meanwhile, bar.wait, console.print)
+            else:
+                played = play(evaluation, remaining, films, meanwhile, bar.wait)
             with closing(played):
                 for outcome in played:
                     outcomes[outcome.number] = outcome

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from dsrl_async import __version__
 from dsrl_async.config.command_line import make_paths_absolute, override
 from dsrl_async.config.files import read_config
@@ -20,6 +22,8 @@ from dsrl_async.config.hub import hub_name
 from dsrl_async.config.load import read_run_settings, validate
 from dsrl_async.config.settings import Config, ConfigError, EvaluationConfig
 from dsrl_async.envs import EnvironmentRecord, libero_files
+from dsrl_async.groups.placing import local_gpus
+from dsrl_async.groups.ray_placement import check_library
 from dsrl_async.host.device import resolve_device
 from dsrl_async.host.environments import environment_record
 from dsrl_async.host.machine import available_cpus
@@ -32,7 +36,8 @@ from dsrl_async.run.preflight import CheckedRun
 
 Mode = Literal["stochastic", "deterministic", "base"]
 
-SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s")
+OF_GROUPS = ("group.gpus", "group.cpus", "group.wait_s")
+SETTINGS = ("env.", "policy.", "sac.", "inference.", "device", "heartbeat_timeout_s", *OF_GROUPS)
 """Settings, or prefixes of their names, that an evaluation uses."""
 
 MOST_EPISODES = 1_000_000
@@ -54,11 +59,18 @@ class Evaluation(NamedTuple):
     """How the policy's noise is chosen."""
     episodes: list[Episode]
     groups: int = 1
-    """How many processes with a policy and `actors` environment workers play them; 1: this process itself."""
+    """How many groups with a policy and `actors` environment workers each play them."""
+    ray: str | None = None
+    """Address of the Ray cluster on whose machines the groups are, or `auto`; None: all of them are on this machine."""
 
     @property
     def config(self) -> Config:
         return self.run.config
+
+    @property
+    def grouped(self) -> bool:
+        """Whether others play than this process."""
+        return self.groups > 1 or self.ray is not None
 
 
 class Part(NamedTuple):
@@ -79,6 +91,8 @@ def resolve_all(options: argparse.Namespace) -> tuple[list[Part], list[str]]:
     """
     if options.compare and options.checkpoint is None:
         raise ConfigError("--compare plays the base policy and the steered one; give the latter's run as --checkpoint")
+    if options.ray is not None and options.video:
+        raise ConfigError("--video: films would be written on the machines of --ray; leave one of them out")
     if options.compare and options.base:
         raise ConfigError("--compare plays the base policy, too; leave out --base")
     parts = []
@@ -161,15 +175,18 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     if record.suite is not None:
         everything = {"task_ids": None, "init_states": None, "scene_order": "cycled"}  # which the numbers count
         config = config.model_copy(update={"env": config.env.model_copy(update=everything)})
-    groups = min(options.groups, len(episodes))
-    cores = max(1, available_cpus() // groups)
+    groups, ray = min(options.groups, len(episodes)), options.ray
+    if groups > 1 or ray is not None:
+        config = config.model_copy(update={"device": device_of_groups(config, ray)})
+    cores = available_cpus() if ray is not None else max(1, available_cpus() // groups)
     processes = MAX_PROCESSES if record.suite is None else min(MAX_PROCESSES, cores)
     actors = min(options.processes or processes, -(-len(episodes) // groups))
-    own = {"actors": actors, "seed": options.seed, "profile": False, "evaluation": EvaluationConfig()}
+    alone = {"groups": 1, "ray": None}  # what a run had; the groups of an evaluation know nothing of each other
+    own = {**alone, "actors": actors, "seed": options.seed, "profile": False, "evaluation": EvaluationConfig()}
     config = with_small_ring(config.model_copy(update=own))
     run = preflight.check_run(config, before, wait=waiting)
-    preflight.check_devices(config, ["device"])
-    if groups > 1:
+    if ray is None:
+        preflight.check_devices(config, ["device"])
         check_groups(run, groups)
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
@@ -178,12 +195,27 @@ def resolve(options: argparse.Namespace) -> Evaluation:
         how = record.settings["seeding"], "--episodes", "--noise stochastic"
         if (repeated := what_repeats(record.suite, episodes, *how)) is not None:
             raise ConfigError(f"--episodes: {repeated}")
-    return Evaluation(run, checkpoint, mode, episodes, groups)
+    return Evaluation(run, checkpoint, mode, episodes, groups, ray)
+
+
+def device_of_groups(config: Config, ray: str | None) -> str:
+    """The device of each group; raises ConfigError if there is none such."""
+    if config.group.gpus == 0:
+        if config.device == "cuda":
+            raise ConfigError("--device cuda asks for the GPU that --group.gpus 0 denies; leave one of them out")
+        return "cpu"
+    if ray is not None:
+        check_library()
+        return "cpu" if config.device == "cpu" else "cuda"
+    return "cpu" if preflight.cuda_index(config, "device") is None else "cuda"
 
 
 def check_groups(run: CheckedRun, groups: int) -> None:
     """Raises ConfigError unless this machine has a GPU for each of the groups, or the memory for all of them."""
-    preflight.check_memory(run, lower="--processes or --groups", learning=False, copies=groups)
+    if groups > 1:
+        if run.config.device == "cuda":
+            local_gpus(groups, run.config.group.gpus, "--groups")
+        preflight.check_memory(run, lower="--processes or --groups", learning=False, copies=groups)
 
 
 def with_small_ring(config: Config) -> Config:
@@ -247,7 +279,8 @@ def identity(evaluation: Evaluation) -> dict[str, Any]:
         env["init_states"] = sorted(
             {episode.init_state for episode in evaluation.episodes if episode.init_state is not None}
         )
-    device = resolve_device(config.device)
+    # the machines of a cluster have GPUs that this one may lack
+    device = resolve_device(config.device) if evaluation.ray is None else torch.device(config.device)
     # so that an evaluation of an earlier version, which had no such setting, goes on
     unused = {"prefill_precision"} if config.policy.prefill_precision == "dtype" else set()
     steering = {}

@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from dsrl_async.config.settings import ConfigError
 from dsrl_async.host import processes
+from dsrl_async.run.preflight.host import cuda_devices
 
 MEMBER = "dsrl_async.groups.member"
 LOG = "logs/supervisor.log"
@@ -170,3 +172,19 @@ def cores_of(groups: int) -> list[list[int]]:
     if len(cores) < CORES_PER_GROUP * groups:
         return []
     return [cores[len(cores) * n // groups : len(cores) * (n + 1) // groups] for n in range(groups)]
+
+
+def local_gpus(groups: int, each: int, key: str = "groups") -> list[list[str]]:
+    """The names of the GPUs of each group, as CUDA_VISIBLE_DEVICES takes them, of those that this process may use.
+
+    Raises ConfigError, which names `key`, if the machine has fewer than `each` for every group.
+    """
+    count = cuda_devices()["devices"]
+    if groups * each > count:
+        raise ConfigError(
+            f"{key}: {groups} groups with {each} GPU{'s' * (each > 1)} each need {groups * each}, and torch finds "
+            f"{count} here; lower it, or have the policies computed on the CPU with --device cpu"
+        )
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in named.split(",")] if named else [str(index) for index in range(count)]
+    return [names[each * group : each * (group + 1)] for group in range(groups)]

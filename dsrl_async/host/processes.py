@@ -124,6 +124,14 @@ def name_process(name: str, title: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())  # which setproctitle has set to the title's beginning
 
 
+def be_killed_like_others() -> None:
+    """Have this process no likelier to be killed than others where memory runs out: Ray marks those it starts."""
+    adjustment = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):
+        if int(adjustment.read_text()) > 0:
+            adjustment.write_text("0")
+
+
 def raise_descriptor_limit() -> int:
     """Allow this process as many open files as the system does; returns how many."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -10,6 +10,7 @@ from dsrl_async.run.preflight.host import (
     check_devices,
     check_films,
     check_kernels,
+    cuda_index,
 )
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.run.preflight.made_with import check_made_with, made_with, record_made_with
@@ -58,6 +59,7 @@ __all__ = [
     "check_resume",
     "check_run",
     "choose_run_directory",
+    "cuda_index",
     "describe",
     "fetch_policy",
     "fit_agent",

@@ -207,15 +207,15 @@ def check_memory(run: CheckedRun, lower: str = USUAL, learning: bool = True, cop
         ) from error
     parts = run.config, run.environment, run.spec, run.policy.needs
     need, available = memory_needed(*parts, learning), available_memory()
-    need = MemoryNeed(*(copies * part for part in need[:-1]), workers=need.workers)
-    if need.total > available:
+    if copies * need.total > available:
         if lower == USUAL and run.config.evaluation.lanes:
             lower = "replay.capacity, actors or evaluation.actors"
         can_halve = "dtype" in run.policy.own_settings and run.config.policy.dtype != "bfloat16"
+        gib = copies / 2**30
         halve = need.policy > need.shared and need.policy > need.agent and can_halve
         raise ConfigError(
-            f"this run needs about {need.total / 2**30:.1f} GiB of memory ({need.shared / 2**30:.1f} of it shared, "
-            f"mostly replay, {need.agent / 2**30:.1f} the agent's, and {need.policy / 2**30:.1f} the policy's) and "
+            f"this run needs about {gib * need.total:.1f} GiB of memory ({gib * need.shared:.1f} of it shared, "
+            f"mostly replay, {gib * need.agent:.1f} the agent's, and {gib * need.policy:.1f} the policy's) and "
             f"{available / 2**30:.1f} are available; lower {what_to_lower(*parts, lower, learning)}"
             f"{', or set policy.dtype to bfloat16' if halve else ''}"
         )
