@@ -19,7 +19,7 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "untrusted users_code config pi0 policies envs sac"
 MACHINE = "shm host"
-SHARED = "run.replay_ratio run.channel run.weights run.checkpoints run.set_aside run.evaluation"
+SHARED = "run.replay_ratio run.channel run.sockets run.weights run.checkpoints run.set_aside run.evaluation"
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
@@ -40,7 +40,8 @@ HOUSE = {
     # What the processes of a run have in common: the ratio, the weights, the files.
     "run.replay_ratio": "",
     "run.channel": "",
-    "run.weights": "run.channel",
+    "run.sockets": "run.channel",
+    "run.weights": "run.channel run.sockets",
     "run.checkpoints": "untrusted config shm host",
     "run.set_aside": "host run.checkpoints",
     "run.evaluation": "untrusted config envs host run.checkpoints",

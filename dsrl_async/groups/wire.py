@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 HELLO, ROWS, REPORT, STATE, FENCED, REFUSED = b"H", b"R", b"P", b"S", b"F", b"X"
 LARGEST = 2**62
 """Upper limit on every number that counts something."""
-LONGEST_SENTENCE = 1000
+LONGEST_SENTENCE, LONGEST_GREETING, LONGEST_STATE = 1000, 4096, 1 << 20
+"""In bytes."""
+BATCH_BYTES = 1 << 20
 IDENTITY = re.compile(rb"(\d{1,6})\.(\d{1,9})")
 
 Kind = Literal["sender", "kind", "greeting", "rows", "report", "state"]
@@ -114,6 +116,11 @@ def row_type(ring: ReplayRing) -> np.dtype:
 def layout_of(dtype: np.dtype) -> str:
     """A hash of a layout, which both sides must have alike."""
     return hashlib.sha256(repr(dtype.descr).encode()).hexdigest()[:16]
+
+
+def batch_rows(dtype: np.dtype) -> int:
+    """How many rows travel in one message at most."""
+    return max(1, BATCH_BYTES // dtype.itemsize)
 
 
 def collect(

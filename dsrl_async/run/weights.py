@@ -7,18 +7,16 @@ drops, with one warning of each kind, what cannot be weights of its learner. `ch
 
 from __future__ import annotations
 
-import hmac
 import logging
 import struct
 import zlib
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
-from dsrl_async.run.channel import Channel, check_directory
+from dsrl_async.run.channel import Channel
+from dsrl_async.run.sockets import Bound, Connected
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +30,10 @@ MOST_REQUESTS = 64
 """Requests of subscribers that are looked at in one go."""
 QUEUE = 64
 """Frames that wait for a subscriber which has been stopped; further ones are dropped. They are 0.8 MB each."""
-HANDSHAKE_MS = 5000
-"""How long a connection may take to show its key."""
+LONGEST_FRAME = 256 << 20
+"""Bytes of the longest frame that is handed on by who knows nothing of the network."""
+NEWEST_ONLY = ((zmq.CONFLATE, 1), (zmq.RECONNECT_IVL, 50))
 SUBSCRIBE, UNSUBSCRIBE = b"\x01", b"\x00"
-DOMAIN = "weights"
 
 Kind = Literal["short", "foreign", "layout", "cut off", "checksum", "values", "version"]
 """What may be wrong with a frame."""
@@ -70,11 +68,7 @@ def encode(policy_version: int, layout_hash: int, flat: np.ndarray) -> bytes:
 
 def decode(frame: bytes | memoryview, layout_hash: int, size: int) -> Weights:
     """Read a frame; raises BadFrame if it is not the weights of a network with this layout, as they were sent."""
-    if len(frame) < HEADER.size:
-        raise BadFrame("short", f"has {len(frame)} bytes, fewer than its header")
-    magic, frame_hash, version, length, checksum = HEADER.unpack_from(frame)
-    if magic != MAGIC:
-        raise BadFrame("foreign", "has a foreign header")
+    frame_hash, version, length, checksum = read_header(frame)
     if frame_hash != layout_hash or length != size:
         raise BadFrame("layout", "belongs to a network of another layout")
     if len(frame) != HEADER.size + 4 * size:
@@ -88,107 +82,74 @@ def decode(frame: bytes | memoryview, layout_hash: int, size: int) -> Weights:
     return Weights(version, flat)
 
 
+def read_header(frame: bytes | memoryview) -> tuple[int, int, int, int]:
+    """Layout hash, policy version, length and checksum, as a frame says; raises BadFrame if it is none of ours."""
+    if len(frame) < HEADER.size:
+        raise BadFrame("short", f"has {len(frame)} bytes, fewer than its header")
+    magic, layout_hash, version, length, checksum = HEADER.unpack_from(frame)
+    if magic != MAGIC:
+        raise BadFrame("foreign", "has a foreign header")
+    return layout_hash, version, length, checksum
+
+
 def _checksum(layout_hash: int, version: int, length: int, values: bytes | memoryview) -> int:
     """CRC-32: against accidents, the keys are against intent. BLAKE2 and SHA-256 take two to four times as long."""
     return zlib.crc32(values, zlib.crc32(struct.pack("<Qqq", layout_hash, version, length)))
 
 
-class _OnlyKey(NamedTuple):
-    """Admits one public key, as ZeroMQ's authenticator asks for it."""
-
-    key: str
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return hmac.compare_digest(key, self.key.encode())
-
-
 class WeightPublisher:
-    """The learner's end. Raises OSError if somebody else has the socket's place.
+    """The learner's end. Raises OSError if somebody else has the socket's place."""
 
-    Whoever does not hold the subscribers' key is told nothing and gets no further than ZeroMQ's handshake.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        prefix, _, path = channel.endpoint.partition("ipc://")
-        self._path = None if prefix else Path(path)
-        self._last: bytes | None = None
-        self._warned = self._unplaced = False
-        self._open()
-
-    def _open(self) -> None:
-        if self._path is not None:
-            check_directory(self._path.parent)
-        self._context = zmq.Context()  # of its own, so that closing it waits until the place is free again
-        self._authenticator = ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(DOMAIN, _OnlyKey(self._channel.client))
+    def __init__(self, channel: Channel, queue: int = QUEUE) -> None:
+        """`queue` is how many frames wait for a subscriber that takes none."""
         # XPUB hands subscriptions to us, which is how a late joiner is noticed; VERBOSE, so that a second one is too.
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
-        for option, value in (
-            (zmq.XPUB_VERBOSE, 1),
-            (zmq.LINGER, 0),
-            (zmq.SNDHWM, QUEUE),
-            (zmq.RCVHWM, MOST_REQUESTS),
-            (zmq.MAXMSGSIZE, LONGEST_REQUEST),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-            (zmq.CURVE_SERVER, 1),
-            (zmq.ZAP_ENFORCE_DOMAIN, 1),  # nobody is admitted without the authenticator
-        ):
-            self._socket.setsockopt(option, value)
-        self._socket.setsockopt_string(zmq.ZAP_DOMAIN, DOMAIN)
-        self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, self._channel.secret)
-        try:
-            # This replaces a socket that a predecessor which was killed has left.
-            self._socket.bind(self._channel.endpoint)
-        except zmq.ZMQError:
-            self.close()  # a context that is not terminated keeps the process from ending
-            raise
+        options = ((zmq.XPUB_VERBOSE, 1), (zmq.SNDHWM, queue), (zmq.RCVHWM, MOST_REQUESTS))
+        self._bound = Bound(channel, zmq.XPUB, LONGEST_REQUEST, options)
+        self._last: bytes | None = None
+        self._warned = False
 
     def publish(self, frame: bytes) -> None:
         self._last = frame
-        self._socket.send(frame, copy=False)
+        self._bound.socket.send(frame, copy=False)
 
     def serve_late_joiners(self) -> None:
-        """Send the last frame again if somebody subscribed since the last call.
-
-        Where a cleaner of temporary directories has removed the socket, it is made again, or nobody new would find it.
-        """
-        if self._path is not None and not self._path.exists():
-            self._make_again(self._path)
+        """Send the last frame again if somebody subscribed since the last call."""
+        self._bound.keep_place()
         joined = False
         for _ in range(MOST_REQUESTS):
-            if not self._socket.poll(0):
+            if not self._bound.socket.poll(0):
                 break
-            request = self._socket.recv()
+            request = self._bound.socket.recv()
             joined |= request == SUBSCRIBE
             if request not in (SUBSCRIBE, UNSUBSCRIBE):
                 # ZeroMQ keeps all that was ever subscribed to, for as long as the connection lives.
                 if not self._warned:
                     logger.warning("a subscriber of the weights asks for something else; all are disconnected")
                 self._warned, joined = True, False
-                self.close()
-                self._open()
+                self._bound.open_again()
         if joined and self._last is not None:
-            self._socket.send(self._last, copy=False)
-
-    def _make_again(self, path: Path) -> None:
-        try:
-            check_directory(path.parent)
-        except OSError as error:  # whoever is connected stays so
-            if not self._unplaced:
-                logger.warning("somebody has removed %s, and it cannot be made again: %s", path, error)
-            self._unplaced = True
-            return
-        logger.warning("somebody has removed %s; it is made again", path)
-        self._unplaced = False
-        self.close()
-        self._open()
+            self._bound.socket.send(self._last, copy=False)
 
     def close(self) -> None:
-        self._socket.close()
-        self._authenticator.stop()
-        self._context.term()
+        self._bound.close()
+
+
+class FrameSubscriber:
+    """Takes the newest frame as it is, for who hands it on to others."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._end = Connected(channel, zmq.SUB, LONGEST_FRAME, NEWEST_ONLY)
+
+    def newest(self) -> bytes | None:
+        """The newest frame since the last call, if any; never waits."""
+        try:
+            return self._end.socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            self._end.connect_again()
+            return None
+
+    def close(self) -> None:
+        self._end.close()
 
 
 class WeightSubscriber:
@@ -199,23 +160,8 @@ class WeightSubscriber:
     """
 
     def __init__(self, channel: Channel, layout_hash: int, size: int) -> None:
-        self._context = zmq.Context()
-        self.socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
-        for option, value in (
-            (zmq.CONFLATE, 1),  # before connect, or it has no effect
-            (zmq.LINGER, 0),
-            (zmq.RECONNECT_IVL, 50),
-            (zmq.MAXMSGSIZE, HEADER.size + 4 * size + LONGEST_REQUEST),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
-        ):
-            self.socket.setsockopt(option, value)
-        self.socket.setsockopt_string(zmq.CURVE_SERVERKEY, channel.server)
-        self.socket.setsockopt_string(zmq.CURVE_PUBLICKEY, channel.client)
-        self.socket.setsockopt_string(zmq.CURVE_SECRETKEY, channel.secret)
-        self.socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._monitor = self.socket.get_monitor_socket(zmq.Event.DISCONNECTED)
-        self._endpoint = channel.endpoint
-        self.socket.connect(self._endpoint)
+        self._end = Connected(channel, zmq.SUB, HEADER.size + 4 * size + LONGEST_REQUEST, NEWEST_ONLY)
+        self.socket = self._end.socket
         self._layout_hash, self._size = layout_hash, size
         self._version = 0
         self._unwarned = set(get_args(Kind))
@@ -235,7 +181,7 @@ class WeightSubscriber:
                     f"has version {weights.policy_version}, which is not between {self._version} and {updates}",
                 )
         except zmq.Again:
-            self._connect_again()
+            self._end.connect_again()
             return None
         except BadFrame as error:
             if error.kind in self._unwarned:
@@ -245,18 +191,5 @@ class WeightSubscriber:
         self._version = weights.policy_version
         return weights
 
-    def _connect_again(self) -> None:
-        """After a connection has ended: ZeroMQ gives an endpoint up for good where it met one that does not speak its
-        protocol, has no keys, or sends what is too large."""
-        disconnected = False
-        while self._monitor.poll(0):
-            disconnected = bool(self._monitor.recv_multipart())
-        if disconnected:
-            self.socket.disconnect(self._endpoint)
-            self.socket.connect(self._endpoint)
-
     def close(self) -> None:
-        self.socket.disable_monitor()
-        self._monitor.close()
-        self.socket.close()
-        self._context.term()
+        self._end.close()

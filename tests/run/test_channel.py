@@ -23,7 +23,7 @@ from support import stranger
 from support.stranger import hold
 
 from dsrl_async.config.settings import ConfigError
-from dsrl_async.run import channel, preflight, weights
+from dsrl_async.run import channel, preflight, sockets, weights
 from dsrl_async.run.channel import Channel, Ends, SocketDirectory, make_ends, places, read_secret, sweep, write_secret
 from dsrl_async.run.weights import WeightPublisher, WeightSubscriber, encode
 
@@ -330,7 +330,7 @@ def test_a_process_of_the_same_user_needs_the_subscribers_secret_key(ends: Ends,
 def test_without_the_authenticator_the_public_key_of_the_publisher_would_do(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights._OnlyKey, "callback", lambda self, domain, key: True)
+    monkeypatch.setattr(sockets.OnlyKey, "callback", lambda self, domain, key: True)
     own = make_ends(ends.publisher.endpoint).subscriber._replace(server=ends.subscriber.server)
     with publishing(ends.publisher) as publisher:
         assert received(own, publisher, 20) == 1

@@ -119,6 +119,11 @@ class InferenceServer:
         executing = (slots.request_id[lanes] == slots.response_id[lanes]) & (slots.request_id[lanes] != 0)
         return self.counters.decisions() + int(np.count_nonzero(executing))
 
+    def warmup(self) -> int:
+        """Decisions of the warm-up; of a group its share, as the learner's machine deals it out."""
+        counters = self.counters
+        return int(counters.control_warmup[0]) if counters.control_granted[0] else self.config.replay.warmup_decisions
+
     def allowed(self, wanted: int, handed_out: int) -> int:
         """How many of `wanted` requests of the training may be answered now, so that it does not outrun the learner.
 
@@ -129,7 +134,9 @@ class InferenceServer:
         wanted = min(wanted, self.sizes[-1])
         if self.mode is not None:
             return wanted
-        warmup = config.replay.warmup_decisions
+        granted, warmup = int(self.counters.control_granted[0]), self.warmup()
+        if granted and handed_out + wanted > granted:  # of a group: the learner's machine keeps the ratio
+            return 0
         if config.max_decisions is not None:
             wanted = min(wanted, config.max_decisions - handed_out)
         if handed_out < warmup and config.warmup != "actor":
@@ -138,7 +145,9 @@ class InferenceServer:
             return 0
         if handed_out < warmup:
             return min(wanted, warmup - handed_out)
-        if handed_out < self.counters.control_warmup_end[0]:  # the agent acts, until there is something to learn from
+        if (
+            granted or handed_out < self.counters.control_warmup_end[0]
+        ):  # the agent acts, until there is something to learn from
             return wanted
         limit = decisions_allowed(
             int(self.counters.learner_updates[0]),
@@ -168,7 +177,7 @@ class InferenceServer:
         if len(lanes) == 0:
             return 0
         if mode is None:  # `allowed` ends a batch where the warm-up ends
-            warming_up = handed_out < self.config.replay.warmup_decisions
+            warming_up = handed_out < self.warmup()
             mode = WARM_UP_MODES[self.config.warmup] if warming_up else NoiseMode.STOCHASTIC
         count, size = choose_batch(len(lanes), self.sizes)
         modes = np.where(of_training[taken], mode, mode if evaluating is None else evaluating).astype(np.uint8)
