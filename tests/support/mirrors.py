@@ -23,6 +23,7 @@ class Player:
     def __init__(self, arena: Arena, lane: int, seed: int) -> None:
         self.ring, self.counters, self.lane = ReplayRing(arena), Counters(arena), lane
         self.rng, self.length, self.sum = np.random.default_rng(seed), 0, 0.0
+        self.ended = 0  # episodes
 
     def play(self, rows: int) -> None:
         """Start so many rows."""
@@ -60,7 +61,7 @@ class Player:
         self.length += 1
         if ends:
             counters.end_episode(lane, self.sum, self.length, bool(rng.integers(2)))
-            self.length = 0
+            self.length, self.ended = 0, self.ended + 1
 
     def _observation(self) -> tuple[np.ndarray, np.ndarray, Seen | None]:
         rng, seen = self.rng, None
