@@ -356,9 +356,14 @@ def test_a_grant_is_limited_by_the_room_for_rows_and_never_0_nor_taken_back() ->
     settle(learner, member)
     granted = int(member.counters.control_granted[0])
     assert granted == (ROWS - ROWS // 4) // 2
-    member.players[0].play(20)  # unstored
+    member.players[0].play(8)
     tell(learner, member)
-    assert member.counters.control_granted[0] == granted
+    assert member.counters.control_granted[0] == member.counters.decisions() + granted - 8 // 2
+    before = int(member.counters.control_granted[0])
+    member.players[0].begin()  # a worker's successor has a row that nobody granted
+    member.players[0].begin()
+    tell(learner, member)
+    assert member.counters.control_granted[0] == before
     settle(learner, member)
     assert member.counters.control_granted[0] == member.counters.decisions() + granted
     fresh = Member(0, 2, make_learner(groups=1)[0], 1)
