@@ -130,7 +130,7 @@ def run_schedule(seed: int, na: bool = False, make: Callable[[Any, Arena, int], 
                 if rng.random() < repetition:
                     network.append((sender, message))
         if rng.random() < disorder:
-            rng.shuffle(network)  # type: ignore[arg-type]
+            rng.shuffle(network)
         for sender, message in network[:8]:
             answer = learner.take(sender.name, message)
             if sender in old:
