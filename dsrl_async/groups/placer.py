@@ -61,8 +61,16 @@ def connect(address: str) -> Any:
             ray.init("local", **options)
     except Exception as error:  # of many kinds: no such cluster, no token, another version of Ray or Python
         where = "no Ray cluster can be reached or started here" if address == "auto" else f"no Ray cluster at {address}"
-        raise ValueError(f"{where}: {first_sentence(error)}") from error
+        raise ValueError(f"{where}: {first_sentence(error)}{_doubt(address)}") from error
     return ray
+
+
+def _doubt(address: str) -> str:
+    """What may be wrong where somebody answers at an address and Ray only says that it cannot connect."""
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), 3):
+        return "; somebody answers there, but not with this machine's token (~/.ray/auth_token), or is another Ray"
+    return ""
 
 
 def make_token() -> None:
@@ -81,7 +89,7 @@ def first_sentence(error: BaseException) -> str:
     """What an error of Ray's says, which may be pages long, on one line."""
     cause = getattr(error, "cause", None) or error  # of a RayTaskError: what was raised on the other machine
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {' '.join(lines)[:500]}"
+    return f"{type(cause).__name__}: {' '.join(lines)[:300]}"
 
 
 @dataclass(eq=False)

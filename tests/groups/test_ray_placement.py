@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -26,9 +29,9 @@ from dsrl_async.host import processes
 class Cluster:
     """A placement, and all that it has said."""
 
-    def __init__(self, run_dir: Path, wait_s: float = 30.0) -> None:
+    def __init__(self, run_dir: Path, wait_s: float, address: str = "10.0.0.1:6379") -> None:
         self.run_dir = run_dir
-        self.placement = RayPlacement("10.0.0.1:6379", run_dir / "logs", 0, 1, wait_s)
+        self.placement = RayPlacement(address, run_dir / "logs", 0, 1, wait_s)
         self.events: list[Event] = []
 
     def start(self, group: int, incarnation: int = 1, **job: Any) -> None:
@@ -136,6 +139,40 @@ def test_without_a_cluster_at_the_start_the_run_ends_with_a_sentence(cluster: Cl
     assert cluster.said(Ended, 0) == [Ended(0, 1, "no Ray cluster at 10.0.0.1:6379", True)]
 
 
+@pytest.mark.ray
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
+@pytest.mark.timeout(900)
+def test_with_ray_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # not one that happens to be here
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "logs").mkdir()
+    cluster = Cluster(tmp_path, 300.0, address="auto")
+    asleep: dict[str, Any] = {"module": "support.sleeping_member", "child": True}
+    cluster.start(0, **asleep)
+    cluster.start(1, **asleep, seconds=1.0)
+    cluster.until(lambda: cluster.log(0) and cluster.said(Ended, 1), 240.0)
+    assert cluster.said(Ended, 1) == [Ended(1, 1, "exit code 1: the policy cannot be read", False)]
+    started = [process for process in psutil.process_iter() if is_of(process, str(tmp_path))]
+    cluster.placer.kill()
+    cluster.until(lambda: cluster.said(Ended, 0), 240.0)
+    cluster.start(0, 2, **asleep)
+    cluster.until(lambda: len(cluster.said(Placed, 0)) == 2, 240.0)
+    started += [process for process in psutil.process_iter() if is_of(process, str(tmp_path))]
+    assert len(set(started)) > 2
+    cluster.placement.close()
+    assert psutil.wait_procs(started, 180)[1] == []  # Ray's own agents see the end of a cluster that was killed late
+    assert list(tmp_path.glob(f"{ray_host.PREFIX}*")) == []
+
+
+def is_of(process: psutil.Process, directory: str) -> bool:
+    """Whether a process was started with this directory for its temporary files."""
+    try:
+        return process.environ().get("TMPDIR") == directory
+    except psutil.Error:
+        return False
+
+
 def test_a_host_starts_a_group_once_and_refuses_another_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +217,23 @@ def test_without_the_library_there_is_one_sentence(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ray_placement, "version", lambda name: "2.58.1")
     with pytest.raises(ConfigError, match=r"version 2\.58\.1 is installed, and 2\.59 to 2\.61 are known to work"):
         ray_placement.check_library()
+
+
+def test_a_cluster_that_does_not_let_us_in_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(address: str, **_: Any) -> None:
+        raise ConnectionError(f"Failed to connect to {address}")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init))
+    for variable in placer.VARIABLES:
+        monkeypatch.setenv(variable, "")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"no Ray cluster at {address}: .*not with this machine's token"):
+            placer.connect(address)
+    with pytest.raises(
+        ValueError, match=f"no Ray cluster at {address}: ConnectionError: Failed to connect to {address}$"
+    ):
+        placer.connect(address)
 
 
 def test_the_address_that_groups_connect_to() -> None:
