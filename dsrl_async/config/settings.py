@@ -566,7 +566,7 @@ class EvaluationConfig(Section):
 
 
 class GroupConfig(Section):
-    """Groups, where there are any: how they share a run (docs/cluster.md)."""
+    """Groups, where there are any: how they share a run (docs/groups.md)."""
 
     gpus: Announced[int] = Field(1, ge=0, le=64)
     """GPUs that each group has, of which its policy uses the first; 0: its policy is computed on the CPU."""
@@ -611,7 +611,7 @@ class Config(Section):
     actors: Announced[int] = Field(16, gt=0, le=MOST_ACTORS)
     """How many environment workers, in each of the `groups`: processes that run one environment each."""
     groups: Announced[int] = Field(1, gt=0, le=1024)
-    """How many groups: environment workers with a policy on a GPU of their own, all for one learner (docs/cluster.md).
+    """How many groups: environment workers with a policy on a GPU of their own, all for one learner (docs/groups.md).
     """
     ray: Announced[str | None] = None
     """Address of a Ray cluster on whose machines the groups are, or `auto`; null: all of them are on this machine."""

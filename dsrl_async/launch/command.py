@@ -18,7 +18,9 @@ from typing import Any
 
 from dsrl_async.config.command_line import load_config, make_paths_absolute
 from dsrl_async.config.load import to_yaml
-from dsrl_async.config.settings import Config, ConfigError
+from dsrl_async.config.settings import Config
+from dsrl_async.groups.checks import check_groups, whole_run
+from dsrl_async.groups.supervision import run_groups
 from dsrl_async.host import logs
 from dsrl_async.host.command import what_is_wrong
 from dsrl_async.host.files import write_text
@@ -50,8 +52,6 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     stop = StopRequest()
     config = load_config(argv)
     make_paths_absolute(config.policy)
-    if config.grouped:
-        raise ConfigError("groups: this version does not have them yet; leave out groups and ray")
 
     def heed_stop() -> None:
         if stop.reason:
@@ -64,10 +64,13 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     checked = preflight.check_run(config, meanwhile=heed_stop, wait=wait)
     config = checked.config
     with wait("looking at the machine"):
-        preflight.check_memory(checked)
-        preflight.check_devices(config)
+        if config.grouped:
+            check_groups(checked)
+        else:
+            preflight.check_memory(checked)
+            preflight.check_devices(config)
+            preflight.check_gpu_memory(checked)
         preflight.check_compiler(config)
-        preflight.check_gpu_memory(checked)
         preflight.check_descriptors(config)
         if not config.serial:
             preflight.check_channel()
@@ -108,7 +111,7 @@ def run(
         if config.resume is not None:
             changes = preflight.check_resume(config, run_dir)
             changes += preflight.check_made_with(run_dir, made_with, checked.policy.place)
-        session = Session(checked, run_dir, stop, console)
+        session = Session(whole_run(checked), run_dir, stop, console)
         preflight.record_made_with(run_dir, made_with)
         write_text(run_dir / "config.yaml", to_yaml(config))
         logger.info("run directory: %s", run_dir)
@@ -126,6 +129,8 @@ def run(
                     from dsrl_async.run.supervisor.serial import run_serial
 
                 summary = run_serial(session)
+            elif config.grouped:
+                summary = run_groups(session, config, programs)
             else:
                 summary = Supervisor(session, programs).run()
         except Exception as error:

@@ -29,7 +29,7 @@ def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
     return {
         **slot_fields(config.lanes, spec, config.env.chunk, width, normal, cameras, of_actions is not None),
         **replay_fields(lanes, config.replay.capacity // lanes, spec.state_dim, width, cameras, of_actions),
-        **counter_fields(lanes, evaluation),
+        **counter_fields(lanes, evaluation, config.groups if config.grouped else 0),
         **(assignment_fields(evaluation) if evaluation else {}),
         **(span_fields(config.actors) if config.profile else {}),
     }

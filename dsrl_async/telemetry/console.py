@@ -174,6 +174,8 @@ def plain_line(config: Config, view: View) -> str:
         parts.append(f"warm-up {warm_up(view)} before the first update")
     elif view.updates > 0:
         parts += [f"ratio {ratio_of(config, view, '/')}", f"lag {recent.policy_lag:.1f}"]
+    if view.groups:
+        parts.append(f"groups {' + '.join(f'{group.decisions_per_s:,.1f}' for group in view.groups)}/s")
     if recent.batch_size > 0:
         parts.append(f"batch {recent.batch_size:.1f} fill {recent.batch_fill:.0%}")
     if evaluation := evaluation_of(view):

@@ -102,6 +102,24 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class GroupView:
+    """What is known of a group at one tick."""
+
+    incarnation: int
+    decisions: int
+    """Of all incarnations, as far as their rows have arrived."""
+    decisions_per_s: float
+    waiting: float
+    """Share of the time in which its inference process waits for the learner."""
+    unstored: int
+    """Rows that the learner's side has not stored yet, by the group's last report."""
+    silent_s: float | None
+    """How long nothing was heard of it; None before the first time."""
+    where: str
+    """In words; empty while it is not placed."""
+
+
+@dataclass(frozen=True)
 class View:
     """The state of the run at one tick. Counts and `wall_s` include a resumed run's earlier sessions."""
 
@@ -129,6 +147,7 @@ class View:
     cuda_graphs: dict[str, str]  # policy or learner -> a name of `Graphs`, in lower case
     evaluation: EvaluationView | None = None  # None without evaluation
     waits: tuple[Wait, ...] = ()  # what starts; empty once all processes work
+    groups: tuple[GroupView, ...] = ()  # empty in a run without
     warming_up: tuple[int, int] | None = None  # decisions of the warm-up so far, and how many it has; None after it
 
 
@@ -183,6 +202,8 @@ class RunMonitor:
         """What the next views say of evaluations."""
         self.waits: tuple[Wait, ...] = ()
         """What the next views say of processes that start."""
+        self.where: Mapping[int, str] = {}
+        """Where each group is, in words."""
         self._workers = 1 if config.serial else config.actors  # processes that the environments' phases add up over
         self._view = self._make_view(start, self._start_time)
 
@@ -294,7 +315,7 @@ class RunMonitor:
 
     def _make_view(self, snapshot: Snapshot, now: float) -> View:
         config, (then, before), totals = self.config, self._ticks[0], self._ticks[-1][1]
-        recent = activity(before, totals, now - then, self._workers)
+        recent = activity(before, totals, now - then, self._workers, config.groups)
         decisions, updates = int(totals["actor_decisions"]), int(totals["learner_updates"])
         learned = decisions - config.replay.warmup_decisions - int(snapshot["control_passed_decisions"][0])
         replay_size = int(snapshot["learner_replay_size"][0])
@@ -312,7 +333,7 @@ class RunMonitor:
             success_episodes=len(self._successes),
             success_history=tuple(self._history.points),
             recent=recent,
-            overall=activity(self._start, totals, now - self._start_time, self._workers),
+            overall=activity(self._start, totals, now - self._start_time, self._workers, config.groups),
             replay_ratio=updates / learned if learned > 0 else 0.0,
             replay_size=replay_size,
             replay_utilization=replay_size / config.replay.capacity,
@@ -330,7 +351,27 @@ class RunMonitor:
             },
             evaluation=self.evaluation,
             waits=self.waits,
+            groups=self._group_views(snapshot, before, totals, now - then),
             warming_up=self._warming_up(decisions, int(snapshot["control_warmup_end"][0])),
+        )
+
+    def _group_views(
+        self, snapshot: Snapshot, before: Snapshot, after: Snapshot, seconds: float
+    ) -> tuple[GroupView, ...]:
+        heard_s = self._clock() - snapshot["group_heard_ns"] * 1e-9
+        decided = (after["group_decisions"] - before["group_decisions"]) / max(seconds, 1e-9)
+        waited = (after["group_waited_s"] - before["group_waited_s"]) / max(seconds, 1e-9)
+        return tuple(
+            GroupView(
+                incarnation=int(snapshot["group_started"][number]),
+                decisions=int(after["group_decisions"][number]),
+                decisions_per_s=float(decided[number]),
+                waiting=float(np.clip(waited[number], 0.0, 1.0)),
+                unstored=int(snapshot["group_unstored"][number]),
+                silent_s=float(heard_s[number]) if snapshot["group_heard_ns"][number] else None,
+                where=self.where.get(number, ""),
+            )
+            for number in range(len(heard_s))
         )
 
     def _warming_up(self, decisions: int, again_until: int) -> tuple[int, int] | None:
@@ -359,7 +400,8 @@ class RunMonitor:
                 self._drawn_step = self._first_step
         line = {"time": now} | asdict(view) | asdict(view.recent)
         of_the_display = ("recent", "overall", "success_history", "waits", "warming_up")
-        for name in (*of_the_display, *(["evaluation"] if view.evaluation is None else [])):
+        missing = [name for name in ("evaluation", "groups") if not getattr(view, name)]
+        for name in (*of_the_display, *missing):
             del line[name]
         try:
             self._lines.write(json.dumps(json_safe(line)) + "\n")
@@ -372,8 +414,9 @@ def ratio(numerator: Any, denominator: Any) -> float:
     return float(numerator / denominator) if denominator > 0 else 0.0
 
 
-def activity(before: Snapshot, after: Snapshot, seconds: float, workers: int) -> Activity:
-    """Rates and means between two `totals` that lie `seconds` apart."""
+def activity(before: Snapshot, after: Snapshot, seconds: float, workers: int, groups: int = 1) -> Activity:
+    """Rates and means between two `totals` that lie `seconds` apart, in which there are so many environment workers and
+    inference processes."""
     change = {name: after[name] - before[name] for name in after}
 
     def shares(kind: str, names: tuple[str, ...], processes: int) -> dict[str, float]:
@@ -391,7 +434,7 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, workers: int) ->
         queue_wait_ms=1e3 * ratio(change["inference_queue_wait_s"], change["inference_rows"]),
         phases={
             "actor": shares("actor", ACTOR_PHASES, workers),
-            "inference": shares("inference", INFERENCE_PHASES, 1),
+            "inference": shares("inference", INFERENCE_PHASES, groups),
             "learner": shares("learner", LEARNER_PHASES, 1),
         },
     )
@@ -400,6 +443,10 @@ def activity(before: Snapshot, after: Snapshot, seconds: float, workers: int) ->
 def totals(snapshot: Snapshot) -> Snapshot:
     """The counters that `activity` compares: sums over the lanes, and those of the other processes."""
     totals = {name: snapshot[name].sum(axis=0) for name in PER_ACTOR}
+    groups = len(snapshot["group_started"])
+    of_groups = np.split(snapshot["actor_decisions"], groups) if groups else []
+    totals["group_decisions"] = np.array([lanes.sum() for lanes in of_groups], np.int64)
+    totals["group_waited_s"] = snapshot["group_inference_phase_s"][:, INFERENCE_PHASES.index("wait_learner")].copy()
     return totals | {name: snapshot[name].squeeze() for name in PER_PROCESS}
 
 
@@ -423,6 +470,10 @@ def scalars(view: View) -> dict[str, float]:
         values["async/replay_ratio"] = view.replay_ratio
     if view.success_rate is not None:
         values["async/success_rate"] = view.success_rate
+    for number, group in enumerate(view.groups):
+        figures = ("decisions_per_s", "waiting", "unstored", "silent_s", "incarnation")
+        shown = {name: getattr(group, name) for name in figures}
+        values |= {f"group/{number}/{name}": float(value) for name, value in shown.items() if value is not None}
     on_gpu = {name: state for name, state in view.cuda_graphs.items() if state != "none"}
     values |= {f"system/cuda_graphs/{name}": float(state == "captured") for name, state in on_gpu.items()}
     begun = {"env_steps_per_s": view.env_steps, "decisions_per_s": view.decisions, "updates_per_s": view.updates}

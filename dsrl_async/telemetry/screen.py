@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dsrl_async.config.settings import Config
 from dsrl_async.host.machine import available_cpus
-from dsrl_async.telemetry.monitor import View, Wait
+from dsrl_async.telemetry.monitor import GroupView, View, Wait
 from dsrl_async.telemetry.profile.bottleneck import at_a_glance
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -33,6 +33,8 @@ LEFT_CELLS = 76
 """Width of the left half."""
 WIDEST = 200
 KINDS = ("actor", "evaluation", "template", "inference", "learner", "supervisor")
+SILENT_S = 5.0
+"""From so many seconds on the silence of a group is shown."""
 CURVE_LINES = 6
 """Height of the learning curve beside the figures."""
 
@@ -71,6 +73,7 @@ class Screen:
             yield body
             return
         title = f"[bold]dsrl_async[/]  {config.env.name}, {config.actors} actor{'s' * (config.actors > 1)}"
+        title += f" in {config.groups} groups" * (config.groups > 1)
         yield Panel(body, title=title, title_align="left", border_style="bright_black", width=width)
 
 
@@ -218,6 +221,7 @@ def figures(config: Config, view: View) -> list[Row]:
     elif view.updates > 0:
         ratio = ratio_of(config, view, " of ")
         rows.append(labelled("ratio", FIGURES, f"{ratio}   policy lag {recent.policy_lag:.1f} updates", ratio))
+    rows += [group_row(number, group) for number, group in enumerate(view.groups) if group.where]
     rows += bottleneck(config, view)
     if recent.batch_size > 0:
         batches = f"{recent.batch_size:.1f} rows, {recent.batch_fill:.0%} full"
@@ -235,6 +239,13 @@ def figures(config: Config, view: View) -> list[Row]:
         parts = [f"{name.split('/')[-1].replace('_', ' ')} {metrics[name]:.4g}" for name in names if name in metrics]
         rows.append(labelled("agent", EXTRAS, *("   ".join(parts[:count]) for count in range(len(parts), 0, -1))))
     return rows
+
+
+def group_row(number: int, group: GroupView) -> Row:
+    rate, waits = f"{group.decisions_per_s:>10,.1f}/s", f"waits {group.waiting:.0%}"
+    silent = f", silent {group.silent_s:.0f} s" if (group.silent_s or 0.0) > SILENT_S else ""
+    where = f"{rate}   {waits}{silent}   {group.unstored} unstored   {group.where}"
+    return labelled(f"group {number}", DETAILS, where, f"{rate}   {waits}{silent}", f"{rate}{silent}")
 
 
 def shorter(sentence: str) -> list[str]:

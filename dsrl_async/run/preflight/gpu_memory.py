@@ -101,7 +101,8 @@ def gpu_needs(
         if (device := cuda_index(config, key)) is not None:
             learner = key == "learner.device"
             need = learner_need(config, policy) if learner else policy_need(config, policy, prompt_lengths)
-            of_device.setdefault(device, []).append(need)
+            for group in range(1 if learner or not config.group.gpus else config.groups):
+                of_device.setdefault(device + group * config.group.gpus, []).append(need)
     needs = {}
     for device, parts in of_device.items():
         need = GpuNeed(*map(sum, zip(*parts, strict=True)))

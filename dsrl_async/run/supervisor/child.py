@@ -46,6 +46,8 @@ class Child:
     """Size of the log at that time."""
     quick_failures: int = field(default=0, init=False)
     """How many incarnations in a row have failed soon after their start."""
+    restarts: int = field(default=0, init=False)
+    """How often it was replaced."""
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ from dsrl_async.run.set_aside import chosen, set_aside
 from dsrl_async.run.supervisor import ending
 from dsrl_async.run.supervisor.evaluation import Evaluations, scalars
 from dsrl_async.sac import metric_names
+from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import ReplayRing
@@ -32,13 +33,18 @@ logger = logging.getLogger(__name__)
 
 
 class Session:
-    """A run from launch to summary, in the process that was launched."""
+    """A run from launch to summary, in the process that was launched.
 
-    def __init__(self, run: CheckedRun, run_dir: Path, stop: StopRequest, console: Display) -> None:
+    Its memory is new, unless an `arena` is given whose counters go on.
+    """
+
+    def __init__(
+        self, run: CheckedRun, run_dir: Path, stop: StopRequest, console: Display, arena: Arena | None = None
+    ) -> None:
         self.run, self.config, self.run_dir = run, run.config, run_dir
         self._stop, self._console, self.wait = stop, console, console.wait
         config = run.config
-        self.arena = create_memory(config, run.spec, run.horizon)
+        self.arena = arena or create_memory(config, run.spec, run.horizon)
         self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
         self.resumed_from: Path | None = None
         aside = self._go_on(Path(config.resume)) if config.resume is not None else None

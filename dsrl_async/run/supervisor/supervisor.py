@@ -48,12 +48,12 @@ class Crew(Protocol):
     """Who takes the decisions of a run: its environment workers (`Workers`), or groups of them elsewhere."""
 
     @property
-    def kinds(self) -> Sequence[Kind]:
-        """Of what is replaced if it ends."""
+    def members(self) -> Sequence[Child]:
+        """All that are started and replaced."""
 
     @property
     def children(self) -> Sequence[Child]:
-        """Those that are processes of this one's."""
+        """Those of them that are processes of this one's."""
 
     def start_missing(self) -> str | None:
         """Start who is not there; returns why the run must end, if it must."""
@@ -104,8 +104,6 @@ class Supervisor:
         notify_fds = (self.observation_ready, self.transition_ready)
         self.crew = crew or Workers(session, self.wake, notify_fds, programs[Kind.WORKER])
         self.children = [*self.models, *self.crew.children]
-        kinds = {*(child.kind for child in self.models), *self.crew.kinds}
-        self.restarts = {kind.value: 0 for kind in Kind if kind in kinds}
         self._vigil = Vigil(self.config.heartbeat_timeout_s)
         self._graphs = {
             Kind.INFERENCE: self.counters.inference_graphs,
@@ -115,6 +113,7 @@ class Supervisor:
             Kind.INFERENCE: self.counters.inference_heartbeat_ns,
             Kind.LEARNER: self.counters.learner_heartbeat_ns,
             Kind.UPLINK: self.counters.learner_heartbeat_ns,
+            Kind.DOWNLINK: self.counters.downlink_heartbeat_ns,
             Kind.TEMPLATE: self.counters.template_heartbeat_ns,
             Kind.WORKER: self.counters.actor_heartbeat_ns,
         }
@@ -143,6 +142,14 @@ class Supervisor:
         self._sockets.close()
         lost_updates = int(self.counters.learner_lost_updates[0])
         return {**self.session.finish(reason, pids), "restarts": self.restarts, "lost_updates": lost_updates}
+
+    @property
+    def restarts(self) -> dict[str, int]:
+        """How often processes were replaced, by the public name of their kind."""
+        restarts: dict[str, int] = {}
+        for child in (*self.models, *self.crew.members):
+            restarts[child.kind.value] = restarts.get(child.kind.value, 0) + child.restarts
+        return restarts
 
     def _own_error(self, error: Exception) -> tuple[str, str]:
         """What is wrong with this process, and what the error says of it."""
@@ -274,7 +281,7 @@ class Supervisor:
                     f"(all of its output is in {child.log})"
                 )
             logger.warning("%s ended (%s) after %.0f s; starting it again, see %s", child.name, how, lived, child.log)
-            self.restarts[child.kind] += 1
+            child.restarts += 1
             child.popen = None
         return None
 
@@ -324,7 +331,7 @@ class Supervisor:
         if (learner := self.learner) is not None and self._died_at_the_end(learner):
             left = "wrote the last checkpoint" if learner.kind is Kind.LEARNER else "had sent all rows"
             logger.warning("%s ended before it %s; another one is started for that", learner.name, left)
-            self.restarts[learner.kind] += 1
+            learner.restarts += 1
             self._start(learner)
             self._wait_models()
 

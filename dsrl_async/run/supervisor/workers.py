@@ -62,13 +62,10 @@ class Workers:
         self._limit = max(STARTING_WORKERS, available_cpus())
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        kinds = (Kind.WORKER, Kind.TEMPLATE)
-        return (*kinds, Kind.EVALUATION) if self._session.config.evaluation.lanes else kinds
-
-    @property
-    def children(self) -> list[Child]:
+    def members(self) -> list[Child]:
         return [self.template, *self.by_lane]
+
+    children = members
 
     def start_missing(self) -> None:
         """Start the template, or as many of the missing workers as may come up at once, if it is there to fork them.

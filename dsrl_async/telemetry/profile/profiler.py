@@ -119,7 +119,7 @@ class Profiler:
         now, config = self._now, self.config
         seconds, watched = now.time - since.time, now.cpu_time - since.cpu_time
         actors = 1 if config.serial else config.actors
-        done = activity(since.totals, now.totals, seconds, actors)
+        done = activity(since.totals, now.totals, seconds, actors, self.config.groups)
         on_gpu = {kind: bool(self._arena[f"stage/{kind}_on_gpu"][0]) for kind in STAGES}
         stages = {
             kind: {
