@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.pi0_models import fill, make_model, small_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsrl_async.pi0 import kernels
 from dsrl_async.pi0.fp8 import Fp8Linear, quantise, use_fp8
@@ -111,9 +111,12 @@ def test_layer_norm(size: float, seed: int, dtype: torch.dtype, rows: int, width
 
 @torch.no_grad()
 def test_the_vision_tower() -> None:
-    """Of three layers, whose biases all count in the last norm."""
+    """Of three layers, whose biases all count in the last norm; epsilon is no small number here."""
     config = dataclasses.replace(small_config(), image_size=24, patch_size=12, vision_depth=3)
     model, images = make_model(config)[0], Draw(0, torch.float32)(2, 3, 24, 24)
+    for module in model.vision.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.2
     exact = model.vision(images)
 
     def actual() -> Tensor:
@@ -123,6 +126,8 @@ def test_the_vision_tower() -> None:
     weights = {name: model.get_parameter(name) for name in fp8_weights(config)}
     model.set_dtype(torch.bfloat16)
     assert_no_further(actual(), model.vision(images), exact)
+    added = torch.stack([bias for layer in model.vision.blocks for bias in (layer.out.bias, layer.fc2.bias)])
+    assert torch.allclose(kernels.vision_offsets(model.vision)[-1], added.float().sum(0), rtol=0, atol=1e-6)
     use_fp8(model.float(), weights)
     for name, weight in weights.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
