@@ -44,6 +44,8 @@ from dsrl_async.pi0.tensors import parameter_count
 
 OWN, REFERENCE = "dsrl_async", "openpi"
 SEED = 0
+CLOCKS = {"wall": "time", "cpu": "cpu_time"}
+"""Choice of `--clock` -> what a process is asked for."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = 2**30
 """Rough memory that a process needs beside its weights at batch 1: libraries, activations, a tensor being made."""
@@ -65,6 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=17, help="length of every prompt (default: 17)")
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of each process (default: as many as cores)"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: CPU time of all threads, which other programs disturb less (default: wall)",
     )
     add_output_arguments(parser, repeats=5)
 
@@ -94,12 +102,12 @@ def measure(
     systems: list[str], config: synthetic.Sizes, dtype: str, batch: int, arguments: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """System -> `times` (milliseconds per stage, per repeat) and the answers of `serving.MEASUREMENTS`."""
-    lengths = [arguments.prompt_tokens] * batch
+    lengths, clock = [arguments.prompt_tokens] * batch, CLOCKS[arguments.clock]
 
     def warmed_up(system: str, stack: ExitStack) -> SystemProcess:
         process = stack.enter_context(start(system, config, dtype, arguments.threads))
         process.ask(do="prepare", prompt_lengths=lengths, steps=arguments.steps)
-        process.ask(do="time")  # the first sample also warms up caches and thread pools
+        process.ask(do=clock)  # the first sample also warms up caches and thread pools
         return process
 
     results: dict[str, dict[str, Any]] = {system: {"times": []} for system in systems}
@@ -108,7 +116,7 @@ def measure(
         results[process.system].update(process.ask(do="count") | process.ask(do="profile") | process.ask(do="actions"))
 
     def time(process: SystemProcess) -> None:
-        results[process.system]["times"].append(process.ask(do="time"))
+        results[process.system]["times"].append(process.ask(do=clock))
 
     if fit_together(systems, config, dtype, psutil.virtual_memory().available):
         with ExitStack() as stack:
@@ -168,5 +176,6 @@ def run(arguments: argparse.Namespace) -> None:
             for dtype in arguments.dtype:
                 for batch in arguments.batch:
                     details = f"batch {batch} steps {arguments.steps} threads {arguments.threads}"
+                    details += " CPU time" if arguments.clock == "cpu" else ""
                     lines.case(f"{model} {size} {dtype} {details}")
                     lines.add(summarise(measure(arguments.system, config, dtype, batch, arguments)))

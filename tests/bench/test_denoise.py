@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.commands import Done, call
 
 from dsrl_async.bench import denoise, references, scale, synthetic
 from dsrl_async.bench.figures import Figure, JsonLines, add_output_arguments
 from dsrl_async.bench.systems.policy import language_length, load
-from dsrl_async.bench.systems.serving import StageMeter, count_operations, time_stages
+from dsrl_async.bench.systems.serving import MEASUREMENTS, StageMeter, count_operations, time_stages
 
 
 def bench(*options: str) -> Done:
@@ -113,8 +115,18 @@ def test_processes_alternate_where_memory_is_short() -> None:
     assert denoise.fit_together(["dsrl_async"], config, "float32", 20 * 2**30)
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_repeats_are_interleaved(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_time_leaves_out_what_a_process_waits() -> None:
+    def sample(meter: StageMeter) -> torch.Tensor:
+        meter.enter("denoise")
+        time.sleep(0.05)
+        return torch.zeros(1)
+
+    assert MEASUREMENTS["time"](sample)["denoise"] >= 50
+    assert MEASUREMENTS["cpu_time"](sample)["denoise"] < 25
+
+
+@pytest.mark.parametrize(("together", "clock"), [(True, "wall"), (False, "wall"), (True, "cpu")])
+def test_repeats_are_interleaved(together: bool, clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[tuple[str, str]] = []
 
     class Fake:
@@ -134,9 +146,9 @@ def test_repeats_are_interleaved(together: bool, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(denoise, "start", Fake)
     monkeypatch.setattr(denoise, "fit_together", lambda *_: together)
-    arguments = argparse.Namespace(repeats=3, steps=2, prompt_tokens=5, threads=1)
+    arguments = argparse.Namespace(repeats=3, steps=2, prompt_tokens=5, threads=1, clock=clock)
     results = denoise.measure(["a", "b"], synthetic.sizes("pi0", "toy"), "float32", 2, arguments)
-    timed = [system for system, event in events if event == "time"]
+    timed = [system for system, event in events if event == {"wall": "time", "cpu": "cpu_time"}[clock]]
     # a first sample of each process warms up
     assert timed == ["a", "b"] + ["a", "b"] * 3 if together else timed == ["a", "a", "b", "b"] * 3
     assert [len(results[system]["times"]) for system in "ab"] == [3, 3]

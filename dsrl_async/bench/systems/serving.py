@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def _peak_memory() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def time_stages(sample: Sample) -> dict[str, Any]:
-    """Milliseconds per stage."""
-    meter = StageMeter(time.perf_counter_ns)
+def time_stages(sample: Sample, clock: Callable[[], int] = time.perf_counter_ns) -> dict[str, Any]:
+    """Milliseconds per stage, by a clock in nanoseconds."""
+    meter = StageMeter(clock)
     sample(meter)
     meter.enter("prefill")
     return {stage: total / 1e6 for stage, total in meter.totals.items()}
@@ -104,7 +105,13 @@ def sample_actions(sample: Sample) -> dict[str, Any]:
     return {"actions": actions.tolist(), "peak_memory": _peak_memory()}
 
 
-MEASUREMENTS = {"time": time_stages, "count": count_operations, "profile": profile_shares, "actions": sample_actions}
+MEASUREMENTS = {
+    "time": time_stages,
+    "cpu_time": partial(time_stages, clock=time.process_time_ns),
+    "count": count_operations,
+    "profile": profile_shares,
+    "actions": sample_actions,
+}
 
 
 def serve(load: Load) -> None:
