@@ -105,7 +105,7 @@ def sample_actions(sample: Sample) -> dict[str, Any]:
     return {"actions": actions.tolist(), "peak_memory": _peak_memory()}
 
 
-MEASUREMENTS = {
+MEASUREMENTS: dict[str, Callable[[Sample], dict[str, Any]]] = {
     "time": time_stages,
     "cpu_time": partial(time_stages, clock=time.process_time_ns),
     "count": count_operations,
