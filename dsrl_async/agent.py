@@ -26,6 +26,7 @@ from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.evaluation.files import find_best
 from dsrl_async.run.inference.policies import load_frozen_policy
 from dsrl_async.run.inference.steering import SteeredPolicy
+from dsrl_async.run.instructions import instructions_of, learned_by
 from dsrl_async.sac.networks import Actor
 from dsrl_async.shm.counters import NoiseMode
 from dsrl_async.untrusted import shown
@@ -68,6 +69,9 @@ class Agent:
         self.horizon = self._frozen.spec.action_horizon
         self._actor = Actor(config.sac, self.horizon, self._device)
         load_weights(self._actor, checkpoint)
+        learned = learned_by(checkpoint, config.sac, spec.prompts)
+        instructions = instructions_of(config.sac, policy, spec.prompts, learned)
+        self._instructions = None if instructions is None else torch.from_numpy(instructions.table).to(self._device)
         self._batches: dict[tuple[int, int], SteeredPolicy] = {}
         self._lock = threading.Lock()
 
@@ -134,9 +138,15 @@ class Agent:
             for place, row in zip(images, pictures, strict=True):
                 for image, picture in zip(place, row, strict=True):
                     image[:] = resize_with_pad(picture, len(image), self._antialias)
-            filled = {"images": images, "state": states, "sac_image": agent_images, "standard_normal": normal}
-            for name, values in filled.items():
-                batch.inputs[name].copy_(torch.from_numpy(values))
+            filled = {
+                "images": images,
+                "state": states,
+                "sac_image": agent_images,
+                "standard_normal": normal,
+                "task_index": prompts,
+            }
+            for name, buffer in batch.inputs.items():
+                buffer.copy_(torch.from_numpy(filled[name]))
             batch.fill_prompts(prompts)
             batch.fill_modes(np.full(count, NoiseMode[mode.upper()], np.uint8))
             batch.run()
@@ -146,7 +156,8 @@ class Agent:
     def _batch(self, count: int, length: int) -> SteeredPolicy:
         """The steered policy for batches of `count` rows with prompts of up to `length`, made when it first comes."""
         if (count, length) not in self._batches:
-            steered = SteeredPolicy(self._frozen.batch(count, length), self._actor, self.config.sac)
+            parts = self._frozen.batch(count, length), self._actor, self.config.sac
+            steered = SteeredPolicy(*parts, instructions=self._instructions)
             with graphs_of(self.config.policy.graphs, self._device, np.zeros(1, np.int64)) as graphs:
                 if self.config.policy.compile:
                     steered.run()
@@ -286,7 +297,7 @@ def load_agent(
         spec = EnvironmentSpec(sizes.cameras, sizes.image_size, sizes.robot_state_dim, sizes.robot_action_dim, ())
         logger.warning("%s is not asked about: %s", config.env.name, error)
     else:
-        checked = preflight.check_run(config, before)
+        checked = preflight.check_run(config, before, learning=False)
         config, policy = checked.config, checked.policy
         preflight.check_made_with(run_dir, preflight.made_with(checked), policy.place)
     spec = spec._replace(prompts=tuple(dict.fromkeys((*spec.prompts, *prompts))))

@@ -19,7 +19,9 @@ from support.paths import ROOT
 PACKAGE = "dsrl_async"
 GROUND = "untrusted users_code config pi0 policies envs sac"
 MACHINE = "shm host"
-SHARED = "run.replay_ratio run.channel run.sockets run.weights run.checkpoints run.set_aside run.evaluation"
+SHARED = (
+    "run.replay_ratio run.channel run.sockets run.weights run.checkpoints run.set_aside run.instructions run.evaluation"
+)
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
 
@@ -44,15 +46,16 @@ HOUSE = {
     "run.weights": "run.channel run.sockets",
     "run.checkpoints": "untrusted config shm host",
     "run.set_aside": "host run.checkpoints",
+    "run.instructions": "untrusted config policies run.checkpoints",
     "run.evaluation": "untrusted config envs host run.checkpoints",
     # What is checked before anything starts.
     "run.preflight": f"untrusted config pi0 policies envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
-    "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.channel run.weights run.evaluation",
+    "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.channel run.weights run.instructions run.evaluation",
     # DSRL-NA asks the frozen policy inside of its updates.
     "run.learner": f"config sac policies {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints "
-    "run.evaluation",
+    "run.instructions run.evaluation",
     # The launched process, which starts the others, or in serial mode is all of them.
     "run.supervisor": f"{GROUND} {MACHINE} telemetry {RUN}",
     # Many of them: a supervisor without a learner on each GPU or machine, and what joins them.

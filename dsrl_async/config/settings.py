@@ -37,6 +37,8 @@ class ConfigError(ValueError):
         super().__init__(message)
 
 
+EMBEDDING_DIM = 64
+"""Width of what the agent is told with `sac.instruction: embedding`, unless `sac.instruction_dim` says otherwise."""
 MOST_ACTORS = 4096
 """Upper limit on `actors`."""
 
@@ -291,6 +293,13 @@ class SacConfig(Section):
     """Numbers of the cameras that the agent sees, out of those that the environment shows the policy: 0 is LIBERO's
     agentview and the tabletop's front, 1 their wrist camera. The pictures are stacked along the channels, and an update
     augments all pictures of one moment alike, as official DSRL does."""
+    instruction: Fixed[Literal["none", "task", "embedding"]] = "none"
+    """What the agent is told of the policy's instruction, where the environment has more than one (docs/tuning.md):
+    `none`: nothing; `task`: which of the run's it is, so that it knows no others; `embedding`: the mean of the policy's
+    own embeddings of its words, which a Pi0 has."""
+    instruction_dim: Fixed[int] = Field(0, ge=0)
+    """Width of what it is told; left out, it is the number of the environment's instructions for `task`, 64 for
+    `embedding`, and 0 where there is one instruction only."""
     image_pool: Fixed[int] = Field(2, ge=1)
     """Average-pool the 64x64 image by this factor, a divisor of 64, before the convolutions (2 means 32x32)."""
     conv_channels: Fixed[list[int]] = [32]
@@ -443,9 +452,15 @@ class SacConfig(Section):
         """Shape of the image that the agent sees: [64, 64, 3 * cameras]."""
         return sac_image_shape(len(self.cameras))
 
-    def with_widths(self, state_dim: int, noise_dim: int) -> SacConfig:
-        """These settings with the widths of an environment and a policy, where none was given."""
-        widths = {"state_dim": state_dim, "noise_dim": noise_dim}
+    def with_widths(self, state_dim: int, noise_dim: int, instructions: int = 1) -> SacConfig:
+        """These settings with the widths of an environment, which has so many different instructions, and a policy,
+        where none was given."""
+        instruction_dim = {"none": 0, "task": instructions, "embedding": EMBEDDING_DIM}[self.instruction]
+        widths = {
+            "state_dim": state_dim,
+            "noise_dim": noise_dim,
+            "instruction_dim": instruction_dim if instructions > 1 else 0,
+        }
         return self.model_copy(update={key: widths[key] for key in widths.keys() - self.model_fields_set})
 
     def judging_actions(self, action_dim: int) -> SacConfig:

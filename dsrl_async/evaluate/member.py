@@ -89,7 +89,7 @@ def main() -> int:
     logs.set_up()
     try:
         config = validate(job["config"])
-        run = preflight.check_run(with_small_ring(config), config)
+        run = preflight.check_run(with_small_ring(config), config, learning=False)
         checkpoint = None if job["checkpoint"] is None else Path(job["checkpoint"])
         evaluation = Evaluation(run, checkpoint, job["mode"], [])
         member = Member(job)

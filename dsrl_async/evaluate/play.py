@@ -25,6 +25,7 @@ from dsrl_async.run import preflight
 from dsrl_async.run.evaluation.episodes import Episode, Schedule
 from dsrl_async.run.inference.policies import load_policies
 from dsrl_async.run.inference.server import InferenceServer, notifier
+from dsrl_async.run.instructions import learned_by
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.worker.pool import WorkerPool
 from dsrl_async.run.worker.worker import EVALUATION, episode_seed
@@ -165,7 +166,8 @@ def load_server(evaluation: Evaluation, run: CheckedRun, pool: WorkerPool) -> In
     config = run.config
     torch.set_num_threads(cpu_threads(config.inference.threads))
     device = resolve_device(config.device)
-    policies = load_policies(config, run.spec, device, run.policy, Counters(pool.arena))
+    learned = None if evaluation.checkpoint is None else learned_by(evaluation.checkpoint, config.sac)
+    policies = load_policies(config, run.spec, device, run.policy, Counters(pool.arena), learned=learned)
     server = InferenceServer(config, pool.arena, policies, notifier(pool.wake_fds), NoiseMode[evaluation.mode.upper()])
     if evaluation.checkpoint is not None:
         load_weights(policies.actor, evaluation.checkpoint, "--checkpoint")

@@ -32,6 +32,7 @@ from dsrl_async.pi0.checkpoint import resolve_dtype
 from dsrl_async.run import checkpoints, preflight
 from dsrl_async.run.evaluation.episodes import Episode, parse_numbers, plan_suite, what_repeats
 from dsrl_async.run.evaluation.files import find_best
+from dsrl_async.run.instructions import learned_by
 from dsrl_async.run.preflight import CheckedRun
 
 Mode = Literal["stochastic", "deterministic", "base"]
@@ -184,13 +185,18 @@ def resolve(options: argparse.Namespace) -> Evaluation:
     alone = {"groups": 1, "ray": None}  # what a run had; the groups of an evaluation know nothing of each other
     own = {**alone, "actors": actors, "seed": options.seed, "profile": False, "evaluation": EvaluationConfig()}
     config = with_small_ring(config.model_copy(update=own))
-    run = preflight.check_run(config, before, wait=waiting)
-    if ray is None:
-        preflight.check_devices(config, ["device"])
-        check_groups(run, groups)
     mode: Mode = options.noise or config.sac.evaluation_noise
     if checkpoint is None or options.base:
         checkpoint, mode = None, "base"
+        nothing = {"instruction": "none", "instruction_dim": 0}  # there is nobody to be told its task
+        config = config.model_copy(update={"sac": config.sac.model_copy(update=nothing)})
+    run = preflight.check_run(config, before, wait=waiting, learning=False)
+    if ray is None:
+        preflight.check_devices(config, ["device"])
+        check_groups(run, groups)
+    if checkpoint is not None:
+        played = {episode.task for episode in episodes} if record.suite is not None else range(len(run.spec.prompts))
+        learned_by(checkpoint, config.sac, [run.spec.prompts[task] for task in sorted(played)])
     if mode == "deterministic" and record.suite is not None:
         how = record.settings["seeding"], "--episodes", "--noise stochastic"
         if (repeated := what_repeats(record.suite, episodes, *how)) is not None:

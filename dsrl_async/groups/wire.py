@@ -165,7 +165,7 @@ def check_rows(frame: bytes | memoryview, dtype: np.dtype, lanes: int) -> np.nda
 
 def replay(ring: ReplayRing, lane: int, row: np.void) -> None:
     """Do in a lane what the row's writer did."""
-    seen = Seen(row["policy_images"], row["task_index"]) if ring.of_actions else None
+    seen = Seen(row["policy_images"] if ring.of_actions else None, row["task_index"]) if ring.keeps_seen else None
     if not row["completes"]:
         ring.begin_episode(lane, row["image"], row["state"], seen)
         return

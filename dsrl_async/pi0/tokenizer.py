@@ -200,12 +200,22 @@ def prompt_ids(encoder: Encoder, prompt: str, state: NDArray[np.float32] | None 
     normalised state (pi0.5 with `state_in_prompt`) they are <bos>, "Task: ..., State: ...;" and "Action: " on a line of
     its own; the state is written as numbers of 256 equal bins of [-1, 1] (-1 below it, 255 above).
     """
-    text = prompt.strip().replace("_", " ").replace("\n", " ")
     if state is None:
-        return [encoder.bos, *encoder.encode(text), *encoder.encode("\n")]
+        return [encoder.bos, *instruction_ids(encoder, prompt), *encoder.encode("\n")]
+    text = cleaned(prompt)
     edges = np.linspace(-1, 1, STATE_BINS + 1)[:-1]
     bins = " ".join(str(index) for index in np.digitize(state, edges) - 1)
     return [encoder.bos, *encoder.encode(f"Task: {text}, State: {bins};\nAction: ")]
+
+
+def cleaned(prompt: str) -> str:
+    """A prompt as openpi tokenizes it."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def instruction_ids(encoder: Encoder, prompt: str) -> list[int]:
+    """Ids of a prompt's own words."""
+    return encoder.encode(cleaned(prompt))
 
 
 def check_prompt(tokenizer: Any, config: Pi0Config, prompt: str, source: Path | str = "tokenizer") -> None:

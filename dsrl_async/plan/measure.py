@@ -194,6 +194,7 @@ def updating(config: Config, horizon: int, policy: FrozenPolicy | None = None) -
     the `policy`, the steps of the noise critic that come with it on average."""
     sac = config.sac.model_copy(update={"train_actor_steps": 0})
     config, device = config.model_copy(update={"sac": sac}), learner_device(config)
+    told = torch.zeros(1, sac.instruction_dim, device=device) if sac.instruction_dim else None
     if sac.algorithm == "na":
         assert policy is not None
         if device != resolve_device(config.device):
@@ -203,10 +204,10 @@ def updating(config: Config, horizon: int, policy: FrozenPolicy | None = None) -
         sizes = policy.spec
         of_actions = action_row(config, sizes.cameras, sizes.image_size, sizes.robot_action_dim)
         ring = fill_ring(sac, RING_ROWS, sac.noise_width(horizon), of_actions)
-        updates: Updates = make_na_updates(config, policy, device, source_for(ring, device), products_of(config))
+        updates: Updates = make_na_updates(config, policy, device, source_for(ring, device), products_of(config), told)
     else:
         agent = make_agent(config, horizon, device)
-        updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size)
+        updates = Updates(agent, source_for(fill_ring(sac, RING_ROWS, agent.action_dim), device), sac.batch_size, told)
     updates.refresh()
     if device.type == "cuda" and config.learner.graphs == "auto":
         updates.capture()
@@ -224,7 +225,7 @@ def updating(config: Config, horizon: int, policy: FrozenPolicy | None = None) -
 def fill_ring(config: SacConfig, rows: int, action_dim: int, of_actions: ActionRow | None = None) -> ReplayRing:
     """A ring whose only lane is full of random observations, in episodes of ten decisions."""
     sizes = config.state_dim, action_dim, len(config.cameras)
-    ring = ReplayRing(Arena.create(replay_fields(1, rows, *sizes, of_actions)))
+    ring = ReplayRing(Arena.create(replay_fields(1, rows, *sizes, of_actions, config.instruction_dim > 0)))
     rng = np.random.default_rng(0)
     for name in ("image", "policy_images") if of_actions is not None else ("image",):
         ring.rows[name][:] = rng.integers(0, 256, ring.rows[name].shape, dtype=np.uint8)

@@ -172,7 +172,7 @@ def payload_of(config: Config, spec: EnvironmentSpec, horizon: int) -> Payload:
     width, cameras = config.sac.noise_width(horizon), len(config.sac.cameras)
     of_actions = action_row(config, spec.cameras, spec.image_size, spec.action_dim)
     fields = slot_fields(1, spec, config.env.chunk, width, 0, cameras)
-    fields |= replay_fields(1, 1, spec.state_dim, width, cameras, of_actions)
+    fields |= replay_fields(1, 1, spec.state_dim, width, cameras, of_actions, config.sac.instruction_dim > 0)
     size = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in fields.items()}
     return Payload(
         observation=size["slot/images"] + size["slot/sac_image"] + size["slot/state"],

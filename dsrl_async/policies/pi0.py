@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dsrl_async.config.settings import PolicyConfig
 from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.pi0.embeddings import embed_prompts
 from dsrl_async.pi0.files import PolicyFiles
 from dsrl_async.pi0.identity import identity
 from dsrl_async.pi0.memory import (
@@ -110,4 +111,5 @@ def pi0_record(files: PolicyFiles) -> PolicyRecord:
         identity=functools.partial(identity, files),
         load=load,
         normalised=True,
+        embed_prompts=functools.partial(embed_prompts, files),
     )

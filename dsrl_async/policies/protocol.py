@@ -193,6 +193,9 @@ class PolicyRecord:
     """What the user should know."""
     normalised: bool = False
     """Whether its batches are a `NormalisedBatch`."""
+    embed_prompts: Callable[[Sequence[str]], NDArray[np.float32]] | None = None
+    """float32 [prompts, n]: the mean of the policy's own embeddings of each prompt's tokens; None if it has none.
+    Raises OSError if a file cannot be read any more."""
 
     @property
     def spec(self) -> PolicySizes:

@@ -2,7 +2,8 @@
 
     <run>/checkpoints/
       00001234-00001650/        named by the numbers of gradient updates and of decisions
-        agent.safetensors       actor, critic, target, temperature, optimisers, generator
+        agent.safetensors       actor, critic, target, temperature, optimisers, generator; and in the metadata the
+                                instructions that the agent was trained with, if it is told which one it has
         state.json              counters, versions, and the size and hash of each of the other files
         replay/lane-0000.safetensors ...   rows of each lane, oldest first; not there if the disk was too full
       recovery.safetensors      while the run goes on, and after an end without a checkpoint: the agent, with the
@@ -36,7 +37,7 @@ from dsrl_async.host.files import remove, replacing, temporary_path
 from dsrl_async.shm.counters import HISTORY_POINTS, SUCCESS_EPISODES, Counters
 from dsrl_async.shm.episodes import export_episodes, import_episodes
 from dsrl_async.shm.replay import ReplayRing
-from dsrl_async.untrusted import check_regular, parse_json, read_json
+from dsrl_async.untrusted import check_regular, parse_json, read_json, shown
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ FORMAT = 1
 AGENT, STATE, RECOVERY = "agent.safetensors", "state.json", "recovery.safetensors"
 KEPT = ("actor_started_episodes", "learner_updates", "control_wall_s", "control_warmup_end", "control_passed_decisions")
 SUMMED = ("actor_decisions", "actor_env_steps", "actor_episodes", "actor_successes", "actor_policy_lag")
+LEARNED = "prompts"
+"""Key of an agent's metadata."""
 LARGEST_SUM = 2**62  # of a counter over all lanes, which is an int64
 LARGEST_VALUE = 1e9
 """Upper limit on the numbers in a row, and on an agent's weights. What diverges is beyond it a few updates before it is
@@ -371,13 +374,17 @@ def _read_state(saved: Path) -> dict[str, Any]:
 
 def _read_metadata(recovery: Path) -> Any:
     """What a recovery file says of its moment."""
-    check_regular(recovery)
+    return parse_json(_metadata(recovery).get(STATE, "{}"), str(recovery))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; raises ValueError with one sentence if it cannot be read."""
+    check_regular(path)
     try:
-        with safe_open(recovery, "numpy") as file:
-            metadata = file.metadata() or {}
+        with safe_open(path, "numpy") as file:
+            return file.metadata() or {}
     except Exception as error:  # whatever safetensors may say
-        raise ValueError(f"{recovery} cannot be read: {error}") from error
-    return parse_json(metadata.get(STATE, "{}"), str(recovery))
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _named_numbers(checkpoint: Path) -> tuple[int, int]:
@@ -417,6 +424,25 @@ def check(checkpoint: Path, files: Sequence[str] | None = None) -> dict[str, Any
 def _files_of(saved: Path, state: dict[str, Any]) -> list[str]:
     """The files of a checkpoint besides `state.json`; a recovery file has none."""
     return [] if saved.name == RECOVERY else _data_files(state["lanes"] * state.get("replay", True))
+
+
+def learned_metadata(prompts: Sequence[str]) -> dict[str, str]:
+    """The metadata of an agent's file that says with which instructions it was trained."""
+    return {LEARNED: json.dumps(list(prompts))}
+
+
+def learned_prompts(agent: Path) -> tuple[str, ...] | None:
+    """The instructions that an agent was trained with, by its safetensors file; None if that does not say it.
+
+    Raises ValueError with one sentence if it is damaged.
+    """
+    found = _metadata(agent).get(LEARNED)
+    if found is None:
+        return None
+    prompts = parse_json(found, str(agent))
+    if not (isinstance(prompts, list) and prompts and all(isinstance(prompt, str) for prompt in prompts)):
+        raise ValueError(f"{agent} is damaged: the instructions that it was trained with are {shown(prompts)}")
+    return tuple(prompts)
 
 
 def check_agent(path: Path) -> None:

@@ -28,6 +28,10 @@ Flow = Callable[[Tensor], Tensor]
 """What the policy makes of noise, fp32 [B, A], at given observations: what the critic judges."""
 
 
+Observed = tuple[Tensor, Tensor, Tensor | None]
+"""What the networks take of observations: pixels, state and instruction, see `networks.Actor.forward`."""
+
+
 def itself(noise: Tensor) -> Tensor:
     """The `Flow` of a critic that judges noise."""
     return noise
@@ -46,6 +50,8 @@ class Batch(NamedTuple):
     """fp32 [B]"""
     discount: Tensor
     """fp32 [B], see `transition_discount`"""
+    instructions: Tensor | None = None
+    """fp32 [2 * B, instruction_dim], in the order of the states, or None where the agent is not told its task"""
 
 
 class RandomNumbers(NamedTuple):
@@ -249,10 +255,12 @@ class SacAgent:
         config = self.config
         pixels, next_pixels = self._pixels(batch.images, random.augmentation)
         state, next_state = batch.states.chunk(2)
+        instruction, next_instruction = (None, None) if batch.instructions is None else batch.instructions.chunk(2)
         alpha = alpha_from_raw(self.raw_alpha, config.alpha_type)
-        target = self._target(batch, next_pixels, next_state, random.normal[0], alpha, flow)
+        target = self._target(batch, (next_pixels, next_state, next_instruction), random.normal[0], alpha, flow)
 
-        features = self.critic.encoder(pixels, state)
+        observation = pixels, state, instruction
+        features = self.critic.encoder(*observation)
         q = self.critic.q_values(features, batch.noise)
         critic_loss = F.mse_loss(q, target.expand_as(q))
         self.critic.backward_(critic_loss)
@@ -263,10 +271,10 @@ class SacAgent:
 
         actor_loss = entropy = actor_norm = alpha_loss = self._not_computed
         if update_actor:
-            mean, log_std = self.actor(pixels, state)
+            mean, log_std = self.actor(*observation)
             u = torch.addcmul(mean, log_std.exp(), random.normal[1])
             log_probability = log_prob(u, log_std, random.normal[1])
-            new_q = self._q_of_noise(pixels, state, u.tanh() * config.action_magnitude, None if after else features)
+            new_q = self._q_of_noise(observation, u.tanh() * config.action_magnitude, None if after else features)
             actor_loss = (alpha * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
@@ -295,10 +303,10 @@ class SacAgent:
         )
         return torch.stack([metric.detach() for metric in metrics])
 
-    def _q_of_noise(self, pixels: Tensor, state: Tensor, noise: Tensor, features: Tensor | None) -> Tensor:
+    def _q_of_noise(self, observation: Observed, noise: Tensor, features: Tensor | None) -> Tensor:
         """fp32 [heads, B], what the actor's noise is worth. `features` are the critic's, if they are up to date."""
         with torch.no_grad():
-            seen = self.critic.encoder(pixels, state) if features is None else features
+            seen = self.critic.encoder(*observation) if features is None else features
         return self.critic.q_values(seen.detach(), noise)
 
     def _pixels(self, images: Tensor, augmentation: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,14 +325,13 @@ class SacAgent:
         return preprocess_image(images, config, jitter)
 
     @torch.no_grad()
-    def _target(
-        self, batch: Batch, next_pixels: Tensor, next_state: Tensor, eps: Tensor, alpha: Tensor, flow: Flow
-    ) -> Tensor:
+    def _target(self, batch: Batch, following: Observed, eps: Tensor, alpha: Tensor, flow: Flow) -> Tensor:
         """fp32 [B], the value that every Q head is regressed to."""
         config = self.config
-        mean, log_std = self.actor(next_pixels, next_state)
+        mean, log_std = self.actor(*following)
         u = torch.addcmul(mean, log_std.exp(), eps)
-        q = self.target_critic(next_pixels, next_state, flow(u.tanh() * config.action_magnitude))
+        features = self.target_critic.encoder(*following)
+        q = self.target_critic.q_values(features, flow(u.tanh() * config.action_magnitude))
         value = aggregate_heads(q, config.q_aggregation)
         if config.entropy_backup:
             value = value - alpha * log_prob(u, log_std, eps)

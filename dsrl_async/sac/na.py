@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.config.shapes import AUGMENTATION_NUMBERS
-from dsrl_async.sac.agent import Adam, Flow, RandomNumbers, SacAgent
+from dsrl_async.sac.agent import Adam, Flow, Observed, RandomNumbers, SacAgent
 from dsrl_async.sac.flat import FlatModule, clip_gradient_
 from dsrl_async.sac.networks import Critic
 
@@ -41,6 +41,8 @@ class Observations(NamedTuple):
     """uint8 [B, 64, 64, 3 * cameras]"""
     states: Tensor
     """fp32 [B, state_dim]"""
+    instructions: Tensor | None = None
+    """fp32 [B, instruction_dim], or None where the agent is not told its task"""
 
 
 class NaAgent(SacAgent):
@@ -114,21 +116,21 @@ class NaAgent(SacAgent):
         Returns:
             fp32 [len(NOISE_CRITIC_METRIC_NAMES)] from before the step, with the gradient's norm from before clipping.
         """
-        noise, state = random.normal, batch.states
+        noise = random.normal
         if self.config.noise_critic_noise == "squashed":
             noise = noise.tanh() * self.config.action_magnitude
-        pixels = self._augmented(batch.images, random.augmentation)
+        observation = self._augmented(batch.images, random.augmentation), batch.states, batch.instructions
         with torch.no_grad():
-            worth = self.critic(pixels, state, flow(noise))
-        loss = F.mse_loss(self.noise_critic(pixels, state, noise), worth)
+            worth = self.critic.q_values(self.critic.encoder(*observation), flow(noise))
+        loss = F.mse_loss(self.noise_critic.q_values(self.noise_critic.encoder(*observation), noise), worth)
         self.noise_critic.backward_(loss)
         norm = clip_gradient_(self.noise_critic.flat_grad, self.config.critic_grad_clip)
         self.optimisers["noise_critic"].step(self.noise_critic.flat_grad)
         return torch.stack([loss.detach(), norm])
 
-    def _q_of_noise(self, pixels: Tensor, state: Tensor, noise: Tensor, features: Tensor | None) -> Tensor:
+    def _q_of_noise(self, observation: Observed, noise: Tensor, features: Tensor | None) -> Tensor:
         with torch.no_grad():
-            seen = self.noise_critic.encoder(pixels, state)
+            seen = self.noise_critic.encoder(*observation)
         return self.noise_critic.q_values(seen, noise)
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -4,6 +4,9 @@ Conventions, used by every function of this package:
 
 * The RL *action* is tanh(u) in [-1, 1]. The *noise* handed to the policy is action * action_magnitude.
 * Replay holds the noise that was used, so warm-up noise, unsquashed N(0, I), may exceed the magnitude.
+* Where the agent is told its task (`config.instruction_dim` > 0), the networks take it as `instruction`, fp32
+  [B, instruction_dim] with a mean square of about 1, and put it beside the encoded image and state. Otherwise there is
+  none.
 * The critic sees the noise as the policy sees it, not divided by the magnitude: its input then stays of order one for
   both kinds of noise, and does not depend on a setting of the actor.
 * Log-probabilities are those of the action. They leave out the constant log-volume `action_dim * log(action_magnitude)`
@@ -60,7 +63,7 @@ def preprocess_image(image: Tensor, config: SacConfig, jitter: Tensor | None = N
 
 class Encoder(nn.Module):
     """Image features (convolutions with ReLU, Linear, LayerNorm, tanh) next to state features (Linear, LayerNorm, tanh,
-    or the raw state).
+    or the raw state), and to the instruction.
 
     On the CPU, images pass through convolutions and projection a few at a time, forward and backward.
     """
@@ -83,7 +86,8 @@ class Encoder(nn.Module):
         if self.encodes_state:
             self.state_projection = nn.Linear(config.state_dim, config.state_latent_dim)
             self.state_norm = nn.LayerNorm(config.state_latent_dim)
-        self.output_dim = config.image_latent_dim + (config.state_latent_dim or config.state_dim)
+        of_state = config.state_latent_dim or config.state_dim
+        self.output_dim = config.image_latent_dim + of_state + config.instruction_dim
         self.strides, self.padding = list(config.conv_strides), config.conv_padding
         self.images_at_a_time = max(1, CACHED_NUMBERS // largest)
         self._parameters_in_order = list(self.parameters())
@@ -99,12 +103,13 @@ class Encoder(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, pixels: Tensor, state: Tensor) -> Tensor:
-        """fp32 [B, C, S, S], fp32 [B, state_dim] -> fp32 [B, output_dim]."""
+    def forward(self, pixels: Tensor, state: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """fp32 [B, C, S, S], fp32 [B, state_dim], fp32 [B, instruction_dim] -> fp32 [B, output_dim]."""
         at_a_time = self.images_at_a_time if pixels.device.type == "cpu" else pixels.shape[0]
         convolutions = Convolutions(self.strides, self.padding, at_a_time)
         encoding = Encoding(convolutions, self.encodes_state, self.products)
-        return run(encoding, pixels, state, *self._parameters_in_order)
+        features = run(encoding, pixels, state, *self._parameters_in_order)
+        return features if instruction is None else torch.cat([features, instruction], dim=1)
 
 
 class Actor(FlatModule):
@@ -157,18 +162,19 @@ class Actor(FlatModule):
         self._layers += self.output.parameters()
         self.flatten_(device, trainable)
 
-    def forward(self, pixels: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, state: Tensor, instruction: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parameters of the normal distribution of u.
 
         Args:
             pixels: fp32 [B, C, S, S] from `preprocess_image`.
             state: fp32 [B, state_dim].
+            instruction: fp32 [B, instruction_dim], or None where that is 0.
 
         Returns:
             mean and log_std, each fp32 [B, A]; log_std within [log_std_min, log_std_max].
         """
         layers = Layers(self.config.actor_layer_norm, self.products)
-        outputs = run(layers, self.encoder(pixels, state), *self._layers)
+        outputs = run(layers, self.encoder(pixels, state, instruction), *self._layers)
         mean, log_std = outputs.chunk(2, dim=1)
         return mean, log_std.clamp(self.config.log_std_min, self.config.log_std_max)
 
@@ -232,9 +238,9 @@ class Critic(FlatModule):
         parameters = self._heads if features.requires_grad else self._constant_heads
         return run(heads, features, noise, *parameters).squeeze(-1)
 
-    def forward(self, pixels: Tensor, state: Tensor, noise: Tensor) -> Tensor:
-        """fp32 [B, C, S, S], fp32 [B, state_dim], fp32 [B, A] -> fp32 [heads, B]."""
-        return self.q_values(self.encoder(pixels, state), noise)
+    def forward(self, pixels: Tensor, state: Tensor, noise: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """fp32 [B, C, S, S], fp32 [B, state_dim], fp32 [B, A], fp32 [B, instruction_dim] -> fp32 [heads, B]."""
+        return self.q_values(self.encoder(pixels, state, instruction), noise)
 
 
 def aggregate_heads(q: Tensor, rule: str) -> Tensor:
@@ -268,6 +274,7 @@ def act(
     use_gaussian: Tensor,
     deterministic: bool | Tensor = False,
     snapshot: tuple[Actor, Tensor] | None = None,
+    instruction: Tensor | None = None,
 ) -> Tensor:
     """The policy's initial noise for a batch of observations.
 
@@ -279,15 +286,16 @@ def act(
         use_gaussian: bool or fp32 [B]; where true (non-zero), the noise is `eps` itself, as in the warm-up.
         deterministic: whether to take tanh(mean) instead of a sample; bool [B] says it of each row.
         snapshot: another actor, and bool [B] that is true where it chooses the noise instead.
+        instruction: as for `Actor.forward`.
 
     Returns:
         fp32 [B, A].
     """
     pixels = preprocess_image(image, actor.config)
-    mean, log_std = actor(pixels, state)
+    mean, log_std = actor(pixels, state, instruction)
     if snapshot is not None:
         other, by_other = snapshot[0], snapshot[1].unsqueeze(1)
-        other_mean, other_log_std = other(pixels, state)
+        other_mean, other_log_std = other(pixels, state, instruction)
         mean, log_std = torch.where(by_other, other_mean, mean), torch.where(by_other, other_log_std, log_std)
     if isinstance(deterministic, Tensor):
         u = torch.addcmul(mean, log_std.exp(), eps.masked_fill(deterministic.unsqueeze(1), 0.0))

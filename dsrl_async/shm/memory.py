@@ -25,10 +25,11 @@ def run_fields(config: Config, spec: EnvironmentSpec, horizon: int) -> Fields:
     lanes, evaluation, sac = config.actors, config.evaluation.lanes, config.sac
     width, cameras = sac.noise_width(horizon), len(sac.cameras)
     of_actions = action_row(config, spec.cameras, spec.image_size, spec.action_dim)
-    normal = sac.normal_width(horizon)
+    normal, of_tasks = sac.normal_width(horizon), sac.instruction_dim > 0
+    rows = config.replay.capacity // lanes
     return {
         **slot_fields(config.lanes, spec, config.env.chunk, width, normal, cameras, of_actions is not None),
-        **replay_fields(lanes, config.replay.capacity // lanes, spec.state_dim, width, cameras, of_actions),
+        **replay_fields(lanes, rows, spec.state_dim, width, cameras, of_actions, of_tasks),
         **counter_fields(lanes, evaluation, config.groups if config.grouped else 0),
         **(assignment_fields(evaluation) if evaluation else {}),
         **(span_fields(config.actors) if config.profile else {}),

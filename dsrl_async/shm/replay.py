@@ -1,7 +1,8 @@
 """The replay buffer: a ring of rows in shared memory for each lane.
 
 A row is one decision: the observation SAC saw, the noise that was used, and what came of it. For DSRL-NA it has the
-actions instead of the noise, and beside the observation what the policy saw of it.
+actions instead of the noise, and beside the observation what the policy saw of it. Where the agent knows its task, and
+for DSRL-NA, rows have the number of the observation's instruction.
 
 Next observations are not stored: a decision's next observation is the next row of its lane. A lane's newest row is
 always *pending*: its observation is there, its outcome is not. When an episode ends (or the environment worker dies)
@@ -23,9 +24,7 @@ from dsrl_async.config.shapes import sac_image_shape
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 
-ROW_FIELDS = ("image", "state", "noise", "reward", "steps", "terminal", "policy_version", "complete")
-ACTION_ROW_FIELDS = ("image", "state", "action", *ROW_FIELDS[3:], "policy_images", "task_index")
-"""Those of a row for DSRL-NA."""
+REPLAY, HEAD = "replay/", "replay/head"
 OBSERVED = ("image", "state", "policy_images", "task_index")
 """Columns that are written when a row is started; the others come with its outcome."""
 
@@ -48,11 +47,12 @@ class ActionRow(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the policy sees of an observation, beside the robot's state, for DSRL-NA."""
+    """What the policy sees of an observation, beside the robot's state."""
 
-    images: np.ndarray
-    """uint8 [cameras, image_size, image_size, 3]"""
+    images: np.ndarray | None
+    """uint8 [cameras, image_size, image_size, 3]; only DSRL-NA's rows have them"""
     task_index: int
+    """The number of its instruction."""
 
 
 def replay_fields(
@@ -62,15 +62,18 @@ def replay_fields(
     noise_width: int,
     agent_cameras: int = 1,
     of_actions: ActionRow | None = None,
+    of_tasks: bool = False,
 ) -> Fields:
-    """The arrays of a ring, whose rows are DSRL-NA's if `of_actions` is given."""
+    """The arrays of a ring, whose rows are DSRL-NA's if `of_actions` is given; all of them have the `task_index` if
+    `of_tasks`, and DSRL-NA's in any case."""
     rows = (lanes, rows_per_lane)
     chosen: Fields = {"replay/noise": ((*rows, noise_width), "float32")}
     policy: Fields = {}
+    task: Fields = {"replay/task_index": (rows, "int64")} if of_tasks or of_actions is not None else {}
     if of_actions is not None:
         chosen = {"replay/action": ((*rows, of_actions.actions), "float32")}
         pictures = (*rows, of_actions.cameras, of_actions.image_size, of_actions.image_size, 3)
-        policy = {"replay/policy_images": (pictures, "uint8"), "replay/task_index": (rows, "int64")}
+        policy = {"replay/policy_images": (pictures, "uint8")}
     return {
         "replay/image": ((*rows, *sac_image_shape(agent_cameras)), "uint8"),
         "replay/state": ((*rows, state_dim), "float32"),
@@ -81,6 +84,7 @@ def replay_fields(
         "replay/policy_version": (rows, "int64"),
         "replay/complete": (rows, "bool"),
         **policy,
+        **task,
         "replay/head": ((lanes,), "int64"),
     }
 
@@ -89,14 +93,17 @@ class ReplayRing:
     """The rings of all lanes, for writers and readers.
 
     `head` counts the rows that were started in a lane; row r lies at r % rows_per_lane. `of_actions` says whether rows
-    are DSRL-NA's, and `judged` which column its critic judges then: `action`, and `noise` otherwise.
+    are DSRL-NA's, and `judged` which column its critic judges then: `action`, and `noise` otherwise. `keeps_seen` says
+    whether rows have anything of `Seen`.
     """
 
     def __init__(self, arena: Arena) -> None:
         self.of_actions = "replay/action" in arena.fields
         self.judged = "action" if self.of_actions else "noise"
-        self.rows = {name: arena[f"replay/{name}"] for name in (ACTION_ROW_FIELDS if self.of_actions else ROW_FIELDS)}
-        self.head = arena["replay/head"]  # row number of the pending row + 1; 0: nothing was ever written
+        names = [name for name in arena.fields if name.startswith(REPLAY) and name != HEAD]
+        self.rows = {name.removeprefix(REPLAY): arena[name] for name in names}
+        self.keeps_seen = "task_index" in self.rows
+        self.head = arena[HEAD]  # row number of the pending row + 1; 0: nothing was ever written
         self.lanes, self.rows_per_lane = self.rows["reward"].shape
 
     # ---- the environment worker's side
@@ -104,7 +111,7 @@ class ReplayRing:
     def begin_episode(self, lane: int, image: np.ndarray, state: np.ndarray, seen: Seen | None = None) -> None:
         """Write an episode's first observation, image uint8 [64, 64, 3 * cameras] and state float32 [8].
 
-        `seen` goes into DSRL-NA's rows, here and in `append`.
+        `seen` goes into rows that have anything of it, here and in `append`.
         """
         head = int(self.head[lane])
         order.barrier()  # who sees something of a row that overwrites an older one also sees the number before it
@@ -152,10 +159,11 @@ class ReplayRing:
         self.rows["complete"][lane, row] = False
         self.rows["image"][lane, row] = image
         self.rows["state"][lane, row] = state
-        if self.of_actions:
-            assert seen is not None, "the policy samples from what is here again"
-            self.rows["policy_images"][lane, row] = seen.images
+        if self.keeps_seen:
+            assert seen is not None, "the agent, and with DSRL-NA the policy, is told what is here again"
             self.rows["task_index"][lane, row] = seen.task_index
+            if self.of_actions:
+                self.rows["policy_images"][lane, row] = seen.images
 
     # ---- the learner's side
 

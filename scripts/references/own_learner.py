@@ -29,7 +29,7 @@ def load(settings: dict[str, Any]) -> Updating:
         with torch.no_grad():
             for parameter, value in network.named_parameters():
                 value.copy_(arrays[f"{name}/{parameter}"])
-    batch = Batch(*(arrays[name] for name in Batch._fields))
+    batch = Batch(**{name: arrays[name] for name in Batch._fields if name in arrays})
     random = agent.random_numbers(len(batch.reward))
 
     metrics = torch.zeros(len(METRIC_NAMES))

@@ -250,7 +250,7 @@ def test_three_blocks_equal_the_reference(settings: dict[str, object]) -> None:
             fresh = observations(make_batch(100 * block + step + 10))
             distilling.draw_(agent.generator)
             metrics = agent.distil(fresh, distilling, at(flow, fresh.states))
-            theirs = reference.distil(*fresh, distilling.normal)
+            theirs = reference.distil(fresh.images, fresh.states, distilling.normal)
             check(metrics, NOISE_CRITIC_METRIC_NAMES, theirs)
             assert close(agent.noise_critic.flat_grad, clipped(theirs["noise_critic"], critic_clip), 1e-4)
         assert agent.raw_alpha.item() == pytest.approx(reference.raw_alpha.item(), rel=1e-5)

@@ -19,6 +19,7 @@ from dsrl_async.host.graphs import graphs_of
 from dsrl_async.host.stages import Stage, no_stage
 from dsrl_async.policies import FrozenPolicy, PolicyRecord
 from dsrl_async.run.inference.steering import SteeredPolicy
+from dsrl_async.run.instructions import Instructions, instructions_of
 from dsrl_async.sac.networks import Actor
 from dsrl_async.shm.counters import Counters, Start
 
@@ -51,6 +52,8 @@ class Policies:
     """The actor of an evaluation that is going on; None where there is none in the configuration."""
     frozen: FrozenPolicy | None = None
     """The policy that is steered."""
+    instructions: Instructions | None = None
+    """What the agent is told of its tasks, if anything."""
 
     @property
     def device(self) -> torch.device:
@@ -71,22 +74,26 @@ def load_policies(
     record: PolicyRecord,
     counters: Counters,
     stage: Stage = no_stage,
+    learned: Sequence[str] | None = None,
 ) -> Policies:
     """Load the weights of the frozen policy of `record`, ready for every batch size and prompt length that can occur.
 
     The actor's weights are random until others are loaded. `counters` are told how far this is, and whether the policy
-    is captured; `stage` times the policy. Raises CaptureError, see `graphs.capture`.
+    is captured; `stage` times the policy; `learned` is as in `instructions_of`. Raises CaptureError, see
+    `graphs.capture`, and ConfigError, see `instructions_of`.
     """
 
     def progress() -> None:
         counters.inference_loading_ns[0] = time.monotonic_ns()
 
     counters.note_start(Start.LOADING, counters.inference_start)
+    instructions = instructions_of(config.sac, record, spec.prompts, learned)
+    table = None if instructions is None else torch.from_numpy(instructions.table).to(device)
     frozen = load_frozen_policy(config, record, device, spec.prompts, progress)
     actor = Actor(config.sac, frozen.spec.action_horizon, device, config.seed)
     snapshot = Actor(config.sac, frozen.spec.action_horizon, device, config.seed) if config.evaluation.lanes else None
     steered = {
-        (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, snapshot, stage)
+        (size, length): SteeredPolicy(frozen.batch(size, length), actor, config.sac, snapshot, stage, table)
         for size in reversed(config.batch_sizes())  # the largest first, so that the others fit into its captured memory
         for length in sorted(set(frozen.prompt_lengths.tolist()), reverse=True)
     }
@@ -104,4 +111,4 @@ def load_policies(
                 pool = policy.capture(pool)
                 progress()
             counters.inference_prepared[0] += 1
-    return Policies(steered, actor, frozen.prompt_lengths, stage, snapshot, frozen)
+    return Policies(steered, actor, frozen.prompt_lengths, stage, snapshot, frozen, instructions)

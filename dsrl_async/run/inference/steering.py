@@ -25,14 +25,14 @@ class SteeredPolicy:
     - `inputs`, by the field of `shm.slots.Slots` that is copied there: the policy's `images` and `state`, `sac_image`
       uint8 [B, 64, 64, 3 * cameras], and `standard_normal` float32
       [B, config.normal_width(H)], for the H slots and with `shift` behind them for the agent's vector;
-    - the policy's prompts;
+    - the policy's prompts, and among `inputs` their `task_index` int64 [B] if the agent is told its task;
     - `mode` uint8 [B]: how the noise of each row is chosen, a `NoiseMode`.
     Output buffer: `outputs` float32 [B, A + H * robot_action_dim], which is `noise` [B, A] and behind it `actions`
     [B, H, robot_action_dim] in the robot's units, so that one copy takes both from a GPU; for DSRL-NA behind them the
     same as the policy computes them, `normalised`.
 
     `snapshot` is the actor of the modes that ask for one; without it, no second actor is computed. `stage` times the
-    halves.
+    halves. `instructions`, fp32 [prompts, config.instruction_dim], is what the agent is told of each prompt, or None.
     """
 
     def __init__(
@@ -42,7 +42,10 @@ class SteeredPolicy:
         config: SacConfig,
         snapshot: Actor | None = None,
         stage: Stage = no_stage,
+        instructions: torch.Tensor | None = None,
     ) -> None:
+        assert (instructions is not None) == (config.instruction_dim > 0)
+        self.instructions = instructions
         self.policy, self.actor, self.snapshot, self.stage = policy, actor, snapshot, stage
         of_actions, self.device = config.algorithm == "na", policy.noise.device
         batch_size, self.horizon, _ = policy.noise.shape
@@ -60,6 +63,9 @@ class SteeredPolicy:
             "sac_image": self.sac_image,
             "standard_normal": self.standard_normal,
         }
+        self.task_index = zeros(dtype=torch.int64)
+        if instructions is not None:
+            self.inputs["task_index"] = self.task_index
         width, action_dim = self.layout.width, policy.actions.shape[2]
         self.outputs = zeros(width + (1 + of_actions) * self.horizon * action_dim)
         self.noise = self.outputs[:, :width]
@@ -117,6 +123,7 @@ class SteeredPolicy:
                 unsquashed,
                 deterministic,
                 snapshot,
+                None if self.instructions is None else self.instructions.index_select(0, self.task_index),
             )
         )
         if self.layout.shifts:

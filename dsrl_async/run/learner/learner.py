@@ -31,6 +31,7 @@ from dsrl_async.policies.find import policy_record
 from dsrl_async.run import checkpoints
 from dsrl_async.run.channel import read_secret
 from dsrl_async.run.evaluation.files import snapshot_of
+from dsrl_async.run.instructions import Instructions, instructions_of
 from dsrl_async.run.learner.na import make_na_updates
 from dsrl_async.run.learner.sampling import source_for
 from dsrl_async.run.learner.updates import Updates
@@ -78,19 +79,23 @@ class Learner:
         run_dir: Path,
         publish: Callable[[bytes], None],
         policy: FrozenPolicy | None = None,
+        instructions: Instructions | None = None,
     ) -> None:
-        """`policy` is the frozen policy on the learner's device, which DSRL-NA needs."""
+        """`policy` is the frozen policy on the learner's device, which DSRL-NA needs; `instructions` what the agent is
+        told of its tasks, if anything."""
         self.config, self.run_dir, self._publish = config, run_dir, publish
+        self._instructions = instructions
         self.ring, self.counters = ReplayRing(arena), Counters(arena)
         self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
         self.stage = stages_of(arena, "learner", device)
         self.counters.note_start(Start.LOADING, self.counters.learner_start)
         source = source_for(self.ring, device)
+        table = None if instructions is None else torch.from_numpy(instructions.table).to(device)
         if config.sac.algorithm == "na":
             assert policy is not None
-            self.updates: Updates = make_na_updates(config, policy, device, source, products_of(config))
+            self.updates: Updates = make_na_updates(config, policy, device, source, products_of(config), table)
         else:
-            self.updates = Updates(make_agent(config, horizon, device), source, config.sac.batch_size)
+            self.updates = Updates(make_agent(config, horizon, device), source, config.sac.batch_size, table)
         self.agent = self.updates.agent
         self._metrics_read = -math.inf
         self._sound_updates = 0  # at the last look at the agent, which was sound
@@ -271,12 +276,15 @@ class Learner:
             )
 
     def _agent_bytes(self, metadata: dict[str, str] | None = None) -> bytes:
-        """The contents of the agent's safetensors file; raises Diverged if anything in it is not finite."""
+        """The contents of the agent's safetensors file, with this and what the agent was told in its metadata; raises
+        Diverged if anything in it is not finite."""
         tensors = self.agent.state_tensors()
         if not all(checkpoints.is_sound(name, tensor.numpy()) for name, tensor in tensors.items()):
             raise self._diverged()
         self._sound_metrics()
         self._sound_updates = self.agent.updates
+        if self._instructions is not None:
+            metadata = {**(metadata or {}), **checkpoints.learned_metadata(self._instructions.learned)}
         return to_bytes(tensors, metadata)
 
     def beat(self) -> None:
@@ -319,12 +327,15 @@ def main(argument: str) -> None:
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")
     device = learner_device(config)
     try:
-        policy = None
-        if config.sac.algorithm == "na":
+        policy = instructions = None
+        if config.sac.algorithm == "na" or config.sac.instruction_dim:
             counters = Counters(arena)
             counters.note_start(Start.LOADING, counters.learner_start)
-            policy = policy_record(config.policy).load(config.policy, device, job["prompts"], lambda: None)
-        learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish, policy)
+            record = policy_record(config.policy)
+            instructions = instructions_of(config.sac, record, job["prompts"])
+            if config.sac.algorithm == "na":
+                policy = record.load(config.policy, device, job["prompts"], lambda: None)
+        learner = Learner(config, arena, job["horizon"], device, run_dir, publisher.publish, policy, instructions)
         learn(learner, publisher, job["transition_ready_fd"])
     except Diverged as error:
         end_for_good(error)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsrl_async.config.settings import Config
 from dsrl_async.policies import FrozenPolicy, NormalisedBatch
-from dsrl_async.run.learner.sampling import SeenColumns, Source, draw_rows
+from dsrl_async.run.learner.sampling import SeenColumns, Source, draw_rows, tell
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.sac import METRIC_NAMES, metric_names
 from dsrl_async.sac.layout import NoiseLayout
@@ -122,8 +122,15 @@ class NaUpdates(Updates):
 
     agent: NaAgent
 
-    def __init__(self, agent: NaAgent, source: Source, batch_size: int, flow: PolicyFlow) -> None:
-        super().__init__(agent, source, batch_size)
+    def __init__(
+        self,
+        agent: NaAgent,
+        source: Source,
+        batch_size: int,
+        flow: PolicyFlow,
+        instructions: Tensor | None = None,
+    ) -> None:
+        super().__init__(agent, source, batch_size, instructions)
         assert source.seen is not None
         self.flow = flow
         self.prefixes = KeptPrefixes(flow, source) if flow.keeps else None
@@ -131,7 +138,12 @@ class NaUpdates(Updates):
         self.metrics = torch.zeros(len(metric_names("na")), device=agent.device)
         self.metrics[len(METRIC_NAMES) :] = torch.nan  # until the first of its steps
         self.distilling = agent.distilling_numbers(batch_size)
-        self.observations = Observations(self.batch.images[:batch_size].clone(), self.batch.states[:batch_size].clone())
+        images, states, told = self.batch.images, self.batch.states, self.batch.instructions
+        self.observations = Observations(
+            images[:batch_size].clone(),
+            states[:batch_size].clone(),
+            None if told is None else told[:batch_size].clone(),
+        )
         self.seen, self.next_seen = (
             tuple(column.new_zeros(batch_size, *column.shape[1:]) for column in self.columns) for _ in range(2)
         )
@@ -164,6 +176,8 @@ class NaUpdates(Updates):
         columns, row = self.source.columns, draw_rows(self.source, self.distilling, self.positions)
         torch.index_select(columns.image, 0, row, out=self.observations.images)
         torch.index_select(columns.state, 0, row, out=self.observations.states)
+        if self.instructions is not None:
+            tell(self.source, row, self.instructions, self.observations.instructions)
         self._see(row, self.seen)
 
     def distil(self) -> None:
@@ -196,7 +210,12 @@ class NaUpdates(Updates):
 
 
 def make_na_updates(
-    config: Config, policy: FrozenPolicy, device: torch.device, source: Source, products: torch.dtype
+    config: Config,
+    policy: FrozenPolicy,
+    device: torch.device,
+    source: Source,
+    products: torch.dtype,
+    instructions: Tensor | None = None,
 ) -> NaUpdates:
     """The updates of a run, with its agent as it is at the beginning."""
     sizes = policy.spec
@@ -209,6 +228,6 @@ def make_na_updates(
         config.seed,
         products,
     )
-    updates = NaUpdates(agent, source, config.sac.batch_size, PolicyFlow(policy, config))
+    updates = NaUpdates(agent, source, config.sac.batch_size, PolicyFlow(policy, config), instructions)
     updates.refresh()  # a resumed run's rows are encoded now, while nobody waits for a sign of life
     return updates

@@ -3,7 +3,8 @@
 `InPlace` and `Mirror` have the same attributes, and `draw` is the same sequence of tensor operations over either:
 
 * `columns`: tensors of the rows of all lanes, one after another;
-* `seen`: those that only DSRL-NA's rows have, or None;
+* `seen`: what the policy sees of them, which only DSRL-NA's rows have, or None;
+* `task_index`: int64 [R], the numbers of their instructions, or None where they have none;
 * `table`: which decisions can be drawn, by lane, oldest first, so that what is drawn depends on what the ring holds and
   not on where in the ring it lies; and `size`, how many there are;
 * `refreshed_to`: int64 [lanes], the heads of the ring as of the last `refresh`;
@@ -47,12 +48,17 @@ class SeenColumns(NamedTuple):
     task_index: Tensor  # int64 [R]
 
 
-def rows_of(ring: ReplayRing) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The rows of all lanes, one after another: those of `Columns`, and of `SeenColumns` if they have them."""
-    names = [ring.judged if name == "noise" else name for name in Columns._fields]
-    seen = ["policy_images", "task_index"] if ring.of_actions else []
-    flat = {name: ring.rows[name].reshape(-1, *ring.rows[name].shape[2:]) for name in [*names, *seen]}
-    return [flat[name] for name in names], [flat[name] for name in seen]
+def rows_of(ring: ReplayRing) -> dict[str, np.ndarray]:
+    """What is drawn of the rows of all lanes, one after another, named as `ReplayRing.rows`."""
+    drawn = {ring.judged, "policy_images", "task_index", *Columns._fields}
+    return {name: rows.reshape(-1, *rows.shape[2:]) for name, rows in ring.rows.items() if name in drawn}
+
+
+def columns_of(rows: dict[str, Tensor], ring: ReplayRing) -> tuple[Columns, SeenColumns | None, Tensor | None]:
+    """`columns`, `seen` and `task_index` of a source, out of tensors of all that `rows_of` names."""
+    columns = Columns(*(rows[ring.judged if name == "noise" else name] for name in Columns._fields))
+    seen = SeenColumns(rows["policy_images"], rows["task_index"]) if ring.of_actions else None
+    return columns, seen, rows.get("task_index")
 
 
 class Table(NamedTuple):
@@ -139,9 +145,8 @@ class InPlace:
         self.device = torch.device("cpu")
         self._ring = ring
         self._drawable = Drawable(ring.lanes, ring.rows_per_lane)
-        columns, seen = rows_of(ring)
-        self.columns = Columns(*map(torch.from_numpy, columns))
-        self.seen = SeenColumns(*map(torch.from_numpy, seen)) if seen else None
+        rows = {name: torch.from_numpy(rows) for name, rows in rows_of(ring).items()}
+        self.columns, self.seen, self.task_index = columns_of(rows, ring)
         self.table, self.following = self._drawable.table, following(ring.lanes, ring.rows_per_lane, self.device)
         self.size = torch.ones((), dtype=torch.float64)
 
@@ -173,13 +178,12 @@ class Mirror:
         self._drawable = Drawable(ring.lanes, ring.rows_per_lane)
         self._head = np.zeros(ring.lanes, np.int64)
         self._complete = np.zeros((ring.lanes, ring.rows_per_lane), np.bool_)
-        columns, seen = rows_of(ring)
-        self._rows = [*columns, *seen]
+        named = rows_of(ring)
+        self._rows = list(named.values())
         like = [torch.from_numpy(rows[:1]) for rows in self._rows]
         rows = ring.lanes * ring.rows_per_lane
         self._copies = [one.new_zeros(rows, *one.shape[1:], device=device) for one in like]
-        self.columns = Columns(*self._copies[: len(columns)])
-        self.seen = SeenColumns(*self._copies[len(columns) :]) if seen else None
+        self.columns, self.seen, self.task_index = columns_of(dict(zip(named, self._copies, strict=True)), ring)
         self.table = Table(*(torch.zeros_like(tensor, device=device) for tensor in self._drawable.table))
         self.following = following(ring.lanes, ring.rows_per_lane, device)
         self.size = torch.ones((), dtype=torch.float64, device=device)
@@ -251,8 +255,8 @@ def source_for(ring: ReplayRing, device: torch.device) -> Source:
     return InPlace(ring) if device.type == "cpu" else Mirror(ring, device)
 
 
-def empty_batch(columns: Columns, batch_size: int) -> Batch:
-    """Buffers for `draw`."""
+def empty_batch(columns: Columns, batch_size: int, instructions: Tensor | None = None) -> Batch:
+    """Buffers for `draw`, which is given the same `instructions`."""
 
     def zeros(rows: int, like: Tensor) -> Tensor:
         return like.new_zeros(rows, *like.shape[1:])
@@ -263,15 +267,24 @@ def empty_batch(columns: Columns, batch_size: int) -> Batch:
         noise=zeros(batch_size, columns.noise),
         reward=zeros(batch_size, columns.reward),
         discount=zeros(batch_size, columns.reward),
+        instructions=None if instructions is None else zeros(2 * batch_size, instructions),
     )
 
 
 @torch.no_grad()
-def draw(source: Source, random: RandomNumbers, config: SacConfig, positions: Tensor, batch: Batch) -> None:
+def draw(
+    source: Source,
+    random: RandomNumbers,
+    config: SacConfig,
+    positions: Tensor,
+    batch: Batch,
+    instructions: Tensor | None = None,
+) -> None:
     """Fill `batch` with decisions drawn uniformly, with replacement.
 
-    `positions`, int64 [B], is filled with where they stand among all that can be drawn. Reads no value on the host.
-    `refresh` must have found something to draw.
+    `positions`, int64 [B], is filled with where they stand among all that can be drawn. `instructions`, fp32 [P, n], is
+    what the agent is told of each of the run's instructions, if anything. Reads no value on the host. `refresh` must
+    have found something to draw.
     """
     columns, row = source.columns, draw_rows(source, random, positions)
     both = torch.cat([row, source.following.index_select(0, row)])
@@ -281,6 +294,15 @@ def draw(source: Source, random: RandomNumbers, config: SacConfig, positions: Te
     torch.index_select(columns.reward, 0, row, out=batch.reward)
     steps, terminal = columns.steps.index_select(0, row), columns.terminal.index_select(0, row)
     batch.discount.copy_(transition_discount(config, steps, terminal))
+    if instructions is not None:
+        tell(source, both, instructions, batch.instructions)
+
+
+def tell(source: Source, rows: Tensor, instructions: Tensor, told: Tensor | None) -> None:
+    """Write into `told`, fp32 [n, width], what the agent is told of the task of each of the `rows`, int64 [n]."""
+    assert source.task_index is not None
+    assert told is not None
+    torch.index_select(instructions, 0, source.task_index.index_select(0, rows), out=told)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from dsrl_async.host.graphs import Captured, capture
 from dsrl_async.run.learner.compiling import compiled
@@ -23,18 +24,20 @@ class Updates:
     fp32 [len(METRIC_NAMES)], of the last update; and all that the agent keeps.
     """
 
-    def __init__(self, agent: SacAgent, source: Source, batch_size: int) -> None:
-        self.agent, self.source = agent, source
+    def __init__(self, agent: SacAgent, source: Source, batch_size: int, instructions: Tensor | None = None) -> None:
+        """`instructions` are what `draw` takes, on the agent's device."""
+        assert (instructions is not None) == (agent.config.instruction_dim > 0)
+        self.agent, self.source, self.instructions = agent, source, instructions
         self.random = agent.random_numbers(batch_size)
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=agent.device)
-        self.batch = empty_batch(source.columns, batch_size)
+        self.batch = empty_batch(source.columns, batch_size, instructions)
         self.metrics = torch.zeros(len(METRIC_NAMES), device=agent.device)
         self.captured: Captured | None = None
         self._fused: Callable[[], None] | None = None
 
     def draw(self) -> None:
         """First half of an update: a batch."""
-        draw(self.source, self.random, self.agent.config, self.positions, self.batch)
+        draw(self.source, self.random, self.agent.config, self.positions, self.batch, self.instructions)
 
     def learn(self, update_actor: bool) -> None:
         """Second half: the gradient steps."""

@@ -21,6 +21,7 @@ from dsrl_async.run.preflight.policy import (
     check_files,
     check_fit,
     check_graphics,
+    check_instructions,
     check_prompts,
     check_render_quality,
     fit_agent,
@@ -56,13 +57,15 @@ def check_run(
     before: Config | None = None,
     meanwhile: Callable[[], object] = do_nothing,
     wait: Callable[[str], AbstractContextManager[object]] = silence,
+    learning: bool = True,
 ) -> CheckedRun:
     """Reads the policy's files; raises ConfigError unless policy, environment and agent are there and fit each other.
 
     A policy of the hub is downloaded first, see `fetch_policy`, and the run's settings then name its commit.
     What the machine has to have for the run is checked by itself: `check_memory`, `check_devices`, `check_descriptors`.
     `before` are settings that have been accepted already, see `check_effect`. `wait` says what is being done, but for
-    the download, which says it itself.
+    the download, which says it itself. Without `learning`, the instructions need not be those that the agent learned
+    with, which is for the caller to check.
     """
     with wait("asking the environment for its shapes"):
         spec = check_environment(config, before)
@@ -73,6 +76,7 @@ def check_run(
     check_fit(config, policy.spec, spec)
     check_algorithm(config, policy)
     told = check_prompts(policy, spec)
+    told += check_instructions(config, policy, spec, before) if learning else ()
     check_render_quality(config, policy.maker)
     environment = environment_record(config.env.model_dump())
     check_graphics(environment)

@@ -58,9 +58,11 @@ class GpuNeed(NamedTuple):
 
 
 def steering_bytes(config: Config, policy: PolicySizes) -> int:
-    """What a `SteeredPolicy` has for a row beside the policy's own: image, standard normal noise, actor's noise."""
+    """What a `SteeredPolicy` has for a row beside the policy's own: image, standard normal noise, actor's noise, the
+    number of the task, and what the agent is told of it."""
     sac, horizon = config.sac, policy.action_horizon
-    return math.prod(sac.image_shape) + 1 + 4 * (sac.normal_width(horizon) + sac.noise_width(horizon))
+    numbers = sac.normal_width(horizon) + sac.noise_width(horizon) + sac.instruction_dim
+    return math.prod(sac.image_shape) + 1 + 8 + 4 * numbers
 
 
 def policy_need(config: Config, policy: PolicyNeeds, prompt_lengths: Sequence[int]) -> GpuNeed:

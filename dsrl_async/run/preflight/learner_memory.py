@@ -31,7 +31,7 @@ def ring_bytes(config: Config, horizon: int, of_actions: ActionRow | None = None
     """Memory of the replay ring, by field."""
     rows, sac = config.replay.capacity // config.actors, config.sac
     sizes = sac.state_dim, sac.noise_width(horizon), len(sac.cameras)
-    fields = replay_fields(config.actors, rows, *sizes, of_actions)
+    fields = replay_fields(config.actors, rows, *sizes, of_actions, sac.instruction_dim > 0)
     return {
         name.removeprefix("replay/"): math.prod(shape) * np.dtype(dtype).itemsize
         for name, (shape, dtype) in fields.items()
@@ -85,7 +85,7 @@ def encoder_parameters(config: SacConfig) -> tuple[int, int]:
     count += (channels * size**2 + 1) * image + 2 * image
     if state:
         count += (config.state_dim + 1) * state + 2 * state
-    return count, image + (state or config.state_dim)
+    return count, image + (state or config.state_dim) + config.instruction_dim
 
 
 def encoder_activations(config: SacConfig) -> int:
@@ -127,7 +127,7 @@ def agent_bytes(config: SacConfig, horizon: int, of_actions: ActionRow | None = 
 def batch_bytes(config: SacConfig, horizon: int, of_actions: ActionRow | None = None) -> int:
     """Memory of the batch and of the random numbers of an update."""
     width, uniform = config.noise_width(horizon), 4 * AUGMENTATION_NUMBERS[config.augmentation]
-    observation = math.prod(config.image_shape) + 4 * config.state_dim
+    observation = math.prod(config.image_shape) + 4 * (config.state_dim + config.instruction_dim)
     row = 2 * observation + 3 * 4 * width + 2 * 4 + 2 * 8 + 2 * uniform
     if of_actions is not None:  # actions stand for one noise; then a step of the noise critic's own
         seen = of_actions.cameras * of_actions.image_size**2 * 3 + 8
@@ -189,5 +189,5 @@ def acting_bytes(config: Config, horizon: int) -> int:
     sac, sizes = config.sac, config.batch_sizes()
     width, pixels = sac.noise_width(horizon), math.prod(sac.image_shape)
     numbers = encoder_activations(sac) + 3 * max(sac.hidden_dims) + 8 * width
-    rows = sum(sizes) * (pixels + 1 + 2 * 4 * width) + sizes[-1] * (8 * pixels + 4 * numbers)
+    rows = sum(sizes) * (pixels + 1 + 8 + 2 * 4 * width) + sizes[-1] * (8 * pixels + 4 * numbers)
     return (6 + bool(config.evaluation.lanes)) * 4 * actor_parameters(sac, horizon) + rows

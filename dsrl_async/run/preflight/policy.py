@@ -14,6 +14,7 @@ from dsrl_async.host.policies import policy_record
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.policies import PolicyRecord, PolicySizes, find
+from dsrl_async.run.instructions import instructions_of
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.untrusted import read_object, shown
 
@@ -117,9 +118,34 @@ def check_algorithm(config: Config, policy: PolicyRecord) -> None:
         )
 
 
+def check_instructions(
+    config: Config, policy: PolicyRecord, spec: EnvironmentSpec, before: Config | None = None
+) -> tuple[str, ...]:
+    """Check that the agent can be told its task as `sac.instruction` says; returns warnings.
+
+    `before` is as in `check_effect`; that a run cannot go on with another kind, `check_resume` says. Raises ConfigError
+    if it cannot be told, see `instructions_of`.
+    """
+    kind, accepted = config.sac.instruction, _accepted(config, before)
+    if accepted is not None and accepted.sac.instruction != kind:
+        return ()
+    if kind == "embedding" and policy.embed_prompts is None:
+        raise ConfigError(
+            f"sac.instruction: embedding is made of the policy's own embeddings of words, which a Pi0 has and "
+            f"{policy.type} does not; set it to task"
+        )
+    if kind == "none" and config.sac.instruction_dim:
+        raise ConfigError("sac.instruction_dim: it has no effect with sac.instruction none; leave it out")
+    if kind != "none" and not config.sac.instruction_dim:
+        return (f"sac.instruction {kind} has no effect, since {config.env.name} has one instruction",)
+    instructions_of(config.sac, policy, spec.prompts)
+    return ()
+
+
 def fit_agent(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> Config:
     """The settings with the agent's widths, where the user gave none: those of the environment and the policy."""
-    return config.model_copy(update={"sac": config.sac.with_widths(spec.state_dim, policy.action_dim)})
+    sac = config.sac.with_widths(spec.state_dim, policy.action_dim, len(set(spec.prompts)))
+    return config.model_copy(update={"sac": sac})
 
 
 def check_fit(config: Config, policy: PolicySizes, spec: EnvironmentSpec) -> None:

@@ -135,4 +135,6 @@ def join(
     def publish(frame: bytes) -> None:
         server.load_weights(decode(frame, layout, size))
 
-    return server, Learner(config, arena, horizon, learner_device, run_dir, publish, policies.frozen)
+    return server, Learner(
+        config, arena, horizon, learner_device, run_dir, publish, policies.frozen, policies.instructions
+    )

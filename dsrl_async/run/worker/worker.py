@@ -185,7 +185,7 @@ class Lane:
     def _seen(self) -> Seen | None:
         """What the policy sees of the observation in the slot, if the ring's rows have it."""
         lane, slots = self.number, self.slots
-        return Seen(slots.images[lane], int(slots.task_index[lane])) if self.ring.of_actions else None
+        return Seen(slots.images[lane], int(slots.task_index[lane])) if self.ring.keeps_seen else None
 
     def _request(self) -> None:
         normal = self.slots.standard_normal[self.number]

@@ -26,7 +26,8 @@ def make_updates() -> Updates:
     ring = ReplayRing(Arena.create(replay_fields(1, 8, SMALL.state_dim, agent.action_dim)))
     updates = Updates(agent, InPlace(ring), BATCH)
     for buffer, values in zip(updates.batch, random_batch(SMALL, BATCH, agent.action_dim), strict=True):
-        buffer.copy_(values)
+        if buffer is not None and values is not None:
+            buffer.copy_(values)
     updates.random.draw_(agent.generator)
     return updates
 
