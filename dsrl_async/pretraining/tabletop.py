@@ -25,7 +25,7 @@ from dsrl_async import untrusted
 from dsrl_async.envs.tabletop_spec import TABLETOP
 from dsrl_async.host.command import guard
 from dsrl_async.host.waiting import waiting
-from dsrl_async.pi0.checkpoint import export_tensors, save_policy
+from dsrl_async.pi0.checkpoint import export_tensors, load_policy, save_policy
 from dsrl_async.pi0.config import Pi0Config, tabletop_config
 from dsrl_async.pi0.files import NormStats
 from dsrl_async.pi0.model import Pi0
@@ -70,6 +70,14 @@ def read_demonstrations(
     return Demonstrations(data["images"], tokens, token_mask, state, chunks, block, scale, ("block",)), stats
 
 
+def load_trained(directory: Path, config: Pi0Config) -> Pi0:
+    """A policy that this command has made, to be trained further. Raises ValueError if it is of another kind."""
+    loaded = load_policy(directory)
+    if loaded.config != config:
+        raise ValueError(f"--start-from {directory}: it is another model; give the --model that it was made with")
+    return loaded.model.train().requires_grad_(True)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tabletop_pi0"), help="checkpoint directory to write")
@@ -77,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--discrete-state-input", action="store_true", help="Pi0.5 reads the state in the prompt, else not at all"
     )
+    parser.add_argument("--start-from", type=Path, help="checkpoint directory of the same model, to be trained further")
     tabletop_demonstrations.add_options(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads for training")
@@ -94,24 +103,26 @@ def main() -> None:
     pi05 = args.model == "pi05"
     if args.discrete_state_input and not pi05:
         raise ValueError("--discrete-state-input is for --model pi05: a Pi0 reads the state from a token of its own")
+    config = tabletop_config(pi05, args.discrete_state_input)
     torch.set_num_threads(args.threads)
     console = Console()
     start = time.monotonic()
+    model = None if args.start_from is None else load_trained(args.start_from, config)
     tabletop_demonstrations.provide(args, console)
     made = time.monotonic()
     torch.manual_seed(args.seed)
-    config = tabletop_config(pi05, args.discrete_state_input)
     prompts = TABLETOP.prompts
     tokenizer = build_tokenizer(config, prompts)
     with waiting("reading the demonstrations", console):
         data, stats = read_demonstrations(args.data, config, tokenizer, prompts[0])
-    model = Pi0(config)
-    close_gates(model)
+    if model is None:
+        model = Pi0(config)
+        close_gates(model)
     joint_stage = StageSettings(args.joint_steps, args.joint_batch, args.samples, args.learning_rate, args.seed)
     expert_stage = StageSettings(args.expert_steps, args.expert_batch, args.samples, args.learning_rate, args.seed + 1)
     console.print(f"{len(data)} frames, {sum(p.numel() for p in model.parameters()):,} parameters")
     with progress_bar(console) as progress:
-        joint = Joint(model, data, joint_stage).train(progress)
+        joint = Joint(model, data, joint_stage).train(progress)  # none, with --joint-steps 0
         expert = Expert(model, data, expert_stage).train(progress)
     assert all(bool(tensor.isfinite().all()) for tensor in export_tensors(model).values())
     save_policy(args.out, model, stats, tokenizer)

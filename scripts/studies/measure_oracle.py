@@ -3,9 +3,10 @@
     python scripts/studies/measure_oracle.py --episodes 50 --attempts 8 --out oracle.jsonl
     python scripts/studies/measure_oracle.py --config libero_spatial_small --suite libero_spatial --init-states 40-49
 
-An oracle that knew the best of the k attempts from a scene would succeed wherever one of them does. What no attempt
-reaches is hardly there to be steered to. The scenes are those of `python -m dsrl_async.evaluate` with the same
-options; the noise of an attempt is drawn at every decision, by one of three rules (`--noise`):
+An oracle that knew the best of the k attempts from a scene would succeed wherever one of them does. That is a lower
+bound of what steering can reach: where all attempts fail, more of them may succeed. The scenes are those of
+`python -m dsrl_async.evaluate` with the same options; the noise of an attempt is drawn at every decision, by one of
+three rules (`--rules`):
   base      independent N(0, 1) in every number of every action slot, as the policy was trained
   gaussian  the agent's vector N(0, 1), laid out over the slots by `sac.noise_layout`, as a warm-up has it
   agent     the agent's vector uniform within its range, `sac.action_magnitude`, laid out in the same way

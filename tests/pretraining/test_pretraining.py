@@ -128,6 +128,26 @@ def test_a_pi05_of_the_same_command_acts_in_the_tabletop(
     assert torch.equal(*batch.actions) is not state_in_prompt, "the state is seen in the prompt, and nowhere else"
 
 
+def test_a_policy_is_trained_further(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(demonstrations(), tmp_path / "data.safetensors")
+    options = ["--data", str(tmp_path / "data.safetensors"), "--threads", "1", "--samples", "1"]
+    options += ["--joint-steps", "0", "--expert-batch", "4"]
+
+    def make(name: str, *more: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["tabletop.py", "--out", str(tmp_path / name), *options, *more])
+        script.main()
+        return load_policy(tmp_path / name).model.state_dict()
+
+    begun = make("begun", "--expert-steps", "1", "--seed", "5")
+    start = "--start-from", str(tmp_path / "begun")
+    same = make("same", "--expert-steps", "0", *start)
+    assert all(torch.equal(tensor, same[name]) for name, tensor in begun.items())
+    further = make("further", "--expert-steps", "2", *start)
+    assert not torch.equal(begun["action_out.weight"], further["action_out.weight"])
+    with pytest.raises(ValueError, match="is another model"):
+        make("other", "--expert-steps", "1", "--model", "pi05", *start)
+
+
 def test_a_prompt_with_the_state_has_a_token_for_every_number() -> None:
     prompt = "put the block on the red plate"
     tokenizer = build_tokenizer(tabletop_config(pi05=True, state_in_prompt=True), [prompt])
