@@ -1,9 +1,10 @@
 """Do to groups under Ray what networks and machines do to them, and print a table of what came of it.
 
-    python scripts/faults_ray.py [--only FAULT ...]
+    python scripts/faults_ray.py [--only FAULT ...] [--sleeping]
 
-Machines are network namespaces of this one, joined by a bridge: it needs root, `ip`, and the extra `ray`. Groups are
-processes that sleep, so that it is seen what is placed, found dead, replaced, and left over. Takes half an hour.
+Machines are network namespaces of this one, joined by a bridge: it needs root, `ip`, and the extra `ray`. The run has
+environments that count what they show: after each fault its rows must be all there, in order, and each once
+(tests/support/group_faults.py). With `--sleeping`, groups are processes that sleep, and no rows. Takes half an hour.
 """
 
 from __future__ import annotations
@@ -21,15 +22,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from support.counting import COUNTS  # noqa: E402
+from support.group_faults import SETTINGS, GroupRun  # noqa: E402
+
 NETWORK = "10.77.0."
 PORT = 6379
 GROUPS = 2
+DEAD_S = 60
+"""After so long Ray takes a machine for dead that is cut off, and that machine then ends what Ray has started on it."""
 RAY = Path(sys.executable).with_name("ray")
 START_S = 240.0
 """How long `ray start` may take: 10 to 45 s where two cores are busy. Now and then it gives up, and is tried again."""
@@ -102,6 +110,7 @@ class Cluster:
         return {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "COUNTING": str(self.directory),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -164,10 +173,11 @@ class Said(NamedTuple):
 class Subject:
     """Groups that are placed on the cluster by a process on the learner's machine."""
 
-    pattern = "faults_ray.py drive"
+    pattern = r"faults_ray\.py drive"
     member = "support.sleeping_member|sleep 86400"
     processes = 2
     """Of each group."""
+    rows = 0
 
     def __init__(self, cluster: Cluster, directory: Path, **variables: str) -> None:
         self.cluster, self.directory = cluster, directory
@@ -198,6 +208,10 @@ class Subject:
         """How many processes of groups there are on each machine."""
         return {machine.name: len(machine.named(self.member)) for machine in NODES if machine.named(self.member)}
 
+    def works(self) -> bool:
+        """Wait until all groups do what they are for; returns whether they do."""
+        return True
+
     def check(self) -> str:
         """What is wrong with what the run has made, or nothing."""
         return ""
@@ -212,6 +226,58 @@ class Subject:
             process.send_signal(number)
 
 
+class CountingRun(Subject):
+    """A run of environments that count what they show."""
+
+    pattern = r"-m support\.counting"
+    member = "dsrl_async: "
+    processes = 6
+    """Supervisor, template, two environments, inference, uplink."""
+    placed = re.compile(r"^(.{23}) \w+ group-(\d+) starts on (.+)$", re.MULTILINE)
+    gone = re.compile(r"^(.{23}) \w+ group-(\d+) on .+? ended \((.+)\) after \d", re.MULTILINE)
+
+    def __init__(self, cluster: Cluster, directory: Path, **variables: str) -> None:
+        self.cluster, self.directory, self.run_dir = cluster, directory, directory / "run"
+        directory.mkdir()
+        (cluster.directory / COUNTS).unlink(missing_ok=True)
+        where = ["--ray", f"{HEAD.address}:{PORT}", "--group.wait-s", "30", "--run-dir", str(self.run_dir)]
+        with (directory / "launch.log").open("w") as log:
+            command = [sys.executable, "-m", "support.counting", *SETTINGS, *where]
+            self.popen = cluster.inside(LEARNER, *command, stdout=log, stderr=log, variables=variables)
+
+    def said(self) -> list[Said]:
+        path = self.run_dir / "logs" / "supervisor.log"
+        text = path.read_text() if path.is_file() else ""
+        return sorted(
+            Said(datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp(), what, int(group), words)
+            for what, pattern in (("placed", self.placed), ("ended", self.gone))
+            for when, group, words in pattern.findall(text)
+        )
+
+    def decided(self) -> list[int]:
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
+        return [group["decisions"] for group in json.loads(lines[-1])["groups"]] if lines else [0] * GROUPS
+
+    def works(self) -> bool:
+        before = self.decided()
+        return self.until(lambda said: all(b >= a + 10 for a, b in zip(before, self.decided(), strict=True)), START_S)
+
+    def check(self) -> str:
+        """A run that was killed has left no checkpoint of its end."""
+        try:
+            summary = json.loads((self.run_dir / "summary.json").read_text())
+        except OSError:
+            return "no summary"
+        run = GroupRun.__new__(GroupRun)  # without starting one
+        run.directory, run.run_dir = self.cluster.directory, self.run_dir
+        try:
+            self.rows = run.check(summary)
+        except AssertionError as error:
+            return " ".join(str(error).split())[:300] or "wrong rows"
+        return ""
+
+
 class Fault(NamedTuple):
     do: Callable[[Cluster, Subject], None]
     ends: int
@@ -224,9 +290,11 @@ class Fault(NamedTuple):
 
 def cut(seconds: float) -> Callable[[Cluster, Subject], None]:
     def do(cluster: Cluster, subject: Subject) -> None:
-        machine = subject.place(0)
+        machine, begun = subject.place(0), time.monotonic()
         machine.link("down")
-        time.sleep(seconds)
+        if seconds > DEAD_S:
+            cluster.join(NODES[-1])  # where the group is then started, while its predecessor still runs
+        time.sleep(max(0.0, begun + seconds - time.monotonic()))
         machine.link("up")
         time.sleep(10)
 
@@ -253,15 +321,18 @@ def of_group_0(subject: Subject) -> Machine:
     return subject.place(0)
 
 
+KILLED = "launched process killed"
 FAULTS = {
     "link down 5 s": Fault(cut(5), 0),
     "link down 20 s": Fault(cut(20), 0),
     "link down 120 s": Fault(cut(120), 1),
-    "group killed": Fault(kill("support.sleeping_member", of_group_0), 1),
+    "group killed": Fault(kill(r"support.sleeping_member|supervisor of group", of_group_0), 1),
     "Host killed": Fault(kill("ray::Host", of_group_0), 1),
     "placer killed": Fault(kill("dsrl_async: placer", lambda subject: LEARNER), GROUPS),
     "raylet killed, another machine joins": Fault(power_fails, 1),
-    "launched process killed": Fault(lambda cluster, subject: subject.signal(signal.SIGKILL), 0, over=True),
+    "learner killed": Fault(kill("dsrl_async: learner", lambda subject: LEARNER), 0),
+    "downlink killed": Fault(kill("dsrl_async: downlink", lambda subject: LEARNER), 0),
+    KILLED: Fault(lambda cluster, subject: subject.signal(signal.SIGKILL), 0, over=True),
     "head killed": Fault(kill("gcs_server", lambda subject: HEAD), GROUPS, over=True),
 }
 
@@ -273,7 +344,9 @@ class Row(NamedTuple):
     again: str
     """When all groups were there again."""
     left: str
-    """Processes of groups too many, or nothing."""
+    """Processes of groups on each machine when all is over."""
+    rows: str
+    """How many rows the last checkpoint has, all of which were checked."""
     verdict: str
 
 
@@ -283,6 +356,8 @@ def trial(cluster: Cluster, name: str, fault: Fault, make: Callable[[Cluster, Pa
     problems = []
     if not subject.until(lambda said: len({one.group for one in said if one.what == "placed"}) == GROUPS, START_S):
         raise RuntimeError(f"the groups were not placed: {subject.said()}")
+    if not subject.works():
+        raise RuntimeError("the groups do not work")
     time.sleep(5)
     begun, before = time.time(), len(subject.said())
     fault.do(cluster, subject)
@@ -303,6 +378,8 @@ def trial(cluster: Cluster, name: str, fault: Fault, make: Callable[[Cluster, Pa
     else:
         if not subject.until(lambda said: len(placed(said)) == len(ended(said)) >= fault.ends, fault.again_s):
             problems.append("the groups did not come back")
+        elif not subject.works():
+            problems.append("the groups do not work again")
         again = f"{placed(subject.said())[-1].when - begun:.0f} s" if placed(subject.said()) else ""
         if len(ended(subject.said())) != fault.ends:
             problems.append(f"{len(ended(subject.said()))} groups ended")
@@ -318,9 +395,9 @@ def trial(cluster: Cluster, name: str, fault: Fault, make: Callable[[Cluster, Pa
         time.sleep(1)
     if left:
         problems.append("something is left over")
-    if wrong := subject.check():
+    if name != KILLED and (wrong := subject.check()):
         problems.append(wrong)
-    return Row(name, when, again, str(left or "nothing"), "; ".join(problems) or "as expected")
+    return Row(name, when, again, str(left or "nothing"), str(subject.rows), "; ".join(problems) or "as expected")
 
 
 # ---- the groups that sleep
@@ -381,6 +458,7 @@ def main() -> None:
         return drive(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
+    parser.add_argument("--sleeping", action="store_true", help="groups that only sleep, and no learner")
     parser.add_argument("--keep", action="store_true", help="leave the files of the runs and of Ray where they are")
     arguments = parser.parse_args()
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -389,13 +467,14 @@ def main() -> None:
     with machines() as cluster:
         for name in arguments.only:
             try:
-                rows.append(trial(cluster, name, FAULTS[name], Subject))
+                rows.append(trial(cluster, name, FAULTS[name], Subject if arguments.sleeping else CountingRun))
             except Exception as error:
-                rows.append(Row(name, "", "", "", f"not run: {error}"))
+                rows.append(Row(name, "", "", "", "", f"not run: {error}"))
             print(*rows[-1], sep=" | ", flush=True)
         if not arguments.keep:
             shutil.rmtree(cluster.directory, ignore_errors=True)
-    print("\n| fault | found after | all there again after | left over | |\n| --- | --- | --- | --- | --- |")
+    print("\n| fault | found after | all there again after | left over | rows checked | |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print(f"| {' | '.join(row)} |")
 

@@ -274,7 +274,7 @@ def why_dead(error: BaseException) -> str:
     for sign, meaning in (
         ("node has died", "because its machine is gone"),
         ("node was terminated", "because its machine has left the cluster"),
-        ("memory", "because its machine ran out of memory"),
+        ("low on memory", "because Ray saw its machine run out of memory"),
     ):
         if sign in text:
             return meaning

@@ -76,15 +76,23 @@ def test_groups_are_placed_watched_and_ended(cluster: Cluster) -> None:
     cluster.start(1, seconds=0.5, code=processes.FATAL)
     cluster.start(2, unavailable=2, answers=2)
     cluster.placement.tell(2, "early")
-    cluster.start(3, dies=True)
+    cluster.start(3, dies="The actor is dead because its node has died")
+    cluster.start(5, dies="The actor is dead because its worker process has died")
     cluster.start(4, pending=True)
     assert "10.0.0.1:6379" in cluster.placement.waits()[4]
     cluster.until(
-        lambda: cluster.said(Ended, 1) and cluster.said(Ended, 3) and cluster.said(Placed, 2) and cluster.log(2)
+        lambda: (
+            cluster.said(Ended, 1)
+            and cluster.said(Ended, 3)
+            and cluster.said(Ended, 5)
+            and cluster.said(Placed, 2)
+            and cluster.log(2)
+        )
     )
     assert cluster.said(Placed, 0) == [Placed(0, 1, "node 10.0.0.2, GPU 1")]
     assert cluster.said(Ended, 1) == [Ended(1, 1, "exit code 3: the policy cannot be read", True)]
     assert cluster.said(Ended, 3) == [Ended(3, 1, "its host has ended, because its machine is gone", False)]
+    assert cluster.said(Ended, 5)[0].how == "its host has ended, because Ray's process for it is gone"
     assert cluster.said(Ended, 2) == []  # who cannot be reached for a while has not ended
     cluster.until(lambda: cluster.placement.waits() == {4: "Ray to start it"})
     assert cluster.log(1) == "group 1 has begun\nthe policy cannot be read\n"
@@ -98,7 +106,7 @@ def test_groups_are_placed_watched_and_ended(cluster: Cluster) -> None:
     cluster.placement.end(4)
     cluster.until(lambda: cluster.said(Ended, 0) and cluster.said(Ended, 4))
     members = [process for process in cluster.placer.children() if "sleeping_member" in " ".join(process.cmdline())]
-    assert len(members) == 2  # of groups 2 and 3: the fake Ray has not ended what it says is dead
+    assert len(members) == 3  # of groups 2, 3 and 5: the fake Ray has not ended what it says is dead
 
     cluster.placement.close()
     assert psutil.wait_procs(members, 5)[1] == []

@@ -1,6 +1,6 @@
 """What the placer uses of Ray, in one process: hosts live in this process, and calls are made when they are asked for.
 
-A job may say what is to go wrong: `"unavailable": 2`, the first two calls cannot reach the host; `"dies": true`, Ray
+A job may say what is to go wrong: `"unavailable": 2`, the first two calls cannot reach the host; `"dies": WHY`, Ray
 says that it has ended; `"pending": true`, there is no room for it.
 """
 
@@ -38,7 +38,7 @@ class Call:
             trouble["unavailable"] -= 1
             raise ActorUnavailableError("The actor is temporarily unavailable")
         if self.handle.killed or (trouble.get("dies") and self.name == "watch"):
-            raise ActorDiedError("The actor is dead because its node has died. Node Id: 00ff")
+            raise ActorDiedError(f"{trouble.get('dies')}. Possible reasons: high memory usage. Node Id: 00ff")
         return getattr(self.handle.instance, self.name)(*self.arguments)
 
 
