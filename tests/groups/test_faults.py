@@ -12,8 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support.group_faults import ACTORS, GROUPS, MINE, VICTIMS, Fault, GroupRun
+from support.counting import pictures
+from support.group_faults import ACTORS, GROUPS, MINE, VICTIMS, Fault, GroupRun, check_lane
 
 FAULTS = int(os.environ.get("DSRL_GROUP_FAULTS", "0"))
 FAULTS_PER_RUN = 10
@@ -49,6 +51,41 @@ def test_all_kinds_of_processes_killed_at_once(directory: Path) -> None:
     assert not any(second["restarts"].values())
     assert run.check(summary) > GROUPS * ACTORS * 10
     assert run.left_over() == []
+
+
+def lane_of(*environments: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The rows that environments leave in lane 1 of group 1: of each the mark, and how many observations it made."""
+    mark = np.concatenate([np.full(count, mark) for mark, count in environments])
+    count = np.concatenate([np.arange(count) for _, count in environments])
+    state = np.zeros((len(mark), 8), np.float32)
+    state[:, :4] = np.stack([np.ones_like(mark), np.ones_like(mark), mark, count], axis=-1)
+    image = np.repeat(count % 256, 64 * 64 * 3).astype(np.uint8).reshape(len(mark), -1)
+    image[:, :8] = pictures(*state[:, :4].astype(np.int64).T)
+    complete = np.append(mark[1:] == mark[:-1], False)
+    return {"state": state, "image": image, "complete": complete}
+
+
+def test_rows_that_are_missing_repeated_or_torn_are_found() -> None:
+    whole, ended = lane_of((1001, 40), (1002, 30), (2001, 20)), {(1, 1, 1002): 30, (1, 1, 2001): 20}
+    check_lane(whole, 1, 1, ended)
+    rows = np.arange(90)
+    faults = {
+        "missing": np.delete(rows, 55),
+        "the last one missing": rows[:-1],
+        "the first one missing": rows[1:],
+        "the first one of another environment missing": np.delete(rows, 40),
+        "the last one of another environment missing": np.delete(rows, 69),
+        "repeated": np.insert(rows, 20, 20),
+        "in another order": np.r_[rows[:10], 11, 10, rows[12:]],
+        "of an older environment": np.r_[rows[:80], 60, rows[80:]],
+    }
+    for chosen in faults.values():
+        with pytest.raises(AssertionError):
+            check_lane({column: values[chosen] for column, values in whole.items()}, 1, 1, ended)
+    torn = {column: values.copy() for column, values in whole.items()}
+    torn["image"][33] = torn["image"][34]
+    with pytest.raises(AssertionError):
+        check_lane(torn, 1, 1, ended)
 
 
 def matrix() -> Iterator[tuple[str, int, int, float]]:
