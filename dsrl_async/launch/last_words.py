@@ -63,11 +63,11 @@ def what_next(run_dir: Path, summary: Mapping[str, Any], saved: Path | None) -> 
 
 def failed_log(run_dir: Path, sentence: str) -> Path:
     """The log that says more about a failure: the one that its sentence names or quotes, else the supervisor's."""
-    logs = run_dir / "logs"
-    for log in sorted(logs.glob("*.log")):
+    found = sorted([*run_dir.glob("logs/*.log"), *run_dir.glob("groups/*/logs/*.log")])
+    for log in found:
         if str(log) in sentence:
             return log
-    for log in sorted(logs.glob("*.log")):
+    for log in found:
         if log.stem != "supervisor" and processes.last_line(log) in sentence:
             return log
-    return logs / "supervisor.log"
+    return run_dir / "logs" / "supervisor.log"

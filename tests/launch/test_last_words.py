@@ -59,6 +59,10 @@ def test_a_run_that_failed_names_its_log(run_dir: Path) -> None:
     assert "dsrl_async.doctor" in following
     assert f"--resume {run_dir}" in following
     assert words(run_dir, "failed: something else")[1].endswith(f"log {run_dir / 'logs' / 'supervisor.log'}")
+    of_group = run_dir / "groups" / "1" / "logs" / "inference.log"
+    of_group.parent.mkdir(parents=True)
+    of_group.write_text("no room on this GPU\n")
+    assert words(run_dir, "failed: group-1 ended: no room on this GPU")[1].endswith(f"log {of_group}")
 
 
 def test_a_run_without_anything_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
