@@ -182,6 +182,27 @@ def test_a_run_hands_out_exactly_its_decisions(small_config: Config, memory: Are
     assert server.serve_ready(server.slots.ready()) == 0
 
 
+def test_a_group_keeps_to_what_it_is_granted_and_warms_up_for_its_share(small_config: Config, memory: Arena) -> None:
+    server = make_server(small_config, memory)
+    counters = server.counters
+    counters.control_granted[0] = -1  # nothing is granted yet, though the warm-up is not over
+    assert server.allowed(2, handed_out=0) == 0
+    counters.control_warmup[0], counters.control_granted[0] = 3, 10
+    assert server.warmup() == 3
+    assert server.allowed(2, handed_out=0) == 2
+    assert server.allowed(2, handed_out=2) == 1  # a batch ends where the warm-up does
+    assert server.allowed(2, handed_out=3) == 0  # without weights
+    server.load_weights(Weights(0, np.zeros(server.policies.actor.flat.shape, np.float32)))
+    assert server.allowed(2, handed_out=3) == 2
+    assert server.allowed(2, handed_out=8) == 2  # the replay ratio is kept elsewhere: there were no updates yet
+    assert server.allowed(2, handed_out=9) == 0  # all wait until all may go on
+    assert server.allowed(1, handed_out=9) == 1
+    counters.control_warmup[0] = 20  # others have died in it
+    assert server.allowed(2, handed_out=9) == 0
+    counters.control_granted[0] = 0
+    assert server.warmup() == small_config.replay.warmup_decisions
+
+
 def test_odd_batches_are_padded_to_the_next_bucket(small_config: Config, memory: Arena) -> None:
     inference = small_config.inference.model_copy(update={"buckets": [4, 8]})
     server = make_server(small_config.model_copy(update={"inference": inference}), memory, NoiseMode.STOCHASTIC)
