@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dsrl_async.bench import denoise, end_to_end, env, learner, paper, pipeline, scale, transport
+from dsrl_async.bench import denoise, end_to_end, env, groups, learner, paper, pipeline, scale, transport
 from dsrl_async.config.command_line import HelpFormatter, Parser, program
 
 BENCHMARKS = {
     "denoise": denoise,
     "end_to_end": end_to_end,
     "env": env,
+    "groups": groups,
     "learner": learner,
     "paper": paper,
     "pipeline": pipeline,

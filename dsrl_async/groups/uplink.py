@@ -54,6 +54,7 @@ class Uplink:
 
     Attributes:
         sent, stored: int64 [lanes], how many rows of each lane.
+        batch: most rows of a message.
         stop: whether the group is to end.
         fenced: whether another incarnation has its place.
     """
@@ -68,7 +69,7 @@ class Uplink:
                 f"{self.ring.rows_per_lane}"
             )
         self._before, self._window, self._row = decisions_before, window_rows, wire.row_type(self.ring)
-        self._batch = min(wire.batch_rows(self._row), window_rows)
+        self.batch = min(wire.batch_rows(self._row), window_rows)
         self.stored, self.sent = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
         self.linked = self.stop = self.fenced = False
         self.heard = self._moved = time.monotonic()
@@ -123,7 +124,7 @@ class Uplink:
         if under_way and now - self._moved > RESEND_S:
             logger.warning("no news of %d rows for %.0f s; they are sent again", under_way, RESEND_S)
             self.sent[:], self._moved, under_way = self.stored, now, 0
-        room = min(self._batch, self._window - under_way)
+        room = min(self.batch, self._window - under_way)
         fresh = self.ring.heads() - self.sent
         if not self.linked or room <= 0 or not fresh.any():
             return None

@@ -39,7 +39,7 @@ LARGEST = 2**62
 """Upper limit on every number that counts something."""
 LONGEST_SENTENCE, LONGEST_GREETING, LONGEST_STATE = 1000, 4096, 1 << 20
 """In bytes."""
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 2 << 20
 IDENTITY = re.compile(rb"(\d{1,6})\.(\d{1,9})")
 
 Kind = Literal["sender", "kind", "greeting", "rows", "report", "state"]
