@@ -23,6 +23,7 @@ from dsrl_async.run.channel import Channel, SocketDirectory, make_ends, write_se
 from dsrl_async.run.sockets import Bound, Connected
 from dsrl_async.run.weights import FrameSubscriber, WeightPublisher, encode
 from dsrl_async.shm import events
+from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters, Stop
 from dsrl_async.shm.replay import ReplayRing
 
@@ -51,7 +52,7 @@ class Machines:
         self.subscriber = FrameSubscriber(self.group_ends.subscriber)
 
     def start(self, name: str, **more: Any) -> subprocess.Popen[bytes]:
-        job, arena, end, link = {
+        jobs: dict[str, tuple[dict[str, Any], Arena, Channel, wire.Link]] = {
             "uplink": (
                 {"group": 0, "incarnation": 1, "decisions_before": 0, "window_rows": 16},
                 self.group,
@@ -64,7 +65,8 @@ class Machines:
                 self.learner_ends.subscriber,
                 self.server,
             ),
-        }[name]
+        }
+        job, arena, end, link = jobs[name]
         ready, channel_fd, link_fd = self.ready[name == "uplink"], write_secret(end), write_secret(link)
         described = {"arena": arena.describe(), "run_dir": str(self.base), "transition_ready_fd": ready}
         fds = {"channel_fd": channel_fd, "link_fd": link_fd}
@@ -180,7 +182,7 @@ def test_a_group_that_does_not_fit_ends_with_the_sentence(machines: Machines) ->
 
 
 def test_an_address_that_is_taken_ends_the_downlink_with_a_sentence(machines: Machines) -> None:
-    taken = zmq.Context.instance().socket(zmq.ROUTER)
+    taken: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     port = taken.bind_to_random_port("tcp://127.0.0.1")
     machines.server = machines.server._replace(rows=machines.server.rows._replace(endpoint=f"tcp://127.0.0.1:{port}"))
     downlink = machines.start("downlink")
@@ -194,7 +196,7 @@ def test_an_address_that_is_taken_ends_the_downlink_with_a_sentence(machines: Ma
 
 
 def heard(bound: Bound, seconds: float) -> list[list[bytes]]:
-    return [bound.socket.recv_multipart()] if bound.socket.poll(seconds * 1000) else []
+    return [bound.socket.recv_multipart()] if bound.socket.poll(round(seconds * 1000)) else []
 
 
 @pytest.mark.parametrize("endpoint", ["ipc", "tcp"])
@@ -214,7 +216,7 @@ def test_the_rows_end_hears_nobody_without_the_keys(endpoint: str) -> None:
             stranger.socket.send(b"hello")
             assert heard(bound, 0.3) == []
             stranger.close()
-        plain = zmq.Context.instance().socket(zmq.DEALER)
+        plain: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         plain.linger = 0
         plain.connect(ends.publisher.endpoint)
         plain.send(b"hello")
