@@ -115,7 +115,7 @@ def send_rows(arena: Arena, link: wire.Link, rows: int) -> None:
         while (batch := uplink.next_rows()) is None:
             end.socket.poll(50)
             uplink.take(end.socket.recv_multipart())
-        wire.send(end.socket, wire.ROWS, batch.tobytes())
+        wire.send(end.socket, wire.ROWS, batch.view(np.uint8).data)
         uplink.confirm(batch)
 
 

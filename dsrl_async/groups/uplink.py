@@ -208,7 +208,7 @@ def serve(uplink: Uplink, link: wire.Link, publisher: WeightPublisher, name: byt
         events.clear(ready)
         if not uplink.fenced and (batch := uplink.next_rows()) is not None:
             sent = time.monotonic()
-            if wire.send(rows.socket, wire.ROWS, batch.tobytes()):
+            if wire.send(rows.socket, wire.ROWS, batch.view(np.uint8).data):
                 uplink.confirm(batch)
                 continue
         poller.poll(POLL_MS)

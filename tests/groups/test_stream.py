@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.mirrors import Player, assert_mirrored, make_arena
+from support.mirrors import KINDS, Player, assert_mirrored, make_arena
 
 from dsrl_async.config.load import validate
 from dsrl_async.groups import downlink as downlink_module
@@ -33,9 +33,9 @@ CONFIG = validate({"throttle_actors": False})
 class Member:
     """An incarnation of a group, with its workers and its uplink."""
 
-    def __init__(self, group: int, incarnation: int, of_learner: Arena, seed: int, na: bool = False) -> None:
+    def __init__(self, group: int, incarnation: int, of_learner: Arena, seed: int, kind: str = "sac") -> None:
         self.group, self.name = group, wire.identity(group, incarnation)
-        counters, arena = Counters(of_learner), make_arena(LANES, ROWS, na)
+        counters, arena = Counters(of_learner), make_arena(LANES, ROWS, kind)
         groups = len(counters.group_started)
         counters.group_started[group] = incarnation
         plain = reports.counters_for(counters, group, groups)
@@ -69,8 +69,8 @@ class Member:
         yield [wire.REPORT, self.uplink.report()]
 
 
-def make_learner(groups: int = 2, na: bool = False) -> tuple[Arena, Downlink]:
-    arena = make_arena(groups * LANES, 3 * ROWS, na, groups)
+def make_learner(groups: int = 2, kind: str = "sac") -> tuple[Arena, Downlink]:
+    arena = make_arena(groups * LANES, 3 * ROWS, kind, groups)
     return arena, Downlink(CONFIG, arena, groups)
 
 
@@ -110,16 +110,16 @@ def tell(learner: Downlink, member: Member) -> None:
             member.uplink.take([wire.STATE, state])
 
 
-def run_schedule(seed: int, na: bool = False, make: Callable[[Any, Arena, int], Downlink] = Downlink) -> None:
+def run_schedule(seed: int, kind: str = "sac", make: Callable[[Any, Arena, int], Downlink] = Downlink) -> None:
     """Let two groups, whose incarnations die, and a lossy network act in random order."""
     rng, groups = np.random.default_rng(seed), 2
-    learner_arena = make_learner(groups, na)[0]
+    learner_arena = make_learner(groups, kind)[0]
     learner = make(CONFIG, learner_arena, groups)
-    members = [Member(group, 1, learner_arena, seed, na) for group in range(groups)]
+    members = [Member(group, 1, learner_arena, seed, kind) for group in range(groups)]
     old: list[Member] = []
     network: list[tuple[Member, list[bytes]]] = []
     loss, repetition, disorder = rng.random(3) * (0.4, 0.3, 0.5)
-    for step in range(120):
+    for step in range(60):
         member = members[int(rng.integers(groups))]
         for _ in range(2):
             member.play(rng)
@@ -144,10 +144,10 @@ def run_schedule(seed: int, na: bool = False, make: Callable[[Any, Arena, int], 
             learner = make(CONFIG, learner_arena, groups)  # the downlink was replaced
         if rng.random() < 0.03:
             member.restart()
-        if step in (40, 80):
+        if step in (20, 40):
             settle_counts(learner_arena)
             old.append(member)
-            members[member.group] = Member(member.group, step, learner_arena, seed + step, na)
+            members[member.group] = Member(member.group, step, learner_arena, seed + step, kind)
     for member in members:
         settle(learner, member)
         check(learner_arena, member)
@@ -173,10 +173,10 @@ def settle_counts(arena: Arena) -> None:
 SCHEDULES = int(os.environ.get("DSRL_STREAM_SCHEDULES", "60"))
 
 
-@pytest.mark.parametrize("na", [False, True], ids=["sac", "na"])
-def test_lanes_are_mirrored_under_any_schedule(na: bool) -> None:
-    for seed in range(SCHEDULES // 2):
-        run_schedule(seed, na)
+@pytest.mark.parametrize("kind", KINDS)
+def test_lanes_are_mirrored_under_any_schedule(kind: str) -> None:
+    for seed in range(SCHEDULES // len(KINDS)):
+        run_schedule(seed, kind)
 
 
 class TakesAnyRow(Downlink):
@@ -290,7 +290,7 @@ def kill_at(instructions: int) -> bool:
 
 
 def test_a_downlink_that_is_killed_anywhere_stores_nothing_twice_and_counts_nothing_wrong() -> None:
-    step = int(os.environ.get("DSRL_KILL_STEP", "31"))
+    step = int(os.environ.get("DSRL_KILL_STEP", "61"))
     for instructions in range(0, 10**6, step):
         if kill_at(instructions):
             break

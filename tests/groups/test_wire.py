@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.mirrors import Player, assert_mirrored, make_arena
+from support.mirrors import KINDS, Player, assert_mirrored, make_arena
 
 from dsrl_async import __version__
 from dsrl_async.groups import wire
@@ -33,7 +33,7 @@ def carry(origin: ReplayRing, counters: Counters, mirror: ReplayRing, lane: int,
     return sent + len(numbers)
 
 
-@pytest.mark.parametrize("na", [False, True], ids=["sac", "na"])
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20, deadline=None)
 @given(
     portions=st.lists(st.integers(0, 12), max_size=12),
@@ -42,9 +42,9 @@ def carry(origin: ReplayRing, counters: Counters, mirror: ReplayRing, lane: int,
     seed=st.integers(0, 999),
 )
 def test_a_lane_arrives_bit_for_bit(
-    na: bool, portions: list[int], sizes: tuple[int, int], base: int, seed: int
+    kind: str, portions: list[int], sizes: tuple[int, int], base: int, seed: int
 ) -> None:
-    of_group, of_learner = make_arena(2, sizes[0], na), make_arena(3, sizes[1], na)
+    of_group, of_learner = make_arena(2, sizes[0], kind), make_arena(3, sizes[1], kind)
     origin, mirror, player = ReplayRing(of_group), ReplayRing(of_learner), Player(of_group, 1, seed)
     Player(of_learner, 2, seed + 1).play(base)  # what is there already, of an earlier incarnation
     sent = 0
@@ -57,14 +57,14 @@ def test_a_lane_arrives_bit_for_bit(
 
 
 def test_every_column_travels_and_the_layout_is_the_rings() -> None:
-    for na in (False, True):
-        ring = ReplayRing(make_arena(2, 8, na))
+    for kind in KINDS:
+        ring = ReplayRing(make_arena(2, 8, kind))
         dtype = row_type(ring)
         assert set(ring.rows) - {"complete"} < set(dtype.names or ())
         assert dtype.itemsize == sum(dtype[name].itemsize for name in dtype.names or ())  # packed
     layouts = {
         wire.layout_of(row_type(ReplayRing(arena)))
-        for arena in (make_arena(2, 8), make_arena(4, 16), make_arena(2, 8, na=True))
+        for arena in (make_arena(2, 8), make_arena(4, 16), make_arena(2, 8, kind="na"))
     }
     assert len(layouts) == 2  # whatever the lanes and their length
     fields = replay_fields(1, 2, state_dim=8, noise_width=32)
@@ -89,7 +89,7 @@ def test_a_row_that_is_overwritten_before_it_is_collected_is_no_row() -> None:
 
 @pytest.fixture(scope="module")
 def frame() -> bytes:
-    arena = make_arena(2, 16, na=True)
+    arena = make_arena(2, 16, kind="na")
     Player(arena, 0, 1).play(7)
     counters, ring = Counters(arena), ReplayRing(arena)
     return collect(ring, np.zeros(7, np.int64), np.arange(7), counters.actor_started_episodes, row_type(ring)).tobytes()
@@ -98,7 +98,7 @@ def frame() -> bytes:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(data=st.data())
 def test_garbled_frames_are_refused_or_are_rows_that_a_ring_takes(frame: bytes, data: st.DataObject) -> None:
-    ring = ReplayRing(make_arena(2, 16, na=True))
+    ring = ReplayRing(make_arena(2, 16, kind="na"))
     dtype = row_type(ring)
     match data.draw(st.sampled_from(["bits", "cut", "longer", "anything", "field"])):
         case "bits":
@@ -146,7 +146,7 @@ def test_garbled_frames_are_refused_or_are_rows_that_a_ring_takes(frame: bytes, 
     ],
 )
 def test_a_number_that_cannot_be_is_refused(frame: bytes, name: str, value: int) -> None:
-    ring = ReplayRing(make_arena(2, 16, na=True))
+    ring = ReplayRing(make_arena(2, 16, kind="na"))
     rows = np.frombuffer(frame, row_type(ring)).copy()
     check_rows(rows.tobytes(), rows.dtype, 2)
     rows[name][3] = value
@@ -156,7 +156,7 @@ def test_a_number_that_cannot_be_is_refused(frame: bytes, name: str, value: int)
 
 @pytest.mark.parametrize("name", ["completes", "terminal"])
 def test_a_flag_is_0_or_1(frame: bytes, name: str) -> None:
-    ring = ReplayRing(make_arena(2, 16, na=True))
+    ring = ReplayRing(make_arena(2, 16, kind="na"))
     rows = np.frombuffer(frame, row_type(ring)).copy()
     rows[name].view("u1")[2] = 2
     with pytest.raises(BadMessage):

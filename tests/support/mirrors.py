@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dsrl_async.shm.arena import Arena
@@ -12,8 +14,12 @@ NOISE, STATE_DIM = 4, 3
 ACTIONS = ActionRow(chunk=2, action_dim=3, cameras=2, image_size=8)
 
 
-def make_arena(lanes: int, rows_per_lane: int, na: bool = False, groups: int = 0) -> Arena:
-    fields = replay_fields(lanes, rows_per_lane, STATE_DIM, NOISE, 1, ACTIONS if na else None)
+KINDS: dict[str, dict[str, Any]] = {"sac": {}, "tasks": {"of_tasks": True}, "na": {"of_actions": ACTIONS}}
+"""Kinds of rows -> how their ring differs."""
+
+
+def make_arena(lanes: int, rows_per_lane: int, kind: str = "sac", groups: int = 0) -> Arena:
+    fields = replay_fields(lanes, rows_per_lane, STATE_DIM, NOISE, 1, **KINDS[kind])
     return Arena.create({**fields, **counter_fields(lanes, groups=groups)})
 
 
@@ -64,9 +70,10 @@ class Player:
             self.length, self.ended = 0, self.ended + 1
 
     def _observation(self) -> tuple[np.ndarray, np.ndarray, Seen | None]:
-        rng, seen = self.rng, None
+        rng, seen, pictures = self.rng, None, None
         if self.ring.of_actions:
             pictures = rng.integers(0, 256, self.ring.rows["policy_images"].shape[2:], np.uint8)
+        if self.ring.keeps_seen:
             seen = Seen(pictures, int(rng.integers(0, 100)))
         image = rng.integers(0, 256, self.ring.rows["image"].shape[2:], np.uint8)
         return image, rng.normal(size=STATE_DIM).astype(np.float32), seen
