@@ -222,7 +222,9 @@ def main() -> None:
         raise ConfigError("--attempts must be at least 1")
     evaluation = resolve(options)
     processes = evaluation.config.actors
-    settings = {**identity(evaluation), "sac": evaluation.config.sac.model_dump(), "attempts": options.attempts}
+    sac = evaluation.config.sac.model_dump()
+    noise = {key: value for key, value in sac.items() if key.startswith("noise_") or key == "action_magnitude"}
+    settings = {**identity(evaluation), "sac": noise}
     played = read_outcomes(options.out, settings)
     done = {(outcome.noise, outcome.attempt, outcome.number) for outcome in played}
     waiting = [

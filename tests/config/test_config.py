@@ -121,6 +121,7 @@ def test_small_suite_file_trains_all_tasks_also_of_a_variation(monkeypatch: pyte
     assert len(run.spec.prompts) == 10
     assert run.environment.episode_steps == 220
     assert run.config.evaluation.lanes == 1
+    assert run.config.sac.instruction_dim == 10
 
 
 @needs_libero
