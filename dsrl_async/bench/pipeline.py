@@ -21,12 +21,22 @@ of these systems, which take turns with the same draws:
 and the ratios of dsrl_async to the ideal and to lock step (above 1: more decisions),
 and of evaluating to dsrl_async.
 
+With --groups G there are, in turns, G groups with --actors each and a device each (`groups`), and one machine with as
+many workers and one device (`one machine`), both with a learner that takes --update-ms for each update, one for each
+decision. Besides decisions_per_s, cpu and cpu_wait, which are as above, their figures are
+  updates_per_s         updates of the learner per second
+  policy_lag            mean number of updates by which the weights of a decision were behind the learner's
+  link                  CPU-microseconds per decision of the uplinks and the downlink, with publications of weights
+  predicted             decisions per second that `plan` predicts
+and the ratio of groups to one machine, measured and predicted.
+
 Not measured: policies, learning, simulation, rendering; the times of environments and devices are settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -43,12 +53,14 @@ from dsrl_async.bench.figures import (
 )
 from dsrl_async.config.settings import InferenceConfig
 from dsrl_async.pi0.config import Pi0Config
+from dsrl_async.plan.capacity import CapacityInputs, predict
 from dsrl_async.plan.gpus import ABOVE_BOUND, roofline
 from dsrl_async.plan.simulation import EnvironmentTimes, Throughput, simulate, simulate_lock_step
 
 OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP = "dsrl_async", "lock step", "ideal", "ideal lock step"
 SYSTEMS = (OWN, LOCK_STEP, IDEAL, IDEAL_LOCK_STEP)
 EVALUATING = "evaluating"
+GROUPS, ONE_MACHINE = "groups", "one machine"
 SEED = 0
 MODEL_DECISIONS = 20_000
 """Number of decisions of a simulation, after half as many that are not measured."""
@@ -77,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"h100: full-size Pi0 at {ABOVE_BOUND} x its bound (default); launches: 20 ms + 4.8 ms a row; flat: 50 ms",
     )
     parser.add_argument("--actors", nargs="+", type=int, default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--groups", type=int, metavar="G", help="compare G groups of --actors with one machine instead")
+    parser.add_argument("--update-ms", type=float, default=1.0, help="with --groups: of the learner (default: 1)")
     parser.add_argument("--evaluation-actors", type=int, default=2, help="of the system `evaluating` (default: 2)")
     parser.add_argument("--chunk-ms", type=float, default=60.0, help="mean time of a chunk (default: 60)")
     parser.add_argument("--sigma", type=float, default=0.3, help="standard deviation of its logarithm (default: 0.3)")
@@ -136,6 +150,49 @@ def measured(
     }
 
 
+def measured_learning(
+    actors: int,
+    groups: int,
+    times: EnvironmentTimes,
+    service: dict[int, float],
+    arguments: argparse.Namespace,
+) -> Metrics:
+    """Of so many groups with so many actors each."""
+    from dsrl_async.bench.simulated.groups import LINK, measure_learning
+    from dsrl_async.bench.simulated.run import Simulation
+
+    simulation = Simulation(actors, times, service, arguments.batch_wait_ms, record=False)
+    run = measure_learning(simulation, groups, arguments.update_ms / 1e3, arguments.warm_seconds, arguments.seconds)
+    if run.left_over:
+        raise ValueError(f"the simulated run left {run.left_over} processes behind")
+    link = {"link": 1e6 * sum(run.cpu_s[name].running for name in LINK) / run.decisions} if groups > 1 else {}
+    return {
+        "decisions_per_s": run.decisions / run.seconds,
+        "updates_per_s": run.updates / run.seconds,
+        "policy_lag": run.policy_lag,
+        "cpu": 1e3 * sum(used.running for used in run.cpu_s.values()) / run.decisions,
+        **link,
+        "cpu_wait": run.cpu_s["inference"].waiting / run.seconds / groups,
+    }
+
+
+def predicted_learning(
+    actors: int, groups: int, times: EnvironmentTimes, service: dict[int, float], arguments: argparse.Namespace
+) -> float:
+    """Decisions per second of what `measured_learning` measures, as `plan` predicts them."""
+    inputs = CapacityInputs(
+        environment=times,
+        device_s=service,
+        batch_sizes=sorted(service),
+        cores=math.inf,  # everything sleeps
+        steps_per_decision=1,
+        batch_wait_s=arguments.batch_wait_ms / 1e3,
+        update_s=arguments.update_ms / 1e3,
+        groups=groups,
+    )
+    return predict(inputs, actors).decisions_per_s
+
+
 UNITS = {
     "decisions_per_s": "decisions/s",
     "device_busy": "share of time",
@@ -148,6 +205,10 @@ UNITS = {
     "cpu": "CPU-ms per decision",
     "memory": "MB",
     "cpu_wait": "share of time",
+    "updates_per_s": "updates/s",
+    "policy_lag": "updates",
+    "link": "CPU-microseconds per decision",
+    "predicted": "decisions/s",
 }
 
 
@@ -160,14 +221,31 @@ def summarise(samples: dict[str, list[Metrics]]) -> Iterator[Figure]:
             yield Figure(system, metric, value, UNITS[metric])
         rate[system] = values["decisions_per_s"]
     pairs = [(OWN, IDEAL), (OWN, LOCK_STEP), (OWN, IDEAL_LOCK_STEP), (LOCK_STEP, IDEAL_LOCK_STEP)]
-    pairs.append((EVALUATING, OWN))
+    pairs += [(EVALUATING, OWN), (GROUPS, ONE_MACHINE)]
     for system, against in pairs:
         if {system, against} <= rate.keys():
             yield Figure(f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio")
 
 
+def compare_groups(
+    actors: int, times: EnvironmentTimes, service: dict[int, float], arguments: argparse.Namespace
+) -> Iterator[Figure]:
+    """Measure groups and one machine in turns, and predict both."""
+    sizes = {GROUPS: (actors, arguments.groups), ONE_MACHINE: (arguments.groups * actors, 1)}
+    runs = {name: partial(measured_learning, *size, times, service, arguments) for name, size in sizes.items()}
+    yield from summarise(take_turns(runs, arguments.repeats))
+    rate = {name: predicted_learning(*size, times, service, arguments) for name, size in sizes.items()}
+    for name, value in rate.items():
+        yield Figure(name, "predicted", value, UNITS["predicted"])
+    yield Figure(f"{GROUPS}/{ONE_MACHINE}", "predicted", rate[GROUPS] / rate[ONE_MACHINE], "ratio")
+
+
 def run(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "actors", "evaluation_actors", "buckets", "repeats", "chunk_ms", "seconds")
+    if arguments.groups is not None and arguments.groups < 2:
+        raise ValueError("--groups must be at least 2: one group is what one machine is")
+    if arguments.update_ms < 0:
+        raise ValueError("--update-ms must not be negative")
     if arguments.buckets != sorted(set(arguments.buckets)):
         raise ValueError("--buckets must be increasing")
     if arguments.episode_decisions <= 1:
@@ -177,13 +255,19 @@ def run(arguments: argparse.Namespace) -> None:
     )
     real = [system for system in (OWN, EVALUATING, LOCK_STEP) if system in arguments.system]
     lines = JsonLines("pipeline", arguments)
+    update = f"update {arguments.update_ms:g} ms"
     every_size = range(1, arguments.buckets[-1] + 1)
     for device in arguments.device:
         curve = DEVICES[device]
         buckets = {size: curve(size) for size in arguments.buckets}
         exact = {size: curve(size) for size in every_size}
         for actors in arguments.actors:
-            lines.case(f"{device} {actors} actors chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms")
+            pace = f"chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms"
+            if arguments.groups is not None:
+                lines.case(f"{device} {arguments.groups} groups of {actors} actors {pace} {update}")
+                lines.add(compare_groups(actors, times, buckets, arguments))
+                continue
+            lines.case(f"{device} {actors} actors {pace}")
             runs = {system: partial(measured, actors, times, buckets, system, arguments) for system in real}
             samples = take_turns(runs, arguments.repeats)
             if IDEAL in arguments.system:

@@ -20,7 +20,7 @@ from dsrl_async.bench.simulated.environment import HORIZON, SPEC, sharpen_timers
 from dsrl_async.bench.systems.barrier import serve_in_lock_step
 from dsrl_async.config.load import read_yaml, validate
 from dsrl_async.config.settings import Config
-from dsrl_async.host.processes import prepare_child
+from dsrl_async.host.processes import name_process, prepare_child
 from dsrl_async.run.channel import read_secret
 from dsrl_async.run.inference.policies import Policies
 from dsrl_async.run.inference.server import InferenceServer, notifier, serve
@@ -36,10 +36,10 @@ RECORDS = "latencies.npy"
 class SimulatedPolicy:
     """Takes `service_s` for a batch. Its buffers are those of `steering.SteeredPolicy`, which describes them."""
 
-    def __init__(self, config: Config, batch_size: int, service_s: float, gather: bool) -> None:
+    def __init__(self, config: Config, batch_size: int, service_s: float, gather: bool, image_size: int) -> None:
         self.service_s = service_s
         self.started_ns = 0
-        self.images = torch.zeros(batch_size, SPEC.cameras, SPEC.image_size, SPEC.image_size, 3, dtype=torch.uint8)
+        self.images = torch.zeros(batch_size, SPEC.cameras, image_size, image_size, 3, dtype=torch.uint8)
         self.state = torch.zeros(batch_size, SPEC.state_dim)
         self.sac_image = torch.zeros(batch_size, *config.sac.image_shape, dtype=torch.uint8)
         self.standard_normal = torch.zeros(batch_size, config.sac.normal_width(HORIZON))
@@ -85,13 +85,16 @@ def main(argument: str) -> None:
     """`argument` is the job of `run.inference.server.main` with the fields of `Simulation` that concern the device."""
     job = json.loads(argument)
     prepare_child(job["parent"])
+    name_process("inference", "simulated inference")
     sharpen_timers()
     torch.set_num_threads(job["threads"])
     run_dir = Path(job["run_dir"])
     config = validate(read_yaml(run_dir / "config.yaml"))
     policies = Policies(
         {
-            (size, PROMPT_LENGTH): SimulatedPolicy(config, size, job["service_s"][str(size)], job["gather"])
+            (size, PROMPT_LENGTH): SimulatedPolicy(
+                config, size, job["service_s"][str(size)], job["gather"], job["image_size"]
+            )
             for size in config.batch_sizes()
         },
         Actor(config.sac, HORIZON, torch.device("cpu"), config.seed),

@@ -35,13 +35,12 @@ def sharpen_timers() -> None:
 class SleepingEnvironment:
     """Takes as long as `EnvironmentTimes` says. Observations are copies of fixed arrays."""
 
-    spec = SPEC
-
-    def __init__(self, times: EnvironmentTimes, seed: int, lane: int) -> None:
+    def __init__(self, times: EnvironmentTimes, seed: int, lane: int, image_size: int = SPEC.image_size) -> None:
+        self.spec = SPEC._replace(image_size=image_size)
         self._times = times.draw(seed, lane)
         self._reset_s = 0.0
         rng = np.random.default_rng([seed, lane])
-        self._images = rng.integers(0, 256, (SPEC.cameras, SPEC.image_size, SPEC.image_size, 3), np.uint8)
+        self._images = rng.integers(0, 256, (SPEC.cameras, image_size, image_size, 3), np.uint8)
         self._sac_image = rng.integers(0, 256, (64, 64, 3), np.uint8)
         self._state = rng.standard_normal(SPEC.state_dim, np.float32)
 
@@ -73,10 +72,12 @@ def prepare(job: Mapping[str, Any]) -> None:
 
 
 def main(job: Mapping[str, Any], prepared: None) -> None:
-    """`job` comes from `template.Template`, with the fields of `EnvironmentTimes` as `times`."""
+    """`job` comes from `template.Template`, with the fields of `EnvironmentTimes` as `times`, and the
+    `image_size`."""
     sharpen_timers()
     arena, times = Arena.attach(job["arena"]), EnvironmentTimes(**job["times"])
     number, seed = job["number"], job["seed"]
-    lane = Lane(number, job["incarnation"], seed, job["env"], arena, SleepingEnvironment(times, seed, number))
+    environment = SleepingEnvironment(times, seed, number, job["image_size"])
+    lane = Lane(number, job["incarnation"], seed, job["env"], arena, environment)
     take_part_in_evaluation(lane, job)
     play(lane, job["wake_fd"], job["notify_fds"])

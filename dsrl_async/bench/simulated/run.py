@@ -7,7 +7,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def run_config(simulation: Simulation) -> Config:
     return validate(settings)
 
 
+def programs_of(simulation: Simulation, image_size: int) -> dict[Kind, Program]:
+    """What the processes run instead of the usual."""
+    device = {
+        "service_s": dict(simulation.service_s),
+        "gather": simulation.gather,
+        "lock_step": simulation.lock_step,
+        "record": simulation.record,
+        "image_size": image_size,
+    }
+    times = {"times": asdict(simulation.times), "image_size": image_size}
+    return {
+        Kind.INFERENCE: Program("dsrl_async.bench.simulated.device", device),
+        Kind.WORKER: Program("dsrl_async.bench.simulated.environment", times),
+    }
+
+
 class _Watch(threading.Thread):
     """Waits for all workers, measures, and ends the run."""
 
@@ -174,6 +191,21 @@ class _Watch(threading.Thread):
         )
 
 
+@contextmanager
+def run_directory(config: Config) -> Iterator[tuple[Path, StopRequest]]:
+    """A directory with what processes of a run expect there, and how it is stopped."""
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
+    try:
+        with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
+            run_dir = Path(directory)
+            (run_dir / "logs").mkdir()
+            write_text(run_dir / "config.yaml", to_yaml(config))
+            yield run_dir, StopRequest()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: int = 0) -> Measurement:
     """Start the processes, measure for at least `seconds` and `decisions`, and end them.
 
@@ -183,24 +215,10 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
     """
     raise_descriptor_limit()
     config = run_config(simulation)
-    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, *WARNINGS)}
-    stop = StopRequest()
-    with tempfile.TemporaryDirectory(prefix="dsrl_async-") as directory:
-        run_dir = Path(directory)
-        (run_dir / "logs").mkdir()
-        write_text(run_dir / "config.yaml", to_yaml(config))
+    with run_directory(config) as (run_dir, stop):
         session = Session(replace(check_run(config), spec=SPEC), run_dir, stop, NoDisplay())
         session.counters.learner_updates[0] = FAR_AHEAD
-        device = {
-            "service_s": dict(simulation.service_s),
-            "gather": simulation.gather,
-            "lock_step": simulation.lock_step,
-            "record": simulation.record,
-        }
-        programs = {
-            Kind.INFERENCE: Program("dsrl_async.bench.simulated.device", device),
-            Kind.WORKER: Program("dsrl_async.bench.simulated.environment", {"times": asdict(simulation.times)}),
-        }
+        programs = programs_of(simulation, SPEC.image_size)
         supervisor = Supervisor(session, programs)
         watch = _Watch(supervisor, stop, warm_s, seconds, decisions)
         watch.start()
@@ -208,8 +226,6 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         ended = time.monotonic()
         stop.reason = stop.reason or MEASURED  # a run that has failed leaves nothing to watch
         watch.join()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         session.arena.close()
         if stop.reason != MEASURED:
             raise KeyboardInterrupt
