@@ -27,8 +27,7 @@ decision. Besides decisions_per_s, cpu and cpu_wait, which are as above, their f
   updates_per_s         updates of the learner per second
   policy_lag            mean number of updates by which the weights of a decision were behind the learner's
   link                  CPU-microseconds per decision of the uplinks and the downlink, with publications of weights
-  predicted             decisions per second that `plan` predicts
-and the ratio of groups to one machine, measured and predicted.
+and the ratio of groups to one machine (scripts/studies/check_plan.py compares both with what `plan` predicts).
 
 Not measured: policies, learning, simulation, rendering; the times of environments and devices are settings.
 """
@@ -36,7 +35,6 @@ Not measured: policies, learning, simulation, rendering; the times of environmen
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -53,7 +51,6 @@ from dsrl_async.bench.figures import (
 )
 from dsrl_async.config.settings import InferenceConfig
 from dsrl_async.pi0.config import Pi0Config
-from dsrl_async.plan.capacity import CapacityInputs, predict
 from dsrl_async.plan.gpus import ABOVE_BOUND, roofline
 from dsrl_async.plan.simulation import EnvironmentTimes, Throughput, simulate, simulate_lock_step
 
@@ -176,23 +173,6 @@ def measured_learning(
     }
 
 
-def predicted_learning(
-    actors: int, groups: int, times: EnvironmentTimes, service: dict[int, float], arguments: argparse.Namespace
-) -> float:
-    """Decisions per second of what `measured_learning` measures, as `plan` predicts them."""
-    inputs = CapacityInputs(
-        environment=times,
-        device_s=service,
-        batch_sizes=sorted(service),
-        cores=math.inf,  # everything sleeps
-        steps_per_decision=1,
-        batch_wait_s=arguments.batch_wait_ms / 1e3,
-        update_s=arguments.update_ms / 1e3,
-        groups=groups,
-    )
-    return predict(inputs, actors).decisions_per_s
-
-
 UNITS = {
     "decisions_per_s": "decisions/s",
     "device_busy": "share of time",
@@ -208,7 +188,6 @@ UNITS = {
     "updates_per_s": "updates/s",
     "policy_lag": "updates",
     "link": "CPU-microseconds per decision",
-    "predicted": "decisions/s",
 }
 
 
@@ -225,19 +204,6 @@ def summarise(samples: dict[str, list[Metrics]]) -> Iterator[Figure]:
     for system, against in pairs:
         if {system, against} <= rate.keys():
             yield Figure(f"{system}/{against}", "decisions_per_s", rate[system] / rate[against], "ratio")
-
-
-def compare_groups(
-    actors: int, times: EnvironmentTimes, service: dict[int, float], arguments: argparse.Namespace
-) -> Iterator[Figure]:
-    """Measure groups and one machine in turns, and predict both."""
-    sizes = {GROUPS: (actors, arguments.groups), ONE_MACHINE: (arguments.groups * actors, 1)}
-    runs = {name: partial(measured_learning, *size, times, service, arguments) for name, size in sizes.items()}
-    yield from summarise(take_turns(runs, arguments.repeats))
-    rate = {name: predicted_learning(*size, times, service, arguments) for name, size in sizes.items()}
-    for name, value in rate.items():
-        yield Figure(name, "predicted", value, UNITS["predicted"])
-    yield Figure(f"{GROUPS}/{ONE_MACHINE}", "predicted", rate[GROUPS] / rate[ONE_MACHINE], "ratio")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -265,7 +231,12 @@ def run(arguments: argparse.Namespace) -> None:
             pace = f"chunk {arguments.chunk_ms:g} ms reset {arguments.reset_ms:g} ms"
             if arguments.groups is not None:
                 lines.case(f"{device} {arguments.groups} groups of {actors} actors {pace} {update}")
-                lines.add(compare_groups(actors, times, buckets, arguments))
+                sizes = {GROUPS: (actors, arguments.groups), ONE_MACHINE: (arguments.groups * actors, 1)}
+                runs = {
+                    system: partial(measured_learning, *size, times, buckets, arguments)
+                    for system, size in sizes.items()
+                }
+                lines.add(summarise(take_turns(runs, arguments.repeats)))
                 continue
             lines.case(f"{device} {actors} actors {pace}")
             runs = {system: partial(measured, actors, times, buckets, system, arguments) for system in real}

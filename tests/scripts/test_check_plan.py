@@ -51,6 +51,32 @@ def test_check_prints_ratios_and_fails_where_one_is_off(tmp_path: Path) -> None:
     assert near not in done.stderr
 
 
+def test_groups_and_one_machine_are_compared_with_their_own_predictions(tmp_path: Path) -> None:
+    """A worker does 1 / 0.11 s; two groups of 2 have two devices for it, and the learner ends at 25 updates/s."""
+    case = "flat 2 groups of 2 actors chunk 60 ms reset 0 ms update {} ms"
+    lines = [
+        {
+            "benchmark": "pipeline",
+            "case": case.format(update),
+            "system": system,
+            "metric": "decisions_per_s",
+            "value": 1,
+        }
+        for update in (0, 40)
+        for system in ("groups", "one machine")
+    ]
+    path = tmp_path / "groups.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = check_plan(path)
+    assert done.returncode == 1
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"{line['case']}: {line['system']}" for line in lines]
+    groups, alone, *bounded = (float(row[1]) for row in rows)
+    assert alone <= groups <= 4 / 0.11
+    assert groups > 30
+    assert bounded == [25.0, 25.0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

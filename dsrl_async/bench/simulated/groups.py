@@ -1,4 +1,4 @@
-"""Runs with simulated environments, devices and a learner that only takes time, in groups or as one machine has them."""
+"""Runs of groups, or of one machine, with simulated environments and devices and a learner that only takes time."""
 
 from __future__ import annotations
 
