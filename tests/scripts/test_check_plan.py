@@ -53,6 +53,7 @@ def test_check_prints_ratios_and_fails_where_one_is_off(tmp_path: Path) -> None:
 
 def test_groups_and_one_machine_are_compared_with_their_own_predictions(tmp_path: Path) -> None:
     """A worker does 1 / 0.11 s; two groups of 2 have two devices for it, and the learner ends at 25 updates/s."""
+    basis = {"benchmark": "pipeline", "metric": "decisions_per_s", "value": 1}
     case = "flat 2 groups of 2 actors chunk 60 ms reset 0 ms update {} ms"
     lines = [
         {
