@@ -69,8 +69,7 @@ def main() -> int:
     job = json.load(sys.stdin)
     processes.name_process(f"group-{job['group']}", f"supervisor of group {job['group']}")
     logs.set_up()
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("0")  # of Ray's workers it is 1000, and the kernel would kill environments first
+    processes.be_killed_like_others()
     processes.raise_descriptor_limit()
     try:
         summary = run(job, stop)

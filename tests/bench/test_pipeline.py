@@ -127,3 +127,27 @@ def test_an_actor_that_cannot_start_ends_the_run_with_its_reason(monkeypatch: py
     monkeypatch.setattr("dsrl_async.bench.simulated.run.asdict", lambda times: {"hours": 1})
     with pytest.raises(ValueError, match=r"failed: .*hours"):
         measure(Simulation(1, TIMES, SERVICE), warm_s=0.1, seconds=0.1)
+
+
+def test_groups_take_turns_with_one_machine_and_all_of_it_is_counted() -> None:
+    """Two groups of one worker; of the updates that are due, a learner does nearly all meanwhile."""
+    options = ("--groups", "2", "--actors", "1", "--buckets", "1", "2", "--device", "flat", "--chunk-ms", "20")
+    done = bench("pipeline", *options, "--seconds", "2", "--warm-seconds", "0.5", "--repeats", "1")
+    assert done.code == 0, done.stderr
+    figures = {}
+    for line in map(json.loads, done.stdout.splitlines()):
+        assert line["case"] == "flat 2 groups of 1 actors chunk 20 ms reset 600 ms update 1 ms"
+        figures[line["system"], line["metric"]] = line["value"]
+    for system in ("groups", "one machine"):
+        rate = figures[system, "decisions_per_s"]
+        assert 2 < rate < 2 / 0.07  # a worker takes 20 ms and waits 50 ms for the device
+        assert figures[system, "updates_per_s"] == pytest.approx(rate, rel=0.5)
+        assert figures[system, "policy_lag"] >= 0
+        assert figures[system, "cpu"] > 0
+    assert figures["groups", "link"] > 0
+    ratio = figures["groups", "decisions_per_s"] / figures["one machine", "decisions_per_s"]
+    assert figures["groups/one machine", "decisions_per_s"] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_one_group_is_no_comparison() -> None:
+    assert "--groups must be at least 2" in bench("pipeline", "--groups", "1").stderr

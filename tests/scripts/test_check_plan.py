@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.paths import SCRIPTS
@@ -53,16 +54,10 @@ def test_check_prints_ratios_and_fails_where_one_is_off(tmp_path: Path) -> None:
 
 def test_groups_and_one_machine_are_compared_with_their_own_predictions(tmp_path: Path) -> None:
     """A worker does 1 / 0.11 s; two groups of 2 have two devices for it, and the learner ends at 25 updates/s."""
-    basis = {"benchmark": "pipeline", "metric": "decisions_per_s", "value": 1}
+    basis: dict[str, Any] = {"benchmark": "pipeline", "metric": "decisions_per_s", "value": 1}
     case = "flat 2 groups of 2 actors chunk 60 ms reset 0 ms update {} ms"
     lines = [
-        {
-            "benchmark": "pipeline",
-            "case": case.format(update),
-            "system": system,
-            "metric": "decisions_per_s",
-            "value": 1,
-        }
+        {**basis, "case": case.format(update), "system": system}
         for update in (0, 40)
         for system in ("groups", "one machine")
     ]

@@ -36,7 +36,9 @@ RECORDS = "latencies.npy"
 class SimulatedPolicy:
     """Takes `service_s` for a batch. Its buffers are those of `steering.SteeredPolicy`, which describes them."""
 
-    def __init__(self, config: Config, batch_size: int, service_s: float, gather: bool, image_size: int) -> None:
+    def __init__(
+        self, config: Config, batch_size: int, service_s: float, gather: bool, image_size: int = SPEC.image_size
+    ) -> None:
         self.service_s = service_s
         self.started_ns = 0
         self.images = torch.zeros(batch_size, SPEC.cameras, image_size, image_size, 3, dtype=torch.uint8)
