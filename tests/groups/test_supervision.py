@@ -208,7 +208,9 @@ def test_at_the_end_only_groups_that_are_somewhere_are_waited_for(run: Run, monk
     monkeypatch.setattr(time, "sleep", lambda seconds: setattr(run, "now", run.now + seconds))
     assert not run.groups.wait(0.2)
     run.placement.events.append(Ended(0, 1, "exit code 0"))
-    assert run.groups.wait(0.2)
+    before = run.now
+    assert run.groups.wait(5.0)
+    assert run.now == before  # the other one is nowhere
     run.groups.kill()
     assert run.placement.closed
 
