@@ -337,6 +337,9 @@ FAULTS = {
 }
 
 
+WRONG_TOKEN = "wrong token"
+
+
 class Row(NamedTuple):
     fault: str
     ended: str
@@ -353,6 +356,13 @@ class Row(NamedTuple):
 def trial(cluster: Cluster, name: str, fault: Fault, make: Callable[[Cluster, Path], Subject]) -> Row:
     cluster.complete()
     subject = make(cluster, cluster.directory / re.sub(r"\W+", "-", name))
+    try:
+        return judge(cluster, name, fault, subject)
+    finally:
+        subject.stop()
+
+
+def judge(cluster: Cluster, name: str, fault: Fault, subject: Subject) -> Row:
     problems = []
     if not subject.until(lambda said: len({one.group for one in said if one.what == "placed"}) == GROUPS, START_S):
         raise RuntimeError(f"the groups were not placed: {subject.said()}")
@@ -398,6 +408,20 @@ def trial(cluster: Cluster, name: str, fault: Fault, make: Callable[[Cluster, Pa
     if name != KILLED and (wrong := subject.check()):
         problems.append(wrong)
     return Row(name, when, again, str(left or "nothing"), str(subject.rows), "; ".join(problems) or "as expected")
+
+
+def wrong_token(cluster: Cluster) -> Row:
+    """A run whose token is not the cluster's ends with a sentence, and leaves nothing."""
+    cluster.complete()
+    other = cluster.directory / "other"
+    other.touch(0o600)
+    other.write_text(secrets.token_hex(32))
+    begun, run = time.monotonic(), CountingRun(cluster, cluster.directory / "wrong", RAY_AUTH_TOKEN_PATH=str(other))
+    code = run.popen.wait(START_S)
+    said = json.loads((run.run_dir / "summary.json").read_text())["exit_reason"]
+    refused = code == 1 and "not with this machine's token" in said and not run.said()
+    over = f"over after {time.monotonic() - begun:.0f} s"
+    return Row(WRONG_TOKEN, "", over, str(run.members() or "nothing"), "0", "as expected" if refused else said)
 
 
 # ---- the groups that sleep
@@ -457,7 +481,9 @@ def main() -> None:
     if sys.argv[1:2] == ["drive"]:
         return drive(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*FAULTS, WRONG_TOKEN], metavar="FAULT", default=[*FAULTS, WRONG_TOKEN]
+    )
     parser.add_argument("--sleeping", action="store_true", help="groups that only sleep, and no learner")
     parser.add_argument("--keep", action="store_true", help="leave the files of the runs and of Ray where they are")
     arguments = parser.parse_args()
@@ -467,7 +493,10 @@ def main() -> None:
     with machines() as cluster:
         for name in arguments.only:
             try:
-                rows.append(trial(cluster, name, FAULTS[name], Subject if arguments.sleeping else CountingRun))
+                if name == WRONG_TOKEN:
+                    rows.append(wrong_token(cluster))
+                else:
+                    rows.append(trial(cluster, name, FAULTS[name], Subject if arguments.sleeping else CountingRun))
             except Exception as error:
                 rows.append(Row(name, "", "", "", "", f"not run: {error}"))
             print(*rows[-1], sep=" | ", flush=True)

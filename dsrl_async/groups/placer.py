@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ VARIABLES = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_DEDU
 TICK_S, TELL_S = 0.1, 1.0
 AGAIN_S = 1.0
 """How long after Ray could not reach a host it is asked again."""
+LONGEST_TEMPORARY = 40
+"""Bytes of the name of a directory for temporary files in which Ray has room for the names of its sockets."""
 END_S = 10.0
 """How long groups may take for a clean end before they are killed."""
 
@@ -37,6 +40,8 @@ END_S = 10.0
 def prepare_environment() -> None:
     """Set Ray's variables, which it reads when it is imported."""
     os.environ.update({name: os.environ.get(name, value) for name, value in VARIABLES.items()})
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TEMPORARY:
+        os.environ.setdefault("RAY_TMPDIR", "/tmp")
 
 
 def connect(address: str) -> Any:

@@ -117,6 +117,7 @@ def test_every_machine_with_room_for_a_group_is_asked(monkeypatch: pytest.Monkey
     )
     ray.util = SimpleNamespace(scheduling_strategies=affinity)
     monkeypatch.setattr(cluster, "connect", lambda address: ray)
+    assert cluster.rooms({"CPU": 3.0}, {"gpus": 0, "cpus": 1}) == 3
     found = json.loads(json.dumps(cluster.look_at_cluster({**QUESTION, "ports": [0, 0]})))
     assert len(set(asked[0]["ports"])) == 2
     assert found == {

@@ -153,7 +153,9 @@ def test_without_a_cluster_at_the_start_the_run_ends_with_a_sentence(cluster: Cl
 def test_with_ray_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "local")  # not one that happens to be here
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("DSRL_TEST_OF", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "a name with which sockets have no room"))
+    (tmp_path / "a name with which sockets have no room").mkdir()
     (tmp_path / "logs").mkdir()
     cluster = Cluster(tmp_path, 300.0, address="auto")
     asleep: dict[str, Any] = {"module": "support.sleeping_member", "child": True}
@@ -170,13 +172,13 @@ def test_with_ray_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(set(started)) > 2
     cluster.placement.close()
     assert psutil.wait_procs(started, 180)[1] == []  # Ray's own agents see the end of a cluster that was killed late
-    assert list(tmp_path.glob(f"{ray_host.PREFIX}*")) == []
+    assert list((tmp_path / "a name with which sockets have no room").glob(f"{ray_host.PREFIX}*")) == []
 
 
 def is_of(process: psutil.Process, directory: str) -> bool:
-    """Whether a process was started with this directory for its temporary files."""
+    """Whether a process was started by the test of this directory."""
     try:
-        return process.environ().get("TMPDIR") == directory
+        return process.environ().get("DSRL_TEST_OF") == directory
     except psutil.Error:
         return False
 
