@@ -11,6 +11,7 @@ from dsrl_async.groups.supervision import policy_on_gpu
 from dsrl_async.host.machine import available_memory
 from dsrl_async.run.preflight import check_devices, check_gpu_memory, memory_needed
 from dsrl_async.run.preflight.checked_run import CheckedRun
+from dsrl_async.run.preflight.host import DEVICE_KEYS
 from dsrl_async.run.preflight.memory import MODEL_PROCESS_BYTES
 
 GIB = 2**30
@@ -35,7 +36,7 @@ def check_groups(run: CheckedRun) -> None:
     else:
         check_library()
         of_learner = ("learner.device",)
-        check_devices(config, of_learner)
+        check_devices(config, of_learner if config.learner.device is not None else DEVICE_KEYS)
         check_gpu_memory(run, of_learner)
     parts = run.environment, run.spec, run.policy.needs
     learner = memory_needed(whole_run(run).config, *parts)

@@ -66,6 +66,16 @@ def test_gpus_are_counted_where_the_policy_is_on_them(gpus: Gpus) -> None:
     assert whole_run(check()).config.actors == 4
 
 
+def test_with_ray_only_the_learner_needs_a_gpu_here(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "check_library", lambda: None)
+    gpus(0)
+    check(ray="auto", groups=16)
+    check(ray="auto", device="cuda", learner={"device": "cpu"})
+    for settings in ({"device": "cuda"}, {"learner": {"device": "cuda"}}):
+        with pytest.raises(ConfigError, match="cuda was asked for, but torch finds no CUDA device"):
+            check(ray="auto", **settings)
+
+
 def test_the_memory_of_each_gpu_is_looked_at(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(4)
     run = check(learner={"device": "cuda:3"}, group={"gpus": 2})
