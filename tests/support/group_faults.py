@@ -143,10 +143,12 @@ class GroupRun:
         for _ in range(times):
             known = {process.pid for process in self.find(victim, group)}
             self.hit(victim, group, seconds=seconds)
-            if times > 1:
+            begin = time.monotonic()
+            if times > 1:  # a successor has its name once it has imported what it needs
                 self.wait(lambda known=known: {p.pid for p in self.find(victim, group)} - known, "no successor")
         what = f"stopped for {seconds:g} s" if seconds else "killed" + (f" {times} times" if times > 1 else "")
-        self.faults.append(Fault(victim, what, self.wait_working()))
+        self.wait_working()
+        self.faults.append(Fault(victim, what, time.monotonic() - begin))
 
     def end(self, number: int = signal.SIGTERM) -> dict[str, Any]:
         self.look()
@@ -168,7 +170,9 @@ class GroupRun:
         """What is there of it that should be gone: processes, shared memory, sockets."""
         _, alive = psutil.wait_procs(list(self.seen.values()), timeout=20)
         sockets = [str(path) for path in (self.directory / "tmp").glob("dsrl_async-*")]
-        return [*map(str, alive), *sorted(set(os.listdir("/dev/shm")) - self.shm), *sockets]
+        new = sorted(set(os.listdir("/dev/shm")) - self.shm)
+        shared = [name for name in new if not name.startswith("sem.mp-")]  # semaphores of multiprocessing: not ours
+        return [*map(str, alive), *shared, *sockets]
 
     def check(self, summary: dict[str, Any]) -> int:
         """Check the rows of the last checkpoint; returns how many there are."""
