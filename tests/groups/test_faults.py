@@ -29,7 +29,6 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.mark.alone
 def test_all_kinds_of_processes_killed_at_once(directory: Path) -> None:
     run = GroupRun(directory)
     run.wait_working()
