@@ -73,7 +73,7 @@ class Uplink:
         self.stored, self.sent = np.zeros(lanes, np.int64), np.zeros(lanes, np.int64)
         self.linked = self.stop = self.fenced = False
         self.heard = self._moved = time.monotonic()
-        self._number = self._reported = 0
+        self._number, self._reported = time.monotonic_ns(), 0  # above all reports of a predecessor
         self._held: tuple[int, bytes] | None = None  # weights that the learner's count of updates has not reached
         self._complaints = wire.Complaints()
 
@@ -144,9 +144,13 @@ class Uplink:
         self._number += 1
         return reports.make(self.counters, self.ring, self.stored, self._number)
 
+    def finish(self) -> None:
+        """The group has ended: from here on `drained` wants a report that is made now or later."""
+        self._number += 1
+
     def drained(self) -> bool:
         """Whether all rows are stored over there, and the last report was taken in."""
-        return bool((self.stored == self.ring.heads()).all()) and self._reported >= self._number > 0
+        return bool((self.stored == self.ring.heads()).all()) and self._reported >= self._number
 
     def hold(self, frame: bytes | None) -> bytes | None:
         """Take a new frame of weights, if any; returns one that the inference process may have now.
@@ -183,6 +187,7 @@ def serve(uplink: Uplink, link: wire.Link, publisher: WeightPublisher, name: byt
         now = time.monotonic()
         if deadline == 0.0 and counters.stop >= Stop.EVERYONE:
             deadline, reported = now + DRAIN_S, 0.0
+            uplink.finish()
         if deadline and (uplink.fenced or uplink.drained() or now > deadline):
             break
         for frames in wire.received(rows.socket, MESSAGES):

@@ -383,6 +383,25 @@ def test_the_end_of_the_run_reaches_the_group() -> None:
     assert not member.uplink.fenced
 
 
+def test_the_last_report_of_a_group_is_waited_for_whoever_made_others_before() -> None:
+    arena, learner = make_learner(groups=1)
+    member = Member(0, 1, arena, 1)
+    for _ in range(3):
+        settle(learner, member)
+    member.restart()
+    learner.take(member.name, [wire.HELLO, member.uplink.hello()])
+    tell(learner, member)
+    assert member.uplink.linked
+    assert not member.uplink.drained()  # the reports were its predecessor's
+    settle(learner, member)
+    assert member.uplink.drained()
+    member.counters.end_episode(0, 1.0, 5, True)
+    member.uplink.finish()
+    assert not member.uplink.drained()  # the reports were made before the end
+    settle(learner, member)
+    assert Counters(arena).actor_episodes[0] == 1
+
+
 def test_figures_of_groups_are_summed_and_a_successors_only_grow() -> None:
     arena, learner = make_learner()
     counters = Counters(arena)
