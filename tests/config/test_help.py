@@ -61,7 +61,9 @@ def test_help_all_has_the_settings_that_a_command_takes(name: str) -> None:
     assert everything[: len(brief)] == brief
     settings = [key.replace("_", "-") for key, _ in leaf_fields()]
     if name == "evaluate":
-        settings = [key for key in settings if key.split(".")[0] in ("env", "policy", "sac", "inference")]
+        of_groups = "group.gpus", "group.cpus", "group.wait-s"
+        sections = "env", "policy", "sac", "inference"
+        settings = [key for key in settings if key.split(".")[0] in sections or key in of_groups]
         settings = ["device", "heartbeat-timeout-s", *settings]
     assert everything[len(brief) :] == settings
 
