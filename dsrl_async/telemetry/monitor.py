@@ -340,7 +340,8 @@ class RunMonitor:
             cpu_percent=dict(self._usage.cpu_percent),
             memory_mb={kind: memory.get(kind, 0.0) for kind in ("supervisor", "inference", "learner", "template")}
             | {"actor_mean": memory.get("actor", 0.0)}
-            | ({"evaluation": memory.get("evaluation", 0.0)} if config.evaluation.lanes else {}),
+            | ({"evaluation": memory.get("evaluation", 0.0)} if config.evaluation.lanes else {})
+            | {kind: memory[kind] for kind in ("downlink", "uplink") if kind in memory},
             processes=dict(self._usage.processes),
             metrics=self._metrics,
             policies_ready=int(snapshot["inference_prepared"][0]),

@@ -32,7 +32,7 @@ FRAMED, WIDE = 60, 132
 LEFT_CELLS = 76
 """Width of the left half."""
 WIDEST = 200
-KINDS = ("actor", "evaluation", "template", "inference", "learner", "supervisor")
+KINDS = ("actor", "evaluation", "template", "inference", "uplink", "downlink", "learner", "supervisor")
 SILENT_S = 5.0
 """From so many seconds on the silence of a group is shown."""
 CURVE_LINES = 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def test_figures_of_groups(tmp_path: Path) -> None:
     counters["actor_decisions"][:] = 10, 10, 1, 2
     counters["group_inference_phase_s"][:, INFERENCE_PHASES.index("wait_learner")] = 0.25, 0.0
     counters["inference_phase_s"][INFERENCE_PHASES.index("compute")] = 1.0  # of both together
-    view = run.tick()
+    view = run.tick(pids={"supervisor": [os.getpid()], "downlink": [os.getpid()]})
+    assert view.memory_mb["downlink"] > 0
     first, second = view.groups
     assert (first.decisions, first.decisions_per_s, first.waiting) == (20, 20.0, pytest.approx(0.25))
     assert (first.incarnation, first.unstored, first.silent_s) == (1, 7, pytest.approx(0.5))
