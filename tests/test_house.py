@@ -17,10 +17,11 @@ import pytest
 from support.paths import ROOT
 
 PACKAGE = "dsrl_async"
-GROUND = "untrusted users_code config pi0 policies envs sac"
+GROUND = "untrusted users_code config pi0 policies envs demonstrations sac"
 MACHINE = "shm host"
 SHARED = (
-    "run.replay_ratio run.channel run.sockets run.weights run.checkpoints run.set_aside run.instructions run.evaluation"
+    "run.replay_ratio run.channel run.sockets run.weights run.checkpoints run.set_aside run.instructions "
+    "run.evaluation run.demonstrations"
 )
 RUN = f"{SHARED} run.preflight run.worker run.inference run.learner run.supervisor"
 BELOW_COMMANDS = f"{GROUND} {MACHINE} telemetry {RUN}"
@@ -33,6 +34,7 @@ HOUSE = {
     "pi0": "untrusted",
     "policies": "untrusted users_code config pi0",
     "envs": "untrusted users_code config",
+    "demonstrations": "untrusted",
     "sac": "config",
     # What processes share, and what deals with the operating system and the device.
     "shm": "config envs",
@@ -48,11 +50,14 @@ HOUSE = {
     "run.set_aside": "host run.checkpoints",
     "run.instructions": "untrusted config policies run.checkpoints",
     "run.evaluation": "untrusted config envs host run.checkpoints",
+    "run.demonstrations": "untrusted config envs demonstrations shm run.checkpoints",
     # What is checked before anything starts.
     "run.preflight": f"untrusted config pi0 policies envs {MACHINE} {SHARED}",
     # One room for each process; they meet in shared memory, and none imports another.
     "run.worker": "config envs shm host",
     "run.inference": f"{GROUND} {MACHINE} run.replay_ratio run.channel run.weights run.instructions run.evaluation",
+    # Ends before the others start.
+    "run.inversion": f"{GROUND} {MACHINE} run.demonstrations",
     # DSRL-NA asks the frozen policy inside of its updates.
     "run.learner": f"config sac policies {MACHINE} run.replay_ratio run.channel run.weights run.checkpoints "
     "run.instructions run.evaluation",
@@ -91,7 +96,15 @@ LIBRARIES = {
 
 WITHOUT_TORCH = {
     *("untrusted", "config", "envs", "shm", "telemetry"),
-    *("run.evaluation", "run.preflight", "run.worker", "run.supervisor", "launch"),
+    *(
+        "demonstrations",
+        "run.demonstrations",
+        "run.evaluation",
+        "run.preflight",
+        "run.worker",
+        "run.supervisor",
+        "launch",
+    ),
 }
 """Rooms of the environment workers, their template and the supervisor: none of their modules imports torch, nor by way
 of any other, but for those in `WITH_TORCH`."""

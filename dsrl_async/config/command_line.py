@@ -18,7 +18,7 @@ from dsrl_async.config import strict_yaml
 from dsrl_async.config.files import PATHS, read_config
 from dsrl_async.config.hub import is_of_hub
 from dsrl_async.config.load import is_mapping, leaf_fields, read_run_settings, set_key, suggestion, validate
-from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig
+from dsrl_async.config.settings import DELETED_OPTIONS, Config, ConfigError, PolicyConfig, ReplayConfig
 
 COMMANDS = ("launch", "evaluate", "report", "plan", "doctor", "bench")
 """Each is a folder of this package."""
@@ -232,6 +232,12 @@ def parse_value(key: str, text: str) -> Any:
             raise ConfigError(f"{key}: {untrusted.shown(text)} is not a valid {kind}") from error
         return strict_yaml.guess(value) if mapping else value
     return text
+
+
+def make_demonstrations_absolute(replay: ReplayConfig) -> None:
+    """As `make_paths_absolute`, for the files of demonstrations."""
+    if replay.demonstrations is not None:
+        replay.demonstrations = [str(Path(path).absolute()) for path in replay.demonstrations]
 
 
 def make_paths_absolute(policy: PolicyConfig) -> None:

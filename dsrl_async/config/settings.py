@@ -410,6 +410,13 @@ class SacConfig(Section):
     both, RLinf neither."""
     augmentation_pad: Announced[int] = Field(4, gt=0)
     """Largest random shift in pixels."""
+    imitation_weight: Announced[float] = Field(0.1, ge=0)
+    """replay.demonstrations: weight of -log pi of the demonstrated noise in the actor's loss, falling linearly to 0;
+    0 means that the actor learns of demonstrations by the critic alone."""
+    imitation_decay: Announced[int] = Field(2000, gt=0)
+    """replay.demonstrations: number of updates after which `imitation_weight` has fallen to 0."""
+    imitation_updates: Fixed[int] = Field(300, ge=0)
+    """replay.demonstrations: updates of the actor by the demonstrated noise alone, before the first decision."""
     evaluation_noise: Announced[Literal["deterministic", "stochastic"]] = "deterministic"
     """Evaluate with tanh(mean) or with samples."""
 
@@ -476,6 +483,10 @@ class SacConfig(Section):
         agent; only with `shift` the agent has others."""
         return self.noise_dim * (horizon + (self.noise_layout == "shift"))
 
+    def imitation(self, updates: int) -> float:
+        """The weight of imitation after so many updates."""
+        return self.imitation_weight * max(0.0, 1.0 - updates / self.imitation_decay)
+
     def lr_fraction(self, updates: int) -> float:
         """What the learning rates of actor and critics are multiplied by after so many updates."""
         if self.lr_schedule == "constant" or updates < self.lr_decay_begin:
@@ -498,6 +509,25 @@ class ReplayConfig(Section):
     `actor`: the untrained actor's (RLinf); `base`: the policy's own, independent in every slot (official DSRL-NA). With
     DSRL-SAC, `repeat` and `knots` cannot describe it. null means `gaussian` with `sac.algorithm: sac`, and `base` with
     `na`."""
+    demonstrations: Fixed[list[str] | None] = None
+    """Files with demonstrations of the task, which become rows of their own: LIBERO's HDF5, or what
+    `pretraining.make_tabletop_demonstrations --task` writes (docs/demonstrations.md)."""
+    demonstration_share: Announced[float] = Field(0.25, gt=0, lt=1)
+    """demonstrations: share of every batch that is drawn from them."""
+    demonstration_error: Fixed[float] = Field(0.2, gt=0)
+    """demonstrations: largest root mean square error, in normalised actions, between a demonstrated chunk and what the
+    policy makes of the nearest noise that was found; what is farther is left out."""
+
+    @field_validator("demonstrations", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return [str(value)] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> ReplayConfig:
+        if self.demonstrations is not None and not 0 < len(set(self.demonstrations)) == len(self.demonstrations):
+            raise ValueError("demonstrations must name at least one file and none twice; null means none")
+        return self
 
 
 class InferenceConfig(Section):

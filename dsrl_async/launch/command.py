@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsrl_async.config.command_line import load_config, make_paths_absolute
+from dsrl_async.config.command_line import load_config, make_demonstrations_absolute, make_paths_absolute
 from dsrl_async.config.load import to_yaml
 from dsrl_async.config.settings import Config
 from dsrl_async.groups.checks import check_groups, whole_run
@@ -52,6 +52,7 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
     stop = StopRequest()
     config = load_config(argv)
     make_paths_absolute(config.policy)
+    make_demonstrations_absolute(config.replay)
 
     def heed_stop() -> None:
         if stop.reason:
@@ -62,6 +63,8 @@ def main(argv: Sequence[str], programs: Mapping[Kind, Program] = PROGRAMS) -> in
         check_loggers(config)
     preflight.check_films(config)
     checked = preflight.check_run(config, meanwhile=heed_stop, wait=wait)
+    with wait("reading the demonstrations"):
+        checked = preflight.check_demonstrations(checked)
     config = checked.config
     with wait("looking at the machine"):
         if config.grouped:

@@ -36,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsrl_async import __version__, untrusted
+from dsrl_async.demonstrations import hdf5
 from dsrl_async.envs.images import libero_image
 from dsrl_async.host.command import guard
 from dsrl_async.host.files import replacing
@@ -44,7 +45,6 @@ from dsrl_async.pi0.config import TRAINING, Pi0Config, libero_small_config
 from dsrl_async.pi0.files import NormStats
 from dsrl_async.pi0.model import Pi0
 from dsrl_async.pi0.processing import Normaliser, PromptTokenizer
-from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.training import (
     Demonstrations,
     Expert,

@@ -26,9 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dsrl_async import __version__
 from dsrl_async.config.load import validate
 from dsrl_async.config.shapes import SAC_IMAGE_SIZE
+from dsrl_async.demonstrations import hdf5
 from dsrl_async.envs import environment_record, libero_files
 from dsrl_async.envs.shipped import libero_versions
-from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.libero_expert import SIDES, LiberoExpert, Way, situation
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ import argparse
 import json
 import sys
 
+from dsrl_async.demonstrations import hdf5
 from dsrl_async.envs import libero_files
 from dsrl_async.host.command import guard
 from dsrl_async.host.machine import available_cpus
-from dsrl_async.pretraining import hdf5
 from dsrl_async.pretraining.libero_demonstrations import Request, make_demonstrations
 from dsrl_async.run.evaluation.episodes import parse_numbers
 

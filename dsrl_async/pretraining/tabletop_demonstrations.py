@@ -33,8 +33,34 @@ _HOVER_FRAMES = 8
 
 
 @cache
-def _environment() -> TabletopEnvironment:
-    return TabletopEnvironment(layout="shuffle")
+def _environment(layout: str) -> TabletopEnvironment:
+    return TabletopEnvironment(layout)
+
+
+def record_task(layout: str, seed: int, index: int) -> dict[str, NDArray] | None:
+    """Records episode `index` of the demonstrations of the task with this layout: the expert goes to the red plate, and
+    its actions are executed as they are.
+
+    Returns, for its F frames up to the success, `images`, `state`, `action` and `episode` as `record_episode`, and
+    `success` bool[F]; None if it takes the expert longer than an episode has steps.
+    """
+    random = np.random.default_rng([seed, index])
+    environment = _environment(layout)
+    environment.reset(int(random.integers(2**31)))
+    expert = TabletopExpert(environment.red_plate)
+    frames: list[dict[str, NDArray]] = []
+    sac_image = np.empty((SAC_IMAGE_SIZE, SAC_IMAGE_SIZE, 3), np.uint8)
+    while len(frames) < environment.max_episode_steps and not environment.success():
+        images, state = np.empty((2, 64, 64, 3), np.uint8), np.empty(8, np.float32)
+        environment.observe(images, sac_image, state)
+        action = expert.action(environment)
+        environment.step(action)
+        success = np.array(environment.success())
+        frames.append({"images": images, "state": state, "action": action, "success": success})
+    if not environment.success():
+        return None
+    fields: dict[str, NDArray] = {name: np.stack([frame[name] for frame in frames]) for name in frames[0]}
+    return {**fields, "episode": np.full(len(frames), index, np.int32)}
 
 
 def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
@@ -45,7 +71,7 @@ def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
     the expert's goal plate), or None if the block missed its goal plate.
     """
     random = np.random.default_rng([seed, index])
-    environment = _environment()
+    environment = _environment("shuffle")
     environment.reset(int(random.integers(2**31)))
     goal = int(random.integers(len(environment.plate_positions)))
     noise_scale = random.choice(_NOISE_SCALES)
@@ -81,8 +107,9 @@ def record_episode(seed: int, index: int) -> dict[str, NDArray] | None:
     }
 
 
-def _record(task: tuple[int, int]) -> dict[str, NDArray] | None:
-    return record_episode(*task)
+def _record(task: tuple[int, int, str | None]) -> dict[str, NDArray] | None:
+    seed, index, layout = task
+    return record_episode(seed, index) if layout is None else record_task(layout, seed, index)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -99,17 +126,20 @@ def provide(args: argparse.Namespace, console: Console) -> None:
         make_demonstrations(args.data, args.episodes, args.seed, args.threads)
 
 
-def make_demonstrations(path: str | Path, episodes: int, seed: int, processes: int) -> tuple[int, int]:
+def make_demonstrations(
+    path: str | Path, episodes: int, seed: int, processes: int, task: str | None = None
+) -> tuple[int, int]:
     """Writes demonstrations to the safetensors file `path`. Returns how many episodes and frames it holds.
 
     `episodes` are attempted, and those that missed their goal plate (a few percent) are left out. The fields are those
-    of `record_episode`, episode after episode; they depend on `seed`, not on `processes`. A frame takes 25 kB.
+    of `record_episode`, or with a layout as `task` those of `record_task`, episode after episode; they depend on
+    `seed`, not on `processes`. A frame takes 25 kB.
 
     Raises ValueError if `episodes` or `processes` is not positive.
     """
     if episodes < 1 or processes < 1:
         raise ValueError(f"episodes and processes must be at least 1, not {episodes} and {processes}")
-    tasks = [(seed, index) for index in range(episodes)]
+    tasks = [(seed, index, task) for index in range(episodes)]
     description = "Recording demonstrations"
     if processes == 1:
         attempts = list(track(map(_record, tasks), description, total=episodes))

@@ -37,6 +37,15 @@ def itself(noise: Tensor) -> Tensor:
     return noise
 
 
+class Imitated(NamedTuple):
+    """Noise that demonstrations show for the last n observations of a batch."""
+
+    noise: Tensor
+    """fp32 [n, A], within `action_magnitude`"""
+    weight: Tensor
+    """fp32 [n]: 1 where it is to be imitated, and 0 where the policy does not make of it what was demonstrated"""
+
+
 class Batch(NamedTuple):
     """B transitions to learn from."""
 
@@ -167,6 +176,7 @@ class SacAgent:
         raw_alpha: fp32 [], the temperature before softplus or exp.
         generator: source of all random numbers of the updates.
         updates: number of critic updates so far, which the caller of `learn` counts.
+        imitation_weight: fp32 [], what the caller of `learn` weighs imitation with.
     """
 
     def __init__(
@@ -195,6 +205,7 @@ class SacAgent:
         # The meta device draws nothing and has no generator.
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(seed)
         self.updates = 0
+        self.imitation_weight = torch.zeros((), device=self.device)
         self._lr_fraction = 1.0
         self._not_computed = torch.full((), math.nan, device=self.device)
 
@@ -231,12 +242,20 @@ class SacAgent:
             normal=torch.zeros(2, batch_size, self.action_dim, device=self.device),
         )
 
-    def learn(self, batch: Batch, random: RandomNumbers, update_actor: bool, flow: Flow = itself) -> Tensor:
+    def learn(
+        self,
+        batch: Batch,
+        random: RandomNumbers,
+        update_actor: bool,
+        flow: Flow = itself,
+        imitated: Imitated | None = None,
+    ) -> Tensor:
         """Make a gradient step of the critic and, if `update_actor`, of actor and temperature; then update the target.
 
         target = reward + discount * agg_heads Q_target(s', a') [- discount * alpha * log pi(a'|s')]
         critic loss = mean over batch and heads of (Q - target)^2
         actor loss = mean over batch of alpha * log pi(a|s) - agg_heads Q(s, a)
+            [+ imitation_weight * mean over demonstrations of -log pi(w|s)]
         temperature loss = alpha * (entropy - target_entropy), entropy = mean of -log pi(a|s)
 
         The Q of the actor's loss is that from before the critic's step, or with `critic_in_actor_loss: after` that from
@@ -247,6 +266,7 @@ class SacAgent:
             random: its `augmentation` and `normal` are used.
             update_actor: pass `actor_due`.
             flow: what the critic judges of noise at the next observations.
+            imitated: demonstrated noise for the last observations of the batch.
 
         Returns:
             fp32 [len(METRIC_NAMES)] from before the step, with gradient norms from before clipping. Metrics that an
@@ -276,6 +296,8 @@ class SacAgent:
             log_probability = log_prob(u, log_std, random.normal[1])
             new_q = self._q_of_noise(observation, u.tanh() * config.action_magnitude, None if after else features)
             actor_loss = (alpha * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
+            if imitated is not None:
+                actor_loss = actor_loss + self.imitation_weight * self._imitation(mean, log_std, imitated)
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
             entropy = -log_probability.detach().mean()
@@ -302,6 +324,31 @@ class SacAgent:
             target.mean(),
         )
         return torch.stack([metric.detach() for metric in metrics])
+
+    def _imitation(self, mean: Tensor, log_std: Tensor, imitated: Imitated) -> Tensor:
+        """fp32 [], the mean of -log pi of demonstrated noise, over those of a batch's last rows that have a weight."""
+        count = len(imitated.weight)
+        mean, log_std = mean[-count:], log_std[-count:]
+        u = (imitated.noise / self.config.action_magnitude).atanh()
+        surprise = -log_prob(u, log_std, (u - mean) * (-log_std).exp())
+        return (imitated.weight * surprise).sum() / imitated.weight.sum().clamp_min(1.0)
+
+    def imitate(
+        self, images: Tensor, states: Tensor, instructions: Tensor | None, imitated: Imitated, augmentation: Tensor
+    ) -> Tensor:
+        """Make a step of the actor by demonstrations alone; returns the loss, fp32 [], the mean of -log pi.
+
+        Args:
+            images, states, instructions: n observations, as in `Batch`.
+            imitated: the noise that is to be likely there.
+            augmentation: as in `RandomNumbers`, for each of the images.
+        """
+        mean, log_std = self.actor(self._augmented(images, augmentation), states, instructions)
+        loss = self._imitation(mean, log_std, imitated)
+        self.actor.backward_(loss)
+        clip_gradient_(self.actor.flat_grad, self.config.actor_grad_clip)
+        self.optimisers["actor"].step(self.actor.flat_grad)
+        return loss.detach()
 
     def _q_of_noise(self, observation: Observed, noise: Tensor, features: Tensor | None) -> Tensor:
         """fp32 [heads, B], what the actor's noise is worth. `features` are the critic's, if they are up to date."""

@@ -16,7 +16,7 @@ reader copies rows first and then looks whether the writer has come round to the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,9 @@ from dsrl_async.config.shapes import sac_image_shape
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import Arena, Fields
 
-REPLAY, HEAD = "replay/", "replay/head"
+REPLAY, DEMONSTRATIONS = "replay/", "demonstrations/"
+"""How the names of the arrays of a ring begin: of what the workers write, and of what was demonstrated."""
+HEAD = "head"
 OBSERVED = ("image", "state", "policy_images", "task_index")
 """Columns that are written when a row is started; the others come with its outcome."""
 
@@ -89,6 +91,17 @@ def replay_fields(
     }
 
 
+def demonstration_ring_fields(rows: int, state_dim: int, noise_width: int, *sizes: Any) -> Fields:
+    """The arrays of the ring of demonstrations, of one lane that is never full; the other arguments are those of
+    `replay_fields`."""
+    fields = replay_fields(1, rows + 1, state_dim, noise_width, *sizes)
+    return {
+        **{name.replace(REPLAY, DEMONSTRATIONS, 1): field for name, field in fields.items()},
+        f"{DEMONSTRATIONS}imitated": ((1, rows + 1, noise_width), "float32"),
+        f"{DEMONSTRATIONS}near": ((1, rows + 1), "bool"),
+    }
+
+
 class ReplayRing:
     """The rings of all lanes, for writers and readers.
 
@@ -97,13 +110,14 @@ class ReplayRing:
     whether rows have anything of `Seen`.
     """
 
-    def __init__(self, arena: Arena) -> None:
-        self.of_actions = "replay/action" in arena.fields
+    def __init__(self, arena: Arena, of: str = REPLAY) -> None:
+        """`of` is the ring's name, `REPLAY` or `DEMONSTRATIONS`."""
+        self.of_actions = f"{of}action" in arena.fields
         self.judged = "action" if self.of_actions else "noise"
-        names = [name for name in arena.fields if name.startswith(REPLAY) and name != HEAD]
-        self.rows = {name.removeprefix(REPLAY): arena[name] for name in names}
+        names = [name for name in arena.fields if name.startswith(of) and name != of + HEAD]
+        self.rows = {name.removeprefix(of): arena[name] for name in names}
         self.keeps_seen = "task_index" in self.rows
-        self.head = arena[HEAD]  # row number of the pending row + 1; 0: nothing was ever written
+        self.head = arena[of + HEAD]  # row number of the pending row + 1; 0: nothing was ever written
         self.lanes, self.rows_per_lane = self.rows["reward"].shape
 
     # ---- the environment worker's side

@@ -200,6 +200,7 @@ def test_settings_that_count_or_measure_are_positive(value: str) -> None:
         *("seed", "env.settling_steps", "policy.delta_action_dims", "sac.conv_padding", "sac.state_latent_dim"),
         *("sac.alpha_lr", "sac.train_actor_steps", "inference.batch_wait_ms", "evaluation.films"),
         *("group.gpus", "sac.instruction_dim"),
+        *("sac.imitation_weight", "sac.imitation_updates"),
     }
     any_number = {"sac.target_entropy", "sac.log_std_min", "sac.log_std_max"}
     for key, field in leaf_fields():

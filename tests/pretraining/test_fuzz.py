@@ -17,7 +17,8 @@ from rich.console import Console
 from support.demonstrations import write_file
 from support.fuzzing import EXAMPLES, RESULTS, changed, judged
 
-from dsrl_async.pretraining import hdf5, libero
+from dsrl_async.demonstrations import hdf5
+from dsrl_async.pretraining import libero
 
 FORK = multiprocessing.get_context("fork")
 PATIENCE_S = 5.0

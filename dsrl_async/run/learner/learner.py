@@ -33,7 +33,7 @@ from dsrl_async.run.channel import read_secret
 from dsrl_async.run.evaluation.files import snapshot_of
 from dsrl_async.run.instructions import Instructions, instructions_of
 from dsrl_async.run.learner.na import make_na_updates
-from dsrl_async.run.learner.sampling import source_for
+from dsrl_async.run.learner.sampling import Demonstrated, source_for
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.replay_ratio import updates_due
 from dsrl_async.run.weights import WeightPublisher, encode
@@ -43,7 +43,7 @@ from dsrl_async.sac.flat import layout_hash
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters, Start, Stop
-from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.replay import DEMONSTRATIONS, ReplayRing
 from dsrl_async.shm.spans import phases_of
 
 logger = logging.getLogger(__name__)
@@ -89,13 +89,18 @@ class Learner:
         self.phase = phases_of(arena, "learner", ranges=ranges_of(device))
         self.stage = stages_of(arena, "learner", device)
         self.counters.note_start(Start.LOADING, self.counters.learner_start)
-        source = source_for(self.ring, device)
+        source, demonstrated = source_for(self.ring, device), None
         table = None if instructions is None else torch.from_numpy(instructions.table).to(device)
+        if f"{DEMONSTRATIONS}head" in arena.fields:
+            shown, size = ReplayRing(arena, DEMONSTRATIONS), config.sac.batch_size
+            demonstrated = Demonstrated(shown, device, config.replay.demonstration_share, size, table)
         if config.sac.algorithm == "na":
             assert policy is not None
-            self.updates: Updates = make_na_updates(config, policy, device, source, products_of(config), table)
+            products = products_of(config)
+            self.updates: Updates = make_na_updates(config, policy, device, source, products, table, demonstrated)
         else:
-            self.updates = Updates(make_agent(config, horizon, device), source, config.sac.batch_size, table)
+            agent = make_agent(config, horizon, device)
+            self.updates = Updates(agent, source, config.sac.batch_size, table, demonstrated)
         self.agent = self.updates.agent
         self._metrics_read = -math.inf
         self._sound_updates = 0  # at the last look at the agent, which was sound
@@ -103,6 +108,9 @@ class Learner:
         self._saves = int(self.counters.learner_saves[0])
         self._snapshots = int(self.counters.learner_snapshots[0])  # one that a predecessor was asked for is due
         self._restore()
+        if demonstrated is not None and config.sac.imitation_updates and checkpoints.latest(run_dir) is None:
+            loss = self.updates.imitate(config.sac.imitation_updates)
+            logger.info("%d updates of imitation: -log pi is %.3g", config.sac.imitation_updates, loss)
         if config.learner.compile:
             self.counters.note_start(Start.PREPARING, self.counters.learner_start)
             self.updates.compile()

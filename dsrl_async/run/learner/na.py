@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsrl_async.config.settings import Config
 from dsrl_async.policies import FrozenPolicy, NormalisedBatch
-from dsrl_async.run.learner.sampling import SeenColumns, Source, draw_rows, tell
+from dsrl_async.run.learner.sampling import Demonstrated, SeenColumns, Source, draw_rows, tell
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.sac import METRIC_NAMES, metric_names
 from dsrl_async.sac.layout import NoiseLayout
@@ -129,12 +129,21 @@ class NaUpdates(Updates):
         batch_size: int,
         flow: PolicyFlow,
         instructions: Tensor | None = None,
+        demonstrated: Demonstrated | None = None,
     ) -> None:
-        super().__init__(agent, source, batch_size, instructions)
+        super().__init__(agent, source, batch_size, instructions, demonstrated)
         assert source.seen is not None
         self.flow = flow
         self.prefixes = KeptPrefixes(flow, source) if flow.keeps else None
         self.columns: tuple[Tensor, ...] = source.seen if self.prefixes is None else self.prefixes.columns
+        self.demonstrated_columns: tuple[Tensor, ...] = ()
+        if demonstrated is not None:
+            assert demonstrated.source.seen is not None
+            self.demonstrated_columns = demonstrated.source.seen
+            if flow.keeps:
+                kept = KeptPrefixes(flow, demonstrated.source)
+                kept.refresh()
+                self.demonstrated_columns = kept.columns
         self.metrics = torch.zeros(len(metric_names("na")), device=agent.device)
         self.metrics[len(METRIC_NAMES) :] = torch.nan  # until the first of its steps
         self.distilling = agent.distilling_numbers(batch_size)
@@ -156,29 +165,47 @@ class NaUpdates(Updates):
 
     def draw(self) -> None:
         super().draw()
-        row = self.source.table.rows(self.positions)
-        self._see(self.source.following.index_select(0, row), self.next_seen)
+        row, shown = self.source.table.rows(self.positions), None
+        if self.demonstrated is not None:
+            shown = self.demonstrated.source.following.index_select(0, self.demonstrated.row)
+        self._see(self.source.following.index_select(0, row), shown, self.next_seen)
 
-    def _see(self, row: Tensor, seen: Sequence[Tensor]) -> None:
+    def _see(self, row: Tensor, shown: Tensor | None, seen: Sequence[Tensor]) -> None:
+        """Of the ring's rows, and of the demonstrations' that were `shown`."""
         for column, buffer in zip(self.columns, seen, strict=True):
-            torch.index_select(column, 0, row, out=buffer)
+            torch.index_select(column, 0, row, out=buffer[: len(row)])
+        if shown is not None:
+            for column, buffer in zip(self.demonstrated_columns, seen, strict=True):
+                torch.index_select(column, 0, shown, out=buffer[len(row) :])
 
     def learn(self, update_actor: bool) -> None:
         states = self.batch.states.chunk(2)[1]
         metrics = self.agent.learn(
             *(self.batch, self.random, update_actor),
             lambda noise: self.flow(self.next_seen, states, noise, self.random.of_slots),
+            self.imitated,
         )
         self.metrics[: len(METRIC_NAMES)].copy_(metrics)
 
     def draw_observations(self) -> None:
         """First half of a step of the noise critic."""
-        columns, row = self.source.columns, draw_rows(self.source, self.distilling, self.positions)
-        torch.index_select(columns.image, 0, row, out=self.observations.images)
-        torch.index_select(columns.state, 0, row, out=self.observations.states)
-        if self.instructions is not None:
-            tell(self.source, row, self.instructions, self.observations.instructions)
-        self._see(row, self.seen)
+        images, states, count = self.observations.images, self.observations.states, len(self.positions)
+        told = self.observations.instructions
+        numbers, shown = self.distilling, None
+        if (demonstrated := self.demonstrated) is not None:
+            of_shown = numbers._replace(rows=numbers.rows[count:])
+            numbers = numbers._replace(rows=numbers.rows[:count])
+            shown = draw_rows(demonstrated.source, of_shown, demonstrated.positions)
+            torch.index_select(demonstrated.source.columns.image, 0, shown, out=images[count:])
+            torch.index_select(demonstrated.source.columns.state, 0, shown, out=states[count:])
+            if self.instructions is not None and told is not None:
+                tell(demonstrated.source, shown, self.instructions, told[count:])
+        columns, row = self.source.columns, draw_rows(self.source, numbers, self.positions)
+        torch.index_select(columns.image, 0, row, out=images[:count])
+        torch.index_select(columns.state, 0, row, out=states[:count])
+        if self.instructions is not None and told is not None:
+            tell(self.source, row, self.instructions, told[:count])
+        self._see(row, shown, self.seen)
 
     def distil(self) -> None:
         """Second half."""
@@ -216,6 +243,7 @@ def make_na_updates(
     source: Source,
     products: torch.dtype,
     instructions: Tensor | None = None,
+    demonstrated: Demonstrated | None = None,
 ) -> NaUpdates:
     """The updates of a run, with its agent as it is at the beginning."""
     sizes = policy.spec
@@ -228,6 +256,6 @@ def make_na_updates(
         config.seed,
         products,
     )
-    updates = NaUpdates(agent, source, config.sac.batch_size, PolicyFlow(policy, config), instructions)
+    updates = NaUpdates(agent, source, config.sac.batch_size, PolicyFlow(policy, config), instructions, demonstrated)
     updates.refresh()  # a resumed run's rows are encoded now, while nobody waits for a sign of life
     return updates

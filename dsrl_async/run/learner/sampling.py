@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.run.learner.uploads import Uploads
-from dsrl_async.sac.agent import Batch, RandomNumbers, transition_discount
+from dsrl_async.sac.agent import Batch, Imitated, RandomNumbers, transition_discount
 from dsrl_async.shm.replay import ReplayRing
 
 CHUNK_ROWS = 512
@@ -303,6 +303,57 @@ def tell(source: Source, rows: Tensor, instructions: Tensor, told: Tensor | None
     assert source.task_index is not None
     assert told is not None
     torch.index_select(instructions, 0, source.task_index.index_select(0, rows), out=told)
+
+
+class Demonstrated:
+    """What was demonstrated, of which a batch of B gets its last n rows; the ring's are the first.
+
+    Static buffers: `positions` and `row` int64 [n], what was drawn; `of_ring` and `own`, both parts of a batch.
+    """
+
+    def __init__(
+        self,
+        ring: ReplayRing,
+        device: torch.device,
+        share: float,
+        batch_size: int,
+        instructions: Tensor | None = None,
+    ) -> None:
+        self.source = source_for(ring, device)
+        self.drawable = self.source.refresh()
+        self.count = min(max(1, round(share * batch_size)), batch_size - 1)
+        head = int(ring.heads()[0])
+        imitated, near = (torch.from_numpy(ring.rows[name][0, :head].copy()) for name in ("imitated", "near"))
+        self.imitated, self.near = imitated.to(device), near.to(device, torch.float32)
+        self.positions = torch.zeros(self.count, dtype=torch.int64, device=device)
+        self.row = torch.zeros_like(self.positions)
+        self.own = empty_batch(self.source.columns, self.count, instructions)
+        self.of_ring = empty_batch(self.source.columns, batch_size - self.count, instructions)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        source: Source,
+        random: RandomNumbers,
+        config: SacConfig,
+        positions: Tensor,
+        batch: Batch,
+        instructions: Tensor | None,
+        imitated: Imitated,
+    ) -> None:
+        """As the function `draw`; `positions`, int64 [B - n], are those of the ring's part. Fills `imitated`, too."""
+        of_ring, own, count = self.of_ring, self.own, self.count
+        draw(source, random._replace(rows=random.rows[:-count]), config, positions, of_ring, instructions)
+        draw(self.source, random._replace(rows=random.rows[-count:]), config, self.positions, own, instructions)
+        self.row.copy_(self.source.table.rows(self.positions))
+        for name in ("images", "states", *(() if instructions is None else ("instructions",))):
+            now, after = getattr(of_ring, name).split(len(positions))
+            own_now, own_after = getattr(own, name).split(count)
+            torch.cat([now, own_now, after, own_after], out=getattr(batch, name))
+        for name in ("noise", "reward", "discount"):
+            torch.cat([getattr(of_ring, name), getattr(own, name)], out=getattr(batch, name))
+        torch.index_select(self.imitated, 0, self.row, out=imitated.noise)
+        torch.index_select(self.near, 0, self.row, out=imitated.weight)
 
 
 @torch.no_grad()

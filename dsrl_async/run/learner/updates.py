@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dsrl_async.host.graphs import Captured, capture
 from dsrl_async.run.learner.compiling import compiled
-from dsrl_async.run.learner.sampling import Source, draw, empty_batch
+from dsrl_async.run.learner.sampling import Demonstrated, Source, draw, empty_batch
 from dsrl_async.sac import METRIC_NAMES
-from dsrl_async.sac.agent import RandomNumbers, SacAgent
+from dsrl_async.sac.agent import Imitated, RandomNumbers, SacAgent
 
 ATTEMPTS = 100
 """At drawing a batch of which no row is overwritten meanwhile; needed only where lanes are very short."""
@@ -21,23 +21,40 @@ class Updates:
     """Draws batches from `source` and lets the agent learn from them.
 
     Static buffers: `random`, filled before each update; `positions` int64 [B] and `batch`, written by `draw`; `metrics`
-    fp32 [len(METRIC_NAMES)], of the last update; and all that the agent keeps.
+    fp32 [len(METRIC_NAMES)], of the last update; and all that the agent keeps. With n demonstrations in every batch
+    `positions` are only those of the first B - n rows, and `draw` writes `imitated`, too.
     """
 
-    def __init__(self, agent: SacAgent, source: Source, batch_size: int, instructions: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        agent: SacAgent,
+        source: Source,
+        batch_size: int,
+        instructions: Tensor | None = None,
+        demonstrated: Demonstrated | None = None,
+    ) -> None:
         """`instructions` are what `draw` takes, on the agent's device."""
         assert (instructions is not None) == (agent.config.instruction_dim > 0)
-        self.agent, self.source, self.instructions = agent, source, instructions
+        self.agent, self.source, self.instructions, self.demonstrated = agent, source, instructions, demonstrated
         self.random = agent.random_numbers(batch_size)
-        self.positions = torch.zeros(batch_size, dtype=torch.int64, device=agent.device)
+        count = 0 if demonstrated is None else demonstrated.count
+        self.positions = torch.zeros(batch_size - count, dtype=torch.int64, device=agent.device)
         self.batch = empty_batch(source.columns, batch_size, instructions)
+        self.imitated: Imitated | None = None
+        if demonstrated is not None:
+            noise = torch.zeros(count, agent.action_dim, device=agent.device)
+            self.imitated = Imitated(noise, torch.zeros(count, device=agent.device))
         self.metrics = torch.zeros(len(METRIC_NAMES), device=agent.device)
         self.captured: Captured | None = None
         self._fused: Callable[[], None] | None = None
 
     def draw(self) -> None:
         """First half of an update: a batch."""
-        draw(self.source, self.random, self.agent.config, self.positions, self.batch, self.instructions)
+        parts = self.source, self.random, self.agent.config, self.positions, self.batch, self.instructions
+        if self.demonstrated is None or self.imitated is None:
+            draw(*parts)
+        else:
+            self.demonstrated.draw(*parts, self.imitated)
 
     def learn(self, update_actor: bool) -> None:
         """Second half: the gradient steps."""
@@ -47,7 +64,7 @@ class Updates:
             self._learn(update_actor)
 
     def _learn(self, update_actor: bool) -> None:
-        self.metrics.copy_(self.agent.learn(self.batch, self.random, update_actor))
+        self.metrics.copy_(self.agent.learn(self.batch, self.random, update_actor, imitated=self.imitated))
 
     def whole(self, update_actor: bool) -> None:
         self.draw()
@@ -99,8 +116,26 @@ class Updates:
     def run(self) -> None:
         """An update from what `draw_batch` has prepared (only enqueued, on CUDA)."""
         self.agent.schedule()
+        if self.demonstrated is not None:
+            self.agent.imitation_weight.fill_(self.agent.config.imitation(self.agent.updates))
         if self.captured:
             self.captured.replays[self.agent.actor_due]()
         else:
             self.learn(self.agent.actor_due)
         self.agent.updates += 1
+
+    def imitate(self, count: int) -> float:
+        """Train the actor by demonstrations alone, in so many updates of whole batches; returns the last one's loss."""
+        demonstrated, agent, size = self.demonstrated, self.agent, len(self.batch.reward)
+        assert demonstrated is not None
+        places = torch.nonzero(demonstrated.near).squeeze(1)
+        columns, loss = demonstrated.source.columns, torch.zeros(())
+        for _ in range(count):
+            self.random.draw_(agent.generator)
+            row = places[(self.random.rows * len(places)).long().clamp_(max=len(places) - 1)]
+            imitated = Imitated(demonstrated.imitated[row], demonstrated.near[row])
+            tasks = demonstrated.source.task_index
+            told = None if self.instructions is None or tasks is None else self.instructions[tasks[row]]
+            augmentation = self.random.augmentation[:size]
+            loss = agent.imitate(columns.image[row], columns.state[row], told, imitated, augmentation)
+        return float(loss)

@@ -1,6 +1,7 @@
 """What is checked before anything starts; whatever is wrong becomes one sentence."""
 
 from dsrl_async.run.preflight.checked_run import CheckedRun, check_run
+from dsrl_async.run.preflight.demonstrations import check_demonstrations
 from dsrl_async.run.preflight.gpu_memory import check_gpu_memory, describe
 from dsrl_async.run.preflight.host import (
     check_channel,
@@ -41,6 +42,7 @@ __all__ = [
     "check_channel",
     "check_checkpoint",
     "check_compiler",
+    "check_demonstrations",
     "check_descriptors",
     "check_device",
     "check_devices",

@@ -42,6 +42,9 @@ class CheckedRun:
     warnings: tuple[str, ...] = ()
     """What the user should know of the environment's files and prompts, and of the policy."""
 
+    demonstration_rows: int = 0
+    """Rows of the demonstrations, see `check_demonstrations`."""
+
     @property
     def horizon(self) -> int:
         """Action slots of one sampled chunk."""

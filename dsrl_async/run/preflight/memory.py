@@ -25,7 +25,7 @@ from dsrl_async.run.preflight.learner_memory import (
 )
 from dsrl_async.shm import order
 from dsrl_async.shm.arena import layout
-from dsrl_async.shm.memory import run_fields
+from dsrl_async.shm.memory import demonstration_fields, run_fields
 
 MODEL_PROCESS_BYTES = 500 << 20
 """Upper estimate of the private memory of the learner, and of the inference process, without agent and policy. A run's
@@ -207,6 +207,9 @@ def check_memory(run: CheckedRun, lower: str = USUAL, learning: bool = True, cop
         ) from error
     parts = run.config, run.environment, run.spec, run.policy.needs
     need, available = memory_needed(*parts, learning), available_memory()
+    if run.demonstration_rows:
+        fields = demonstration_fields(run.config, run.spec, run.horizon, run.demonstration_rows)
+        need = need._replace(shared=need.shared + layout(fields)[1])
     if copies * need.total > available:
         if lower == USUAL and run.config.evaluation.lanes:
             lower = "replay.capacity, actors or evaluation.actors"

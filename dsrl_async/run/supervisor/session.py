@@ -16,12 +16,13 @@ from dsrl_async.run.evaluation import files as evaluation_files
 from dsrl_async.run.preflight import CheckedRun
 from dsrl_async.run.set_aside import chosen, set_aside
 from dsrl_async.run.supervisor import ending
+from dsrl_async.run.supervisor.demonstrations import provide
 from dsrl_async.run.supervisor.evaluation import Evaluations, scalars
 from dsrl_async.sac import metric_names
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import SUCCESS_EPISODES, Counters
 from dsrl_async.shm.memory import create_memory
-from dsrl_async.shm.replay import ReplayRing
+from dsrl_async.shm.replay import DEMONSTRATIONS, ReplayRing
 from dsrl_async.telemetry.console import Display
 from dsrl_async.telemetry.curves import take_back
 from dsrl_async.telemetry.loggers.texts import texts
@@ -44,10 +45,14 @@ class Session:
         self.run, self.config, self.run_dir = run, run.config, run_dir
         self._stop, self._console, self.wait = stop, console, console.wait
         config = run.config
-        self.arena = arena or create_memory(config, run.spec, run.horizon)
+        self.arena = arena or create_memory(config, run.spec, run.horizon, run.demonstration_rows)
         self.counters, self.ring = Counters(self.arena), ReplayRing(self.arena)
         self.resumed_from: Path | None = None
         aside = self._go_on(Path(config.resume)) if config.resume is not None else None
+        if run.demonstration_rows:
+            ring = ReplayRing(self.arena, DEMONSTRATIONS)
+            with self.wait("inverting the demonstrations") as say:
+                provide(run, run_dir, ring, say, lambda: stop.reason)
         start = self.counters.snapshot()
         self._wall_before = take_back(run_dir, start, aside)
         evaluation_files.take_back(run_dir, self.counters.decisions(), aside)

@@ -6,7 +6,6 @@ is forked from the `template`; serial mode calls `Lane` directly.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dsrl_async.envs import ChunkOutcome, Environment, NumberedScenes, environment_record, make_environment
+from dsrl_async.envs import Environment, NumberedScenes, environment_record, make_environment
+from dsrl_async.envs.rewards import decision_reward, environment_reward
 from dsrl_async.shm import events
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.assignments import Assignments
@@ -30,28 +30,6 @@ TRAINING, EVALUATION = 0, 1
 def episode_seed(seed: int, purpose: int, lane: int, episode: int) -> int:
     """Return the number that determines an episode's scene and noise: a hash of the arguments, uint32."""
     return int(np.random.SeedSequence(seed, spawn_key=(purpose, lane, episode)).generate_state(1)[0])
-
-
-def decision_reward(outcome: ChunkOutcome, reward_rule: str, use_step_penalty: bool) -> float:
-    """Return the reward of a decision: -1, or 0 if it succeeds; without the step penalty 0, or 1 if it succeeds.
-
-    By the `reward_rule` `chunk_success` a decision succeeds if any of its steps does, else only if its first step does.
-    """
-    success = outcome.success_step >= 0 if reward_rule == "chunk_success" else outcome.success_step == 0
-    return float(success) - float(use_step_penalty)
-
-
-def environment_reward(outcome: ChunkOutcome, step_discount: float) -> float:
-    """Return the environment's own rewards of a decision: the sum over its steps k of step_discount^k reward_k.
-
-    Raises ValueError if one of them is not finite.
-    """
-    if not outcome.rewards:
-        return step_discount**outcome.success_step if outcome.success_step >= 0 else 0.0
-    total = float(sum(step_discount**step * reward for step, reward in enumerate(outcome.rewards)))
-    if not math.isfinite(total):
-        raise ValueError(f"the environment's rewards must be finite numbers, not {list(outcome.rewards)}")
-    return total
 
 
 class Lane:

@@ -46,6 +46,7 @@ OTHER: dict[str, Any] = {
     "sac.actor_betas": (0.5, 0.999),
     "sac.log_std_min": -5.0,
     "sac.log_std_max": 1.0,
+    "replay.demonstrations": ["/elsewhere.hdf5"],
     "inference.buckets": [1, 2],
     "inference.batch_wait_ms": 3.0,
     "inference.threads": 3,

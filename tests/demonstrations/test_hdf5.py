@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 from support.demonstrations import write_file
 
-from dsrl_async.pretraining import hdf5, libero, tabletop
+from dsrl_async.demonstrations import hdf5
+from dsrl_async.pretraining import libero, tabletop
 
 
 @pytest.fixture
