@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import socket
 import subprocess
 import time
@@ -63,6 +64,8 @@ class RayPlacement:
         self._failures, self._why = 0, ""
         self._vigil = Vigil(wait_s)
         self._ready = False
+        self._again = 0.0
+        """When a placer is started, if there is none, by time.monotonic."""
         self._popen: subprocess.Popen[bytes] | None = None
         self._last_ready: float | None = None
         """When there was a cluster; None if there has never been one."""
@@ -106,6 +109,7 @@ class RayPlacement:
                 self._give_up(group, "killed")
 
     def close(self) -> None:
+        self._again = math.inf
         if self._popen is None:
             return
         if self._ready:

@@ -110,6 +110,8 @@ def test_groups_are_placed_watched_and_ended(cluster: Cluster) -> None:
 
     cluster.placement.close()
     assert psutil.wait_procs(members, 5)[1] == []
+    cluster.placement.poll()
+    assert cluster.placement._popen is None  # none is started any more
 
 
 def test_what_a_placer_had_ends_with_it_and_the_next_one_takes_over(cluster: Cluster) -> None:
