@@ -31,6 +31,8 @@ AGAIN_S, LONGEST_AGAIN_S = 1.0, 30.0
 """Seconds before a placer is started again, which double while no cluster can be reached."""
 FIRST_TRIES = 3
 """So many placers may fail before the first one has reached a cluster."""
+TRY_S = 60.0
+"""How long a placer may try to reach a cluster when that has been lost for longer than the run waits for one."""
 SILENCE_S = 300.0
 """A placer that is silent for so long hangs. Starting a cluster, and waiting for a lost one, take a minute or two."""
 CLOSE_S = 20.0
@@ -183,7 +185,10 @@ class RayPlacement:
         self._events.append(Ended(group, self._asked.pop(group).incarnation, how, fatal))
 
     def _look_after(self, popen: subprocess.Popen[bytes]) -> None:
-        if popen.poll() is None and self._vigil.silent_s(self._heard) > SILENCE_S:
+        since = self._last_ready
+        tried = not self._ready and self._vigil.silent_s(self._began) > TRY_S
+        late = tried and since is not None and self._vigil.silent_s(since) > self._wait_s
+        if popen.poll() is None and (late or self._vigil.silent_s(self._heard) > SILENCE_S):
             processes.kill_all([popen])
         if (code := popen.poll()) is None:
             return
@@ -191,12 +196,12 @@ class RayPlacement:
         self._link.close()
         self._popen, self._ready, self._waits = None, False, {}
         how = processes.how_ended(code)
-        self._why = processes.last_line(self._log, self._log_start) if code > 0 else how
+        if not late:
+            self._why = processes.last_line(self._log, self._log_start) if code > 0 else how
         for group in [group for group, asked in self._asked.items() if asked.sent]:
             self._give_up(group, f"the placer, which talks to Ray, ended ({how})")
         self._failures += 1
         self._again = time.monotonic() + min(LONGEST_AGAIN_S, AGAIN_S * 2 ** (self._failures - 1))
-        since = self._last_ready
         logger.warning("the placer, which talks to Ray, ended (%s), see %s; starting it again", self._why, self._log)
         if since is None:
             hopeless = code == processes.FATAL or self._failures >= FIRST_TRIES

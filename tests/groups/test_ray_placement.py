@@ -142,6 +142,20 @@ def test_what_a_placer_had_ends_with_it_and_the_next_one_takes_over(cluster: Clu
     )
 
 
+def test_a_lost_cluster_that_does_not_answer_is_not_waited_for_longer(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_placement, "TRY_S", 1.0)
+    cluster.start(0)
+    cluster.until(lambda: cluster.said(Placed, 0))
+    (cluster.run_dir / "no-cluster").write_text("does not answer")
+    cluster.placer.kill()
+    cluster.until(lambda: cluster.said(Ended, 0))
+    cluster.start(0, 2)
+    cluster.until(lambda: len(cluster.said(Ended, 0)) == 2)
+    assert cluster.said(Ended, 0)[1] == Ended(0, 2, "no Ray cluster for 1 s (group.wait_s): killed by SIGKILL", True)
+
+
 def test_without_a_cluster_at_the_start_the_run_ends_with_a_sentence(cluster: Cluster) -> None:
     (cluster.run_dir / "no-cluster").touch()
     cluster.start(0)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,7 +108,9 @@ def main(argument: str) -> None:
     from dsrl_async.host import processes
 
     job = processes.begin_child(argument, "placer")
-    if os.path.exists(os.environ["DSRL_TEST_NO_CLUSTER"]):
+    if (no_cluster := Path(os.environ["DSRL_TEST_NO_CLUSTER"])).is_file():
+        if no_cluster.read_text():  # it lets the placer wait
+            time.sleep(60)
         print(f"no Ray cluster at {job['address']}")
         sys.exit(1)
     sys.modules["ray"] = sys.modules[__name__]
