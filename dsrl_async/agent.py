@@ -266,7 +266,7 @@ def load_agent(
         best: take the run's best checkpoint, by the evaluations during the training.
         device: `cpu`, `cuda`, `cuda:1` and the like; `auto` is CUDA where there is one.
         prompts: texts that the agent may be given besides those of the run's environment. With them the environment
-            need not be installed here.
+            need not be installed here. An agent with `sac.instruction: task` knows no others than its run's.
         mode: how noise is chosen, see `Mode`; `sac.evaluation_noise` of the run if None.
         seed: of the agent's generator, for the noise.
 

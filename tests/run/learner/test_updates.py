@@ -34,7 +34,7 @@ from dsrl_async.sac.agent import Adam, SacAgent
 from dsrl_async.sac.networks import Critic
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
-from dsrl_async.shm.replay import ReplayRing, replay_fields
+from dsrl_async.shm.replay import ReplayRing, Seen, replay_fields
 
 HORIZON = 10
 BATCH = 6
@@ -54,6 +54,8 @@ OTHER: dict[str, object] = {
     "conv_strides": [2, 1],
     "conv_padding": 1,
     "state_latent_dim": 0,
+    "instruction": "task",
+    "instruction_dim": 3,
 }
 """The other value of nearly every setting that changes what is computed."""
 FALLING: dict[str, object] = {"lr_schedule": "linear", "lr_decay_begin": 1, "lr_decay_end": 4, "train_actor_steps": 0}
@@ -65,7 +67,8 @@ def with_settings(changes: dict[str, object]) -> SacConfig:
 
 
 def make_ring(config: SacConfig = SMALL, rows: int = 40) -> ReplayRing:
-    fields = replay_fields(2, rows, config.state_dim, config.noise_width(HORIZON))
+    sizes = config.state_dim, config.noise_width(HORIZON)
+    fields = replay_fields(2, rows, *sizes, of_tasks=config.instruction_dim > 0)
     return ReplayRing(Arena.create(fields))
 
 
@@ -73,9 +76,10 @@ def write(ring: ReplayRing, decisions: int, seed: int) -> None:
     """An episode of random decisions in each lane."""
     rng = np.random.default_rng(seed)
 
-    def observation() -> tuple[np.ndarray, np.ndarray]:
+    def observation() -> tuple[np.ndarray, np.ndarray, Seen]:
         image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        return image, rng.standard_normal(ring.rows["state"].shape[-1:]).astype(np.float32)
+        state = rng.standard_normal(ring.rows["state"].shape[-1:]).astype(np.float32)
+        return image, state, Seen(None, seed % 3)
 
     for lane in range(ring.lanes):
         ring.begin_episode(lane, *observation())
@@ -96,7 +100,8 @@ def make_updates(
         ring = make_ring(config)
         write(ring, 9, seed=0)
     agent = SacAgent(config, HORIZON, products=products)
-    updates = Updates(agent, Mirror(ring, torch.device("cpu")) if mirrored else InPlace(ring), BATCH)
+    instructions = torch.eye(config.instruction_dim) if config.instruction_dim else None
+    updates = Updates(agent, Mirror(ring, torch.device("cpu")) if mirrored else InPlace(ring), BATCH, instructions)
     updates.refresh()
     updates.random.draw_(updates.agent.generator)
     return updates
