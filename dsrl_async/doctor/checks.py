@@ -182,8 +182,10 @@ def check_policy(config: Config, options: Options) -> Iterator[Finding]:
     yield Finding("policy", "ok", f"{where}{policy.description}")
     yield from (Finding("policy", "warning", warning) for warning in policy.warnings)
     spec = preflight.check_environment(config)
-    preflight.check_fit(preflight.fit_agent(config, policy.spec, spec), policy.spec, spec)
+    config = preflight.fit_agent(config, policy.spec, spec)
+    preflight.check_fit(config, policy.spec, spec)
     preflight.check_prompts(policy, spec)
+    yield from (Finding("policy", "warning", said) for said in preflight.check_instructions(config, policy, spec))
     preflight.check_render_quality(config, policy.maker)
     yield Finding("policy", "ok", f"it fits the environment {config.env.name} and the agent")
 

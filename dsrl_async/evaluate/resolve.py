@@ -195,6 +195,11 @@ def resolve(options: argparse.Namespace) -> Evaluation:
         preflight.check_devices(config, ["device"])
         check_groups(run, groups)
     if checkpoint is not None:
+        assert before is not None
+        if config.sac.instruction != (trained := before.sac.instruction):
+            raise ConfigError(
+                f"sac.instruction: the agent was trained with {trained}, not {config.sac.instruction}; leave it out"
+            )
         played = {episode.task for episode in episodes} if record.suite is not None else range(len(run.spec.prompts))
         learned_by(checkpoint, config.sac, [run.spec.prompts[task] for task in sorted(played)])
     if mode == "deterministic" and record.suite is not None:

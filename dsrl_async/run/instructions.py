@@ -32,6 +32,17 @@ class Instructions(NamedTuple):
     """float32 [prompts, instruction_dim], one row for each of the environment's prompts, by task_index."""
 
 
+def check_kind(sac: SacConfig, policy: PolicyRecord) -> None:
+    """Raises ConfigError if the agent of this policy cannot be told anything as `sac.instruction` says."""
+    if sac.instruction == "none" and sac.instruction_dim:
+        raise ConfigError("sac.instruction_dim: it has no effect with sac.instruction none; leave it out")
+    if sac.instruction == "embedding" and policy.embed_prompts is None:
+        raise ConfigError(
+            f"sac.instruction: embedding is made of the policy's own embeddings of words, which a Pi0 has and "
+            f"{policy.type} does not; set it to task"
+        )
+
+
 def instructions_of(
     sac: SacConfig, policy: PolicyRecord, prompts: Sequence[str], learned: Sequence[str] | None = None
 ) -> Instructions | None:
@@ -47,8 +58,10 @@ def instructions_of(
     mean square of 1: over each row with `task`, and over all that were learned with `embedding`.
 
     Raises:
-        ConfigError: the agent cannot tell two instructions apart, or the policy's files cannot be read.
+        ConfigError: as `check_kind`; or the agent cannot tell two instructions apart, or the policy's files cannot be
+            read.
     """
+    check_kind(sac, policy)
     if not (width := sac.instruction_dim):
         return None
     distinct = tuple(dict.fromkeys(prompts if learned is None else learned))

@@ -121,6 +121,9 @@ def test_it_is_evaluated_on_what_it_has_learned(trained: Trained) -> None:
     base = call("evaluate", "--checkpoint", str(trained.run_dir), "--processes", "1", "--episodes", "1", "--base")
     assert base.result["episodes"] == 1
 
+    for kind in ("none", "embedding"):
+        other = call("evaluate", "--checkpoint", str(trained.run_dir), "--episodes", "1", "--sac.instruction", kind)
+        assert other.stderr == (f"error: sac.instruction: the agent was trained with task, not {kind}; leave it out\n")
     refused = "reach the red one"
     with pytest.raises(ValueError, match=f"trained with 2 instructions, and '{refused}' is none of them"):
         dsrl_async.load_agent(trained.run_dir, prompts=[refused], device="cpu")

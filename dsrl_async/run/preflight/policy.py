@@ -14,7 +14,7 @@ from dsrl_async.host.policies import policy_record
 from dsrl_async.pi0.config import EMBEDDED_POLICY, TRAINING
 from dsrl_async.pi0.files import maker_of, read_content
 from dsrl_async.policies import PolicyRecord, PolicySizes, find
-from dsrl_async.run.instructions import instructions_of
+from dsrl_async.run.instructions import check_kind, instructions_of
 from dsrl_async.run.preflight.hub import fetch_policy
 from dsrl_async.untrusted import read_object, shown
 
@@ -129,13 +129,7 @@ def check_instructions(
     kind, accepted = config.sac.instruction, _accepted(config, before)
     if accepted is not None and accepted.sac.instruction != kind:
         return ()
-    if kind == "embedding" and policy.embed_prompts is None:
-        raise ConfigError(
-            f"sac.instruction: embedding is made of the policy's own embeddings of words, which a Pi0 has and "
-            f"{policy.type} does not; set it to task"
-        )
-    if kind == "none" and config.sac.instruction_dim:
-        raise ConfigError("sac.instruction_dim: it has no effect with sac.instruction none; leave it out")
+    check_kind(config.sac, policy)
     if kind != "none" and not config.sac.instruction_dim:
         return (f"sac.instruction {kind} has no effect, since {config.env.name} has one instruction",)
     instructions_of(config.sac, policy, spec.prompts)
