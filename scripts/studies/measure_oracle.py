@@ -216,8 +216,9 @@ def main() -> None:
     options = parse(sys.argv[1:])
     if unknown := set(options.rules) - set(NOISE):
         raise ConfigError(f"--rules: there is no {sorted(unknown)[0]!r}; choose from {', '.join(NOISE)}")
-    if options.compare or options.best or options.video:
-        raise ConfigError("--compare, --best and --video mean nothing here: no agent plays, and nothing is filmed")
+    for name in ("compare", "best", "video", "ray"):
+        if getattr(options, name):
+            raise ConfigError(f"--{name} means nothing here: no agent plays, nothing is filmed, one machine computes")
     if options.attempts < 1:
         raise ConfigError("--attempts must be at least 1")
     evaluation = resolve(options)
