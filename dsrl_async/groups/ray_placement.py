@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import socket
 import subprocess
 import time
@@ -26,6 +27,7 @@ from dsrl_async.host.vigil import Vigil
 logger = logging.getLogger(__name__)
 
 VERSIONS = ((2, 59), (2, 60), (2, 61))
+RAYS_FORM = re.compile(r"\[[^\]]*\] \S+:\d+: ")
 PLACER = "dsrl_async.groups.placer"
 AGAIN_S, LONGEST_AGAIN_S = 1.0, 30.0
 """Seconds before a placer is started again, which double while no cluster can be reached."""
@@ -197,7 +199,7 @@ class RayPlacement:
         self._popen, self._ready, self._waits = None, False, {}
         how = processes.how_ended(code)
         if not late:
-            self._why = processes.last_line(self._log, self._log_start) if code > 0 else how
+            self._why = plain(processes.last_line(self._log, self._log_start)) if code > 0 else how
         for group in [group for group, asked in self._asked.items() if asked.sent]:
             self._give_up(group, f"the placer, which talks to Ray, ended ({how})")
         self._failures += 1
@@ -212,6 +214,11 @@ class RayPlacement:
         if hopeless:
             for group in list(self._asked):
                 self._give_up(group, why, fatal=True)
+
+
+def plain(line: str) -> str:
+    """The last line of a placer, or the first sentence of what Ray's C++ code has written there in its own form."""
+    return line if (ray := RAYS_FORM.match(line)) is None else line[ray.end() :].partition(". ")[0]
 
 
 def check_library() -> None:

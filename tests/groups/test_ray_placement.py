@@ -22,7 +22,7 @@ from dsrl_async import __version__
 from dsrl_async.config.settings import ConfigError
 from dsrl_async.groups import placer, placing, ray_host, ray_placement
 from dsrl_async.groups.placing import Ended, Event, Placed
-from dsrl_async.groups.ray_placement import RayPlacement, own_address
+from dsrl_async.groups.ray_placement import RayPlacement, own_address, plain
 from dsrl_async.host import processes
 
 
@@ -260,6 +260,11 @@ def test_a_cluster_that_does_not_let_us_in_is_told_from_none(monkeypatch: pytest
         ValueError, match=f"no Ray cluster at {address}: ConnectionError: Failed to connect to {address}$"
     ):
         placer.connect(address)
+
+
+def test_what_ray_writes_is_told_without_its_form() -> None:
+    assert plain("[2026-11-30 16:47:09,271 E 1 2] rpc_client.h:204: Failed to connect. It may") == "Failed to connect"
+    assert plain("no Ray cluster at 10.0.0.1:6379: a. b") == "no Ray cluster at 10.0.0.1:6379: a. b"
 
 
 def test_the_address_that_groups_connect_to() -> None:
