@@ -35,9 +35,6 @@ from dsrl_async.run.supervisor.supervisor import Supervisor
 from dsrl_async.shm.counters import Counters
 from dsrl_async.telemetry.console import NoDisplay
 
-FREE_TOLERANCE = 0.5
-"""Such that nobody waits for the learner, as after some ten thousand updates of a run with the usual tolerance: before,
-workers may be one round ahead, and each lost moment is one in which some of them stand still."""
 LINK = ("uplink", "downlink")
 """Processes that only groups have."""
 
@@ -64,7 +61,6 @@ def learning_config(simulation: Simulation, groups: int) -> Config:
             "actors": simulation.workers,
             "groups": groups,
             "device": "cpu",
-            "replay_ratio_tolerance": FREE_TOLERANCE,
             "env": {"chunk": CHUNK},
             "policy": {"action_horizon": HORIZON},
             "replay": {"capacity": groups * simulation.workers * LANE_ROWS, "warmup_decisions": WARMUP_DECISIONS},
