@@ -1100,7 +1100,8 @@ def end_to_end(results: Results, options: Options) -> None:
         stop = StopRequest()
         run = CheckedRun(config, environment_record(config.env.model_dump()), SPEC, pi0_record(find_policy(policy)))
         session = Session(run, run_dir, stop, NoDisplay())
-        sleeping = Program("dsrl_async.bench.simulated.environment", {"times": dataclasses.asdict(times)})
+        asleep = {"times": dataclasses.asdict(times), "image_size": SPEC.image_size}
+        sleeping = Program("dsrl_async.bench.simulated.environment", asleep)
         supervisor = Supervisor(session, {**PROGRAMS, Kind.WORKER: sleeping})
         counters, moments = session.counters, list[tuple[float, dict[str, np.ndarray]]]()
         answers_s: list[float] = []

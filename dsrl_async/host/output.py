@@ -204,5 +204,7 @@ class DetachedOutput(io.TextIOBase):
         try:
             return os.write(self._descriptor, data)
         except BlockingIOError:  # whoever shares the descriptor has set O_NONBLOCK
-            select.select([], [self._descriptor], [], 1.0)
+            poll = select.poll()  # `select` takes no descriptor beyond 1023
+            poll.register(self._descriptor, select.POLLOUT)
+            poll.poll(1000)
             return 0

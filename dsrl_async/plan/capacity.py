@@ -202,7 +202,8 @@ class Link(NamedTuple):
 
 
 ROW_S = 100e-6
-"""What a row takes of the downlink, a process of one thread that stores what arrives."""
+"""What a row takes of the downlink, a process of one thread that stores what arrives: a little more than `bench groups`
+measured for messages of one row."""
 ENCRYPTED_BYTES_PER_S = 600e6
 """What ZeroMQ's one I/O thread encrypts and sends of the weights, which go to each machine by themselves."""
 

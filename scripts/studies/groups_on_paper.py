@@ -74,7 +74,7 @@ def draw(path: Path, cases: dict[tuple[float, float], list[Machines]]) -> None:
     for update_ms in UPDATE_MS:
         found = cases[update_ms, GBIT[-1]]
         rates.plot(GROUPS, [one.decisions_per_s for one in found], "o-", markersize=3, label=f"{update_ms:g} ms")
-    rates.set(xlabel="groups", ylabel="decisions/s", ylim=(0, None), title="an update takes")
+    rates.set(xlabel="groups", ylabel="decisions/s", ylim=(0, None), title="decisions, where an update takes")
     for gbit in GBIT:
         found = cases[UPDATE_MS[0], gbit]
         ages.plot(GROUPS, [one.weights_every_s for one in found], "o-", markersize=3, label=f"{gbit:g} Gbit/s")

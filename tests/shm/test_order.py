@@ -269,6 +269,10 @@ READ_ELSEWHERE = {
     "evaluate/play.py: actor_episodes": "after `ended_episodes`",
     "plan/measure.py: actor_episodes": "one process",
     "plan/measure.py: head": "one process",
+    "bench/groups.py: head": "written by the process itself, of rows that are all there",
+    "groups/downlink.py: head": "written by the process itself",
+    "groups/reports.py: actor_episodes": "read before the outcomes and written behind them, with barriers",
+    "run/inversion/rows.py: head": "one process",
     "pretraining/training.py: head": "of a network",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ KINDS: dict[str, dict[str, Any]] = {"sac": {}, "tasks": {"of_tasks": True}, "na"
 
 def make_arena(lanes: int, rows_per_lane: int, kind: str = "sac", groups: int = 0) -> Arena:
     fields = replay_fields(lanes, rows_per_lane, STATE_DIM, NOISE, 1, **KINDS[kind])
-    return Arena.create({**fields, **counter_fields(lanes, groups=groups)})
+    arena = Arena.create({**fields, **counter_fields(lanes, groups=groups)})
+    weakref.finalize(arena, os.close, arena.fd)  # a test makes hundreds
+    return arena
 
 
 class Player:

@@ -423,7 +423,7 @@ def test_another_policy_is_not_told_of_pi0_s_settings(
         run_dir.mkdir()
         config = small_config.model_copy(update={"profile": True})
         policy = SimpleNamespace(own_settings=own_settings)
-        run: Any = SimpleNamespace(config=config, spec=spec, horizon=10, policy=policy)
+        run: Any = SimpleNamespace(config=config, spec=spec, horizon=10, policy=policy, demonstration_rows=0)
         session = Session(run, run_dir, cast(Any, SimpleNamespace(reason=None, warnings=0)), NoDisplay())
         assert session._profiler is not None
         sentences[name] = session._profiler.write({})[0].sentence

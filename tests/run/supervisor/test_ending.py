@@ -45,7 +45,7 @@ def session(small_config: Config, spec: EnvironmentSpec, tmp_path: Path) -> Sess
     for name in ("logs", "checkpoints"):
         (tmp_path / name).mkdir()
     (tmp_path / "config.yaml").touch()
-    run: Any = SimpleNamespace(config=small_config, spec=spec, horizon=10)
+    run: Any = SimpleNamespace(config=small_config, spec=spec, horizon=10, demonstration_rows=0)
     stop: Any = SimpleNamespace(reason=None, warnings=0)
     return Session(run, tmp_path, stop, NoDisplay())
 
