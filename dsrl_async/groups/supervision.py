@@ -16,7 +16,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.groups.member import config_of
 from dsrl_async.groups.placing import Ended, LocalPlacement, Placed, Placement, local_gpus
 from dsrl_async.groups.ray_placement import RayPlacement, own_address
-from dsrl_async.groups.reports import counters_for
+from dsrl_async.groups.reports import counters_for, lanes_of
 from dsrl_async.groups.wire import Link, make_link
 from dsrl_async.host.processes import Program
 from dsrl_async.host.vigil import Vigil
@@ -163,8 +163,8 @@ class Groups:
         return heard if heard > group.started else None
 
     def _decisions(self, number: int) -> int:
-        lanes = self._config.actors
-        return int(self._session.counters.actor_decisions[number * lanes : (number + 1) * lanes].sum())
+        decisions = self._session.counters.actor_decisions
+        return int(decisions[lanes_of(number, len(self.by_number), len(decisions))].sum())
 
     # ---- what the supervisor asks
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import psutil
 
 from dsrl_async.bench.simulated.environment import CHUNK, HORIZON
 from dsrl_async.bench.simulated.run import (
     LANE_ROWS,
-    MEASURED,
     START_LIMIT_S,
     WARMUP_DECISIONS,
     Simulation,
+    Watch,
     programs_of,
     run_directory,
+    run_watched,
 )
 from dsrl_async.config.load import validate
 from dsrl_async.config.settings import Config
@@ -74,28 +74,21 @@ def learning_config(simulation: Simulation, groups: int) -> Config:
     )
 
 
-class _Watch(threading.Thread):
-    """Waits for all workers, measures, and ends the run."""
+class _Watch(Watch):
+    """Measures all processes that the run has when its workers are at work."""
 
     def __init__(self, counters: Counters, stop: StopRequest, warm_s: float, seconds: float) -> None:
-        super().__init__(daemon=True)
-        self.counters, self.stop, self.warm_s, self.seconds = counters, stop, warm_s, seconds
-        self.main_thread = threading.get_native_id()
-        self.moments: list[tuple[float, dict[str, np.ndarray], dict[str, Usage]]] = []
-        self.error: Exception | None = None
+        super().__init__(stop, warm_s, seconds)
+        self.counters = counters
         self.processes: list[psutil.Process] = []
 
-    def run(self) -> None:
-        try:
-            if self._sleep_until(time.monotonic() + START_LIMIT_S, started=True):
-                self._sleep_until(time.monotonic() + self.warm_s)
-                self.processes = psutil.Process().children(recursive=True)
-                self._note()
-                self._sleep_until(time.monotonic() + self.seconds)
-                self._note()
-        except Exception as error:
-            self.error = error
-        self.stop.reason = self.stop.reason or MEASURED
+    def measure(self) -> None:
+        if self._sleep_until(time.monotonic() + START_LIMIT_S, started=True):
+            self._sleep_until(time.monotonic() + self.warm_s)
+            self.processes = psutil.Process().children(recursive=True)
+            self._note()
+            self._sleep_until(time.monotonic() + self.seconds)
+            self._note()
 
     def _sleep_until(self, until: float, started: bool = False) -> bool:
         """Wait, if asked to only until all workers have `started`; returns whether they have."""
@@ -131,15 +124,8 @@ def measure_learning(
         programs = programs_of(simulation, run.spec.image_size)
         programs[Kind.LEARNER] = Program("dsrl_async.bench.simulated.learner", {"update_s": update_s})
         watch = _Watch(session.counters, stop, warm_s, seconds)
-        watch.start()
-        summary = run_groups(session, config, programs) if groups > 1 else Supervisor(session, programs).run()
-        stop.reason = stop.reason or MEASURED  # a run that has failed leaves nothing to watch
-        watch.join()
-        session.arena.close()
-        if stop.reason != MEASURED:
-            raise KeyboardInterrupt
-        if watch.error is not None or len(watch.moments) < 2:
-            raise ValueError(f"the simulated run failed: {watch.error or summary['exit_reason']}")
+        run_all = partial(run_groups, session, config, programs) if groups > 1 else Supervisor(session, programs).run
+        run_watched(watch, session, run_all)
     (begin, before, used), (end, after, now_used) = watch.moments
     decisions = int((after["actor_decisions"] - before["actor_decisions"]).sum())
     return LearningRun(

@@ -7,10 +7,11 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -135,31 +136,65 @@ def programs_of(simulation: Simulation, image_size: int) -> dict[Kind, Program]:
     }
 
 
-class _Watch(threading.Thread):
-    """Waits for all workers, measures, and ends the run."""
+class Watch(threading.Thread):
+    """Measures in a thread of its own, as a subclass says, and ends the run."""
 
-    def __init__(
-        self, supervisor: Supervisor, stop: StopRequest, warm_s: float, seconds: float, decisions: int
-    ) -> None:
+    def __init__(self, stop: StopRequest, warm_s: float, seconds: float) -> None:
         super().__init__(daemon=True)
-        self.supervisor, self.stop, self.warm_s, self.seconds = supervisor, stop, warm_s, seconds
-        self.decisions = decisions
+        self.stop, self.warm_s, self.seconds = stop, warm_s, seconds
         self.main_thread = threading.get_native_id()
-        self.begun = time.monotonic()
-        self.start_s = self.stopped = self.memory = 0.0
-        self.moments: list[tuple[float, dict[str, np.ndarray], Usage, Usage, Usage]] = []
-        self.pids: dict[str, list[int]] = {}
+        self.moments: list[Any] = []
+        """What was noted at the beginning and at the end."""
+        self.stopped = 0.0
         self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self._measure()
+            self.measure()
         except Exception as error:
             self.error = error
         self.stopped = time.monotonic()
         self.stop.reason = self.stop.reason or MEASURED
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        """Wait for all workers, and note what there is, twice."""
+        raise NotImplementedError
+
+
+def run_watched(watch: Watch, session: Session, run: Callable[[], Mapping[str, Any]]) -> float:
+    """Call `run`, which runs the session to its end, while `watch` measures it; returns when it ended, by
+    time.monotonic.
+
+    Raises:
+        ValueError: a process failed.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    watch.start()
+    summary, stop = run(), watch.stop
+    ended = time.monotonic()
+    stop.reason = stop.reason or MEASURED  # a run that has failed leaves nothing to watch
+    watch.join()
+    session.arena.close()
+    if stop.reason != MEASURED:
+        raise KeyboardInterrupt
+    if watch.error is not None or len(watch.moments) < 2:
+        raise ValueError(f"the simulated run failed: {watch.error or summary['exit_reason']}")
+    return ended
+
+
+class _Watch(Watch):
+    """Measures until there were enough seconds and decisions."""
+
+    def __init__(
+        self, supervisor: Supervisor, stop: StopRequest, warm_s: float, seconds: float, decisions: int
+    ) -> None:
+        super().__init__(stop, warm_s, seconds)
+        self.supervisor, self.decisions = supervisor, decisions
+        self.begun = time.monotonic()
+        self.start_s = self.memory = 0.0
+        self.pids: dict[str, list[int]] = {}
+
+    def measure(self) -> None:
         counters = self.supervisor.counters
         while counters.actor_decisions.min() == 0:
             if self.stop.reason or time.monotonic() - self.begun > START_LIMIT_S:
@@ -221,16 +256,7 @@ def measure(simulation: Simulation, warm_s: float, seconds: float, decisions: in
         programs = programs_of(simulation, SPEC.image_size)
         supervisor = Supervisor(session, programs)
         watch = _Watch(supervisor, stop, warm_s, seconds, decisions)
-        watch.start()
-        summary = supervisor.run()
-        ended = time.monotonic()
-        stop.reason = stop.reason or MEASURED  # a run that has failed leaves nothing to watch
-        watch.join()
-        session.arena.close()
-        if stop.reason != MEASURED:
-            raise KeyboardInterrupt
-        if watch.error is not None or len(watch.moments) < 2:
-            raise ValueError(f"the simulated run failed: {watch.error or summary['exit_reason']}")
+        ended = run_watched(watch, session, supervisor.run)
         (begin, before, *usages), (end, after, *later) = watch.moments
         records = np.load(run_dir / RECORDS) if simulation.record else np.empty((0, 3), np.int64)
     answered_s = records[:, 2] * 1e-9
