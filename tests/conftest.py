@@ -97,7 +97,7 @@ def small_config() -> Config:
     return validate(
         {
             "actors": 2,
-            "replay": {"capacity": 200, "warmup_decisions": 16},
+            "replay": {"capacity": 200, "warmup": "gaussian", "warmup_decisions": 16},  # which needs no weights
             "sac": {"batch_size": 16, "hidden_dims": [16, 16], "num_q_heads": 2, "conv_channels": [4]},
         }
     )

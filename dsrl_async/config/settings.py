@@ -502,12 +502,12 @@ class ReplayConfig(Section):
 
     capacity: Announced[int] = Field(40_000, ge=64)
     """Rows for all workers together; a row takes 12.5 kB, and 12.3 more for each further one of `sac.cameras`."""
-    warmup_decisions: Announced[int] = Field(400, ge=1)
+    warmup_decisions: Announced[int] = Field(128, ge=1)
     """Decisions before learning starts, whose noise `warmup` says."""
     warmup: Announced[Literal["gaussian", "actor", "base"] | None] = None
     """Noise of the warm-up: `gaussian`: unsquashed N(0, I), laid out as `sac.noise_layout` says (official DSRL-SAC);
     `actor`: the untrained actor's (RLinf); `base`: the policy's own, independent in every slot (official DSRL-NA). With
-    DSRL-SAC, `repeat` and `knots` cannot describe it. null means `gaussian` with `sac.algorithm: sac`, and `base` with
+    DSRL-SAC, `repeat` and `knots` cannot describe it. null means `actor` with `sac.algorithm: sac`, and `base` with
     `na`."""
     demonstrations: Fixed[list[str] | None] = None
     """Files with demonstrations of the task, which become rows of their own: LIBERO's HDF5, or what
@@ -758,7 +758,7 @@ class Config(Section):
     @property
     def warmup(self) -> Literal["gaussian", "actor", "base"]:
         """The noise of the warm-up, `replay.warmup` or what null means there."""
-        return self.replay.warmup or ("base" if self.sac.algorithm == "na" else "gaussian")
+        return self.replay.warmup or ("base" if self.sac.algorithm == "na" else "actor")
 
     @property
     def lanes(self) -> int:

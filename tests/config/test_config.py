@@ -318,7 +318,7 @@ def test_the_base_policys_noise_is_for_those_who_can_learn_from_it() -> None:
         validate({"replay": base, "sac": {"noise_layout": layout, "algorithm": "na"}})
     for layout in ("per_slot", "shift"):
         assert validate({"replay": base, "sac": {"noise_layout": layout}}).warmup == "base"
-    assert (validate({}).warmup, validate({"sac": {"algorithm": "na"}}).warmup) == ("gaussian", "base")
+    assert (validate({}).warmup, validate({"sac": {"algorithm": "na"}}).warmup) == ("actor", "base")
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "linear"])

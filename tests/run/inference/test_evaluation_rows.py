@@ -44,7 +44,7 @@ def configure(**more: object) -> Config:
     return validate(
         {
             "actors": ACTORS,
-            "replay": {"capacity": 200, "warmup_decisions": WARMUP},
+            "replay": {"capacity": 200, "warmup": "gaussian", "warmup_decisions": WARMUP},
             "sac": {"batch_size": 16, "hidden_dims": [4], "num_q_heads": 1, "conv_channels": [1]},
             "evaluation": {"every_decisions": 10, "actors": EVALUATORS},
             "inference": {"buckets": list(range(1, 9))},
@@ -117,7 +117,8 @@ def test_what_is_answered_and_counted(
 @pytest.mark.parametrize(
     ("warmup", "algorithm", "expected"),
     [
-        (None, "sac", NoiseMode.WARM_UP),
+        (None, "sac", NoiseMode.STOCHASTIC),
+        ("gaussian", "sac", NoiseMode.WARM_UP),
         (None, "na", NoiseMode.BASE),
         ("gaussian", "na", NoiseMode.WARM_UP),
         ("actor", "sac", NoiseMode.STOCHASTIC),
