@@ -127,7 +127,7 @@ def measure_rows(kind: str, rows: int, seconds: float) -> Metrics:
     with endpoints(kind, 2) as (for_rows, for_weights), endpoints("ipc", 1) as (nobody,):
         server, client = wire.make_link(for_rows, for_weights)
         weights = make_ends(nobody).subscriber
-        downlink = Downlink(validate({}), learner, 1)
+        downlink = Downlink(validate({}), learner, groups=1, tasks=1)
         with children(
             partial(send_rows, group, client, rows), partial(serve, downlink, server, weights, 1.0, ready)
         ) as pids:

@@ -60,8 +60,9 @@ class Group:
 class Downlink:
     """Takes in messages of groups and says what to answer. It knows nothing of sockets."""
 
-    def __init__(self, config: Config, arena: Arena, groups: int) -> None:
-        self.config, self.ring, self.counters = config, ReplayRing(arena), Counters(arena)
+    def __init__(self, config: Config, arena: Arena, groups: int, tasks: int) -> None:
+        """`tasks` is how many instructions the environment has."""
+        self.config, self.ring, self.counters, self.tasks = config, ReplayRing(arena), Counters(arena), tasks
         self.lanes = len(self.counters.actor_decisions)
         self.size = self.lanes // groups
         self.groups = [Group(number, reports.lanes_of(number, groups, self.lanes)) for number in range(groups)]
@@ -99,7 +100,7 @@ class Downlink:
         if group.name != name:  # a predecessor of this process knew it; it greets again within a second
             return None
         if kind == wire.ROWS:
-            self._store(group, wire.check_rows(frame, self.row, self.size))
+            self._store(group, wire.check_rows(frame, self.row, self.size, self.tasks))
             group.owed = True
         else:
             group.reported = reports.take(self.counters, number, group.lanes, frame, self.report)
@@ -249,12 +250,12 @@ def serve(downlink: Downlink, link: wire.Link, learner: Channel, publish_s: floa
 def main(argument: str) -> None:
     """Run the downlink as a process of a run with groups.
 
-    `argument` is JSON: the job of the learner, and `groups`, `publish_s`, `link_fd` (see `wire.read_link`).
+    `argument` is JSON: the job of the learner, and `groups`, `tasks`, `publish_s`, `link_fd` (see `wire.read_link`).
     """
     job = begin_child(argument, "downlink")
     config = validate(read_yaml(Path(job["run_dir"]) / "config.yaml"))
     arena, link, learner = Arena.attach(job["arena"]), wire.read_link(job["link_fd"]), read_secret(job["channel_fd"])
-    downlink = Downlink(config, arena, job["groups"])
+    downlink = Downlink(config, arena, job["groups"], job["tasks"])
     try:
         serve(downlink, link, learner, job["publish_s"], job["transition_ready_fd"])
     except (OSError, zmq.ZMQError) as error:

@@ -238,7 +238,12 @@ def run_groups(session: Session, config: Config, programs: Mapping[Kind, Program
             placement = RayPlacement(config.ray, logs, group.gpus, group.cpus, group.wait_s)
         link_fd = write_secret(server)
         stack.callback(os.close, link_fd)
-        of_downlink = {"groups": config.groups, "publish_s": config.group.publish_s, "link_fd": link_fd}
+        of_downlink = {
+            "groups": config.groups,
+            "tasks": len(session.run.spec.prompts),
+            "publish_s": config.group.publish_s,
+            "link_fd": link_fd,
+        }
         of_groups = {
             kind.value: (programs[kind].module, dict(programs[kind].settings))
             for kind in (Kind.INFERENCE, Kind.WORKER)

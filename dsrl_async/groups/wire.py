@@ -143,24 +143,31 @@ def collect(
     return out
 
 
-def check_rows(frame: bytes | memoryview, dtype: np.dtype, lanes: int) -> np.ndarray:
-    """The rows of a frame from a group with so many lanes; raises BadMessage."""
+def check_rows(frame: bytes | memoryview, dtype: np.dtype, lanes: int, tasks: int) -> np.ndarray:
+    """The rows of a frame from a group with so many lanes, of an environment with so many instructions; raises
+    BadMessage."""
     if len(frame) == 0 or len(frame) % dtype.itemsize:
         raise BadMessage("rows", f"has {len(frame)} bytes, which are no rows of {dtype.itemsize}")
     rows = np.frombuffer(frame, dtype)
-    flags = [rows[name].view("u1") for name in dtype.names or () if dtype[name].kind == "b"]
-    if (
-        rows["lane"].max() >= lanes
-        or rows["number"].min() < 0
-        or rows["number"].max() > LARGEST
-        or rows["started_episodes"].min() < 0
-        or rows["started_episodes"].max() > LARGEST
-        or rows["steps"].min() < 0
-        or (rows["completes"] & (rows["number"] == 0)).any()
-        or any(flag.max() > 1 for flag in flags)
-    ):
-        raise BadMessage("rows", f"has {len(rows)} rows, of which one cannot be")
+    if (name := _impossible(rows, lanes, tasks)) is not None:
+        raise BadMessage("rows", f"has {len(rows)} rows, of which one cannot be: its {name}")
     return rows
+
+
+def _impossible(rows: np.ndarray, lanes: int, tasks: int) -> str | None:
+    """The name of a column with a number that none of it can be; None if all can."""
+    largest = {"lane": lanes - 1, "task_index": tasks - 1}
+    for name in rows.dtype.names or ():
+        values = rows[name]
+        if values.dtype.kind == "b":
+            values, most = values.view("u1"), 1
+        elif values.ndim == 1 and values.dtype.kind in "iu":
+            most = largest.get(name, LARGEST)
+        else:
+            continue
+        if values.min() < 0 or values.max() > most:
+            return name
+    return "completes" if (rows["completes"] & (rows["number"] == 0)).any() else None
 
 
 def replay(ring: ReplayRing, lane: int, row: np.void) -> None:

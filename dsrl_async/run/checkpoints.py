@@ -490,10 +490,15 @@ def _last_whole(paths: Sequence[Path]) -> Path | None:
 
 
 def restore_shared(
-    checkpoint: Path, counters: Counters, ring: ReplayRing, say: Callable[[str], object] = lambda words: None
+    checkpoint: Path,
+    counters: Counters,
+    ring: ReplayRing,
+    tasks: int,
+    say: Callable[[str], object] = lambda words: None,
 ) -> bool:
     """Fill fresh shared memory with a checkpoint's counters and replay rows, also for another number of lanes.
 
+    `tasks` is how many instructions the environment has.
     Where it has no rows, or is a recovery file, they come from the newest one before it that has some. Returns whether
     there were any. `say` is told what is being done.
 
@@ -508,7 +513,7 @@ def restore_shared(
             files = _files_of(source, state if source == checkpoint else check(source))[1:]
             for number, file in enumerate(files):
                 say(f"reading the replay buffer, {number} of {len(files)} lanes")
-                lanes.append(read_lane(source / file, ring))
+                lanes.append(read_lane(source / file, ring, tasks))
     restore_counters(state, counters)
     ring.import_lanes(lanes)
     return source is not None
@@ -538,8 +543,8 @@ def has_replay(saved: Path) -> bool:
     return False
 
 
-def read_lane(path: Path, ring: ReplayRing) -> dict[str, np.ndarray]:
-    """The rows of a lane, whose file has been checked.
+def read_lane(path: Path, ring: ReplayRing, tasks: int) -> dict[str, np.ndarray]:
+    """The rows of a lane, whose file has been checked, of an environment with so many instructions.
 
     Raises ValueError with one sentence if they are damaged or do not fit the ring.
     """
@@ -554,6 +559,13 @@ def read_lane(path: Path, ring: ReplayRing) -> dict[str, np.ndarray]:
             raise ValueError(f"{path}: rows of {name!r} do not fit this configuration")
         if column.dtype.kind == "f" and not (np.abs(column) <= LARGEST_VALUE).all():
             raise ValueError(f"{path} is damaged: its {name!r} holds values that are not finite or too large")
+        if column.dtype.kind == "b" and (column.view(np.uint8) > 1).any():
+            raise ValueError(f"{path} is damaged: its {name!r} holds values that are neither true nor false")
+    if ring.keeps_seen and count and not 0 <= rows["task_index"].min() <= rows["task_index"].max() < tasks:
+        raise ValueError(
+            f"{path}: its 'task_index' holds numbers that are none of the environment's {tasks} instructions; it is "
+            "damaged, or of an environment with others"
+        )
     if (rows["steps"] < rows["complete"]).any() or (rows["policy_version"] < 0).any() or rows["complete"][-1:].any():
         raise ValueError(f"{path} is damaged: it has decisions without steps or policy, or none that is pending")
     return rows

@@ -100,11 +100,14 @@ def chunk_of(action: NDArray[np.float32], frames: Sequence[int], horizon: int) -
     return action[np.minimum(index, len(action) - 1)]
 
 
-def load_rows(run_dir: Path, ring: ReplayRing) -> None:
-    """Fill the ring with the rows of the run; raises ValueError with one sentence if they do not fit it."""
+def load_rows(run_dir: Path, ring: ReplayRing, tasks: int) -> None:
+    """Fill the ring with the rows of the run, whose environment has so many instructions.
+
+    Raises ValueError with one sentence if they do not fit it.
+    """
     path = rows_path(run_dir)
     untrusted.check_regular(path)
-    ring.import_rows(0, checkpoints.read_lane(path, ring))
+    ring.import_rows(0, checkpoints.read_lane(path, ring, tasks))
 
 
 def count_rows(run_dir: Path) -> int | None:

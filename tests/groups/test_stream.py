@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.mirrors import KINDS, Player, assert_mirrored, make_arena
+from support.mirrors import KINDS, TASKS, Player, assert_mirrored, make_arena
 
 from dsrl_async.config.load import validate
 from dsrl_async.groups import downlink as downlink_module
@@ -71,7 +71,7 @@ class Member:
 
 def make_learner(groups: int = 2, kind: str = "sac") -> tuple[Arena, Downlink]:
     arena = make_arena(groups * LANES, 3 * ROWS, kind, groups)
-    return arena, Downlink(CONFIG, arena, groups)
+    return arena, Downlink(CONFIG, arena, groups, TASKS)
 
 
 def check(learner: Arena, member: Member) -> None:
@@ -110,11 +110,11 @@ def tell(learner: Downlink, member: Member) -> None:
             member.uplink.take([wire.STATE, state])
 
 
-def run_schedule(seed: int, kind: str = "sac", make: Callable[[Any, Arena, int], Downlink] = Downlink) -> None:
+def run_schedule(seed: int, kind: str = "sac", make: Callable[..., Downlink] = Downlink) -> None:
     """Let two groups, whose incarnations die, and a lossy network act in random order."""
     rng, groups = np.random.default_rng(seed), 2
     learner_arena = make_learner(groups, kind)[0]
-    learner = make(CONFIG, learner_arena, groups)
+    learner = make(CONFIG, learner_arena, groups, TASKS)
     members = [Member(group, 1, learner_arena, seed, kind) for group in range(groups)]
     old: list[Member] = []
     network: list[tuple[Member, list[bytes]]] = []
@@ -141,7 +141,7 @@ def run_schedule(seed: int, kind: str = "sac", make: Callable[[Any, Arena, int],
         if rng.random() < 0.3:
             member.uplink._moved = 0.0  # time passes
         if rng.random() < 0.03:
-            learner = make(CONFIG, learner_arena, groups)  # the downlink was replaced
+            learner = make(CONFIG, learner_arena, groups, TASKS)  # the downlink was replaced
         if rng.random() < 0.03:
             member.restart()
         if step in (20, 40):
@@ -279,7 +279,7 @@ def kill_at(instructions: int) -> bool:
         learner.take(first.name, [wire.ROWS, messages[-2][1]])
 
     killed = killed_after(instructions, work)
-    successor = Downlink(CONFIG, arena, 1)
+    successor = Downlink(CONFIG, arena, 1, TASKS)
     for message in first.messages():
         assert successor.take(first.name, message) == (wire.FENCED,)
     member.restart()
@@ -458,6 +458,21 @@ def test_whatever_comes_the_downlink_goes_on(caplog: pytest.LogCaptureFixture) -
             assert all((before[key] == after[key]).all() for key in before)
         member.uplink.take(message)
     assert 3 <= caplog.text.count("it is dropped") <= 12  # one of each kind on both sides
+
+
+@pytest.mark.parametrize("change", [{"task_index": TASKS}, {"policy_version": -(2**63)}])
+def test_rows_that_would_be_read_from_where_nothing_is_are_not_stored(change: dict[str, int]) -> None:
+    arena, learner = make_learner(kind="tasks")
+    member = Member(1, 1, arena, 1, "tasks")
+    settle(learner, member)
+    head = ReplayRing(arena).head.copy()
+    member.players[0].play(3)
+    rows = member.uplink.next_rows()
+    assert rows is not None
+    for (name, value), row in zip(change.items(), rows[1:], strict=False):
+        row[name] = value
+    assert learner.take(member.name, [wire.ROWS, rows.tobytes()]) is None
+    assert (ReplayRing(arena).head == head).all()
 
 
 def test_a_group_of_another_version_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.mirrors import KINDS, Player, assert_mirrored, make_arena
+from support.mirrors import KINDS, TASKS, Player, assert_mirrored, make_arena
 
 from dsrl_async import __version__
 from dsrl_async.groups import wire
@@ -27,7 +27,7 @@ def carry(origin: ReplayRing, counters: Counters, mirror: ReplayRing, lane: int,
     dtype, numbers = row_type(origin), np.arange(sent, int(origin.head[lane]))
     if len(numbers):
         rows = collect(origin, np.full(len(numbers), lane), numbers, counters.actor_started_episodes, dtype)
-        for row in check_rows(rows.tobytes(), row_type(mirror), origin.lanes):
+        for row in check_rows(rows.tobytes(), row_type(mirror), origin.lanes, TASKS):
             assert row["lane"] == lane
             replay(mirror, other, row)
     return sent + len(numbers)
@@ -123,7 +123,7 @@ def test_garbled_frames_are_refused_or_are_rows_that_a_ring_takes(frame: bytes, 
             ).reshape(row[name].shape)
             garbled = rows.tobytes()
     try:
-        rows = check_rows(garbled, dtype, 2)
+        rows = check_rows(garbled, dtype, 2, TASKS)
     except BadMessage:
         return
     ring.begin_episode(
@@ -143,15 +143,19 @@ def test_garbled_frames_are_refused_or_are_rows_that_a_ring_takes(frame: bytes, 
         ("started_episodes", -1),
         ("started_episodes", 2**62 + 1),
         ("steps", -1),
+        ("policy_version", -1),
+        ("policy_version", 2**62 + 1),
+        ("task_index", -1),
+        ("task_index", TASKS),
     ],
 )
 def test_a_number_that_cannot_be_is_refused(frame: bytes, name: str, value: int) -> None:
     ring = ReplayRing(make_arena(2, 16, kind="na"))
     rows = np.frombuffer(frame, row_type(ring)).copy()
-    check_rows(rows.tobytes(), rows.dtype, 2)
+    check_rows(rows.tobytes(), rows.dtype, 2, TASKS)
     rows[name][3] = value
-    with pytest.raises(BadMessage, match="7 rows, of which one cannot be"):
-        check_rows(rows.tobytes(), rows.dtype, 2)
+    with pytest.raises(BadMessage, match=f"7 rows, of which one cannot be: its {name}$"):
+        check_rows(rows.tobytes(), rows.dtype, 2, TASKS)
 
 
 @pytest.mark.parametrize("name", ["completes", "terminal"])
@@ -160,11 +164,11 @@ def test_a_flag_is_0_or_1(frame: bytes, name: str) -> None:
     rows = np.frombuffer(frame, row_type(ring)).copy()
     rows[name].view("u1")[2] = 2
     with pytest.raises(BadMessage):
-        check_rows(rows.tobytes(), rows.dtype, 2)
+        check_rows(rows.tobytes(), rows.dtype, 2, TASKS)
     rows = np.frombuffer(frame, row_type(ring)).copy()
     rows["completes"][0] = True  # the first row of a lane completes nothing
     with pytest.raises(BadMessage):
-        check_rows(rows.tobytes(), rows.dtype, 2)
+        check_rows(rows.tobytes(), rows.dtype, 2, TASKS)
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

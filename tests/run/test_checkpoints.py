@@ -69,7 +69,7 @@ def test_restored_learner_continues_bit_for_bit(
     assert checkpoint.name == "00000020-00000060"
     fresh = create_memory(small_config, spec, HORIZON)
     counters, ring = Counters(fresh), ReplayRing(fresh)
-    checkpoints.restore_shared(checkpoint, counters, ring)
+    checkpoints.restore_shared(checkpoint, counters, ring, tasks=1)
     assert counters.learner_updates[0] == 20
     assert counters.actor_env_steps.tolist() == [150, 150]
     assert ring.size() == learner.ring.size() == 60
@@ -163,7 +163,7 @@ def test_what_lies_beside_checkpoints_is_neither_taken_for_one_nor_removed(
         newest = learner.checkpoint()
         assert checkpoints.find(run_dir) == newest
         fresh = create_memory(small_config, spec, HORIZON)
-        checkpoints.restore_shared(newest, Counters(fresh), ReplayRing(fresh))
+        checkpoints.restore_shared(newest, Counters(fresh), ReplayRing(fresh), tasks=1)
         assert Counters(fresh).learner_updates[0] == learner.counters.learner_updates[0]
     after, kept = read_tree(root), ("00000004-00000040", "00000005-00000040")
     assert [path.name for path in checkpoints.complete(root)] == list(kept)
@@ -335,5 +335,5 @@ def test_damaged_files_are_named_in_one_sentence(
     path.write_bytes(path.read_bytes()[:-20])
     fresh = create_memory(small_config, spec, HORIZON)
     with pytest.raises(ValueError, match=damage.split("/")[-1]) as caught:
-        checkpoints.restore_shared(checkpoint, Counters(fresh), ReplayRing(fresh))
+        checkpoints.restore_shared(checkpoint, Counters(fresh), ReplayRing(fresh), tasks=1)
     assert "\n" not in str(caught.value)

@@ -63,7 +63,7 @@ def restore(config: Config, run_dir: Path) -> tuple[Counters, ReplayRing]:
     counters, ring = Counters(memory), ReplayRing(memory)
     saved = checkpoints.latest(run_dir)
     assert saved is not None
-    checkpoints.restore_shared(saved, counters, ring)
+    checkpoints.restore_shared(saved, counters, ring, tasks=2)
     return counters, ring
 
 
@@ -176,6 +176,8 @@ ROWS: dict[str, tuple[str, Any]] = {
     "no steps": ("steps", 0),
     "steps negative": ("steps", -5),
     "version negative": ("policy_version", -1),
+    "terminal neither": ("terminal", 2),
+    "complete neither": ("complete", 2),
     "nothing pending": ("complete", True),
 }
 
@@ -188,8 +190,9 @@ def test_rows_that_cannot_be_are_refused_though_the_hashes_are_right(
     new = checkpoints.complete(run_dir / "checkpoints")[-1]
     rows, (name, value) = load_file(new / LANE), ROWS[what]
     rows[name] = rows[name].copy()
-    rows[name][-1 if name == "complete" else 0] = value
-    if name == "complete":
+    column = rows[name].view(np.uint8) if rows[name].dtype == bool else rows[name]
+    column[-1 if value is True else 0] = value
+    if value is True:
         rows["steps"] = np.maximum(rows["steps"], 1)
     save_file(rows, new / LANE)
     resign(new)

@@ -133,7 +133,7 @@ def test_every_batch_has_its_share(run_dir: Path) -> None:
     assert count is not None
     arena: Arena = create_memory(config, TABLETOP, 10, count)
     shown, ring = ReplayRing(arena, DEMONSTRATIONS), ReplayRing(arena)
-    demonstrations.load_rows(run_dir, shown)
+    demonstrations.load_rows(run_dir, shown, tasks=1)
     image, state = np.zeros((64, 64, 3), np.uint8), np.zeros(8, np.float32)
     ring.begin_episode(0, image, state)
     for _ in range(20):

@@ -57,7 +57,7 @@ def restored(config: Config, spec: EnvironmentSpec, run_dir: Path) -> tuple[Coun
     counters, ring = Counters(memory), ReplayRing(memory)
     saved = checkpoints.latest(run_dir)
     assert saved is not None
-    return counters, ring, checkpoints.restore_shared(saved, counters, ring)
+    return counters, ring, checkpoints.restore_shared(saved, counters, ring, tasks=1)
 
 
 # A full disk

@@ -12,7 +12,7 @@ from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters, counter_fields
 from dsrl_async.shm.replay import OBSERVED, ActionRow, ReplayRing, Seen, replay_fields
 
-NOISE, STATE_DIM = 4, 3
+NOISE, STATE_DIM, TASKS = 4, 3, 100
 ACTIONS = ActionRow(chunk=2, action_dim=3, cameras=2, image_size=8)
 
 
@@ -78,7 +78,7 @@ class Player:
         if self.ring.of_actions:
             pictures = rng.integers(0, 256, self.ring.rows["policy_images"].shape[2:], np.uint8)
         if self.ring.keeps_seen:
-            seen = Seen(pictures, int(rng.integers(0, 100)))
+            seen = Seen(pictures, int(rng.integers(TASKS)))
         image = rng.integers(0, 256, self.ring.rows["image"].shape[2:], np.uint8)
         return image, rng.normal(size=STATE_DIM).astype(np.float32), seen
 

@@ -29,7 +29,7 @@ def provide(run: CheckedRun, run_dir: Path, ring: ReplayRing, say: Say, stopped:
     """
     if not demonstrations.rows_path(run_dir).is_file():
         _invert(run, run_dir, say, stopped)
-    demonstrations.load_rows(run_dir, ring)
+    demonstrations.load_rows(run_dir, ring, len(run.spec.prompts))
     logger.info("demonstrations: %d decisions of %s", ring.size(), demonstrations.rows_path(run_dir))
 
 

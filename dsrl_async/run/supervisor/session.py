@@ -76,7 +76,7 @@ class Session:
         saved, named = chosen(self.run_dir, given)
         assert saved is not None  # `check_resume` has seen it
         with self.wait("checking the checkpoint") as say:
-            replay = checkpoints.restore_shared(saved, self.counters, self.ring, say)
+            replay = checkpoints.restore_shared(saved, self.counters, self.ring, len(self.run.spec.prompts), say)
         self.resumed_from = saved
         logger.info("going on from %s", saved)
         if not replay:

@@ -306,7 +306,7 @@ def test_a_learner_goes_on_from_its_checkpoint_bit_for_bit(policy: Pi0Policy, tm
     assert rows["action"].shape[1:] == (35,)
     assert "noise" not in rows
     fresh = create_memory(config, TABLETOP, 10)
-    checkpoints.restore_shared(saved, Counters(fresh), ReplayRing(fresh))
+    checkpoints.restore_shared(saved, Counters(fresh), ReplayRing(fresh), tasks=2)
     other = Learner(config, fresh, 10, CPU, tmp_path, frames.append, policy)
     for _ in range(3):
         assert learner.update()
@@ -320,7 +320,17 @@ def test_rows_of_the_other_algorithm_are_refused(policy: Pi0Policy, tmp_path: Pa
     saved = learner.checkpoint()
     fresh = create_memory(configure(algorithm="sac"), TABLETOP, 10)
     with pytest.raises(ValueError, match="'noise' do not fit"):
-        checkpoints.restore_shared(saved, Counters(fresh), ReplayRing(fresh))
+        checkpoints.restore_shared(saved, Counters(fresh), ReplayRing(fresh), tasks=2)
+
+
+def test_rows_of_instructions_that_there_are_not_are_refused(policy: Pi0Policy, tmp_path: Path) -> None:
+    config = configure()
+    saved = Learner(config, make_memory(config), 10, CPU, tmp_path, lambda frame: None, policy).checkpoint()
+    fresh = create_memory(config, TABLETOP, 10)
+    with pytest.raises(
+        ValueError, match=r"lane-0000.*'task_index' holds numbers that are none of the environment's 1 "
+    ):
+        checkpoints.restore_shared(saved, Counters(fresh), ReplayRing(fresh), tasks=1)
 
 
 def test_a_noise_critic_that_diverges_is_named(policy: Pi0Policy, tmp_path: Path) -> None:
