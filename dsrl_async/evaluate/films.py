@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +71,15 @@ class Films:
         wanted_failures = self._videos // 2
         enough = successes >= self._videos - wanted_failures and failures >= wanted_failures
         return number in self._candidates and not enough
+
+    def plan(self, numbers: Iterable[int]) -> str:
+        """What is going to be filmed of the episodes that are still to be played, in a line; empty if nothing."""
+        if not (most := sum(map(self.wanted, numbers))):
+            return ""
+        return (
+            f"films: up to {most} episodes are filmed, each of which takes longer, to keep {self._videos}, "
+            f"{self._videos // 2} of them failures if there are so many"
+        )
 
     def add(self, number: int, success: bool) -> None:
         """Note that an episode was filmed."""

@@ -53,6 +53,8 @@ def evaluate(
     if films is not None:
         films.resume(outcomes)
     remaining = [episode for episode in evaluation.episodes if episode.number not in outcomes]
+    if films is not None and (plan := films.plan(episode.number for episode in remaining)):
+        console.print(plan)
     complete = False
     try:
         with ProgressBar(evaluation, outcomes, console) as bar:

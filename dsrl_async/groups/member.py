@@ -64,8 +64,7 @@ def config_of(config: Config, group: int) -> dict[str, Any]:
 
 def main() -> int:
     stop = StopRequest()
-    processes.prepare_child(os.getppid())
-    stop = StopRequest()  # what was to be ignored is to be heeded
+    processes.prepare_child(os.getppid(), answers_signals=True)
     job = json.load(sys.stdin)
     processes.name_process(f"group-{job['group']}", f"supervisor of group {job['group']}")
     logs.set_up()

@@ -102,8 +102,10 @@ def begin_child(argument: str, name: str) -> dict[str, Any]:
     return job
 
 
-def prepare_child(parent: int) -> None:
+def prepare_child(parent: int, answers_signals: bool = False) -> None:
     """Tie this process to the process `parent`, see `tether`, and have its log say all there is to say.
+
+    Unless it `answers_signals` itself, it leaves them to the parent.
 
     A process that `start` has started is tied already; one that was forked, or started otherwise, is from here on.
     """
@@ -111,6 +113,8 @@ def prepare_child(parent: int) -> None:
         cast(io.TextIOWrapper, output).reconfigure(line_buffering=True)
     faulthandler.enable()  # what crashes in C code leaves the Python lines that led there
     tether.tie_to(parent)
+    if not answers_signals:
+        tether.leave_to_the_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

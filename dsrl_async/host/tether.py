@@ -19,11 +19,14 @@ LEFT_TO_THE_PARENT = (
 
 
 def tie_to(parent: int) -> None:
-    """Have the kernel kill this process when the process `parent` ends, however that happens; ignore what is the
-    parent's to answer."""
+    """Have the kernel kill this process when the process `parent` ends, however that happens."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
+
+
+def leave_to_the_parent() -> None:
+    """Ignore what is the parent's to answer."""
     for number in LEFT_TO_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_THE_PARENT)  # `processes.start` has them wait until here
@@ -31,4 +34,5 @@ def tie_to(parent: int) -> None:
 
 if __name__ == "__main__":
     tie_to(int(sys.argv[1]))
+    leave_to_the_parent()
     os.execv(sys.argv[2], sys.argv[2:])

@@ -321,12 +321,16 @@ def test_filming_stops_when_there_is_enough_and_is_taken_up_again(tmp_path: Path
     numbers = list(range(100))
     films = Films(tmp_path, 2, numbers)
     assert [number for number in numbers if films.wanted(number)] == numbers[: 2 * FILMED_PER_VIDEO]
+    assert films.plan(numbers[3:]).startswith(
+        "films: up to 5 episodes are filmed, each of which takes longer, to keep 2,"
+    )
     unsorted_film(tmp_path, 0).parent.mkdir()
     for number, success in ((0, True), (1, True), (3, False)):
         assert films.wanted(number)
         unsorted_film(tmp_path, number).touch()
         films.add(number, success)
     assert not films.wanted(4)
+    assert not films.plan(numbers)
     after = Films(tmp_path, 2, numbers)
     after.resume({number: outcome(number, number != 3) for number in (0, 1, 3, 90)})
     assert not after.wanted(4)
@@ -590,7 +594,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_base_and_checkpoint_of_a_run(tmp_path: Path, finished_run: FinishedRun) -> None:
     arguments = ["--checkpoint", str(finished_run.run_dir), *QUICK, "--episodes", "3", "--processes", "2"]
-    steered = run(*arguments, "--video", str(tmp_path / "video"), "--videos", "2")
+    done = call("evaluate", *arguments, "--video", str(tmp_path / "video"), "--videos", "2")
+    steered = done.result
+    assert "films: up to 3 episodes are filmed" in done.stderr
     assert steered.keys() >= {"episodes", "successes", "success_rate", "ci95_low", "ci95_high", "policy"}
     assert steered["episodes"] == 3
     assert steered["ci95_low"] <= steered["success_rate"] <= steered["ci95_high"]
