@@ -171,12 +171,12 @@ def how_ended(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def last_line(log: Path, since: int = 0) -> str:
-    """The last line of a log file after its first `since` bytes, for an error message; cut where it is very long."""
+def last_line(log: Path, since: int = 0, otherwise: str = "it left no message") -> str:
+    """The last line of a log file after its first `since` bytes, for a message; cut where it is very long."""
     text = ""
     with contextlib.suppress(OSError):
         fd = os.open(log, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as file:
             file.seek(max(since, os.fstat(fd).st_size - LAST_BYTES))
             text = file.read(LAST_BYTES).decode(errors="replace").strip()
-    return text.splitlines()[-1].strip()[-LONGEST_MESSAGE:] if text else "it left no message"
+    return text.splitlines()[-1].strip()[-LONGEST_MESSAGE:] if text else otherwise

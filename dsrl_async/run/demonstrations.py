@@ -100,14 +100,17 @@ def chunk_of(action: NDArray[np.float32], frames: Sequence[int], horizon: int) -
     return action[np.minimum(index, len(action) - 1)]
 
 
-def load_rows(run_dir: Path, ring: ReplayRing, tasks: int) -> None:
+def load_rows(run_dir: Path, ring: ReplayRing, tasks: int) -> tuple[int, int]:
     """Fill the ring with the rows of the run, whose environment has so many instructions.
 
-    Raises ValueError with one sentence if they do not fit it.
+    Returns the number of decisions whose noise was found, and of all. Raises ValueError with one sentence if the rows do
+    not fit the ring.
     """
     path = rows_path(run_dir)
     untrusted.check_regular(path)
     ring.import_rows(0, checkpoints.read_lane(path, ring, tasks))
+    head = int(ring.head[0])
+    return int(ring.rows["near"][0, :head].sum()), int((ring.rows["steps"][0, :head] > 0).sum())
 
 
 def count_rows(run_dir: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from dsrl_async.pretraining.tabletop_demonstrations import make_demonstrations
 from dsrl_async.run import checkpoints, demonstrations
 from dsrl_async.run.learner.sampling import Demonstrated, InPlace
 from dsrl_async.run.learner.updates import Updates
+from dsrl_async.run.supervisor.demonstrations import provide
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.layout import NoiseLayout
 from dsrl_async.shm.arena import Arena
@@ -133,7 +135,8 @@ def test_every_batch_has_its_share(run_dir: Path) -> None:
     assert count is not None
     arena: Arena = create_memory(config, TABLETOP, 10, count)
     shown, ring = ReplayRing(arena, DEMONSTRATIONS), ReplayRing(arena)
-    demonstrations.load_rows(run_dir, shown, tasks=1)
+    near, decisions = demonstrations.load_rows(run_dir, shown, tasks=1)
+    assert decisions == demonstrations.count(config, TABLETOP).decisions >= near == shown.size()
     image, state = np.zeros((64, 64, 3), np.uint8), np.zeros(8, np.float32)
     ring.begin_episode(0, image, state)
     for _ in range(20):
@@ -152,6 +155,22 @@ def test_every_batch_has_its_share(run_dir: Path) -> None:
         assert (updates.imitated.weight == 1).all()
         states = {row.tobytes() for row in rows["state"]}
         assert {row.numpy().tobytes() for row in updates.batch.states[[*range(12, 16), *range(28, 32)]]} <= states
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.4])
+def test_it_is_said_for_how_many_decisions_there_is_noise(
+    run_dir: Path, tmp_path: Path, kept: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, fields = checkpoints_config(run_dir), load_file(demonstrations.rows_path(run_dir))
+    decided = np.flatnonzero(fields["steps"])
+    near = decided[: round(kept * len(decided))]
+    fields["near"][:] = np.isin(np.arange(len(fields["near"])), near)
+    save_file(fields, demonstrations.rows_path(tmp_path))
+    ring = ReplayRing(create_memory(config, TABLETOP, 10, len(fields["near"])), DEMONSTRATIONS)
+    with caplog.at_level("INFO"):
+        provide(SimpleNamespace(spec=TABLETOP), tmp_path, ring, pytest.fail, lambda: None)  # type: ignore[arg-type]
+    assert f"noise was found for {len(near)} of {len(decided)} decisions" in caplog.text
+    assert ("soon learned by heart" in caplog.text) == (kept < 0.5)
 
 
 def test_a_file_without_success_is_refused_before_anything_starts(file: Path, tmp_path: Path) -> None:

@@ -29,8 +29,14 @@ def provide(run: CheckedRun, run_dir: Path, ring: ReplayRing, say: Say, stopped:
     """
     if not demonstrations.rows_path(run_dir).is_file():
         _invert(run, run_dir, say, stopped)
-    demonstrations.load_rows(run_dir, ring, len(run.spec.prompts))
-    logger.info("demonstrations: %d decisions of %s", ring.size(), demonstrations.rows_path(run_dir))
+    path = demonstrations.rows_path(run_dir)
+    near, decisions = demonstrations.load_rows(run_dir, ring, len(run.spec.prompts))
+    logger.info("demonstrations: noise was found for %d of %d decisions, see %s", near, decisions, path)
+    if near < decisions / 2:
+        logger.warning(
+            "of most demonstrated decisions the agent has no noise within replay.demonstration_error; so few rows are "
+            "soon learned by heart: lower replay.demonstration_share, or raise sac.action_magnitude"
+        )
 
 
 def _invert(run: CheckedRun, run_dir: Path, say: Say, stopped: Callable[[], object]) -> None:
@@ -49,7 +55,8 @@ def _invert(run: CheckedRun, run_dir: Path, say: Say, stopped: Callable[[], obje
             if stopped():
                 raise KeyboardInterrupt
             time.sleep(LOOK_S)
-            say(f"inverting the demonstrations: {processes.last_line(log, since)}")
+            if line := processes.last_line(log, since, otherwise=""):
+                say(f"inverting the demonstrations: {line}")
     finally:
         processes.kill_all([process])
     if code == processes.FATAL:
