@@ -103,8 +103,8 @@ def chunk_of(action: NDArray[np.float32], frames: Sequence[int], horizon: int) -
 def load_rows(run_dir: Path, ring: ReplayRing, tasks: int) -> tuple[int, int]:
     """Fill the ring with the rows of the run, whose environment has so many instructions.
 
-    Returns the number of decisions whose noise was found, and of all. Raises ValueError with one sentence if the rows do
-    not fit the ring.
+    Returns the number of decisions whose noise was found, and of all. Raises ValueError with one sentence if the rows
+    do not fit the ring.
     """
     path = rows_path(run_dir)
     untrusted.check_regular(path)
