@@ -49,9 +49,14 @@ def task_index(wanted: Wanted, instruction: str | None, place: str) -> int:
         return prompts.index(_plain(instruction))
     if len(prompts) == 1 and instruction is None:
         return 0
-    what = "no instruction" if instruction is None else f"the instruction {shown(instruction)}"
+    if instruction is None:
+        raise ValueError(
+            f"{place} does not say which of the environment's {len(prompts)} instructions it is of; add it to the "
+            "file (docs/demonstrations.md)"
+        )
     raise ValueError(
-        f"{place} has {what}, which is none of the environment's {len(prompts)}; choose others, or its task"
+        f"{place} has the instruction {shown(instruction)}, which is none of the environment's {len(prompts)}; choose "
+        "others, or its task"
     )
 
 

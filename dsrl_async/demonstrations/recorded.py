@@ -2,6 +2,7 @@
 
 Fields, for all F frames: `images` uint8 [F, cameras, size, size, 3], `state` [F, state_dim], `action` [F, action_dim],
 `episode` int [F], equal in the frames of an episode and rising, and `success` bool [F], where an action led to success.
+The metadata may have the `instruction` of all episodes, and must where the environment has several.
 """
 
 from __future__ import annotations

@@ -18,10 +18,14 @@ METRIC_NAMES = (
 )
 """Names of the metrics that `SacAgent.learn` returns, in order."""
 
+IMITATION_METRIC_NAME = "train/sac/imitation_loss"
+"""Name of the metric that follows them where there are demonstrations."""
+
 NOISE_CRITIC_METRIC_NAMES = ("train/sac/noise_critic_loss", "train/noise_critic/grad_norm")
 """Names of the metrics that `NaAgent.distil` returns, in order."""
 
 
-def metric_names(algorithm: str) -> tuple[str, ...]:
-    """Names of the metrics of an update, in order, by `sac.algorithm`."""
-    return METRIC_NAMES + (NOISE_CRITIC_METRIC_NAMES if algorithm == "na" else ())
+def metric_names(algorithm: str, imitates: bool) -> tuple[str, ...]:
+    """Names of the metrics of an update, in order, by `sac.algorithm` and whether there are demonstrations."""
+    imitation = (IMITATION_METRIC_NAME,) if imitates else ()
+    return (*METRIC_NAMES, *imitation, *(NOISE_CRITIC_METRIC_NAMES if algorithm == "na" else ()))

@@ -269,8 +269,9 @@ class SacAgent:
             imitated: demonstrated noise for the last observations of the batch.
 
         Returns:
-            fp32 [len(METRIC_NAMES)] from before the step, with gradient norms from before clipping. Metrics that an
-            update without actor does not compute (actor loss, entropy, actor gradient norm, temperature loss) are NaN.
+            fp32 [len(METRIC_NAMES)] from before the step, with gradient norms from before clipping; with demonstrated
+            noise one more, the mean over it of -log pi(w|s), without its weight. Metrics that an update without actor
+            does not compute (actor loss, entropy, actor gradient norm, temperature loss, this mean) are NaN.
         """
         config = self.config
         pixels, next_pixels = self._pixels(batch.images, random.augmentation)
@@ -289,7 +290,7 @@ class SacAgent:
         if after:
             self.optimisers["critic"].step(self.critic.flat_grad)
 
-        actor_loss = entropy = actor_norm = alpha_loss = self._not_computed
+        actor_loss = entropy = actor_norm = alpha_loss = imitation = self._not_computed
         if update_actor:
             mean, log_std = self.actor(*observation)
             u = torch.addcmul(mean, log_std.exp(), random.normal[1])
@@ -297,7 +298,8 @@ class SacAgent:
             new_q = self._q_of_noise(observation, u.tanh() * config.action_magnitude, None if after else features)
             actor_loss = (alpha * log_probability - aggregate_heads(new_q, config.q_aggregation)).mean()
             if imitated is not None:
-                actor_loss = actor_loss + self.imitation_weight * self._imitation(mean, log_std, imitated)
+                imitation = self._imitation(mean, log_std, imitated)
+                actor_loss = actor_loss + self.imitation_weight * imitation
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
             entropy = -log_probability.detach().mean()
@@ -322,11 +324,15 @@ class SacAgent:
             alpha,
             q_mean,
             target.mean(),
+            *(() if imitated is None else (imitation,)),
         )
         return torch.stack([metric.detach() for metric in metrics])
 
     def _imitation(self, mean: Tensor, log_std: Tensor, imitated: Imitated) -> Tensor:
-        """fp32 [], the mean of -log pi of demonstrated noise, over those of a batch's last rows that have a weight."""
+        """fp32 [], the mean of -log pi of demonstrated noise, over those of a batch's last rows that have a weight.
+
+        It is 0 if none has one.
+        """
         count = len(imitated.weight)
         mean, log_std = mean[-count:], log_std[-count:]
         u = (imitated.noise / self.config.action_magnitude).atanh()

@@ -242,7 +242,7 @@ class Counters:
     learner_phase_s: Annotated[np.ndarray, "float64", len(LEARNER_PHASES)]
     """Seconds in each of `LEARNER_PHASES`."""
     learner_metrics: Annotated[np.ndarray, "float32", LEARNER_METRICS]
-    """Metrics of the last update, in the order of `sac.METRIC_NAMES`; see `note_metrics`."""
+    """Metrics of the last update, in the order of `sac.metric_names`; see `note_metrics`."""
     learner_metrics_update: Count
     """The update that they belong to; 0 before the first."""
 

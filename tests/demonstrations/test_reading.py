@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dsrl_async.demonstrations import Wanted, read
 
@@ -85,6 +85,20 @@ def test_what_our_recorder_writes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (FRAMES, 2, SIZE, SIZE, 3)).astype(np.uint8)
     np.testing.assert_array_equal(pictures, images[4:])
+
+
+def test_which_instruction_a_file_is_of_must_be_said_where_there_are_several(tmp_path: Path) -> None:
+    path, prompts = recorded(tmp_path / "a.safetensors"), ("the red plate", "The yellow plate.")
+    with pytest.raises(
+        ValueError, match=r"a.safetensors does not say which of the environment's 2 instructions it is of"
+    ):
+        next(read(path, RECORDED._replace(prompts=prompts)))
+    save_file(load_file(path), path, {"instruction": "the yellow plate"})
+    assert next(read(path, RECORDED._replace(prompts=prompts))).task_index == 1
+    with pytest.raises(
+        ValueError, match="has the instruction 'the yellow plate', which is none of the environment's 1"
+    ):
+        next(read(path, RECORDED._replace(prompts=prompts[:1])))
 
 
 def replaced(name: str, value: Any) -> Callable[[h5py.File], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +21,23 @@ from dsrl_async.run import checkpoints, demonstrations
 from dsrl_async.run.learner.sampling import Demonstrated, InPlace
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.supervisor.demonstrations import provide
+from dsrl_async.sac import IMITATION_METRIC_NAME, METRIC_NAMES
 from dsrl_async.sac.agent import SacAgent
 from dsrl_async.sac.layout import NoiseLayout
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.memory import create_memory
 from dsrl_async.shm.replay import DEMONSTRATIONS, ReplayRing
 
-OPTIONS = [*SMALL, "--serial", "--sac.imitation-updates", "3", "--replay.demonstration-error", "0.5"]
+OPTIONS = [
+    *SMALL,
+    "--serial",
+    "--sac.train-actor-steps",
+    "0",
+    "--sac.imitation-updates",
+    "3",
+    "--replay.demonstration-error",
+    "0.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +138,11 @@ def test_the_same_seed_gives_the_same_run_and_another_error_is_refused_on_a_resu
     finally:
         file_elsewhere.rename(file)
     assert demonstrations.rows_path(again).read_bytes() == rows
+
+
+def test_whether_the_actor_imitates_is_among_the_metrics(run_dir: Path) -> None:
+    metrics = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["metrics"]
+    assert list(metrics) == [*METRIC_NAMES, IMITATION_METRIC_NAME]
 
 
 def test_every_batch_has_its_share(run_dir: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from support.sac_configs import SMALL
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
+from dsrl_async.sac import METRIC_NAMES
 from dsrl_async.sac.agent import Batch, Imitated, SacAgent
 
 HORIZON, BATCH, SHOWN = 4, 6, 3
@@ -35,7 +36,7 @@ def surprise(agent: SacAgent, batch: Batch, imitated: Imitated) -> torch.Tensor:
 
 
 def test_the_actors_loss_has_the_mean_surprise_of_what_is_to_be_imitated() -> None:
-    losses = []
+    losses, others = [], []
     for imitated in (False, True):
         agent = SacAgent(SMALL, HORIZON)
         with torch.no_grad():  # at first it says nearly the same of all observations
@@ -45,8 +46,12 @@ def test_the_actors_loss_has_the_mean_surprise_of_what_is_to_be_imitated() -> No
         agent.imitation_weight.fill_(0.25)
         random = agent.random_numbers(BATCH)
         random.draw_(agent.generator)
-        losses.append(agent.learn(batch, random, True, imitated=shown if imitated else None)[ACTOR_LOSS].item())
+        metrics = agent.learn(batch, random, True, imitated=shown if imitated else None).tolist()
+        losses.append(metrics[ACTOR_LOSS])
+        others.append(metrics[len(METRIC_NAMES) :])
     assert losses[1] - losses[0] == pytest.approx(0.25 * expected, rel=1e-4)
+    assert others == [[], [pytest.approx(expected, rel=1e-4)]]
+    assert math.isnan(agent.learn(batch, random, False, imitated=shown)[-1])
 
 
 def test_imitation_makes_what_was_shown_likely_and_nothing_else() -> None:

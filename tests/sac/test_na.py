@@ -18,7 +18,7 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 
 from dsrl_async.config.settings import SacConfig
 from dsrl_async.host.tracing import OperationTrace
-from dsrl_async.sac import METRIC_NAMES, NOISE_CRITIC_METRIC_NAMES, metric_names
+from dsrl_async.sac import IMITATION_METRIC_NAME, METRIC_NAMES, NOISE_CRITIC_METRIC_NAMES, metric_names
 from dsrl_async.sac.agent import Batch, RandomNumbers, SacAgent
 from dsrl_async.sac.na import NaAgent, Observations
 
@@ -331,8 +331,10 @@ def test_sizes_of_the_networks_and_names_of_the_metrics() -> None:
     assert agent.noise_critic.weights[0].shape == plain.critic.weights[0].shape
     assert not torch.equal(agent.noise_critic.flat, plain.critic.flat)  # weights of its own
     assert torch.equal(agent.critic.flat, agent.target_critic.flat)
-    assert metric_names("sac") == METRIC_NAMES
-    assert metric_names("na") == (*METRIC_NAMES, *NOISE_CRITIC_METRIC_NAMES)
+    assert metric_names("sac", False) == METRIC_NAMES
+    assert metric_names("na", False) == (*METRIC_NAMES, *NOISE_CRITIC_METRIC_NAMES)
+    assert metric_names("sac", True) == (*METRIC_NAMES, IMITATION_METRIC_NAME)
+    assert metric_names("na", True) == (*METRIC_NAMES, IMITATION_METRIC_NAME, *NOISE_CRITIC_METRIC_NAMES)
 
 
 def steps_of(agent: NaAgent, first: int, last: int) -> Iterator[Tensor]:

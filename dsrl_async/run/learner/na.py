@@ -17,7 +17,7 @@ from dsrl_async.config.settings import Config
 from dsrl_async.policies import FrozenPolicy, NormalisedBatch
 from dsrl_async.run.learner.sampling import Demonstrated, SeenColumns, Source, draw_rows, tell
 from dsrl_async.run.learner.updates import Updates
-from dsrl_async.sac import METRIC_NAMES, metric_names
+from dsrl_async.sac import NOISE_CRITIC_METRIC_NAMES
 from dsrl_async.sac.layout import NoiseLayout
 from dsrl_async.sac.na import NaAgent, Observations
 
@@ -144,8 +144,7 @@ class NaUpdates(Updates):
                 kept = KeptPrefixes(flow, demonstrated.source)
                 kept.refresh()
                 self.demonstrated_columns = kept.columns
-        self.metrics = torch.zeros(len(metric_names("na")), device=agent.device)
-        self.metrics[len(METRIC_NAMES) :] = torch.nan  # until the first of its steps
+        self.metrics[-len(NOISE_CRITIC_METRIC_NAMES) :] = torch.nan  # until the first of its steps
         self.distilling = agent.distilling_numbers(batch_size)
         images, states, told = self.batch.images, self.batch.states, self.batch.instructions
         self.observations = Observations(
@@ -185,7 +184,7 @@ class NaUpdates(Updates):
             lambda noise: self.flow(self.next_seen, states, noise, self.random.of_slots),
             self.imitated,
         )
-        self.metrics[: len(METRIC_NAMES)].copy_(metrics)
+        self.metrics[: -len(NOISE_CRITIC_METRIC_NAMES)].copy_(metrics)
 
     def draw_observations(self) -> None:
         """First half of a step of the noise critic."""
@@ -214,7 +213,7 @@ class NaUpdates(Updates):
             *(self.observations, self.distilling),
             lambda noise: self.flow(self.seen, states, noise, self.distilling.of_slots),
         )
-        self.metrics[len(METRIC_NAMES) :].copy_(metrics)
+        self.metrics[-len(NOISE_CRITIC_METRIC_NAMES) :].copy_(metrics)
 
     def functions(self) -> list[Callable[[], None]]:
         def whole_step() -> None:

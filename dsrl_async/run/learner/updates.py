@@ -10,7 +10,7 @@ from torch import Tensor
 from dsrl_async.host.graphs import Captured, capture
 from dsrl_async.run.learner.compiling import compiled
 from dsrl_async.run.learner.sampling import Demonstrated, Source, draw, empty_batch
-from dsrl_async.sac import METRIC_NAMES
+from dsrl_async.sac import metric_names
 from dsrl_async.sac.agent import Imitated, RandomNumbers, SacAgent
 
 ATTEMPTS = 100
@@ -21,8 +21,8 @@ class Updates:
     """Draws batches from `source` and lets the agent learn from them.
 
     Static buffers: `random`, filled before each update; `positions` int64 [B] and `batch`, written by `draw`; `metrics`
-    fp32 [len(METRIC_NAMES)], of the last update; and all that the agent keeps. With n demonstrations in every batch
-    `positions` are only those of the first B - n rows, and `draw` writes `imitated`, too.
+    fp32 [n], those named by `sac.metric_names`, of the last update; and all that the agent keeps. With n
+    demonstrations in every batch `positions` are only those of the first B - n rows, and `draw` writes `imitated`, too.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class Updates:
         if demonstrated is not None:
             noise = torch.zeros(count, agent.action_dim, device=agent.device)
             self.imitated = Imitated(noise, torch.zeros(count, device=agent.device))
-        self.metrics = torch.zeros(len(METRIC_NAMES), device=agent.device)
+        names = metric_names(agent.config.algorithm, demonstrated is not None)
+        self.metrics = torch.zeros(len(names), device=agent.device)
         self.captured: Captured | None = None
         self._fused: Callable[[], None] | None = None
 

@@ -59,7 +59,7 @@ class Session:
         self.evaluations: Evaluations | None = None
         if config.evaluation.lanes:
             self.evaluations = Evaluations(run, run_dir, self.arena)
-        names = metric_names(config.sac.algorithm)
+        names = metric_names(config.sac.algorithm, run.demonstration_rows > 0)
         with self.wait("opening the loggers"):
             self.monitor = RunMonitor(config, run_dir, start, names, self._wall_before, texts=texts(config))
         self._profiler = None

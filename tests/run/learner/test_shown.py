@@ -29,6 +29,7 @@ from dsrl_async.run.learner.na import NaUpdates, make_na_updates
 from dsrl_async.run.learner.sampling import Demonstrated, InPlace, Mirror
 from dsrl_async.run.learner.updates import Updates
 from dsrl_async.run.preflight.policy import fit_agent
+from dsrl_async.sac import IMITATION_METRIC_NAME, metric_names
 from dsrl_async.sac.agent import Imitated
 from dsrl_async.shm.arena import Arena
 from dsrl_async.shm.counters import Counters
@@ -221,9 +222,14 @@ def test_imitation_reaches_the_actor_alone_and_falls_with_the_updates(algorithm:
         learned(updates)
         weights.append(updates.agent.imitation_weight.item())
     assert weights == [0.5, 0.375, 0.25, 0.125, 0.0, 0.0]
+    learned(updates, with_weights(0, 0, 0))
+    metrics = dict(zip(metric_names(algorithm, True), updates.metrics.tolist(), strict=True))
+    assert [name for name, value in metrics.items() if value == 0] == [IMITATION_METRIC_NAME]
 
 
-def test_before_the_first_decision_only_noise_that_is_known_is_imitated(policy: FrozenPolicy) -> None:
+def test_before_the_first_decision_only_noise_that_is_known_is_imitated(
+    policy: FrozenPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     updates, asked = make_updates(configure("na"), policy), list[list[int]]()
     imitate = updates.agent.imitate
 
@@ -233,7 +239,7 @@ def test_before_the_first_decision_only_noise_that_is_known_is_imitated(policy: 
         assert np.array_equal(imitated.noise, [chosen(number, 32) + 0.1 for number in asked[-1]])
         return imitate(images, states, told, imitated, numbers)
 
-    updates.agent.imitate = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(updates.agent, "imitate", noted)
     updates.imitate(4)
     assert [len(numbers) for numbers in asked] == [BATCH] * 4
     assert all(near(number) for numbers in asked for number in numbers)
