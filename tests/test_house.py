@@ -34,7 +34,7 @@ HOUSE = {
     "pi0": "untrusted",
     "policies": "untrusted users_code config pi0",
     "envs": "untrusted users_code config",
-    "demonstrations": "untrusted",
+    "demonstrations": "untrusted config",
     "sac": "config",
     # What processes share, and what deals with the operating system and the device.
     "shm": "config envs",

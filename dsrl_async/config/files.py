@@ -46,12 +46,16 @@ def read_config(given: str) -> dict[str, Any]:
     path = find_config(given)
     settings, shipped = read_yaml(path), path.resolve() in shipped_configs().values()
     base = PACKAGE.parent if shipped else path.absolute().parent
-    policy = settings.get("policy")
+
+    def found(value: Any) -> Any:
+        beside = isinstance(value, str) and (shipped or not os.path.exists(value)) and os.path.exists(base / value)
+        return str(base / value) if beside else value
+
+    policy, replay = settings.get("policy"), settings.get("replay")
     if isinstance(policy, dict):
-        for name in PATHS:
-            value = policy.get(name)
-            if isinstance(value, str) and (shipped or not os.path.exists(value)) and os.path.exists(base / value):
-                policy[name] = str(base / value)
+        policy |= {name: found(policy[name]) for name in PATHS if name in policy}
+    if isinstance(replay, dict) and (files := replay.get("demonstrations")) is not None:
+        replay["demonstrations"] = list(map(found, files)) if isinstance(files, list) else found(files)
     return settings
 
 

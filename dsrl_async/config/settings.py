@@ -510,23 +510,29 @@ class ReplayConfig(Section):
     DSRL-SAC, `repeat` and `knots` cannot describe it. null means `actor` with `sac.algorithm: sac`, and `base` with
     `na`."""
     demonstrations: Fixed[list[str] | None] = None
-    """Files with demonstrations of the task, which become rows of their own: LIBERO's HDF5, or what
-    `pretraining.make_tabletop_demonstrations --task` writes (docs/demonstrations.md)."""
+    """Files with demonstrations of the task, which become rows of their own: LIBERO's HDF5, directories of
+    LeRobotDatasets, or what `pretraining.make_tabletop_demonstrations --task` writes (docs/demonstrations.md)."""
+    demonstration_cameras: Fixed[list[str] | None] = None
+    """demonstrations: a LeRobotDataset's features that are the environment's cameras, in its order; null means all that
+    are pictures, in the order of its `meta/info.json`."""
     demonstration_share: Announced[float] = Field(0.25, gt=0, lt=1)
     """demonstrations: share of every batch that is drawn from them."""
     demonstration_error: Fixed[float] = Field(0.2, gt=0)
     """demonstrations: largest root mean square error, in normalised actions, between a demonstrated chunk and what the
     policy makes of the nearest noise that was found; what is farther is left out."""
 
-    @field_validator("demonstrations", mode="before")
+    @field_validator("demonstrations", "demonstration_cameras", mode="before")
     @classmethod
-    def _one_file(cls, value: Any) -> Any:
+    def _one(cls, value: Any) -> Any:
         return [str(value)] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> ReplayConfig:
         if self.demonstrations is not None and not 0 < len(set(self.demonstrations)) == len(self.demonstrations):
             raise ValueError("demonstrations must name at least one file and none twice; null means none")
+        cameras = self.demonstration_cameras
+        if cameras is not None and not 0 < len(set(cameras)) == len(cameras):
+            raise ValueError("demonstration_cameras must name at least one camera and none twice; null means all")
         return self
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ class Wanted(NamedTuple):
     prompts: tuple[str, ...]
     turned: bool = False
     """Whether the environment turns LIBERO's pictures by 180 degrees."""
+    camera_keys: tuple[str, ...] | None = None
+    """What the cameras are called in a LeRobotDataset, in the environment's order; None if nobody has said."""
 
 
 class Demonstration(NamedTuple):
@@ -38,26 +40,32 @@ class Demonstration(NamedTuple):
     """The frame of the first action that led to success."""
     task_index: int
     """Number of the instruction among the environment's."""
-    pictures: Callable[[int], NDArray[np.uint8]]
-    """The cameras' pictures of the first n frames, uint8 [n, cameras, height, width, 3]."""
+    pictures: Callable[[int], Iterable[Iterable[NDArray[np.uint8]]]]
+    """For the first n frames, one after the other, each camera's picture, uint8 [height, width, 3] of any size."""
 
 
 def task_index(wanted: Wanted, instruction: str | None, place: str) -> int:
     """The number of an instruction, which a file with one task need not say; raises ValueError if there is none."""
-    prompts = [_plain(prompt) for prompt in wanted.prompts]
-    if instruction is not None and _plain(instruction) in prompts:
-        return prompts.index(_plain(instruction))
-    if len(prompts) == 1 and instruction is None:
-        return 0
+    if (found := find_task(wanted, instruction)) is not None:
+        return found
     if instruction is None:
         raise ValueError(
-            f"{place} does not say which of the environment's {len(prompts)} instructions it is of; add it to the "
+            f"{place} does not say which of the environment's {len(wanted.prompts)} instructions it is of; add it to the "
             "file (docs/demonstrations.md)"
         )
     raise ValueError(
-        f"{place} has the instruction {shown(instruction)}, which is none of the environment's {len(prompts)}; choose "
-        "others, or its task"
+        f"{place} has the instruction {shown(instruction)}, which is none of the environment's {len(wanted.prompts)}; "
+        "choose others, or its task"
     )
+
+
+def find_task(wanted: Wanted, instruction: str | None) -> int | None:
+    """As `task_index`, but None if the environment has no such task."""
+    prompts = [_plain(prompt) for prompt in wanted.prompts]
+    if instruction is None:
+        return 0 if len(prompts) == 1 else None
+    plain = _plain(instruction)
+    return prompts.index(plain) if plain in prompts else None
 
 
 def _plain(instruction: str) -> str:

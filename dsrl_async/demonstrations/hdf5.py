@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsrl_async import untrusted
+from dsrl_async.demonstrations import trial
 
 MOST_FRAMES = 100_000
 """Upper limit on the frames of an episode."""
@@ -31,7 +31,6 @@ SECONDS, BYTES_PER_SECOND = 20.0, 5_000_000
 FRAMES_AT_ONCE = 64
 DEEPEST = 3
 """Groups in groups that are looked into: data, a demonstration, its observations."""
-FORK = multiprocessing.get_context("fork")
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 Kind = TypeVar("Kind", h5py.Group, h5py.Dataset)
@@ -61,21 +60,7 @@ def _problem(path: Path, mtime_ns: int, size: int) -> str | None:
     from others.
     """
     del mtime_ns
-    limit = SECONDS + size / BYTES_PER_SECOND
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=_read_all, args=(path, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(limit):
-            return f"it was not read within {limit:.0f} s; it is damaged"
-        return receiver.recv_bytes().decode() or None
-    except EOFError:
-        return "reading it ended the process that tried to; it is damaged"
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
+    return trial.problem(_read_all, path, seconds=SECONDS + size / BYTES_PER_SECOND)
 
 
 def _read_all(path: Path, sender: Connection) -> None:

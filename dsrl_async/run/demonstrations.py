@@ -50,8 +50,15 @@ def rows_path(run_dir: Path) -> Path:
 
 
 def wanted_of(config: Config, spec: EnvironmentSpec) -> Wanted:
-    turned = config.env.rotate_images
-    return Wanted(spec.cameras, spec.state_dim, spec.action_dim, spec.prompts, turned)
+    keys = config.replay.demonstration_cameras
+    return Wanted(
+        spec.cameras,
+        spec.state_dim,
+        spec.action_dim,
+        spec.prompts,
+        config.env.rotate_images,
+        None if keys is None else tuple(keys),
+    )
 
 
 def read_all(config: Config, spec: EnvironmentSpec) -> Iterator[Demonstration]:

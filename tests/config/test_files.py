@@ -47,3 +47,16 @@ def test_a_path_is_from_the_working_directory_or_else_from_the_file(elsewhere: P
     }
     (elsewhere / "policy").mkdir()
     assert read_config("lab/config.yaml")["policy"]["checkpoint"] == "policy"
+
+
+def test_demonstrations_are_found_beside_the_file_as_well(elsewhere: Path) -> None:
+    file = elsewhere / "lab/config.yaml"
+    (elsewhere / "lab/shown").mkdir(parents=True)
+    (elsewhere / "here.hdf5").touch()
+    for given, found in (
+        ("shown", str(file.parent / "shown")),
+        ("[shown, here.hdf5, nowhere.hdf5]", [str(file.parent / "shown"), "here.hdf5", "nowhere.hdf5"]),
+        ("null", None),
+    ):
+        file.write_text(f"replay: {{demonstrations: {given}}}\n")
+        assert read_config("lab/config.yaml")["replay"]["demonstrations"] == found

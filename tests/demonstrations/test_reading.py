@@ -10,9 +10,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from dsrl_async.demonstrations import Wanted, read
+from dsrl_async.demonstrations import Demonstration, Wanted, read
 
 WANTED = Wanted(cameras=2, state_dim=8, action_dim=7, prompts=("pick up the bowl", "open the drawer"), turned=True)
 RECORDED = WANTED._replace(prompts=("put it there",))
@@ -49,9 +50,13 @@ def recorded(path: Path, **changed: Any) -> Path:
     return path
 
 
+def pictures_of(demonstration: Demonstration, count: int) -> NDArray[np.uint8]:
+    return np.array([list(row) for row in demonstration.pictures(count)])
+
+
 def test_liberos_layout(tmp_path: Path) -> None:
     path = libero(tmp_path / "a.hdf5")
-    (demonstration, pictures), *rest = [(found, found.pictures(3)) for found in read(path, WANTED)]
+    (demonstration, pictures), *rest = [(found, pictures_of(found, 3)) for found in read(path, WANTED)]
     assert not rest
     assert demonstration.place == f"{path}: demo_0"
     assert (demonstration.success, demonstration.task_index) == (4, 0)
@@ -77,7 +82,7 @@ def test_what_was_executed_counts(tmp_path: Path) -> None:
 
 def test_what_our_recorder_writes(tmp_path: Path) -> None:
     (first, _), (second, pictures) = [
-        (found, found.pictures(2)) for found in read(recorded(tmp_path / "a.safetensors"), RECORDED)
+        (found, pictures_of(found, 2)) for found in read(recorded(tmp_path / "a.safetensors"), RECORDED)
     ]
     assert (len(first.state), first.success, len(second.action), second.success) == (4, 3, 2, 1)
     assert second.place.endswith("a.safetensors: episode 7")

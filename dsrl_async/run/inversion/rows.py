@@ -135,11 +135,13 @@ def _write(
 ) -> NDArray[np.float32]:
     """Append an episode's rows; returns the errors of its decisions."""
     frames = demonstration.success + 1
-    pictures = demonstration.pictures(min(frames + 1, len(demonstration.state)))
-    policy_images = np.stack([[resize_with_pad(image, spec.image_size) for image in row] for row in pictures])
-    agent_images = np.empty((len(pictures), *sac_image_shape(len(config.sac.cameras))), np.uint8)
-    for row, image in zip(pictures, agent_images, strict=True):
-        write_agent_image(image, row[config.sac.cameras])
+    count = min(frames + 1, len(demonstration.state))
+    policy_images = np.empty((count, spec.cameras, spec.image_size, spec.image_size, 3), np.uint8)
+    agent_images = np.empty((count, *sac_image_shape(len(config.sac.cameras))), np.uint8)
+    for number, of_cameras in enumerate(demonstration.pictures(count)):
+        pictures = list(of_cameras)
+        policy_images[number] = [resize_with_pad(picture, spec.image_size) for picture in pictures]
+        write_agent_image(agent_images[number], [pictures[camera] for camera in config.sac.cameras])
     state, task = demonstration.state, demonstration.task_index
     chunks = demonstrations.chunk_of(demonstration.action, range(frames), inverter.horizon)
     found = inverter(policy_images[:frames], state[:frames], task, chunks)

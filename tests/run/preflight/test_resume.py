@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "sac.log_std_min": -5.0,
     "sac.log_std_max": 1.0,
     "replay.demonstrations": ["/elsewhere.hdf5"],
+    "replay.demonstration_cameras": ["wrist"],
     "inference.buckets": [1, 2],
     "inference.batch_wait_ms": 3.0,
     "inference.threads": 3,

@@ -1,0 +1,34 @@
+"""Tries in a child what a library written in C might crash over or never come back from."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+FORK = multiprocessing.get_context("fork")
+GOING_ON = b"\0"
+"""What a child sends to say that it is not stuck."""
+
+
+def problem(work: Callable[..., None], *arguments: Any, seconds: float) -> str | None:
+    """What is wrong, by the child that calls `work` with these arguments and a connection; None if nothing is.
+
+    `work` sends one sentence, or nothing, at the end. It may send `GOING_ON` before; `seconds` is the time that it has
+    for each thing that it sends.
+    """
+    receiver, sender = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=work, args=(*arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(seconds):
+            if (said := receiver.recv_bytes()) != GOING_ON:
+                return said.decode() or None
+        return f"it was not read within {seconds:.0f} s; it is damaged"
+    except EOFError:
+        return "reading it ended the process that tried to; it is damaged"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()

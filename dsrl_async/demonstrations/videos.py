@@ -1,0 +1,69 @@
+"""Reads pictures from videos that somebody else may have made: of MP4 files, and nothing that they might refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from dsrl_async import untrusted
+
+NEAR = 0.25
+"""How far from its time a picture may be, in fractions of the time between two."""
+
+
+def pictures_at(
+    path: Path, times: NDArray[np.float64], fps: float, height: int, width: int
+) -> Iterator[NDArray[np.uint8]]:
+    """The pictures uint8 [height, width, 3] at these rising times in seconds.
+
+    Raises ValueError, naming the file, if one is missing or of another size, or for whatever else is wrong.
+    """
+    try:
+        with untrusted.open_regular(path) as raw:
+            untrusted.check_head(raw.read(untrusted.HEAD_BYTES), path)
+            raw.seek(0)
+            # The format is said here, since FFmpeg would also guess at playlists, which lead to other files.
+            with av.open(raw, format="mp4") as container:
+                yield from _pictures(container, path, times, NEAR / fps, (height, width))
+    except Exception as error:  # the library's own are of many kinds, some of them ValueErrors
+        said = untrusted.in_one_line(error) or type(error).__name__
+        if said.startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read: {said}") from error
+
+
+def _pictures(
+    container: Any, path: Path, times: NDArray[np.float64], near: float, size: tuple[int, int]
+) -> Iterator[NDArray[np.uint8]]:
+    if not container.streams.video:
+        raise ValueError(f"{path} has no video in it")
+    stream = container.streams.video[0]
+    context = stream.codec_context
+    _check_size(path, (context.height, context.width), size)
+    context.thread_count = 1
+    # Somewhat before the first one: the library goes on from the last picture before that needs no other.
+    container.seek(max(0, int((times[0] - near) / stream.time_base)), stream=stream)
+    found = 0
+    for frame in container.decode(stream):
+        if frame.time is None or frame.time < times[found] - near:
+            continue
+        if frame.time > times[found] + near:
+            raise ValueError(f"{path} has no picture at {times[found]:.3f} s")
+        _check_size(path, (frame.height, frame.width), size)
+        yield frame.to_ndarray(format="rgb24")
+        found += 1
+        if found == len(times):
+            return
+    raise ValueError(f"{path} ends before {times[found]:.3f} s, where a picture should be")
+
+
+def _check_size(path: Path, found: tuple[int, int], declared: tuple[int, int]) -> None:
+    if found != declared:
+        raise ValueError(
+            f"{path} has pictures of {found[1]} x {found[0]} pixels, meta/info.json says {declared[1]} x {declared[0]}"
+        )
