@@ -87,6 +87,7 @@ LIBRARIES = {
     "pi0": f"mujoco {PROCESSES}",
     "sac": f"mujoco {PROCESSES}",
     "envs": "torch zmq subprocess multiprocessing",
+    "demonstrations": "torch mujoco zmq",
     "shm": "torch mujoco zmq",
     "telemetry": "torch mujoco zmq",
     "run.preflight": "mujoco zmq",
@@ -315,11 +316,12 @@ def imports_torch(modules: list[str]) -> str:
 
 
 def test_workers_their_template_and_the_supervisor_import_no_torch() -> None:
-    of_libero = {"envs.libero", "envs.light_graphics"}  # they need an extra; `LIBRARIES` holds for them
+    # They need extras; `LIBRARIES` holds for them.
+    of_extras = {"envs.libero", "envs.light_graphics", "demonstrations.lerobot", "demonstrations.parquet"}
     modules = [
         f"{PACKAGE}.{module}"
         for module in read_sources()
-        if room_of(module) in WITHOUT_TORCH and module not in {*WITH_TORCH, *of_libero}
+        if room_of(module) in WITHOUT_TORCH and module not in {*WITH_TORCH, *of_extras}
     ]
     assert len(modules) > 30
     assert imports_torch(modules) == ""
