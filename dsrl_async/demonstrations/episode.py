@@ -50,8 +50,8 @@ def task_index(wanted: Wanted, instruction: str | None, place: str) -> int:
         return found
     if instruction is None:
         raise ValueError(
-            f"{place} does not say which of the environment's {len(wanted.prompts)} instructions it is of; add it to the "
-            "file (docs/demonstrations.md)"
+            f"{place} does not say which of the environment's {len(wanted.prompts)} instructions it is of; add it to "
+            "the file (docs/demonstrations.md)"
         )
     raise ValueError(
         f"{place} has the instruction {shown(instruction)}, which is none of the environment's {len(wanted.prompts)}; "
