@@ -307,12 +307,12 @@ def test_rows_of_dsrl_na_have_the_actions_the_instruction_and_what_the_policy_se
             made = policy.loaded.normaliser.robot_actions(actions, torch.from_numpy(shown.state[[frame]]))
             expected = np.concatenate([shown.action[frame:], np.repeat(shown.action[-1:], 9, 0)])[:5]
             np.testing.assert_allclose(made[0], expected, atol=1e-5)
-            assert np.array_equal(rows["policy_images"][row], shown.pictures(7)[frame])
+            assert np.array_equal(rows["policy_images"][row], [*shown.pictures(7)][frame])
 
 
 def test_the_policy_is_inverted_with_the_demonstration_s_instruction(policy: FrozenPolicy) -> None:
     inverter, shown = Inverter(policy, configure("sac")), demonstration(0)
-    images, chunks = shown.pictures(2), np.zeros((2, 10, 7), np.float32)
+    images, chunks = np.array([*shown.pictures(2)]), np.zeros((2, 10, 7), np.float32)
     found = [inverter(images, shown.state[:2], task, chunks).vectors for task in (0, 1, 1)]
     assert np.abs(found[0] - found[1]).max() > 1e-3
     assert np.array_equal(found[1], found[2])
