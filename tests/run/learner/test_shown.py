@@ -307,7 +307,7 @@ def test_rows_of_dsrl_na_have_the_actions_the_instruction_and_what_the_policy_se
             made = policy.loaded.normaliser.robot_actions(actions, torch.from_numpy(shown.state[[frame]]))
             expected = np.concatenate([shown.action[frame:], np.repeat(shown.action[-1:], 9, 0)])[:5]
             np.testing.assert_allclose(made[0], expected, atol=1e-5)
-            assert np.array_equal(rows["policy_images"][row], [*shown.pictures(7)][frame])
+            assert np.array_equal(rows["policy_images"][row], np.array([*shown.pictures(7)])[frame])
 
 
 def test_the_policy_is_inverted_with_the_demonstration_s_instruction(policy: FrozenPolicy) -> None:
