@@ -358,8 +358,8 @@ class SacConfig(Section):
     alpha_lr: Announced[float] = Field(3e-3, ge=0)
     """Adam learning rate of the temperature."""
     lr_schedule: Announced[Literal["constant", "step", "linear"]] = "constant"
-    """How the learning rates of actor and critics fall, but not the temperature's: `step`: all at once at
-    `lr_decay_begin`; `linear`: evenly from there to `lr_decay_end`."""
+    """How the learning rates of actor and critics fall, but not the temperature's, and how `target_entropy` becomes
+    `final_target_entropy`: `step`: all at once at `lr_decay_begin`; `linear`: evenly from there to `lr_decay_end`."""
     lr_final_fraction: Announced[float] = Field(0.2, gt=0, le=1)
     """step, linear: what remains of the learning rates in the end, as a fraction of them."""
     lr_decay_begin: Announced[int] = Field(20_000, gt=0)
@@ -382,6 +382,9 @@ class SacConfig(Section):
     """Entropy that the temperature steers towards: that of the action before `action_magnitude` scales it. Where a
     published value means the scaled noise (official DSRL's does), subtract noise_dim * ln(action_magnitude) from it:
     at 0.4, -16 here is -45.3 there."""
+    final_target_entropy: Announced[float | None] = None
+    """step, linear: what `target_entropy` has become in the end, at the same updates as the learning rates fall (which
+    stay what they are with `lr_final_fraction: 1`); null means that it stays what it is."""
     q_aggregation: Announced[Literal["mean", "min"]] = "mean"
     """How the Q heads are combined, in the target and in the actor's loss."""
     entropy_backup: Fixed[bool] = False
@@ -487,14 +490,25 @@ class SacConfig(Section):
         """The weight of imitation after so many updates."""
         return self.imitation_weight * max(0.0, 1.0 - updates / self.imitation_decay)
 
+    def decayed(self, updates: int) -> float:
+        """How far `lr_schedule` has come after so many updates: 0 before it begins, 1 at its end."""
+        if self.lr_schedule == "constant" or updates < self.lr_decay_begin:
+            return 0.0
+        if self.lr_schedule == "step" or updates >= self.lr_decay_end:
+            return 1.0
+        return (updates - self.lr_decay_begin) / (self.lr_decay_end - self.lr_decay_begin)
+
     def lr_fraction(self, updates: int) -> float:
         """What the learning rates of actor and critics are multiplied by after so many updates."""
-        if self.lr_schedule == "constant" or updates < self.lr_decay_begin:
-            return 1.0
-        if self.lr_schedule == "step" or updates >= self.lr_decay_end:
-            return self.lr_final_fraction
-        passed = (updates - self.lr_decay_begin) / (self.lr_decay_end - self.lr_decay_begin)
-        return 1.0 - passed * (1.0 - self.lr_final_fraction)
+        decayed = self.decayed(updates)
+        return self.lr_final_fraction if decayed == 1.0 else 1.0 - decayed * (1.0 - self.lr_final_fraction)
+
+    def target_entropy_after(self, updates: int) -> float:
+        """What the temperature steers the entropy towards after so many updates."""
+        begin, end, decayed = self.target_entropy, self.final_target_entropy, self.decayed(updates)
+        if end is None:
+            return begin
+        return end if decayed == 1.0 else begin + decayed * (end - begin)
 
 
 class ReplayConfig(Section):

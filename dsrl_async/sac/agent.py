@@ -176,6 +176,7 @@ class SacAgent:
         raw_alpha: fp32 [], the temperature before softplus or exp.
         generator: source of all random numbers of the updates.
         updates: number of critic updates so far, which the caller of `learn` counts.
+        target_entropy: fp32 [], what the temperature steers towards, which `schedule` writes.
         imitation_weight: fp32 [], what the caller of `learn` weighs imitation with.
     """
 
@@ -206,7 +207,8 @@ class SacAgent:
         self.generator = torch.Generator("cpu" if self.device.type == "meta" else self.device).manual_seed(seed)
         self.updates = 0
         self.imitation_weight = torch.zeros((), device=self.device)
-        self._lr_fraction = 1.0
+        self.target_entropy = torch.full((), config.target_entropy, dtype=torch.float32, device=self.device)
+        self._decayed = 0.0
         self._not_computed = torch.full((), math.nan, device=self.device)
 
     def _judged(self, horizon: int) -> tuple[SacConfig, int]:
@@ -223,15 +225,16 @@ class SacAgent:
         return self.config.lr_schedule != "constant"
 
     def schedule(self) -> None:
-        """Give the optimisers the learning rates of the next update, before it: `learn` itself, which may be captured,
-        only reads them."""
-        fraction = self.config.lr_fraction(self.updates)
-        if fraction == self._lr_fraction:
+        """Write the learning rates and the target entropy of the next update, before it: `learn` itself, which may be
+        captured, only reads them."""
+        decayed = self.config.decayed(self.updates)
+        if decayed == self._decayed:
             return
-        self._lr_fraction = fraction
+        self._decayed = decayed
         for name, optimiser in self.optimisers.items():
             if name != "alpha":
-                optimiser.set_fraction(fraction)
+                optimiser.set_fraction(self.config.lr_fraction(self.updates))
+        self.target_entropy.fill_(self.config.target_entropy_after(self.updates))
 
     def random_numbers(self, batch_size: int) -> RandomNumbers:
         """Buffers for the random numbers of an update."""
@@ -303,7 +306,7 @@ class SacAgent:
             self.actor.backward_(actor_loss)
             actor_norm = clip_gradient_(self.actor.flat_grad, config.actor_grad_clip)
             entropy = -log_probability.detach().mean()
-            excess = entropy - config.target_entropy
+            excess = entropy - self.target_entropy
             alpha_loss = alpha * excess
             # The derivative of exp is exp, that of softplus the logistic function.
             slope = alpha if config.alpha_type == "exp" else self.raw_alpha.sigmoid()

@@ -323,11 +323,22 @@ def test_the_base_policys_noise_is_for_those_who_can_learn_from_it() -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "linear"])
 def test_rates_fall_from_the_beginning_to_the_end_of_a_schedule(schedule: str) -> None:
-    sac = validate({"sac": {"lr_schedule": schedule, "lr_decay_begin": 10, "lr_decay_end": 20}}).sac
+    of_schedule = {"lr_schedule": schedule, "lr_decay_begin": 10, "lr_decay_end": 20}
+    sac = validate({"sac": {**of_schedule, "final_target_entropy": -21.0}}).sac
     expected = {"constant": [1, 1, 1, 1, 1], "step": [1, 0.2, 0.2, 0.2, 0.2], "linear": [1, 1, 0.6, 0.2, 0.2]}
     assert [sac.lr_fraction(updates) for updates in (9, 10, 15, 20, 10**9)] == pytest.approx(expected[schedule])
+    entropies = {"constant": [-16] * 5, "step": [-16, -21, -21, -21, -21], "linear": [-16, -16, -18.5, -21, -21]}
+    assert [sac.target_entropy_after(updates) for updates in (9, 10, 15, 20, 10**9)] == entropies[schedule]
+    stays = validate({"sac": of_schedule}).sac
+    assert [stays.target_entropy_after(updates) for updates in (9, 15, 20)] == [-16] * 3
     with pytest.raises(ConfigError, match="lr_decay_begin must be below lr_decay_end with lr_schedule linear"):
         validate({"sac": {"lr_schedule": "linear", "lr_decay_begin": 20, "lr_decay_end": 20}})
+
+
+def test_an_entropy_to_end_with_needs_a_schedule() -> None:
+    with pytest.raises(ConfigError, match=r"^sac.final_target_entropy: it has no effect with sac.lr_schedule constant"):
+        preflight.check_run(validate({"sac": {"final_target_entropy": -20}}))
+    preflight.check_run(validate({"sac": {"final_target_entropy": -20, "lr_schedule": "step"}}))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "norm_stats.json", "tokenizer.json", "config.json"])

@@ -195,14 +195,14 @@ def test_no_setting_takes_what_is_not_finite(value: str) -> None:
 
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_settings_that_count_or_measure_are_positive(value: str) -> None:
-    """But for those that may be none, and the two that may be any number."""
+    """But for those that may be none, and those that may be any number."""
     may_be_zero = {
         *("seed", "env.settling_steps", "policy.delta_action_dims", "sac.conv_padding", "sac.state_latent_dim"),
         *("sac.alpha_lr", "sac.train_actor_steps", "inference.batch_wait_ms", "evaluation.films"),
         *("group.gpus", "sac.instruction_dim"),
         *("sac.imitation_weight", "sac.imitation_updates"),
     }
-    any_number = {"sac.target_entropy", "sac.log_std_min", "sac.log_std_max"}
+    any_number = {"sac.target_entropy", "sac.final_target_entropy", "sac.log_std_min", "sac.log_std_max"}
     for key, field in leaf_fields():
         kinds = str(field.annotation)
         if ("int" in kinds or "float" in kinds) and "Literal" not in kinds and key not in any_number:

@@ -110,11 +110,17 @@ def check_prompts(policy: PolicyRecord, spec: EnvironmentSpec) -> tuple[str, ...
 
 
 def check_algorithm(config: Config, policy: PolicyRecord) -> None:
-    """Raises ConfigError if the agent's algorithm asks what the policy cannot be asked."""
+    """Raises ConfigError if the agent's algorithm asks what the policy cannot be asked, or what it steers towards is
+    to change and never does."""
     if config.sac.algorithm == "na" and not policy.normalised:
         raise ConfigError(
             f"sac.algorithm: na learns from normalised actions, which a Pi0 gives and {policy.type} does not; set it "
             "to sac"
+        )
+    if config.sac.lr_schedule == "constant" and config.sac.final_target_entropy is not None:
+        raise ConfigError(
+            "sac.final_target_entropy: it has no effect with sac.lr_schedule constant; set that to step or linear, or "
+            "leave this out"
         )
 
 

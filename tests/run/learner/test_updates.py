@@ -58,6 +58,7 @@ OTHER: dict[str, object] = {
 """The other value of nearly every setting that changes what is computed."""
 TOLD: dict[str, object] = {"instruction": "task", "instruction_dim": 3}
 FALLING: dict[str, object] = {"lr_schedule": "linear", "lr_decay_begin": 1, "lr_decay_end": 4, "train_actor_steps": 0}
+FALLING |= {"final_target_entropy": 3.0}
 DOCUMENT = CONFIGS / "libero_spatial_pi0.yaml"
 
 
@@ -487,14 +488,16 @@ def test_adam_is_torchs_adam() -> None:
 
 
 def test_rates_that_fall_at_a_step_are_those_of_a_resume_with_lower_rates() -> None:
-    """Bit for bit: three updates with the rates and three with a fifth of them, but for the temperature's."""
+    """Bit for bit: three updates with the rates and three with a fifth of them, but for the temperature's, and with
+    another target entropy."""
     ring, of_both = make_ring(), {"train_actor_steps": 0}
     write(ring, 20, seed=0)
-    stepping = make_updates({"lr_schedule": "step", "lr_decay_begin": 3, "lr_final_fraction": 0.2} | of_both, ring)
+    of_step = {"lr_schedule": "step", "lr_decay_begin": 3, "lr_final_fraction": 0.2, "final_target_entropy": 3.5}
+    stepping = make_updates(of_step | of_both, ring)
     before = make_updates(dict(of_both), ring)
     learn(stepping, 6)
     learn(before, 3)
-    lower = {name: 0.2 * getattr(SMALL, name) for name in ("actor_lr", "critic_lr")}
+    lower = {name: 0.2 * getattr(SMALL, name) for name in ("actor_lr", "critic_lr")} | {"target_entropy": 3.5}
     after = make_updates(lower | of_both, ring)
     after.agent.load_state_tensors(before.agent.state_tensors())
     learn(after, 3)

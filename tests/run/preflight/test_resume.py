@@ -39,6 +39,7 @@ OTHER: dict[str, Any] = {
     "sac.cameras": [1],
     "sac.image_pool": 4,
     "sac.gamma": 0.9,
+    "sac.batch_size": 64,
     "sac.conv_channels": [16],
     "sac.conv_kernels": [3],
     "sac.conv_strides": [3],
