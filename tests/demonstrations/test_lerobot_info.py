@@ -26,7 +26,6 @@ def test_openpis_names_channels_first_and_what_says_success(tmp_path: Path) -> N
         tmp_path,
         features={
             "wrist_image": {"dtype": "image", "shape": [3, 12, 16]},
-            "depth": {"dtype": "video", "shape": [12, 16, 3], "info": {"video.is_depth_map": True}},
             "image": {"dtype": "image", "shape": [24, 16, 3]},
             "state": {"dtype": "float32", "shape": [4]},
             "actions": {"dtype": "float32", "shape": [3]},
@@ -37,6 +36,13 @@ def test_openpis_names_channels_first_and_what_says_success(tmp_path: Path) -> N
     info = read_info(tmp_path, WANTED._replace(camera_keys=("image", "wrist_image")))
     assert info.cameras == (Camera("image", 24, 16, False), Camera("wrist_image", 12, 16, False))
     assert (info.state, info.action, info.success) == ("state", "actions", "next.reward")
+
+
+def test_a_depth_map_is_no_camera(tmp_path: Path) -> None:
+    depth = {"dtype": "video", "shape": [12, 16, 3], "info": {"video.is_depth_map": True}}
+    features(write_info(tmp_path), lambda all: all.update(depth=depth))
+    assert [camera.key for camera in read_info(tmp_path, WANTED).cameras] == [FRONT, WRIST]
+    refused(tmp_path, WANTED._replace(camera_keys=("depth", WRIST)), "has no camera 'depth'")
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,14 @@ def picture(height: int = HEIGHT, width: int = WIDTH, mode: str = "RGB", kind: s
     return packed.getvalue()
 
 
-def write_video(path: Path, frames: int, height: int = SIDE, width: int = SIDE, rate: int = FPS) -> None:
-    """An MP4 whose frame n is grey, 20 n + 10."""
+def write_video(
+    path: Path, frames: int, height: int = SIDE, width: int = SIDE, rate: int = FPS, kind: str = "mp4"
+) -> None:
+    """A video whose frame n is grey, 20 n + 10."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=kind) as container:
         stream = container.add_stream("mpeg4", rate)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for number in range(frames):
