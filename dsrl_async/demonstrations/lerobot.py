@@ -14,6 +14,7 @@ few and documented, and the two libraries are those that LeRobot reads them with
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import logging
@@ -88,8 +89,8 @@ def _read_all(info: Info, wanted: Wanted, sender: Connection) -> None:
 
 def _demonstrations(info: Info, wanted: Wanted, counted: Counter[str]) -> Iterator[Demonstration]:
     """The episodes that can be learned from; `counted` gets how many there are, and how many are left out, and why."""
-    episodes = _episodes(info, wanted, counted)
     instructions = _instructions(info)
+    episodes = _episodes(info, wanted, instructions, counted)
     episodes.sort(key=lambda episode: (episode.data, episode.number))
     for file, group in itertools.groupby(episodes, lambda episode: episode.data):
         with parquet.opened(info.data_file(*file)) as table:
@@ -106,43 +107,46 @@ def _demonstrations(info: Info, wanted: Wanted, counted: Counter[str]) -> Iterat
         )
 
 
-def _episodes(info: Info, wanted: Wanted, counted: Counter[str]) -> list[Episode]:
+def _episodes(info: Info, wanted: Wanted, instructions: dict[int, str], counted: Counter[str]) -> list[Episode]:
     """Those of the environment's tasks; raises ValueError if there are none."""
     paths = sorted(info.directory.glob("meta/episodes/chunk-*/file-*.parquet"))
     if not paths:
         raise ValueError(f"{info.directory}: meta/episodes/chunk-000/file-000.parquet is missing")
     of_cameras = [camera.key for camera in info.cameras if camera.is_video]
+    names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    names += [f"videos/{key}/{what}" for key in of_cameras for what in ("chunk_index", "file_index")]
+    times = [f"videos/{key}/from_timestamp" for key in of_cameras]
     found: dict[int, Episode] = {}
     others: dict[int, str | None] = {}
+    tasks_of = functools.cache(partial(_tasks_of_frames, info, instructions))
     for path in paths:
         with parquet.opened(path) as table:
-            names = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-            names += [f"videos/{key}/{what}" for key in of_cameras for what in ("chunk_index", "file_index")]
-            times = [f"videos/{key}/from_timestamp" for key in of_cameras]
-            columns = parquet.columns(table, [*names, *times, "tasks"])
-            whole = {name: parquet.whole_numbers(columns[name], f"{path}: {name}").tolist() for name in names}
-            begins = {name: _times(columns[name], f"{path}: {name}").tolist() for name in times}
-            for row, number in enumerate(whole["episode_index"]):
-                if number in found or number in others:
-                    raise ValueError(f"{path} has the episode {number} twice")
-                instruction = _instruction(columns["tasks"][row].as_py(), f"{path}: tasks of episode {number}")
-                if (task := find_task(wanted, instruction)) is None:
-                    others[number] = instruction
-                    continue
-                if not 0 < whole["length"][row] <= MOST_FRAMES:
-                    raise ValueError(
-                        f"{path}: episode {number} has {whole['length'][row]} frames; 1 to {MOST_FRAMES} can be read"
-                    )
-                place = whole["data/chunk_index"][row], whole["data/file_index"][row]
-                videos = {
-                    key: (
-                        whole[f"videos/{key}/chunk_index"][row],
-                        whole[f"videos/{key}/file_index"][row],
-                        begins[f"videos/{key}/from_timestamp"][row],
-                    )
-                    for key in of_cameras
-                }
-                found[number] = Episode(number, whole["length"][row], task, instruction, place, videos)
+            tasks = ["tasks"] if parquet.has(table, "tasks") else []
+            columns = parquet.columns(table, [*names, *times, *tasks])
+        whole = {name: parquet.whole_numbers(columns[name], f"{path}: {name}").tolist() for name in names}
+        begins = {name: _times(columns[name], f"{path}: {name}").tolist() for name in times}
+        for row, number in enumerate(whole["episode_index"]):
+            if number in found or number in others:
+                raise ValueError(f"{path} has the episode {number} twice")
+            place = whole["data/chunk_index"][row], whole["data/file_index"][row]
+            said = columns["tasks"][row].as_py() if tasks else tasks_of(*place).get(number)
+            instruction = _instruction(said, f"{path}: tasks of episode {number}")
+            if (task := find_task(wanted, instruction)) is None:
+                others[number] = instruction
+                continue
+            if not 0 < whole["length"][row] <= MOST_FRAMES:
+                raise ValueError(
+                    f"{path}: episode {number} has {whole['length'][row]} frames; 1 to {MOST_FRAMES} can be read"
+                )
+            videos = {
+                key: (
+                    whole[f"videos/{key}/chunk_index"][row],
+                    whole[f"videos/{key}/file_index"][row],
+                    begins[f"videos/{key}/from_timestamp"][row],
+                )
+                for key in of_cameras
+            }
+            found[number] = Episode(number, whole["length"][row], task, instruction, place, videos)
     counted["have another task than the environment"] = len(others)
     if not found:
         what = "has no episodes"
@@ -156,8 +160,29 @@ def _episodes(info: Info, wanted: Wanted, counted: Counter[str]) -> list[Episode
     return list(found.values())
 
 
+def _tasks_of_frames(info: Info, instructions: dict[int, str], chunk: int, file: int) -> dict[int, list[str]]:
+    """Episode -> the instructions that its frames have.
+
+    It is for datasets whose meta/episodes lacks `tasks`: that of lerobot/libero does.
+    """
+    path = info.data_file(chunk, file)
+    with parquet.opened(path) as table:
+        columns = parquet.columns(table, ["episode_index", "task_index"])
+        pairs = np.stack([parquet.whole_numbers(column, f"{path}: {name}") for name, column in columns.items()], 1)
+    found: dict[int, list[str]] = {}
+    for number, task in np.unique(pairs, axis=0).tolist():
+        found.setdefault(number, []).append(_instruction_of(instructions, task, f"{path}: episode {number}"))
+    return found
+
+
+def _instruction_of(instructions: dict[int, str], task: int, place: str) -> str:
+    if task not in instructions:
+        raise ValueError(f"{place} has the task_index {task}, which meta/tasks.parquet does not have")
+    return instructions[task]
+
+
 def _instruction(said: Any, what: str) -> str | None:
-    """An episode's, by the column of meta/episodes."""
+    """An episode's."""
     if not isinstance(said, list) or len(said) > 1 or not all(isinstance(one, str) for one in said):
         raise ValueError(f"{what} must be one instruction, not {shown(said)}")
     return said[0] if said else None
@@ -205,12 +230,10 @@ class _Frames:
             raise ValueError(f"{place} has frames of others in between")
         part = slice(start, start + count)
         for task in np.unique(self._whole["task_index"][part]).tolist():
-            if task not in self._instructions:
-                raise ValueError(f"{place} has the task_index {task}, which meta/tasks.parquet does not have")
-            if self._instructions[task] != episode.instruction:
+            instruction = _instruction_of(self._instructions, task, place)
+            if instruction != episode.instruction:
                 raise ValueError(
-                    f"{place} has the instruction {shown(self._instructions[task])}, meta/episodes says "
-                    f"{shown(episode.instruction)}"
+                    f"{place} has the instruction {shown(instruction)}, meta/episodes says {shown(episode.instruction)}"
                 )
         state = check_numbers(self._state[part], (count, wanted.state_dim), f"{place}: {info.state}")
         action = check_numbers(self._action[part], (count, wanted.action_dim), f"{place}: {info.action}")

@@ -14,6 +14,8 @@ from dsrl_async import untrusted
 
 NEAR = 0.25
 """How far from its time a picture may be, in fractions of the time between two."""
+REORDERED = 16
+"""So many pictures, at most, stand in a file before one that is shown earlier: the limit of H.264 and H.265."""
 
 
 def pictures_at(
@@ -29,7 +31,7 @@ def pictures_at(
             raw.seek(0)
             # The format is said here, since FFmpeg would also guess at playlists, which lead to other files.
             with av.open(raw, format="mp4") as container:
-                yield from _pictures(container, path, times, NEAR / fps, (height, width))
+                yield from _pictures(container, path, times, fps, (height, width))
     except Exception as error:  # the library's own are of many kinds, some of them ValueErrors
         said = untrusted.in_one_line(error) or type(error).__name__
         if said.startswith(str(path)):
@@ -38,7 +40,7 @@ def pictures_at(
 
 
 def _pictures(
-    container: Any, path: Path, times: NDArray[np.float64], near: float, size: tuple[int, int]
+    container: Any, path: Path, times: NDArray[np.float64], fps: float, size: tuple[int, int]
 ) -> Iterator[NDArray[np.uint8]]:
     if not container.streams.video:
         raise ValueError(f"{path} has no video in it")
@@ -46,9 +48,10 @@ def _pictures(
     context = stream.codec_context
     _check_size(path, (context.height, context.width), size)
     context.thread_count = 1
-    # Somewhat before the first one: the library goes on from the last picture before that needs no other.
-    container.seek(max(0, int((times[0] - near) / stream.time_base)), stream=stream)
-    found = 0
+    # The library goes on from the last picture that needs no other and stands in the file before this time. Where
+    # pictures are reordered, that one may be shown later; hence the margin.
+    container.seek(max(0, int((times[0] - (REORDERED + 1) / fps) / stream.time_base)), stream=stream)
+    found, near = 0, NEAR / fps
     for frame in container.decode(stream):
         if frame.time is None or frame.time < times[found] - near:
             continue

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.lerobot_dataset import (
     DATA,
     EPISODES,
+    FPS,
     FRONT,
     LENGTHS,
     SIDE,
@@ -37,7 +38,7 @@ from dsrl_async.demonstrations import Demonstration, Wanted, lerobot_info, read
 for library in ("pyarrow", "av"):
     pytest.importorskip(library, reason="the extra `demonstrations` is not installed")
 
-from dsrl_async.demonstrations import lerobot, parquet  # noqa: E402  # they import pyarrow
+from dsrl_async.demonstrations import lerobot, parquet, videos  # noqa: E402  # they import pyarrow
 
 
 @pytest.fixture
@@ -105,6 +106,16 @@ def test_pictures_are_turned_back_where_the_environment_does_not_turn_them(datas
         assert np.argwhere(front[..., 0]).tolist() == [list(corner)]
 
 
+def test_pictures_that_stand_in_a_video_in_another_order(tmp_path: Path) -> None:
+    video, times = tmp_path / "a.mp4", np.arange(48) / FPS
+    write_video(video, len(times), step=5, bf="2", g="12", qmax="2")
+    whole = [picture.mean() for picture in videos.pictures_at(video, times, FPS, SIDE, SIDE)]
+    assert np.abs(whole - (5 * np.arange(len(times)) + 10)).max() <= 2
+    for first in range(1, 46, 4):
+        part = videos.pictures_at(video, times[first : first + 3], FPS, SIDE, SIDE)
+        assert [picture.mean() for picture in part] == whole[first : first + 3]
+
+
 def test_cameras_in_the_order_that_was_asked_for(dataset: Path) -> None:
     found = read(dataset, WANTED._replace(camera_keys=(WRIST, FRONT)))
     assert [picture.shape[0] for picture in pictures_of(next(found), 1)[0]] == [SIDE, 12]
@@ -131,6 +142,18 @@ def test_what_says_success(dataset: Path, name: str, marks: list[int], found: li
 def test_an_index_of_pandas_without_a_name(dataset: Path) -> None:
     write_table(dataset / TASKS, {"task_index": [0, 1], "__index_level_0__": ["put it there", "Dance"]})
     assert len(list(read(dataset, WANTED))) == 2
+
+
+def test_a_dataset_whose_episodes_do_not_say_their_tasks(dataset: Path) -> None:
+    column(EPISODES, "tasks", gone)(dataset)
+    found = [(demonstration.place, demonstration.task_index) for demonstration in read(dataset, WANTED)]
+    assert found == [(f"{dataset / DATA}: episode {number}", 0) for number in (0, 2)]
+    write_table(dataset / DATA, tables()[DATA] | {"task_index": [0, 1, *tables()[DATA]["task_index"][2:]]})
+    with pytest.raises(ValueError, match=r"episode 0 must be one instruction, not \['put it there', 'Dance'\]"):
+        next(read(dataset, WANTED))
+    write_table(dataset / DATA, tables()[DATA] | {"task_index": [7] * FRAMES})
+    with pytest.raises(ValueError, match="has the task_index 7, which"):
+        next(read(dataset, WANTED))
 
 
 Change = Callable[[Path], object]
@@ -237,7 +260,6 @@ CHANGES: list[tuple[Change, str, str]] = [
     ),
     (column(EPISODES, "tasks", at(0, ["a", "b"])), EPISODES, "tasks of episode 0 must be one instruction"),
     (column(EPISODES, "tasks", lambda rows: ["put it there"] * 3), EPISODES, "must be one instruction"),
-    (column(EPISODES, "tasks", gone), EPISODES, "has no column tasks"),
     (column(EPISODES, "episode_index", at(1, 0)), EPISODES, "has the episode 0 twice"),
     (column(EPISODES, "length", at(0, 1 << 30)), EPISODES, "episode 0 has 1073741824 frames; 1 to 100000 can be read"),
     (column(EPISODES, "length", at(0, 0)), EPISODES, "episode 0 has 0 frames"),

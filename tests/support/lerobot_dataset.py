@@ -66,17 +66,24 @@ def picture(height: int = HEIGHT, width: int = WIDTH, mode: str = "RGB", kind: s
 
 
 def write_video(
-    path: Path, frames: int, height: int = SIDE, width: int = SIDE, rate: int = FPS, kind: str = "mp4"
+    path: Path,
+    frames: int,
+    height: int = SIDE,
+    width: int = SIDE,
+    rate: int = FPS,
+    kind: str = "mp4",
+    step: int = 20,
+    **options: str,
 ) -> None:
-    """A video whose frame n is grey, 20 n + 10."""
+    """A video whose frame n is grey, `step` n + 10; `options` are the encoder's."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=kind) as container:
-        stream = container.add_stream("mpeg4", rate)
+        stream = container.add_stream("mpeg4", rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for number in range(frames):
-            pixels: NDArray[np.uint8] = np.full((height, width, 3), 20 * number + 10, np.uint8)
+            pixels: NDArray[np.uint8] = np.full((height, width, 3), step * number + 10, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
