@@ -20,7 +20,7 @@ import itertools
 import logging
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -40,7 +40,7 @@ from dsrl_async.untrusted import shown
 logger = logging.getLogger(__name__)
 
 SECONDS = 60.0
-"""How long it may take until the next picture has been read."""
+"""How long it may take until the next table, or the next picture, has been read."""
 MEMORY = 8 << 30
 """Bytes that reading may take: a file can say that it is larger than it is."""
 INSTRUCTION = ("task", "__index_level_0__")
@@ -78,25 +78,32 @@ def _read_all(info: Info, wanted: Wanted, sender: Connection) -> None:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, resource.RLIM_INFINITY))
-        for demonstration in _demonstrations(info, wanted, Counter()):
-            sender.send_bytes(trial.GOING_ON)
+        going_on = partial(sender.send_bytes, trial.GOING_ON)
+        for demonstration in _demonstrations(info, wanted, Counter(), going_on):
             for _ in demonstration.pictures(len(demonstration.state)):
-                sender.send_bytes(trial.GOING_ON)
+                going_on()
     except Exception as error:
         said = untrusted.in_one_line(error) or type(error).__name__
     sender.send_bytes(said.encode(errors="replace"))
 
 
-def _demonstrations(info: Info, wanted: Wanted, counted: Counter[str]) -> Iterator[Demonstration]:
-    """The episodes that can be learned from; `counted` gets how many there are, and how many are left out, and why."""
+def _demonstrations(
+    info: Info, wanted: Wanted, counted: Counter[str], going_on: Callable[[], object] = lambda: None
+) -> Iterator[Demonstration]:
+    """The episodes that can be learned from; `counted` gets how many there are, and how many are left out, and why.
+
+    `going_on` is called for each table and each episode.
+    """
     instructions = _instructions(info)
-    episodes = _episodes(info, wanted, instructions, counted)
+    going_on()
+    episodes = _episodes(info, wanted, instructions, counted, going_on)
     episodes.sort(key=lambda episode: (episode.data, episode.number))
     for file, group in itertools.groupby(episodes, lambda episode: episode.data):
         with parquet.opened(info.data_file(*file)) as table:
             frames = _Frames(info, table, instructions, wanted)
             for episode in group:
                 demonstration = frames.demonstration(episode)
+                going_on()
                 counted["never succeed" if demonstration is None else ""] += 1
                 if demonstration is not None:
                     yield demonstration
@@ -107,7 +114,9 @@ def _demonstrations(info: Info, wanted: Wanted, counted: Counter[str]) -> Iterat
         )
 
 
-def _episodes(info: Info, wanted: Wanted, instructions: dict[int, str], counted: Counter[str]) -> list[Episode]:
+def _episodes(
+    info: Info, wanted: Wanted, instructions: dict[int, str], counted: Counter[str], going_on: Callable[[], object]
+) -> list[Episode]:
     """Those of the environment's tasks; raises ValueError if there are none."""
     paths = sorted(info.directory.glob("meta/episodes/chunk-*/file-*.parquet"))
     if not paths:
@@ -123,6 +132,7 @@ def _episodes(info: Info, wanted: Wanted, instructions: dict[int, str], counted:
         with parquet.opened(path) as table:
             tasks = ["tasks"] if parquet.has(table, "tasks") else []
             columns = parquet.columns(table, [*names, *times, *tasks])
+        going_on()
         whole = {name: parquet.whole_numbers(columns[name], f"{path}: {name}").tolist() for name in names}
         begins = {name: _times(columns[name], f"{path}: {name}").tolist() for name in times}
         for row, number in enumerate(whole["episode_index"]):
@@ -130,6 +140,7 @@ def _episodes(info: Info, wanted: Wanted, instructions: dict[int, str], counted:
                 raise ValueError(f"{path} has the episode {number} twice")
             place = whole["data/chunk_index"][row], whole["data/file_index"][row]
             said = columns["tasks"][row].as_py() if tasks else tasks_of(*place).get(number)
+            going_on()
             instruction = _instruction(said, f"{path}: tasks of episode {number}")
             if (task := find_task(wanted, instruction)) is None:
                 others[number] = instruction

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,23 @@ def problem(work: Callable[..., None], *arguments: Any, seconds: float) -> str |
     for each thing that it sends.
     """
     receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(*arguments, sender), daemon=True)
+    process = FORK.Process(target=_without_core, args=(work, *arguments, sender), daemon=True)
     process.start()
     sender.close()
     try:
         while receiver.poll(seconds):
             if (said := receiver.recv_bytes()) != GOING_ON:
                 return said.decode() or None
-        return f"it was not read within {seconds:.0f} s; it is damaged"
+        return f"it was not read within {seconds:.0f} s; it is damaged, or its disk is very slow"
     except EOFError:
         return "reading it ended the process that tried to; it is damaged"
     finally:
         process.kill()
         process.join()
         receiver.close()
+
+
+def _without_core(work: Callable[..., None], *arguments: Any) -> None:
+    """A crash is expected here: it must not leave gigabytes of a core file, nor take the time to write them."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    work(*arguments)

@@ -6,8 +6,10 @@ import os
 import signal
 import tarfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ from dsrl_async.demonstrations import Demonstration, Wanted, lerobot_info, read
 for library in ("pyarrow", "av"):
     pytest.importorskip(library, reason="the extra `demonstrations` is not installed")
 
-from dsrl_async.demonstrations import lerobot, parquet, videos  # noqa: E402  # they import pyarrow
+from dsrl_async.demonstrations import lerobot, parquet, trial, videos  # noqa: E402  # they import pyarrow
 
 
 @pytest.fixture
@@ -154,6 +156,31 @@ def test_a_dataset_whose_episodes_do_not_say_their_tasks(dataset: Path) -> None:
     write_table(dataset / DATA, tables()[DATA] | {"task_index": [7] * FRAMES})
     with pytest.raises(ValueError, match="has the task_index 7, which"):
         next(read(dataset, WANTED))
+
+
+@pytest.mark.parametrize("says_tasks", [True, False])
+def test_each_table_is_a_sign_that_it_is_going_on(
+    dataset: Path, says_tasks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the limit on time is none on the size of a dataset."""
+    if not says_tasks:
+        column(EPISODES, "tasks", gone)(dataset)
+    happened, opened = list[bytes](), parquet.opened
+
+    def opened_now(path: Path) -> AbstractContextManager[parquet.Table]:
+        happened.append(path.name.encode())
+        return opened(path)
+
+    class Sender:
+        send_bytes = staticmethod(happened.append)
+
+    monkeypatch.setattr(parquet, "opened", opened_now)
+    monkeypatch.setattr(lerobot.resource, "setrlimit", lambda *_: None)
+    lerobot._read_all(lerobot_info.read_info(dataset, WANTED), WANTED, cast(Connection, Sender()))
+    assert happened[-1] == b""
+    tables_read = [place for place, what in enumerate(happened) if what.endswith(b".parquet")]
+    assert len(tables_read) == (3 if says_tasks else 4)
+    assert all(happened[place + 1] == trial.GOING_ON for place in tables_read)
 
 
 Change = Callable[[Path], object]
