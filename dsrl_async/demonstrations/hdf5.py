@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from dsrl_async import untrusted
 from dsrl_async.demonstrations import trial
+from dsrl_async.demonstrations.episode import MOST_FRAMES
 
-MOST_FRAMES = 100_000
-"""Upper limit on the frames of an episode."""
 MOST_EPISODES = 100_000
 """Upper limit on the episodes of a file."""
 LARGEST_CHUNK = 1 << 28
