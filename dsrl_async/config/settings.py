@@ -517,7 +517,8 @@ class ReplayConfig(Section):
     capacity: Announced[int] = Field(40_000, ge=64)
     """Rows for all workers together; a row takes 12.5 kB, and 12.3 more for each further one of `sac.cameras`."""
     warmup_decisions: Announced[int] = Field(128, ge=1)
-    """Decisions before learning starts, whose noise `warmup` says."""
+    """Decisions before learning starts, whose noise `warmup` says. Where it is not given, a larger `sac.batch_size`
+    raises it to a batch."""
     warmup: Announced[Literal["gaussian", "actor", "base"] | None] = None
     """Noise of the warm-up: `gaussian`: unsquashed N(0, I), laid out as `sac.noise_layout` says (official DSRL-SAC);
     `actor`: the untrained actor's (RLinf); `base`: the policy's own, independent in every slot (official DSRL-NA). With
@@ -738,6 +739,8 @@ class Config(Section):
                 f"replay.capacity must be at least {MIN_LANE_ROWS} rows for each of the {actors} actors "
                 f"({actors * MIN_LANE_ROWS}); raise it or lower actors"
             )
+        if "warmup_decisions" not in self.replay.model_fields_set:
+            self.replay.warmup_decisions = max(self.replay.warmup_decisions, self.sac.batch_size)
         if self.replay.capacity < self.replay.warmup_decisions:
             raise ValueError("replay.capacity must not be below replay.warmup_decisions")
         if self.replay.warmup_decisions < self.sac.batch_size:

@@ -115,9 +115,9 @@ def load_rows(run_dir: Path, ring: ReplayRing, tasks: int) -> tuple[int, int]:
     """
     path = rows_path(run_dir)
     untrusted.check_regular(path)
-    ring.import_rows(0, checkpoints.read_lane(path, ring, tasks))
-    head = int(ring.head[0])
-    return int(ring.rows["near"][0, :head].sum()), int((ring.rows["steps"][0, :head] > 0).sum())
+    rows = checkpoints.read_lane(path, ring, tasks)
+    ring.import_rows(0, rows)
+    return int(rows["near"].sum()), int((rows["steps"] > 0).sum())
 
 
 def count_rows(run_dir: Path) -> int | None:

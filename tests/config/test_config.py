@@ -33,6 +33,13 @@ from dsrl_async.run import checkpoints, preflight
 needs_libero = pytest.mark.skipif(find_spec("libero") is None, reason="pip install -e '.[libero]'")
 
 
+def test_a_warm_up_that_is_not_given_fills_a_batch() -> None:
+    assert validate({"sac": {"batch_size": 256}}).replay.warmup_decisions == 256
+    assert validate({"sac": {"batch_size": 16}}).replay.warmup_decisions == 128
+    with pytest.raises(ConfigError, match=r"replay\.warmup_decisions must be at least sac\.batch_size"):
+        validate({"sac": {"batch_size": 256}, "replay": {"warmup_decisions": 128}})
+
+
 def test_defaults_are_the_tabletop_file_and_it_names_every_key() -> None:
     path = CONFIGS / "tabletop.yaml"
     assert load_config(["--config", str(path)]) == Config()

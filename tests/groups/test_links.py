@@ -60,7 +60,7 @@ class Machines:
                 self.client,
             ),
             "downlink": (
-                {"groups": 1, "publish_s": 0.2},
+                {"groups": 1, "tasks": 1, "publish_s": 0.2},
                 self.learner,
                 self.learner_ends.subscriber,
                 self.server,

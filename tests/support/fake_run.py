@@ -32,7 +32,7 @@ class FakeRun:
 
     def __init__(self, run_dir: Path, actors: int = 2, resumed_wall_s: float = 0.0, **settings: Any) -> None:
         run_dir.mkdir(exist_ok=True)
-        self.config = validate({"actors": actors, **settings})
+        self.config = validate({"actors": actors, "replay": {"warmup_decisions": 400}, **settings})
         fields = counter_fields(actors, groups=settings.get("groups", 0)).items()
         self.counters = {name.replace("/", "_"): np.zeros(shape, dtype) for name, (shape, dtype) in fields}
         self.shared = cast(Counters, SimpleNamespace(**self.counters))

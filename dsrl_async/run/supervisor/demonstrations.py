@@ -56,7 +56,7 @@ def _invert(run: CheckedRun, run_dir: Path, say: Say, stopped: Callable[[], obje
                 raise KeyboardInterrupt
             time.sleep(LOOK_S)
             if line := processes.last_line(log, since, otherwise=""):
-                say(f"inverting the demonstrations: {line}")
+                say(line.rpartition(" INFO ")[2])
     finally:
         processes.kill_all([process])
     if code == processes.FATAL:
