@@ -6,10 +6,12 @@ fills the memory. Every message names the file in one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import reprlib
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +55,25 @@ def check_regular(path: Path, largest: int | None = None) -> int:
 def open_regular(path: Path, largest: int | None = None) -> BinaryIO:
     """A file that is opened to read parts of it; raises ValueError as `check_regular`."""
     return open(_open(path, largest), "rb")
+
+
+@contextlib.contextmanager
+def opened_for_library(path: Path) -> Iterator[BinaryIO]:
+    """A regular file from its beginning, for a library that reads it inside of the `with`.
+
+    Raises ValueError, naming the file, for whatever goes wrong there: libraries have errors of many kinds, some of them
+    ValueErrors.
+    """
+    try:
+        with open_regular(path) as raw:
+            check_head(raw.read(HEAD_BYTES), path)
+            raw.seek(0)
+            yield raw
+    except Exception as error:
+        said = in_one_line(error) or type(error).__name__
+        if said.startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read: {said}") from error
 
 
 def read_bytes(path: Path, largest: int = 16 * MEGABYTE) -> bytes:

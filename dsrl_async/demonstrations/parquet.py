@@ -37,19 +37,11 @@ class Table(NamedTuple):
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Table]:
     """A file; raises ValueError, naming it, for whatever goes wrong while it is open."""
-    try:
-        with untrusted.open_regular(path) as raw:
-            untrusted.check_head(raw.read(untrusted.HEAD_BYTES), path)
-            raw.seek(0)
-            file = pq.ParquetFile(raw, memory_map=False, pre_buffer=False)
-            if file.metadata.num_rows > MOST_ROWS:
-                raise ValueError(f"{path} has {file.metadata.num_rows} rows; {MOST_ROWS} can be read")
-            yield Table(path, file)
-    except Exception as error:  # the library's own are of many kinds, some of them ValueErrors
-        said = untrusted.in_one_line(error) or type(error).__name__
-        if said.startswith(str(path)):
-            raise
-        raise ValueError(f"{path} cannot be read: {said}") from error
+    with untrusted.opened_for_library(path) as raw:
+        file = pq.ParquetFile(raw, memory_map=False, pre_buffer=False)
+        if file.metadata.num_rows > MOST_ROWS:
+            raise ValueError(f"{path} has {file.metadata.num_rows} rows; {MOST_ROWS} can be read")
+        yield Table(path, file)
 
 
 def has(table: Table, name: str) -> bool:

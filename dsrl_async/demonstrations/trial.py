@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from typing import Any
+
+from dsrl_async import untrusted
 
 FORK = multiprocessing.get_context("fork")
 GOING_ON = b"\0"
@@ -33,6 +37,17 @@ def problem(work: Callable[..., None], *arguments: Any, seconds: float) -> str |
         process.kill()
         process.join()
         receiver.close()
+
+
+@contextlib.contextmanager
+def telling(sender: Connection) -> Iterator[None]:
+    """Send, at the end, what went wrong inside of the `with`, or nothing."""
+    said = ""
+    try:
+        yield
+    except Exception as error:
+        said = untrusted.in_one_line(error) or type(error).__name__
+    sender.send_bytes(said.encode(errors="replace"))
 
 
 def _without_core(work: Callable[..., None], *arguments: Any) -> None:

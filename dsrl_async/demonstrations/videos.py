@@ -25,18 +25,9 @@ def pictures_at(
 
     Raises ValueError, naming the file, if one is missing or of another size, or for whatever else is wrong.
     """
-    try:
-        with untrusted.open_regular(path) as raw:
-            untrusted.check_head(raw.read(untrusted.HEAD_BYTES), path)
-            raw.seek(0)
-            # The format is said here, since FFmpeg would also guess at playlists, which lead to other files.
-            with av.open(raw, format="mp4") as container:
-                yield from _pictures(container, path, times, fps, (height, width))
-    except Exception as error:  # the library's own are of many kinds, some of them ValueErrors
-        said = untrusted.in_one_line(error) or type(error).__name__
-        if said.startswith(str(path)):
-            raise
-        raise ValueError(f"{path} cannot be read: {said}") from error
+    # The format is said here, since FFmpeg would also guess at playlists, which lead to other files.
+    with untrusted.opened_for_library(path) as raw, av.open(raw, format="mp4") as container:
+        yield from _pictures(container, path, times, fps, (height, width))
 
 
 def _pictures(
